@@ -1,0 +1,1 @@
+namespace qk { __attribute__((visibility("default"))) int placeholder_for_build() { return 0; } }

@@ -1,0 +1,184 @@
+"""The one Python door to `torch.ops.qkernels.*`: wrappers, fake kernels and the reference on every device.
+
+The schemas and the CPU kernels live in `csrc/ops.cpp`. Devices without a kernel of their own run `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C, reference  # noqa: F401  (importing _C registers the schemas and the CPU kernels)
+from .quantize import FLOAT_DTYPES, MAX_REDUCTION
+from .schemes import QuantScheme
+
+_ops = torch.ops.qkernels
+_LIBRARY = torch.library.Library("qkernels", "IMPL")
+
+
+def check_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme
+) -> None:
+    """Raise RuntimeError, naming the tensor, unless the three are the canonical storage of `scheme`."""
+    expected = scheme.storage_shapes(in_features, qweight.shape[0])
+    given = {"qweight": qweight, "scales": scales, "zeros": zeros}
+    dtypes = {
+        "qweight": torch.int8 if scheme.weight_bits == 8 else torch.uint8,
+        "scales": torch.float32,
+        "zeros": torch.uint8,
+    }
+    for name, tensor in given.items():
+        if name not in expected:
+            torch._check(tensor is None, lambda: f"zeros must be None for scheme {scheme}")
+            continue
+        shape, dtype = expected[name], dtypes[name]
+        torch._check(tensor is not None, lambda: f"{name} is required for scheme {scheme}")
+        torch._check(
+            tensor.shape == shape and tensor.dtype == dtype,
+            lambda: f"{name} must be {dtype} of shape {list(shape)} for scheme {scheme} with "
+            f"{in_features} input features, got {tensor.dtype} of shape {list(tensor.shape)}",
+        )
+
+
+def _check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
+    torch._check(x.dtype in FLOAT_DTYPES, lambda: f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    torch._check(x.dim() == 2, lambda: f"{name} must be a matrix, got shape {list(x.shape)}")
+    if columns is not None:
+        torch._check(
+            x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}"
+        )
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    torch._check(
+        out_dtype is None or out_dtype in FLOAT_DTYPES,
+        lambda: f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}",
+    )
+
+
+def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups]; see `quantize.quantize_activation`."""
+    return _ops.quantize_activation.default(x, scheme)
+
+
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
+) -> Tensor:
+    """float32 [N, in_features]: the weight as it is multiplied."""
+    return _ops.dequantize_weight.default(qweight, scales, zeros, in_features, scheme)
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` on the quantized weight, without a gradient (see `autograd.quant_linear`).
+
+    Args:
+        x: float32, bfloat16 or float16 [M, K].
+        qweight, scales, zeros: the canonical storage of a weight [N, K] (`QuantScheme.storage_shapes`).
+        bias: float [N] or None.
+        scheme: the canonical scheme name.
+        out_dtype: dtype of the result; None: x.dtype.
+
+    Returns:
+        [M, N].
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _ops.linear.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
+
+
+def linear_grad_input(
+    grad_out: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient of `linear` with respect to x: float `grad_out [M, N]` -> [M, in_features]."""
+    return _ops.linear_grad_input.default(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype)
+
+
+@torch.library.register_fake("qkernels::quantize_activation")
+def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    parsed = QuantScheme.parse(scheme)
+    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {scheme}")
+    _check_matrix("x", x)
+    rows, columns = x.shape
+    scales = x.new_empty((rows, parsed.act_groups(columns)), dtype=torch.float32)
+    return x.new_empty((rows, columns), dtype=torch.int8), scales
+
+
+@torch.library.register_fake("qkernels::dequantize_weight")
+def _dequantize_weight_fake(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
+) -> Tensor:
+    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+    return scales.new_empty((qweight.shape[0], in_features), dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::linear")
+def _linear_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_matrix("x", x)
+    _check_out_dtype(out_dtype)
+    parsed = QuantScheme.parse(scheme)
+    check_weight(qweight, scales, zeros, x.shape[1], parsed)
+    torch._check(
+        not parsed.int_activations or x.shape[1] <= MAX_REDUCTION,
+        lambda: f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}",
+    )
+    out_features = qweight.shape[0]
+    if bias is not None:
+        torch._check(
+            bias.shape == (out_features,) and bias.dtype in FLOAT_DTYPES,
+            lambda: f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}",
+        )
+    return x.new_empty((x.shape[0], out_features), dtype=out_dtype or x.dtype)
+
+
+@torch.library.register_fake("qkernels::linear_grad_input")
+def _linear_grad_input_fake(
+    grad_out: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_matrix("grad_out", grad_out, columns=qweight.shape[0])
+    _check_out_dtype(out_dtype)
+    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+    return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
+
+
+def _register_reference(name: str) -> None:
+    """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
+    check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
+
+    def run(*args, **kwargs):
+        check(*args, **kwargs)
+        return compute(*args, **kwargs)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+
+for _name in ("quantize_activation", "dequantize_weight", "linear", "linear_grad_input"):
+    _register_reference(_name)

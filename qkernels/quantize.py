@@ -1,0 +1,152 @@
+"""Float -> quantized: the definition of every format, in plain torch, for any device.
+
+All arithmetic is float32 with each operation rounded on its own, so that every backend can compute the same bits
+(`docs/numerics.md` states the rules; the numbers in the comments refer to it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .schemes import QuantScheme
+
+# Below this magnitude a range counts as zero: 127 / absmax and scale products then stay far from overflow.
+TINY = 2.0**-96
+_INF_BITS = 0x7F800000
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# |sum qx * qw| <= 131072 * 127 * 127 < 2^31, with room for the shifted operands' corrected sum.
+MAX_REDUCTION = 131072
+
+
+class QuantizedWeight(NamedTuple):
+    """The canonical storage of a weight [N, K]; shapes in `QuantScheme.storage_shapes`."""
+
+    qweight: Tensor  # int8 [N, K] or uint8 [N, ceil(K / 2)]
+    scales: Tensor  # float32 [N, groups]
+    zeros: Tensor | None  # uint8 [N, groups], asymmetric schemes only
+
+
+def pack_int4(nibbles: Tensor) -> Tensor:
+    """uint8 values 0..15 [N, K] -> uint8 [N, ceil(K / 2)], even k in the low nibble; the pad nibble is 0."""
+    nibbles = pad(nibbles, (0, nibbles.shape[-1] % 2))
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of `pack_int4`: uint8 [N, ceil(K / 2)] -> uint8 values 0..15 [N, K]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :in_features]
+
+
+def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+    """float32 [R, K] -> [R, groups, group_size], zero-padded (a zero never changes a range that contains 0)."""
+    columns = x.shape[-1]
+    group_size = group_size or columns
+    return pad(x, (0, -columns % group_size)).unflatten(-1, (-1, group_size))
+
+
+def _int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
+    bits = (groups.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
+    absmax = bits.view(torch.float32)
+    finite, usable = bits < _INF_BITS, (bits < _INF_BITS) & (absmax >= TINY)
+    safe = torch.where(usable, absmax, 1.0)
+    scales = torch.where(usable, safe / 127.0, torch.where(finite, 1.0, torch.nan))
+    inverse = torch.where(usable, 127.0 / safe, 0.0).unsqueeze(-1)
+    scaled = torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse
+    return scaled.round().clamp(-127, 127).to(torch.int8), scales.to(torch.float32)
+
+
+def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token, or per group of K (rules 1 and 2).
+
+    Args:
+        x: float [M, K].
+        scheme: an `a8` scheme.
+
+    Returns:
+        int8 [M, K] and float32 scales [M, groups]. A group that holds Inf or NaN has q = 0 and scale NaN.
+    """
+    scheme = QuantScheme.parse(scheme)
+    q, scales = _int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
+    return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
+
+
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
+    """Quantize a weight (rules 1 to 3).
+
+    Args:
+        weight: float [N, K], any float dtype.
+        scheme: the format.
+
+    Raises:
+        ValueError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
+    """
+    scheme = QuantScheme.parse(scheme)
+    if weight.dim() != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a float matrix [N, K] with K >= 1, got {weight.dtype} of shape {list(weight.shape)}"
+        )
+    weight = weight.detach().to(torch.float32)
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite, got NaN or Inf values")
+    in_features = weight.shape[1]
+    groups = _grouped(weight, scheme.group_size)
+    if scheme.weight_bits == 8:
+        q, scales = _int8_groups(groups)
+        return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    if scheme.symmetric:
+        extreme = torch.where(-low > high, low, high)
+        usable = extreme.abs() >= TINY
+        safe = torch.where(usable, extreme, 1.0)
+        scales = torch.where(usable, safe / -8.0, 1.0)
+        inverse = torch.where(usable, -8.0 / safe, 0.0)
+        q = (groups * inverse.unsqueeze(-1)).round().clamp(-8, 7) + 8
+        zeros = None
+    else:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        span = high - low
+        if not span.isfinite().all():
+            raise ValueError("weight range of a group must be finite in float32, got max - min = Inf")
+        usable = span >= TINY
+        safe = torch.where(usable, span, 1.0)
+        scales = torch.where(usable, safe / 15.0, 1.0)
+        inverse = torch.where(usable, 15.0 / safe, 0.0)
+        zero = (-low * inverse).round().clamp(0, 15)
+        q = ((groups * inverse.unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, 15)
+        zeros = zero.to(torch.uint8)
+    nibbles = q.to(torch.uint8).flatten(1)[:, :in_features]
+    return QuantizedWeight(pack_int4(nibbles), scales.to(torch.float32), zeros)
+
+
+def weight_integers(
+    qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
+    """The signed integers a weight is multiplied as: int8 [N, K]; `nibble - zero` for 4 bits (-15..15)."""
+    scheme = QuantScheme.parse(scheme)
+    if scheme.weight_bits == 8:
+        return qweight
+    nibbles = unpack_int4(qweight, in_features).to(torch.int8)
+    if zeros is None:
+        return nibbles - 8
+    return nibbles - expand_groups(zeros.to(torch.int8), scheme.group_size, in_features)
+
+
+def expand_groups(per_group: Tensor, group_size: int | None, in_features: int) -> Tensor:
+    """[R, groups] -> [R, K]: each group's value repeated over its columns."""
+    if group_size is None:
+        return per_group.expand(-1, in_features)
+    return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
+
+
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
+    """float32 [N, K]: each integer times its group's scale, rounded once."""
+    scheme = QuantScheme.parse(scheme)
+    integers = weight_integers(qweight, zeros, in_features, scheme).to(torch.float32)
+    return integers * expand_groups(scales, scheme.group_size, in_features)

@@ -1,0 +1,85 @@
+"""Every op in plain torch, for any device: the oracle the kernels are tested against.
+
+Integer products are held in float64 and summed by `torch.matmul`; below 2^53 that is exact in any order, so the
+result does not depend on the device or its BLAS. Signatures match the op schemas in `csrc/ops.cpp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import quantize
+from .quantize import weight_integers
+from .schemes import QuantScheme
+
+
+def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    return quantize.quantize_activation(x, scheme)
+
+
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
+) -> Tensor:
+    return quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x [M, K]` times the quantized weight `[N, K]` transposed, plus bias: `[M, N]` of `out_dtype` or x.dtype."""
+    parsed = QuantScheme.parse(scheme)
+    if parsed.int_activations:
+        out = _int_product(x, qweight, scales, zeros, parsed)
+    else:
+        weight = quantize.dequantize_weight(qweight, scales, zeros, x.shape[1], parsed)
+        out = x.to(torch.float32) @ weight.t()
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(out_dtype or x.dtype)
+
+
+def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
+    in_features = x.shape[1]
+    qx, x_scales = quantize.quantize_activation(x, scheme)
+    a = qx.to(torch.float64)
+    b = weight_integers(qweight, zeros, in_features, scheme).to(torch.float64)
+    w_scales = scales.t()  # [groups, N]
+    if scheme.group_size is None and scheme.act_group_size is None:
+        return (a @ b.t()).to(torch.float32) * (x_scales * w_scales)
+    step = scheme.acc_group_size(in_features)
+    total = torch.zeros(x.shape[0], qweight.shape[0], dtype=torch.float32, device=x.device)
+    for start in range(0, in_features, step):
+        acc = (a[:, start : start + step] @ b[:, start : start + step].t()).to(torch.float32)
+        x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else None
+        w_scale = w_scales[None, start // scheme.group_size] if scheme.group_size else None
+        if x_scale is None:
+            total = total + acc * w_scale
+        elif w_scale is None:
+            total = total + acc * x_scale
+        else:
+            total = total + acc * (x_scale * w_scale)
+    if scheme.group_size is None:
+        return total * w_scales
+    return total if scheme.act_group_size else total * x_scales
+
+
+def linear_grad_input(
+    grad_out: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
+    weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+    return (grad_out.to(torch.float32) @ weight).to(out_dtype or grad_out.dtype)

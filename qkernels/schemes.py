@@ -1,0 +1,126 @@
+"""`QuantScheme`: what a quantized layer stores and how it multiplies, as pure data."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """A weight format together with the precision of the activations it is multiplied with.
+
+    Attributes:
+        weight_bits: 8 or 4.
+        act_bits: 8 (activations are quantized to int8 in every call) or 16 (activations stay float).
+        group_size: weight elements along K that share a scale; None: one scale per output channel.
+        symmetric: False: 4-bit weights carry a zero point per group.
+        act_group_size: activation elements along K that share a scale; None: one scale per token.
+
+    The canonical name is ``w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}]``.
+    """
+
+    weight_bits: int
+    act_bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+    act_group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        def expect(ok: bool, field: str, what: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {what}, got {getattr(self, field)!r}")
+
+        expect(self.weight_bits in (4, 8), "weight_bits", "4 or 8")
+        expect(self.act_bits in (8, 16), "act_bits", "8 or 16")
+        expect(self.group_size in (None, *GROUP_SIZES), "group_size", f"None or one of {GROUP_SIZES}")
+        expect(self.act_group_size in (None, *GROUP_SIZES), "act_group_size", f"None or one of {GROUP_SIZES}")
+        expect(self.symmetric or self.weight_bits == 4, "symmetric", "True for 8-bit weights")
+        expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def _by_name() -> dict[str, QuantScheme]:
+        groups = (None, *GROUP_SIZES)
+        schemes = [
+            QuantScheme(bits, act_bits, group, symmetric, act_group)
+            for bits in (8, 4)
+            for act_bits in (8, 16)
+            for group in groups
+            for symmetric in ((True, False) if bits == 4 else (True,))
+            for act_group in (groups if act_bits == 8 else (None,))
+        ]
+        return {scheme.name: scheme for scheme in schemes}
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """Every valid scheme name."""
+        return tuple(QuantScheme._by_name())
+
+    @staticmethod
+    def parse(scheme: str | QuantScheme) -> QuantScheme:
+        """The scheme called `scheme`.
+
+        Raises:
+            ValueError: for any other string; the message offers the nearest valid name.
+            TypeError: if `scheme` is neither a string nor a `QuantScheme`.
+        """
+        if isinstance(scheme, QuantScheme):
+            return scheme
+        if not isinstance(scheme, str):
+            raise TypeError(f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}")
+        by_name = QuantScheme._by_name()
+        if scheme not in by_name:
+            nearest = difflib.get_close_matches(scheme, by_name, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"unknown scheme {scheme!r}; did you mean {nearest!r}? "
+                "Schemes are named w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
+                "(-asym for w4, -ag for a8 only)."
+            )
+        return by_name[scheme]
+
+    @property
+    def name(self) -> str:
+        return (
+            f"w{self.weight_bits}a{self.act_bits}"
+            + (f"-g{self.group_size}" if self.group_size else "")
+            + ("" if self.symmetric else "-asym")
+            + (f"-ag{self.act_group_size}" if self.act_group_size else "")
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def int_activations(self) -> bool:
+        return self.act_bits == 8
+
+    def weight_groups(self, in_features: int) -> int:
+        """Scales per row of a weight with `in_features` columns."""
+        return -(-in_features // self.group_size) if self.group_size else 1
+
+    def act_groups(self, in_features: int) -> int:
+        """Scales per row of an activation with `in_features` columns."""
+        return -(-in_features // self.act_group_size) if self.act_group_size else 1
+
+    def acc_group_size(self, in_features: int) -> int:
+        """Elements along K summed in integers before a scale is applied: the finer of the two groupings."""
+        return min(self.group_size or in_features, self.act_group_size or in_features)
+
+    def packed_features(self, in_features: int) -> int:
+        """Bytes in a row of `qweight`."""
+        return in_features if self.weight_bits == 8 else -(-in_features // 2)
+
+    def storage_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the stored tensors by name; `zeros` is present for asymmetric schemes only."""
+        groups = self.weight_groups(in_features)
+        shapes = {
+            "qweight": (out_features, self.packed_features(in_features)),
+            "scales": (out_features, groups),
+        }
+        if not self.symmetric:
+            shapes["zeros"] = (out_features, groups)
+        return shapes
