@@ -42,7 +42,7 @@ def extension(name: str, sources: list[str], **options) -> Extension:
         sorted(sources),
         language="c++",
         depends=glob("csrc/**/*.h", recursive=True),
-        include_dirs=["csrc", *options.pop("include_dirs", [])],
+        include_dirs=[str(Path(__file__).resolve().parent / "csrc"), *options.pop("include_dirs", [])],
         libraries=[*([] if is_core else ["qkernels_core"]), *options.pop("libraries", [])],
         extra_compile_args=CXX_FLAGS + options.pop("flags", []),
         extra_link_args=["-s", "-Wl,-rpath,$ORIGIN"],

@@ -1,2 +1,156 @@
+// qkernels._native: the core on NumPy arrays, without torch. For tests, tools and users of plain arrays.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_native, m) {}
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/api.h"
+#include "core/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+std::string shape_of(const py::array& a) {
+  std::string text = "[";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) text += (i != 0 ? ", " : "") + std::to_string(a.shape(i));
+  return text + "]";
+}
+
+void expect_shape(const char* name, const py::array& a, const std::vector<int64_t>& shape) {
+  bool ok = a.ndim() == static_cast<py::ssize_t>(shape.size());
+  std::string expected;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    ok = ok && a.shape(i) == shape[i];
+    expected += (i != 0 ? ", " : "") + std::to_string(shape[i]);
+  }
+  if (!ok) throw std::invalid_argument(std::string(name) + " must have shape [" + expected + "], got " + shape_of(a));
+}
+
+qk::Matrix matrix(const char* name, const Array<float>& a) {
+  if (a.ndim() != 2) throw std::invalid_argument(std::string(name) + " must be a matrix, got shape " + shape_of(a));
+  return {a.data(), qk::DType::float32, a.shape(0), a.shape(1)};
+}
+
+qk::Weight weight(const py::array& qweight, const Array<float>& scales, const std::optional<Array<uint8_t>>& zeros,
+                  int64_t k, const std::string& scheme_name) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  if (k < 1 || (scheme.int_activations() && k > qk::kMaxReduction)) {
+    throw std::invalid_argument("in_features must be between 1 and " + std::to_string(qk::kMaxReduction) + ", got " +
+                                std::to_string(k));
+  }
+  const bool stored = scheme.weight_bits == 8 ? py::isinstance<Array<int8_t>>(qweight)
+                                              : py::isinstance<Array<uint8_t>>(qweight);
+  if (!stored) {
+    throw std::invalid_argument("qweight must be a contiguous " +
+                                std::string(scheme.weight_bits == 8 ? "int8" : "uint8") + " array for scheme " +
+                                scheme_name);
+  }
+  const int64_t n = qweight.ndim() > 0 ? qweight.shape(0) : 0, groups = scheme.weight_groups(k);
+  expect_shape("qweight", qweight, {n, scheme.packed_features(k)});
+  expect_shape("scales", scales, {n, groups});
+  if (zeros.has_value() == scheme.symmetric) {
+    throw std::invalid_argument(std::string("zeros ") + (scheme.symmetric ? "must be None" : "is required") +
+                                " for scheme " + scheme_name);
+  }
+  if (zeros.has_value()) expect_shape("zeros", *zeros, {n, groups});
+  return {scheme, n, k, qweight.data(), scales.data(), zeros ? zeros->data() : nullptr};
+}
+
+// Plain threads, started for each call.
+qk::Parallel threads(int count) {
+  if (count < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(count));
+  static thread_local int current = 1;
+  current = count;
+  const auto run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+    std::vector<std::thread> pool;
+    for (int t = 0; t < current; ++t) {
+      pool.emplace_back(body, tasks * t / current, tasks * (t + 1) / current, context);
+    }
+    for (std::thread& thread : pool) thread.join();
+  };
+  return {count, run};
+}
+
+py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_name, int num_threads) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  if (!scheme.int_activations()) throw std::invalid_argument("scheme must be an a8 scheme, got " + scheme_name);
+  const qk::Matrix view = matrix("x", x);
+  if (view.cols < 1) throw std::invalid_argument("x must have at least one column, got shape " + shape_of(x));
+  Array<int8_t> q({view.rows, view.cols});
+  Array<float> scales({view.rows, scheme.act_groups(view.cols)});
+  qk::quantize_activation(view, scheme, q.mutable_data(), scales.mutable_data(), threads(num_threads));
+  return py::make_tuple(q, scales);
+}
+
+Array<float> dequantize_weight(const py::array& qweight, const Array<float>& scales,
+                               const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
+                               const std::string& scheme, int num_threads) {
+  const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
+  Array<float> out({w.n, w.k});
+  qk::dequantize_weight(w, out.mutable_data(), threads(num_threads));
+  return out;
+}
+
+Array<float> linear(const Array<float>& x, const py::array& qweight, const Array<float>& scales,
+                    const std::optional<Array<uint8_t>>& zeros, const std::optional<Array<float>>& bias,
+                    const std::string& scheme, int num_threads) {
+  const qk::Matrix view = matrix("x", x);
+  const qk::Weight w = weight(qweight, scales, zeros, view.cols, scheme);
+  if (bias) expect_shape("bias", *bias, {w.n});
+  Array<float> out({view.rows, w.n});
+  qk::linear(view, w, {bias ? bias->data() : nullptr, qk::DType::float32}, out.mutable_data(), qk::DType::float32,
+             threads(num_threads));
+  return out;
+}
+
+Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qweight, const Array<float>& scales,
+                               const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
+                               const std::string& scheme, int num_threads) {
+  const qk::Matrix view = matrix("grad_out", grad_out);
+  const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
+  expect_shape("grad_out", grad_out, {view.rows, w.n});
+  Array<float> out({view.rows, w.k});
+  qk::linear_grad_input(view, w, out.mutable_data(), qk::DType::float32, threads(num_threads));
+  return out;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cxx_standard"] = __cplusplus;
+  info["isas"] = qk::compiled_isas();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The qkernels core on NumPy arrays: float32 activations, weights in the canonical storage.";
+  m.def("compiled_isas", &qk::compiled_isas, "ISAs in this build, in ascending order of preference.");
+  m.def("supported_isas", &qk::supported_isas, "Those of them that this CPU and OS can run.");
+  m.def("current_isa", &qk::current_isa, "The ISA in use.");
+  m.def("force_isa", &qk::force_isa, py::arg("name"), "Use an ISA from now on, in all threads.");
+  m.def("build_info", &build_info, "Compiler, language standard and ISAs of this build.");
+  m.def("quantize_activation", &quantize_activation, py::arg("x"), py::arg("scheme"), py::arg("threads") = 1,
+        "float32 [M, K] -> (int8 [M, K], float32 scales [M, groups]).");
+  m.def("dequantize_weight", &dequantize_weight, py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
+        py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1, "float32 [N, K].");
+  m.def("linear", &linear, py::arg("x"), py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
+        py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1, "float32 [M, K] -> float32 [M, N].");
+  m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),
+        py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
+        "float32 [M, N] -> float32 [M, K].");
+}

@@ -1,10 +1,184 @@
-#include <torch/csrc/stable/library.h>
+// The torch operators: schemas, checks, allocation, and the core on the CPU. Other devices, fake tensors and the
+// public wrappers are in qkernels/ops.py.
 #include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "core/api.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i != 0 ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+qk::DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return qk::DType::float32;
+    case ScalarType::BFloat16:
+      return qk::DType::bfloat16;
+    case ScalarType::Half:
+      return qk::DType::float16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", name_of(dtype));
+  }
+}
+
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A float matrix argument; `columns` < 0: any number of them.
+qk::Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
+  const qk::DType dtype = dtype_of(name, t.scalar_type());
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
+  STD_TORCH_CHECK(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ",
+                  shape_of(t));
+  STD_TORCH_CHECK(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
+  return {t.const_data_ptr(), dtype, t.size(0), t.size(1)};
+}
+
+void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const std::string& scheme,
+           int64_t k) {
+  const bool ok = t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols;
+  STD_TORCH_CHECK(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme,
+                  " with ", k, " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+}
+
+// The canonical storage of a weight, contiguous; keeps the tensors alive.
+class CanonicalWeight {
+ public:
+  CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
+                  const std::string& scheme_name)
+      : qweight_(as_contiguous(qweight)), scales_(as_contiguous(scales)) {
+    const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+    STD_TORCH_CHECK(k > 0, "in_features must be at least 1, got ", k);
+    STD_TORCH_CHECK(!scheme.int_activations() || k <= qk::kMaxReduction, "in_features must be at most ",
+                    qk::kMaxReduction, " for exact int32 sums, got ", k);
+    const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
+    check("qweight", qweight, scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte, n,
+          scheme.packed_features(k), scheme_name, k);
+    check("scales", scales, ScalarType::Float, n, groups, scheme_name, k);
+    STD_TORCH_CHECK(zeros.has_value() == !scheme.symmetric, "zeros ",
+                    scheme.symmetric ? "must be None" : "is required", " for scheme ", scheme_name);
+    if (zeros.has_value()) {
+      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme_name, k);
+      zeros_ = as_contiguous(*zeros);
+    }
+    weight_ = {
+        .scheme = scheme,
+        .n = n,
+        .k = k,
+        .qweight = qweight_.const_data_ptr(),
+        .scales = static_cast<const float*>(scales_.const_data_ptr()),
+        .zeros = zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr,
+    };
+  }
+
+  const qk::Weight& get() const { return weight_; }
+
+ private:
+  Tensor qweight_, scales_;
+  std::optional<Tensor> zeros_;
+  qk::Weight weight_;
+};
+
+// libtorch's own thread pool.
+qk::Parallel parallel() {
+  const auto run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  };
+  return {static_cast<int>(torch::stable::get_num_threads()), run};
+}
+
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  STD_TORCH_CHECK(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float);
+  qk::quantize_activation(view, scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+                          static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  return {q, scales};
+}
+
+Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
+                         int64_t in_features, std::string scheme) {
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  Tensor out = torch::stable::new_empty(scales, {weight.get().n, in_features}, ScalarType::Float);
+  qk::dequantize_weight(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
+  return out;
+}
+
+Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
+              std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  const int64_t n = weight.get().n;
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  std::optional<Tensor> bias_tensor;
+  qk::Bias bias{nullptr, qk::DType::float32};
+  if (bias_arg.has_value()) {
+    bias_tensor = as_contiguous(*bias_arg);
+    bias = {bias_tensor->const_data_ptr(), dtype_of("bias", bias_tensor->scalar_type())};
+    STD_TORCH_CHECK(bias_tensor->dim() == 1 && bias_tensor->size(0) == n, "bias must be a float vector of ", n,
+                    ", got shape ", shape_of(*bias_tensor));
+  }
+  Tensor out = torch::stable::new_empty(x, {view.rows, n}, dtype);
+  qk::linear(view, weight.get(), bias, out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
+Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Tensor& scales,
+                         std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                         std::optional<ScalarType> out_dtype) {
+  const Tensor grad_out = as_contiguous(grad_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  const qk::Matrix view = matrix("grad_out", grad_out, weight.get().n);
+  const ScalarType dtype = out_dtype.value_or(grad_out.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  Tensor out = torch::stable::new_empty(grad_out, {view.rows, in_features}, dtype);
+  qk::linear_grad_input(view, weight.get(), out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
 STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
-  m.def("linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, ScalarType? out_dtype=None) -> Tensor");
-  m.def("linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
+      "ScalarType? out_dtype=None) -> Tensor");
 }
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+  m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+}
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+// Importing the module loads the library, whose static initializers register the operators.
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

@@ -1,0 +1,28 @@
+// The operators of the core, on raw pointers. The bindings (ops.cpp, native.cpp) check shapes and dtypes; what is said
+// about arguments here is assumed.
+#pragma once
+
+#include "core/types.h"
+
+namespace qk {
+
+struct Bias {
+  const void* data;  // [n], or null: no bias
+  DType dtype;
+};
+
+// q: int8 [rows, cols]; scales: float32 [rows, act_groups]. a8 schemes.
+QK_API void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
+                                const Parallel& parallel);
+
+// out: float32 [n, k].
+QK_API void dequantize_weight(const Weight& w, float* out, const Parallel& parallel);
+
+// x [M, k] -> out [M, n].
+QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel);
+
+// grad_out [M, n] -> out [M, k], in float.
+QK_API void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype,
+                              const Parallel& parallel);
+
+}  // namespace qk

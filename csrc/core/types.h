@@ -1,0 +1,87 @@
+// Plain data shared by the core and its two bindings: dtypes, schemes, views of matrices and quantized weights.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#define QK_API __attribute__((visibility("default")))
+
+namespace qk {
+
+enum class DType { float32, bfloat16, float16 };
+
+constexpr size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+// |sum qx * qw| <= 131072 * 127 * 127 < 2^31.
+constexpr int64_t kMaxReduction = 131072;
+
+// The C++ twin of qkernels/schemes.py: a group size of 0 means one group per row.
+struct Scheme {
+  int weight_bits;
+  int act_bits;
+  int64_t group_size;
+  int64_t act_group_size;
+  bool symmetric;
+
+  bool int_activations() const { return act_bits == 8; }
+  bool grouped() const { return group_size != 0 || act_group_size != 0; }
+  int64_t weight_group(int64_t k) const { return group_size != 0 ? group_size : k; }
+  int64_t act_group(int64_t k) const { return act_group_size != 0 ? act_group_size : k; }
+  // Elements summed in integers before a scale is applied: the finer of the two groupings.
+  int64_t acc_group(int64_t k) const {
+    const int64_t w = weight_group(k), a = act_group(k);
+    return w < a ? w : a;
+  }
+  int64_t weight_groups(int64_t k) const { return div_up(k, weight_group(k)); }
+  int64_t act_groups(int64_t k) const { return div_up(k, act_group(k)); }
+  int64_t packed_features(int64_t k) const { return weight_bits == 8 ? k : div_up(k, 2); }
+};
+
+// Reads a canonical scheme name. Throws std::invalid_argument for anything else.
+QK_API Scheme parse_scheme(std::string_view name);
+
+// A row-major float matrix with contiguous rows.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t rows, cols;
+
+  const void* row(int64_t r) const { return static_cast<const char*>(data) + r * cols * size_of(dtype); }
+};
+
+// The canonical storage of a weight [n, k] (docs/formats.md).
+struct Weight {
+  Scheme scheme;
+  int64_t n, k;
+  const void* qweight;   // int8 [n, k], or uint8 [n, ceil(k / 2)] with even k in the low nibble
+  const float* scales;   // [n, groups]
+  const uint8_t* zeros;  // [n, groups], or null: symmetric
+
+  int64_t groups() const { return scheme.weight_groups(k); }
+  const uint8_t* row(int64_t i) const {
+    return static_cast<const uint8_t*>(qweight) + i * scheme.packed_features(k);
+  }
+};
+
+// Runs body(begin, end, context) over a partition of [0, tasks), possibly on several threads, and returns when all
+// of it is done. The core has no threads of its own: the binding passes its host's pool.
+struct Parallel {
+  int num_threads;
+  void (*run)(int64_t tasks, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+  template <class F>
+  void operator()(int64_t tasks, const F& f) const {
+    auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+    if (tasks <= 1 || num_threads <= 1) {
+      if (tasks > 0) f(0, tasks);
+    } else {
+      run(tasks, body, const_cast<F*>(&f));
+    }
+  }
+};
+
+}  // namespace qk

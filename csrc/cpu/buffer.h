@@ -1,0 +1,28 @@
+// Scratch memory for one call: uninitialized, aligned to a cache line, with a cache line of slack behind it (some
+// kernels store whole vectors at the end of a panel).
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+namespace qk {
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(count * sizeof(T) + kLine, std::align_val_t{kLine}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{kLine}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  T* data_;
+};
+
+}  // namespace qk

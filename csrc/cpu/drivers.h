@@ -1,0 +1,24 @@
+// The products, for any ISA: matrix drivers (any number of rows) and row-dot drivers (few rows).
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace qk {
+
+struct Output {
+  void* data;  // row-major, contiguous
+  DType dtype;
+};
+
+// x is quantized to int8 and multiplied with the weight's integers; bias [n] may be null. a8 schemes. Both drivers
+// give the same bits.
+void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
+// Products with the dequantized weight in float: x [M, k] -> [M, n] ...
+void float_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+void float_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+// ... and grad_out [M, n] -> [M, k].
+void float_matmul_grad_input(const Matrix& grad_out, const Weight& w, Output out, const Parallel& parallel);
+
+}  // namespace qk

@@ -1,0 +1,90 @@
+// The contract between the drivers and an ISA: one table of function pointers per ISA file.
+//
+// NOTE [panels]. The matrix kernels read both operands from packed panels. A panel holds `rows` rows (mr of A or nr of
+// B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
+// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
+// Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
+//
+// NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
+//     sum a * b = sum (a + 128) * b - 128 * sum b,
+// where the last term depends on the column only. Kernels start their accumulators from it (`start`), so it costs
+// nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. Intermediate sums may
+// wrap modulo 2^32; the corrected sum is exact.
+#pragma once
+
+#include "core/types.h"
+
+namespace qk {
+
+// One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
+struct GroupedTile {
+  int64_t units;            // units along k
+  int64_t group_units;      // units in a group; the last one may be shorter
+  const uint32_t* a;        // panel of mr_grouped rows
+  const uint32_t* b;        // panel of nr rows
+  const int32_t* start;     // [groups, nr]
+  const float* w_scales;    // [groups, nr]
+  const float* x_scales;    // [groups, mr_grouped], or null for ones
+  float* tile;              // [mr_grouped, nr], written
+};
+
+// Where a tile goes: out[i][j] = float(tile[i][j]) * (row_scales[i] * col_scales[j]) + bias[j], rounded to `dtype`, for
+// the first `rows` rows and `cols` columns of the tile.
+struct TileOutput {
+  const float* row_scales;
+  const float* col_scales;  // [nr]
+  const float* bias;        // [nr], or null: nothing is added
+  int rows, cols;
+  void* out;
+  int64_t stride;  // elements from one row of out to the next
+  DType dtype;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Elementwise, over n contiguous values.
+  void (*to_float)(const void* src, DType dtype, int64_t n, float* dst);
+  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);  // round to nearest even
+  uint32_t (*absmax_bits)(const float* x, int64_t n);                       // max of the bits of |x|
+  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);    // clamp(rne(x * inverse), -127, 127)
+  void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
+  void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
+  int32_t (*sum)(const int8_t* q, int64_t n);
+
+  // Panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
+  int unit;     // k per unit of the integer panels
+  int a_shift;  // see NOTE [shift]
+  void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
+  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);
+  // panel[u * rows + r] = sources[r][u]. May write up to 64 bytes past the panel.
+  void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+
+  // Matrix tiles. Panels and tiles are aligned to 64 bytes.
+  int mr, mr_grouped, nr;
+  // int32 tile [mr, nr] = start + A * B^T
+  void (*int_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int32_t* tile);
+  void (*int_tile_grouped)(const GroupedTile& args);
+  // float tile [mr, nr] += A * B^T
+  void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
+  // The epilogue of an int32 or float tile, see TileOutput.
+  void (*store_int)(const int32_t* tile, const TileOutput& output);
+  void (*store_float)(const float* tile, const TileOutput& output);
+
+  // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
+  // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.
+  int dot_shift;
+  void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
+  void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  float (*dot_float)(const float* x, const float* w, int64_t n);
+};
+
+const Kernels& scalar_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512vnni_kernels();
+
+// The table in use; see core/isa.h.
+const Kernels& kernels();
+
+}  // namespace qk

@@ -1,0 +1,151 @@
+// Few rows of x: every weight row is read once, as it is stored, and multiplied with all of them. Bound by memory
+// bandwidth; nothing is packed. Four weight rows go together, so that one load of x serves four products.
+#include <algorithm>
+
+#include "cpu/buffer.h"
+#include "cpu/drivers.h"
+#include "cpu/rows.h"
+
+namespace qk {
+namespace {
+
+constexpr int kRows = 4;
+
+// The quantized rows of x, in the layout the dot kernels read.
+struct Activations {
+  int64_t k_padded, groups, act_groups;
+  Buffer<int8_t> q;       // [M, k_padded]
+  Buffer<int32_t> sums;   // [M, groups]: of q, for the shift or the zero points
+  Buffer<float> scales;   // [M, act_groups]
+
+  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme)
+      : k_padded(round_up(x.cols, 64)),
+        groups(div_up(x.cols, scheme.acc_group(x.cols))),
+        act_groups(scheme.act_groups(x.cols)),
+        q(x.rows * k_padded),
+        sums(x.rows * groups),
+        scales(x.rows * act_groups) {
+    const int64_t k = x.cols, group = scheme.acc_group(k);
+    Buffer<float> floats(k);
+    Buffer<int8_t> row(k_padded);
+    for (int64_t m = 0; m < x.rows; ++m) {
+      std::fill_n(row.get(), k_padded, int8_t{0});
+      quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, scheme.act_group(k), row.get(),
+                   &scales[m * act_groups]);
+      for (int64_t g = 0; g < groups; ++g) {
+        sums[m * groups + g] = kernels.sum(&row[g * group], std::min(group, k - g * group));
+      }
+      int8_t* out = &q[m * k_padded];
+      if (scheme.weight_bits == 8) {
+        std::copy_n(row.get(), k_padded, out);
+        continue;
+      }
+      for (int64_t i = 0; i < k_padded; i += 64) {  // blocks of 32 even values, then 32 odd ones
+        for (int64_t j = 0; j < 32; ++j) {
+          out[i + j] = row[i + 2 * j];
+          out[i + 32 + j] = row[i + 2 * j + 1];
+        }
+      }
+    }
+  }
+};
+
+// Rule 4 for one row of x and four rows of the weight: `sums` are the kernel's raw group sums.
+void combine(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
+             const int32_t* sums, float (&y)[kRows]) {
+  const Scheme& scheme = w.scheme;
+  const int64_t group = scheme.acc_group(w.k), w_groups = w.groups();
+  const float* x_scales = &x.scales[m * x.act_groups];
+  // Sums of raw nibbles or shifted bytes may wrap modulo 2^32; what is left after the correction cannot.
+  const auto corrected = [&](int r, int64_t g, int64_t w_group) {
+    const int offset = w.zeros != nullptr ? w.zeros[n[r] * w_groups + w_group] : shift;
+    const auto correction = static_cast<uint32_t>(offset) * static_cast<uint32_t>(x.sums[m * x.groups + g]);
+    return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[g * kRows + r]) - correction));
+  };
+  if (!scheme.grouped()) {
+    for (int r = 0; r < kRows; ++r) y[r] = corrected(r, 0, 0) * (x_scales[0] * w.scales[n[r]]);
+    return;
+  }
+  const bool w_grouped = scheme.group_size != 0, x_grouped = scheme.act_group_size != 0;
+  for (float& value : y) value = 0.0f;
+  for (int64_t g = 0; g < x.groups; ++g) {
+    const int64_t w_group = w_grouped ? g * group / scheme.group_size : 0;
+    const float x_scale = x_grouped ? x_scales[g * group / scheme.act_group_size] : 1.0f;
+    for (int r = 0; r < kRows; ++r) {
+      const float w_scale = w_grouped ? w.scales[n[r] * w_groups + w_group] : 1.0f;
+      y[r] = y[r] + corrected(r, g, w_group) * (w_scale * x_scale);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (!w_grouped) y[r] = y[r] * w.scales[n[r]];
+    if (!x_grouped) y[r] = y[r] * x_scales[0];
+  }
+}
+
+// Writes y[M, count] (columns n0 .. n0 + count of the output) after adding the bias.
+void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64_t count, int64_t n0, int64_t n,
+                   const float* bias, Output out) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float* row = &y[m * count];
+    if (bias != nullptr) {
+      for (int64_t j = 0; j < count; ++j) row[j] = row[j] + bias[n0 + j];
+    }
+    char* target = static_cast<char*>(out.data) + (m * n + n0) * size_of(out.dtype);
+    kernels.from_float(row, count, out.dtype, target);
+  }
+}
+
+}  // namespace
+
+void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const Scheme& scheme = w.scheme;
+  const Activations activations(kernels, x, scheme);
+  const int64_t group = scheme.acc_group(w.k);
+  const int shift = scheme.weight_bits == 8 ? kernels.dot_shift : 8;
+
+  parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
+    const int64_t n0 = begin * kRows, count = std::min(end * kRows, w.n) - n0;
+    Buffer<int32_t> sums(activations.groups * kRows);
+    Buffer<float> y(x.rows * count);
+    for (int64_t j = 0; j < count; j += kRows) {
+      int64_t n[kRows];
+      const uint8_t* rows[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        n[r] = std::min(n0 + j + r, w.n - 1);  // the last block may repeat a row
+        rows[r] = w.row(n[r]);
+      }
+      for (int64_t m = 0; m < x.rows; ++m) {
+        const int8_t* q = &activations.q[m * activations.k_padded];
+        if (scheme.weight_bits == 8) {
+          kernels.dot_int8(q, reinterpret_cast<const int8_t* const*>(rows), w.k, group, sums.get());
+        } else {
+          kernels.dot_int4(q, rows, w.k, group, sums.get());
+        }
+        float values[kRows];
+        combine(w, activations, m, n, shift, sums.get(), values);
+        std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
+      }
+    }
+    store_columns(kernels, y, x.rows, count, n0, w.n, bias, out);
+  });
+}
+
+void float_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  Buffer<float> floats(x.rows * w.k);
+  for (int64_t m = 0; m < x.rows; ++m) kernels.to_float(x.row(m), x.dtype, w.k, &floats[m * w.k]);
+
+  parallel(w.n, [&](int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    Buffer<int8_t> integers(w.k);
+    Buffer<float> row(w.k), y(x.rows * count);
+    for (int64_t j = 0; j < count; ++j) {
+      dequantize_row(kernels, w, begin + j, 0, w.k, integers.get(), row.get());
+      for (int64_t m = 0; m < x.rows; ++m) y[m * count + j] = kernels.dot_float(&floats[m * w.k], row.get(), w.k);
+    }
+    store_columns(kernels, y, x.rows, count, begin, w.n, bias, out);
+  });
+}
+
+}  // namespace qk

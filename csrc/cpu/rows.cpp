@@ -1,0 +1,64 @@
+#include "cpu/rows.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+
+namespace qk {
+
+void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
+  constexpr uint32_t kInf = 0x7f800000;
+  constexpr float kTiny = 0x1p-96f;
+  for (int64_t begin = 0; begin < k; begin += group, ++scales) {
+    const int64_t count = std::min(group, k - begin);
+    const uint32_t bits = kernels.absmax_bits(x + begin, count);
+    const float absmax = std::bit_cast<float>(bits);
+    if (bits >= kInf) {
+      *scales = std::numeric_limits<float>::quiet_NaN();
+      std::memset(q + begin, 0, count);
+    } else if (absmax < kTiny) {
+      *scales = 1.0f;
+      std::memset(q + begin, 0, count);
+    } else {
+      *scales = absmax / 127.0f;
+      kernels.quantize(x + begin, count, 127.0f / absmax, q + begin);
+    }
+  }
+}
+
+const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch) {
+  if (x.dtype == DType::float32) return static_cast<const float*>(x.row(m));
+  kernels.to_float(x.row(m), x.dtype, x.cols, scratch);
+  return scratch;
+}
+
+const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count,
+                          int8_t* scratch) {
+  const uint8_t* row = w.row(n);
+  if (w.scheme.weight_bits == 8) return reinterpret_cast<const int8_t*>(row) + k0;
+  if (w.zeros == nullptr) {
+    kernels.unpack_int4(row + k0 / 2, count, 8, scratch);
+    return scratch;
+  }
+  const int64_t group = w.scheme.weight_group(w.k);
+  for (int64_t k = k0; k < k0 + count;) {
+    const int64_t end = std::min((k / group + 1) * group, k0 + count);
+    kernels.unpack_int4(row + k / 2, end - k, w.zeros[n * w.groups() + k / group], scratch + (k - k0));
+    k = end;
+  }
+  return scratch;
+}
+
+void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count, int8_t* scratch,
+                    float* out) {
+  const int8_t* q = integer_row(kernels, w, n, k0, count, scratch);
+  const int64_t group = w.scheme.weight_group(w.k);
+  for (int64_t k = k0; k < k0 + count;) {
+    const int64_t end = std::min((k / group + 1) * group, k0 + count);
+    kernels.dequantize(q + (k - k0), end - k, w.scales[n * w.groups() + k / group], out + (k - k0));
+    k = end;
+  }
+}
+
+}  // namespace qk

@@ -1,0 +1,23 @@
+// One row at a time: quantizing activations, and reading a stored weight as integers or floats.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace qk {
+
+// Quantizes a float row x[k] in groups (docs/numerics.md, rules 1 and 2): int8 q[k] and scales[ceil(k / group)].
+void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales);
+
+// Row m of x as float: x itself, or a conversion into scratch[cols].
+const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch);
+
+// The integers that columns [k0, k0 + count) of weight row n are multiplied as. k0 is even. Returns the stored row
+// (8 bits) or unpacks into scratch[count].
+const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count,
+                          int8_t* scratch);
+
+// The same columns as float: integer * scale. `scratch` holds count integers.
+void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count, int8_t* scratch,
+                    float* out);
+
+}  // namespace qk

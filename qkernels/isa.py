@@ -1,0 +1,57 @@
+"""The instruction set of the CPU kernels: which there are, which is in use and why, and how to force one.
+
+`QKERNELS_ISA=scalar` in the environment forces one for a process, `with isa.force("scalar"):` for a block. All
+instruction sets give the same bits for `a8` schemes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _native
+
+
+def compiled() -> tuple[str, ...]:
+    """Instruction sets in this build, in ascending order of preference."""
+    return tuple(_native.compiled_isas())
+
+
+def supported() -> tuple[str, ...]:
+    """Those of them that this CPU and its operating system can run."""
+    return tuple(_native.supported_isas())
+
+
+def current() -> str:
+    """The instruction set in use.
+
+    Raises:
+        ValueError: if QKERNELS_ISA names one that is unknown or that this CPU lacks.
+    """
+    return _native.current_isa()
+
+
+def reason() -> str:
+    """Why `current()` is in use, in a sentence."""
+    name = current()
+    if os.environ.get("QKERNELS_ISA") == name:
+        return f"{name}: forced by QKERNELS_ISA"
+    if name == supported()[-1]:
+        return f"{name}: the best this CPU supports"
+    return f"{name}: forced by qkernels.isa.force"
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Use the instruction set `name` inside the block, in all threads.
+
+    Raises:
+        ValueError: if it is unknown or this CPU lacks it.
+    """
+    before = current()
+    _native.force_isa(name)
+    try:
+        yield
+    finally:
+        _native.force_isa(before)
