@@ -78,22 +78,16 @@ class CanonicalWeight {
       check("zeros", *zeros, ScalarType::Byte, n, groups, scheme_name, k);
       zeros_ = as_contiguous(*zeros);
     }
-    weight_ = {
-        .scheme = scheme,
-        .n = n,
-        .k = k,
-        .qweight = qweight_.const_data_ptr(),
-        .scales = static_cast<const float*>(scales_.const_data_ptr()),
-        .zeros = zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr,
-    };
+    weight_.emplace(scheme, n, k, qweight_.const_data_ptr(), static_cast<const float*>(scales_.const_data_ptr()),
+                    zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr);
   }
 
-  const qk::Weight& get() const { return weight_; }
+  const qk::Weight& get() const { return *weight_; }
 
  private:
   Tensor qweight_, scales_;
   std::optional<Tensor> zeros_;
-  qk::Weight weight_;
+  std::optional<qk::Weight> weight_;
 };
 
 // libtorch's own thread pool.

@@ -55,16 +55,26 @@ struct Matrix {
 
 // The canonical storage of a weight [n, k] (docs/formats.md).
 struct Weight {
+  Weight(const Scheme& scheme, int64_t n, int64_t k, const void* qweight, const float* scales, const uint8_t* zeros)
+      : scheme(scheme),
+        n(n),
+        k(k),
+        group(scheme.weight_group(k)),
+        groups(scheme.weight_groups(k)),
+        row_bytes(scheme.packed_features(k)),
+        qweight(static_cast<const uint8_t*>(qweight)),
+        scales(scales),
+        zeros(zeros) {}
+
+  const uint8_t* row(int64_t i) const { return qweight + i * row_bytes; }
+
   Scheme scheme;
   int64_t n, k;
-  const void* qweight;   // int8 [n, k], or uint8 [n, ceil(k / 2)] with even k in the low nibble
-  const float* scales;   // [n, groups]
-  const uint8_t* zeros;  // [n, groups], or null: symmetric
-
-  int64_t groups() const { return scheme.weight_groups(k); }
-  const uint8_t* row(int64_t i) const {
-    return static_cast<const uint8_t*>(qweight) + i * scheme.packed_features(k);
-  }
+  int64_t group, groups;  // along k
+  int64_t row_bytes;
+  const uint8_t* qweight;  // int8 [n, k], or nibbles [n, ceil(k / 2)] with even k in the low one
+  const float* scales;     // [n, groups]
+  const uint8_t* zeros;    // [n, groups], or null: symmetric
 };
 
 // Runs body(begin, end, context) over a partition of [0, tasks), possibly on several threads, and returns when all

@@ -121,8 +121,16 @@ void interleave(const uint32_t* const* sources, int rows, int64_t units, uint32_
   }
 }
 
-// acc[i][j] += A * B^T over `units`. GCC keeps acc in registers only if every loop over it is fully unrolled.
-inline void multiply(int64_t units, const uint32_t* a, const uint32_t* b, __m256i (&acc)[kMr][2]) {
+// GCC keeps the accumulators in registers only if every loop over them is fully unrolled, and not in a larger function:
+// the grouped kernel calls this one.
+__attribute__((noinline)) void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start,
+                                        int32_t* tile) {
+  __m256i acc[kMr][2];
+#pragma GCC unroll 6
+  for (int i = 0; i < kMr; ++i) {
+    acc[i][0] = load(start);
+    acc[i][1] = load(start + 8);
+  }
   for (int64_t u = 0; u < units; ++u, a += kMr, b += kNr) {
     const __m256i b0 = load(b), b1 = load(b + 8);
 #pragma GCC unroll 6
@@ -132,16 +140,6 @@ inline void multiply(int64_t units, const uint32_t* a, const uint32_t* b, __m256
       acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(x, b1));
     }
   }
-}
-
-void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int32_t* tile) {
-  __m256i acc[kMr][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < kMr; ++i) {
-    acc[i][0] = load(start);
-    acc[i][1] = load(start + 8);
-  }
-  multiply(units, a, b, acc);
 #pragma GCC unroll 6
   for (int i = 0; i < kMr; ++i) {
     store(tile + i * kNr, acc[i][0]);
@@ -149,26 +147,29 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
   }
 }
 
-// The float accumulators stay in the tile (L1): 12 integer ones fill the 16 registers.
+// The float accumulators stay in the tile (L1): 12 integer ones take all the registers there are.
 void int_tile_grouped(const GroupedTile& args) {
-  for (int i = 0; i < kMr * kNr; i += 8) _mm256_storeu_ps(args.tile + i, _mm256_setzero_ps());
+  alignas(32) int32_t sums[kMr * kNr];
   const float* w_scales = args.w_scales;
   const float* x_scales = args.x_scales;
+  float* const tile = args.tile;
+  for (int i = 0; i < kMr * kNr; i += 8) _mm256_storeu_ps(tile + i, _mm256_setzero_ps());
   for (int64_t u = 0; u < args.units; u += args.group_units, w_scales += kNr) {
     const int64_t units = args.units - u < args.group_units ? args.units - u : args.group_units;
-    __m256i acc[kMr][2];
-#pragma GCC unroll 6
-    for (int i = 0; i < kMr; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
-    multiply(units, args.a + u * kMr, args.b + u * kNr, acc);
+    int_tile(units, args.a + u * kMr, args.b + u * kNr, args.start, sums);
     const __m256 s0 = _mm256_loadu_ps(w_scales), s1 = _mm256_loadu_ps(w_scales + 8);
-#pragma GCC unroll 6
     for (int i = 0; i < kMr; ++i) {
-      float* tile = args.tile + i * kNr;
-      const __m256 x_scale = _mm256_set1_ps(x_scales != nullptr ? x_scales[i] : 1.0f);
-      const __m256 y0 = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[i][0]), _mm256_mul_ps(s0, x_scale));
-      const __m256 y1 = _mm256_mul_ps(_mm256_cvtepi32_ps(acc[i][1]), _mm256_mul_ps(s1, x_scale));
-      _mm256_storeu_ps(tile, _mm256_add_ps(_mm256_loadu_ps(tile), y0));
-      _mm256_storeu_ps(tile + 8, _mm256_add_ps(_mm256_loadu_ps(tile + 8), y1));
+      __m256 scale0 = s0, scale1 = s1;
+      if (x_scales != nullptr) {
+        const __m256 x_scale = _mm256_set1_ps(x_scales[i]);
+        scale0 = _mm256_mul_ps(s0, x_scale);
+        scale1 = _mm256_mul_ps(s1, x_scale);
+      }
+      float* t = tile + i * kNr;
+      const __m256 y0 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + i * kNr)), scale0);
+      const __m256 y1 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + i * kNr + 8)), scale1);
+      _mm256_storeu_ps(t, _mm256_add_ps(_mm256_loadu_ps(t), y0));
+      _mm256_storeu_ps(t + 8, _mm256_add_ps(_mm256_loadu_ps(t + 8), y1));
     }
     if (x_scales != nullptr) x_scales += kMr;
   }

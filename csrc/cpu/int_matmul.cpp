@@ -105,7 +105,6 @@ struct PackedB {
 void pack_b(const Plan& plan, int64_t n0, const float* bias, PackedB& packed) {
   const Kernels& kernels = plan.kernels;
   const Weight& w = plan.w;
-  const int64_t weight_group = w.scheme.weight_group(w.k);
   for (int j = 0; j < plan.nr; ++j) {
     const int64_t n = n0 + j;
     const bool valid = n < w.n;
@@ -126,7 +125,7 @@ void pack_b(const Plan& plan, int64_t n0, const float* bias, PackedB& packed) {
       packed.start[g * plan.nr + j] = shifted ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
       if (plan.grouped) {
         packed.group_scales[g * plan.nr + j] =
-            valid && plan.w_grouped ? w.scales[n * w.groups() + begin / weight_group] : 1.0f;
+            valid && plan.w_grouped ? w.scales[n * w.groups + begin / w.group] : 1.0f;
       }
     }
   }

@@ -1,6 +1,7 @@
 // Few rows of x: every weight row is read once, as it is stored, and multiplied with all of them. Bound by memory
 // bandwidth; nothing is packed. Four weight rows go together, so that one load of x serves four products.
 #include <algorithm>
+#include <bit>
 
 #include "cpu/buffer.h"
 #include "cpu/drivers.h"
@@ -50,35 +51,71 @@ struct Activations {
   }
 };
 
-// Rule 4 for one row of x and four rows of the weight: `sums` are the kernel's raw group sums.
-void combine(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
-             const int32_t* sums, float (&y)[kRows]) {
-  const Scheme& scheme = w.scheme;
-  const int64_t group = scheme.acc_group(w.k), w_groups = w.groups();
-  const float* x_scales = &x.scales[m * x.act_groups];
-  // Sums of raw nibbles or shifted bytes may wrap modulo 2^32; what is left after the correction cannot.
-  const auto corrected = [&](int r, int64_t g, int64_t w_group) {
-    const int offset = w.zeros != nullptr ? w.zeros[n[r] * w_groups + w_group] : shift;
-    const auto correction = static_cast<uint32_t>(offset) * static_cast<uint32_t>(x.sums[m * x.groups + g]);
-    return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[g * kRows + r]) - correction));
-  };
-  if (!scheme.grouped()) {
-    for (int r = 0; r < kRows; ++r) y[r] = corrected(r, 0, 0) * (x_scales[0] * w.scales[n[r]]);
-    return;
-  }
-  const bool w_grouped = scheme.group_size != 0, x_grouped = scheme.act_group_size != 0;
+// Where the scales of integer group g lie: group sizes are powers of two, so that g >> shift is the scale's group.
+struct GroupShifts {
+  int w, x;
+
+  explicit GroupShifts(const Scheme& scheme, int64_t k)
+      : w(std::countr_zero(static_cast<uint64_t>(scheme.weight_group(k) / scheme.acc_group(k)))),
+        x(std::countr_zero(static_cast<uint64_t>(scheme.act_group(k) / scheme.acc_group(k)))) {}
+};
+
+// Rule 4 of grouped schemes for one row of x and four rows of the weight. sums[g][r] are exact; where only one operand
+// is grouped, the scale of the other one follows at the end.
+template <bool WGrouped, bool XGrouped>
+void scale_groups(const Weight& w, const Activations& x, const float* x_scales, const int64_t (&n)[kRows],
+                  const GroupShifts& shifts, const int32_t* sums, float (&y)[kRows]) {
+  const float* w_scales[kRows];
+  for (int r = 0; r < kRows; ++r) w_scales[r] = w.scales + n[r] * w.groups;
   for (float& value : y) value = 0.0f;
   for (int64_t g = 0; g < x.groups; ++g) {
-    const int64_t w_group = w_grouped ? g * group / scheme.group_size : 0;
-    const float x_scale = x_grouped ? x_scales[g * group / scheme.act_group_size] : 1.0f;
     for (int r = 0; r < kRows; ++r) {
-      const float w_scale = w_grouped ? w.scales[n[r] * w_groups + w_group] : 1.0f;
-      y[r] = y[r] + corrected(r, g, w_group) * (w_scale * x_scale);
+      const float w_scale = WGrouped ? w_scales[r][g >> shifts.w] : 1.0f;
+      const float scale = XGrouped ? w_scale * x_scales[g >> shifts.x] : w_scale;
+      y[r] = y[r] + static_cast<float>(sums[g * kRows + r]) * scale;
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    if (!w_grouped) y[r] = y[r] * w.scales[n[r]];
-    if (!x_grouped) y[r] = y[r] * x_scales[0];
+    if (!WGrouped) y[r] = y[r] * w_scales[r][0];
+    if (!XGrouped) y[r] = y[r] * x_scales[0];
+  }
+}
+
+// Turns the kernel's raw sums into exact ones: raw - offset * sum(x), offset being the shift of the bytes, 8 for
+// symmetric nibbles, or the zero point. The raw sums may have wrapped modulo 2^32; the difference cannot.
+void correct(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
+             const GroupShifts& shifts, int32_t* sums) {
+  const int32_t* x_sums = &x.sums[m * x.groups];
+  const auto subtract = [](int32_t& sum, int offset, int32_t x_sum) {
+    const uint32_t correction = static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sum);
+    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) - correction);
+  };
+  if (w.zeros == nullptr) {
+    for (int64_t g = 0; g < x.groups; ++g) {
+      for (int r = 0; r < kRows; ++r) subtract(sums[g * kRows + r], shift, x_sums[g]);
+    }
+    return;
+  }
+  const uint8_t* zeros[kRows];
+  for (int r = 0; r < kRows; ++r) zeros[r] = w.zeros + n[r] * w.groups;
+  for (int64_t g = 0; g < x.groups; ++g) {
+    for (int r = 0; r < kRows; ++r) subtract(sums[g * kRows + r], zeros[r][g >> shifts.w], x_sums[g]);
+  }
+}
+
+void combine(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
+             const GroupShifts& shifts, int32_t* sums, float (&y)[kRows]) {
+  const float* x_scales = &x.scales[m * x.act_groups];
+  if (shift != 0 || w.zeros != nullptr) correct(w, x, m, n, shift, shifts, sums);
+  const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
+  if (w_grouped && x_grouped) {
+    scale_groups<true, true>(w, x, x_scales, n, shifts, sums, y);
+  } else if (w_grouped) {
+    scale_groups<true, false>(w, x, x_scales, n, shifts, sums, y);
+  } else if (x_grouped) {
+    scale_groups<false, true>(w, x, x_scales, n, shifts, sums, y);
+  } else {
+    for (int r = 0; r < kRows; ++r) y[r] = static_cast<float>(sums[r]) * (x_scales[0] * w.scales[n[r]]);
   }
 }
 
@@ -103,6 +140,7 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
   const Activations activations(kernels, x, scheme);
   const int64_t group = scheme.acc_group(w.k);
   const int shift = scheme.weight_bits == 8 ? kernels.dot_shift : 8;
+  const GroupShifts shifts(scheme, w.k);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
     const int64_t n0 = begin * kRows, count = std::min(end * kRows, w.n) - n0;
@@ -123,7 +161,7 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
           kernels.dot_int4(q, rows, w.k, group, sums.get());
         }
         float values[kRows];
-        combine(w, activations, m, n, shift, sums.get(), values);
+        combine(w, activations, m, n, shift, shifts, sums.get(), values);
         std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
       }
     }

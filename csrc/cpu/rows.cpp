@@ -41,11 +41,10 @@ const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, in
     kernels.unpack_int4(row + k0 / 2, count, 8, scratch);
     return scratch;
   }
-  const int64_t group = w.scheme.weight_group(w.k);
-  for (int64_t k = k0; k < k0 + count;) {
-    const int64_t end = std::min((k / group + 1) * group, k0 + count);
-    kernels.unpack_int4(row + k / 2, end - k, w.zeros[n * w.groups() + k / group], scratch + (k - k0));
-    k = end;
+  const uint8_t* zero = w.zeros + n * w.groups + k0 / w.group;
+  for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + count; k = end, ++zero) {
+    end = std::min(end + w.group, k0 + count);
+    kernels.unpack_int4(row + k / 2, end - k, *zero, scratch + (k - k0));
   }
   return scratch;
 }
@@ -53,11 +52,10 @@ const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, in
 void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count, int8_t* scratch,
                     float* out) {
   const int8_t* q = integer_row(kernels, w, n, k0, count, scratch);
-  const int64_t group = w.scheme.weight_group(w.k);
-  for (int64_t k = k0; k < k0 + count;) {
-    const int64_t end = std::min((k / group + 1) * group, k0 + count);
-    kernels.dequantize(q + (k - k0), end - k, w.scales[n * w.groups() + k / group], out + (k - k0));
-    k = end;
+  const float* scale = w.scales + n * w.groups + k0 / w.group;
+  for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + count; k = end, ++scale) {
+    end = std::min(end + w.group, k0 + count);
+    kernels.dequantize(q + (k - k0), end - k, *scale, out + (k - k0));
   }
 }
 
