@@ -22,12 +22,16 @@ const Isa kIsas[] = {
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      }},
+#if defined(QK_EMULATED_AVX512)
+    {avx512vnni_kernels, [] { return true; }},
+#else
     {avx512vnni_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      }},
+#endif
 #endif
 };
 

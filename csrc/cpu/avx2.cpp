@@ -105,10 +105,12 @@ inline void transpose8(const uint32_t* const* sources, int64_t u, __m256i* t) {
 }
 
 void interleave(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) {
+  // With fewer than 8 rows left, a store covers the beginning of the next unit too, which is stored later. The last
+  // units therefore go one by one: nothing is written past the panel, where another thread may be at work.
+  const int64_t vector_units = rows % 8 == 0 ? units : units - 1;
   int64_t u = 0;
-  for (; u + 8 <= units; u += 8) {
+  for (; u + 8 <= vector_units; u += 8) {
     for (int r = 0; r < rows; r += 8) {
-      // With fewer than 8 rows left, the surplus columns repeat a row; the next store overwrites them.
       const uint32_t* block[8];
       for (int i = 0; i < 8; ++i) block[i] = sources[r + i < rows ? r + i : r];
       __m256i t[8];

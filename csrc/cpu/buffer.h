@@ -1,5 +1,4 @@
-// Scratch memory for one call: uninitialized, aligned to a cache line, with a cache line of slack behind it (some
-// kernels store whole vectors at the end of a panel).
+// Scratch memory for one call: uninitialized, aligned to a cache line.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,7 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(count * sizeof(T) + kLine, std::align_val_t{kLine}))) {}
+      : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kLine}))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t{kLine}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -57,7 +57,7 @@ struct Kernels {
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
   void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);
-  // panel[u * rows + r] = sources[r][u]. May write up to 64 bytes past the panel.
+  // panel[u * rows + r] = sources[r][u]
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
   // Matrix tiles. Panels and tiles are aligned to 64 bytes.

@@ -51,13 +51,17 @@ struct Activations {
   }
 };
 
-// Where the scales of integer group g lie: group sizes are powers of two, so that g >> shift is the scale's group.
+// Where the scales of integer group g lie: at g >> shift. Group sizes are powers of two, so their ratio is one; an
+// operand with one scale per row always has index 0.
 struct GroupShifts {
   int w, x;
 
-  explicit GroupShifts(const Scheme& scheme, int64_t k)
-      : w(std::countr_zero(static_cast<uint64_t>(scheme.weight_group(k) / scheme.acc_group(k)))),
-        x(std::countr_zero(static_cast<uint64_t>(scheme.act_group(k) / scheme.acc_group(k)))) {}
+  GroupShifts(const Scheme& scheme, int64_t k)
+      : w(shift(scheme.group_size, scheme.acc_group(k))), x(shift(scheme.act_group_size, scheme.acc_group(k))) {}
+
+  static int shift(int64_t group_size, int64_t acc_group) {
+    return group_size == 0 ? 63 : std::countr_zero(static_cast<uint64_t>(group_size / acc_group));
+  }
 };
 
 // Rule 4 of grouped schemes for one row of x and four rows of the weight. sums[g][r] are exact; where only one operand
