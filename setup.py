@@ -45,7 +45,7 @@ def extension(name: str, sources: list[str], **options) -> Extension:
         include_dirs=[str(Path(__file__).resolve().parent / "csrc"), *options.pop("include_dirs", [])],
         libraries=[*([] if is_core else ["qkernels_core"]), *options.pop("libraries", [])],
         extra_compile_args=CXX_FLAGS + options.pop("flags", []),
-        extra_link_args=["-s", "-Wl,-rpath,$ORIGIN"],
+        extra_link_args=["-Wl,-rpath,$ORIGIN"],
         **options,
     )
 

@@ -33,8 +33,8 @@ struct Scheme {
   int64_t act_group(int64_t k) const { return act_group_size != 0 ? act_group_size : k; }
   // Elements summed in integers before a scale is applied: the finer of the two groupings.
   int64_t acc_group(int64_t k) const {
-    const int64_t w = weight_group(k), a = act_group(k);
-    return w < a ? w : a;
+    if (group_size == 0 || act_group_size == 0) return grouped() ? group_size + act_group_size : k;
+    return group_size < act_group_size ? group_size : act_group_size;
   }
   int64_t weight_groups(int64_t k) const { return div_up(k, weight_group(k)); }
   int64_t act_groups(int64_t k) const { return div_up(k, act_group(k)); }

@@ -136,17 +136,15 @@ void interleave(const uint32_t* const* sources, int rows, int64_t units, uint32_
   }
 }
 
-// acc[i][j] += A * B^T over `units`. GCC keeps acc in registers only if every loop over it is fully unrolled.
+// acc[i][j] += A * B^T for one unit of k. GCC keeps acc in registers only if every loop over it is fully unrolled.
 template <int Mr>
-inline void multiply(int64_t units, const uint32_t* a, const uint32_t* b, __m512i (&acc)[Mr][2]) {
-  for (int64_t u = 0; u < units; ++u, a += Mr, b += kNr) {
-    const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);
+__attribute__((always_inline)) inline void multiply(const uint32_t* a, const uint32_t* b, __m512i (&acc)[Mr][2]) {
+  const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);
 #pragma GCC unroll 12
-    for (int i = 0; i < Mr; ++i) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i]));
-      acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
-      acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
-    }
+  for (int i = 0; i < Mr; ++i) {
+    const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i]));
+    acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], x, b0);
+    acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], x, b1);
   }
 }
 
@@ -158,7 +156,7 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
     acc[i][0] = start0;
     acc[i][1] = start1;
   }
-  multiply<kMr>(units, a, b, acc);
+  for (int64_t u = 0; u < units; ++u) multiply<kMr>(a + u * kMr, b + u * kNr, acc);
 #pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) {
     _mm512_storeu_si512(tile + i * kNr, acc[i][0]);
@@ -168,6 +166,7 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
 
 template <bool RowScales>
 inline void grouped(const GroupedTile& args) {
+  constexpr int64_t kStep = kGroupStep / 4;
   __m512 total[kMrGrouped][2];
 #pragma GCC unroll 6
   for (int i = 0; i < kMrGrouped; ++i) total[i][0] = total[i][1] = _mm512_setzero_ps();
@@ -183,7 +182,13 @@ inline void grouped(const GroupedTile& args) {
       acc[i][0] = start0;
       acc[i][1] = start1;
     }
-    multiply<kMrGrouped>(units, args.a + u * kMrGrouped, args.b + u * kNr, acc);
+    // 32 k at a time, unrolled: GCC copies the accumulators once an iteration.
+    for (int64_t v = u; v < u + units; v += kStep) {
+#pragma GCC unroll 8
+      for (int64_t s = 0; s < kStep; ++s) {
+        multiply<kMrGrouped>(args.a + (v + s) * kMrGrouped, args.b + (v + s) * kNr, acc);
+      }
+    }
     const __m512 s0 = _mm512_loadu_ps(w_scales), s1 = _mm512_loadu_ps(w_scales + 16);
 #pragma GCC unroll 6
     for (int i = 0; i < kMrGrouped; ++i) {

@@ -27,13 +27,18 @@ struct Plan {
         nr(kernels.nr),
         group(weight.scheme.acc_group(weight.k)),
         groups(div_up(weight.k, group)),
-        units(div_up(weight.k, kernels.unit)),
+        units((weight.scheme.grouped() ? round_up(weight.k, kGroupStep) : round_up(weight.k, kernels.unit)) /
+              kernels.unit),
         group_units(weight.scheme.grouped() ? group / kernels.unit : units),
         grouped(weight.scheme.grouped()),
         x_grouped(weight.scheme.act_group_size != 0),
-        w_grouped(weight.scheme.group_size != 0) {
-    // K smaller than a group: one group of all units.
-    if (group_units == 0 || groups == 1) group_units = units;
+        w_grouped(weight.scheme.group_size != 0) {}
+
+  // A row of k integers as units, zero-padded.
+  using Encode = void (*)(const int8_t* q, int64_t k, uint32_t* units);
+  void encode(Encode encode_row, const int8_t* q, uint32_t* out) const {
+    encode_row(q, w.k, out);
+    std::fill(out + div_up(w.k, kernels.unit), out + units, 0u);
   }
 };
 
@@ -66,7 +71,7 @@ void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, Packe
         std::fill_n(q.get(), k, int8_t{0});
         std::fill_n(scales.get(), plan.w.scheme.act_groups(k), 1.0f);
       }
-      kernels.encode_a(q.get(), k, &encoded[i * plan.units]);
+      plan.encode(kernels.encode_a, q.get(), &encoded[i * plan.units]);
       packed.row_scales[panel * plan.mr + i] = plan.x_grouped ? 1.0f : scales[0];
       if (plan.x_grouped) {
         float* group_scales = &packed.group_scales[panel * plan.groups * plan.mr];
@@ -115,7 +120,7 @@ void pack_b(const Plan& plan, int64_t n0, const float* bias, PackedB& packed) {
     const int8_t* q = nullptr;
     if (valid) {
       q = integer_row(kernels, w, n, 0, w.k, packed.integers.get());
-      kernels.encode_b(q, w.k, encoded);
+      plan.encode(kernels.encode_b, q, encoded);
     } else {
       std::fill_n(encoded, plan.units, 0u);
     }

@@ -16,10 +16,13 @@
 
 namespace qk {
 
+// Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
+constexpr int64_t kGroupStep = 32;
+
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
 struct GroupedTile {
-  int64_t units;            // units along k
-  int64_t group_units;      // units in a group; the last one may be shorter
+  int64_t units;            // units along k, a multiple of kGroupStep / unit
+  int64_t group_units;      // units in a group, a multiple of the same; the last group may be shorter
   const uint32_t* a;        // panel of mr_grouped rows
   const uint32_t* b;        // panel of nr rows
   const int32_t* start;     // [groups, nr]
