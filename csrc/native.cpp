@@ -47,8 +47,8 @@ qk::Weight weight(const py::array& qweight, const Array<float>& scales, const st
     throw std::invalid_argument("in_features must be between 1 and " + std::to_string(qk::kMaxReduction) + ", got " +
                                 std::to_string(k));
   }
-  const bool stored = scheme.weight_bits == 8 ? py::isinstance<Array<int8_t>>(qweight)
-                                              : py::isinstance<Array<uint8_t>>(qweight);
+  const bool stored =
+      scheme.weight_bits == 8 ? py::isinstance<Array<int8_t>>(qweight) : py::isinstance<Array<uint8_t>>(qweight);
   if (!stored) {
     throw std::invalid_argument("qweight must be a contiguous " +
                                 std::string(scheme.weight_bits == 8 ? "int8" : "uint8") + " array for scheme " +

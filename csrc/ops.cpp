@@ -5,9 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -24,7 +25,33 @@ std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
-const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+// Raises a RuntimeError whose text is `parts`, without the source location that STD_TORCH_CHECK would put before it.
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
 
 qk::DType dtype_of(const char* name, ScalarType dtype) {
   switch (dtype) {
@@ -35,7 +62,8 @@ qk::DType dtype_of(const char* name, ScalarType dtype) {
     case ScalarType::Half:
       return qk::DType::float16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", name_of(dtype));
+      require(false, name, " must be float32, bfloat16 or float16, got ", name_of(dtype));
+      return qk::DType::float32;
   }
 }
 
@@ -44,18 +72,17 @@ Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::st
 // A float matrix argument; `columns` < 0: any number of them.
 qk::Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
   const qk::DType dtype = dtype_of(name, t.scalar_type());
-  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
-  STD_TORCH_CHECK(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ",
-                  shape_of(t));
-  STD_TORCH_CHECK(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
+  require(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
+  require(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ", shape_of(t));
+  require(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
   return {t.const_data_ptr(), dtype, t.size(0), t.size(1)};
 }
 
 void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const std::string& scheme,
            int64_t k) {
   const bool ok = t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols;
-  STD_TORCH_CHECK(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme,
-                  " with ", k, " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+  require(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme, " with ", k,
+          " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
 // The canonical storage of a weight, contiguous; keeps the tensors alive.
@@ -65,15 +92,15 @@ class CanonicalWeight {
                   const std::string& scheme_name)
       : qweight_(as_contiguous(qweight)), scales_(as_contiguous(scales)) {
     const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-    STD_TORCH_CHECK(k > 0, "in_features must be at least 1, got ", k);
-    STD_TORCH_CHECK(!scheme.int_activations() || k <= qk::kMaxReduction, "in_features must be at most ",
-                    qk::kMaxReduction, " for exact int32 sums, got ", k);
+    require(k > 0, "in_features must be at least 1, got ", k);
+    require(!scheme.int_activations() || k <= qk::kMaxReduction, "in_features must be at most ", qk::kMaxReduction,
+            " for exact int32 sums, got ", k);
     const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
     check("qweight", qweight, scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte, n,
           scheme.packed_features(k), scheme_name, k);
     check("scales", scales, ScalarType::Float, n, groups, scheme_name, k);
-    STD_TORCH_CHECK(zeros.has_value() == !scheme.symmetric, "zeros ",
-                    scheme.symmetric ? "must be None" : "is required", " for scheme ", scheme_name);
+    require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
+            " for scheme ", scheme_name);
     if (zeros.has_value()) {
       check("zeros", *zeros, ScalarType::Byte, n, groups, scheme_name, k);
       zeros_ = as_contiguous(*zeros);
@@ -100,7 +127,7 @@ qk::Parallel parallel() {
 
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-  STD_TORCH_CHECK(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
+  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
   Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
@@ -110,8 +137,8 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string 
   return {q, scales};
 }
 
-Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
-                         int64_t in_features, std::string scheme) {
+Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
+                         std::string scheme) {
   const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
   Tensor out = torch::stable::new_empty(scales, {weight.get().n, in_features}, ScalarType::Float);
   qk::dequantize_weight(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
@@ -131,8 +158,8 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
   if (bias_arg.has_value()) {
     bias_tensor = as_contiguous(*bias_arg);
     bias = {bias_tensor->const_data_ptr(), dtype_of("bias", bias_tensor->scalar_type())};
-    STD_TORCH_CHECK(bias_tensor->dim() == 1 && bias_tensor->size(0) == n, "bias must be a float vector of ", n,
-                    ", got shape ", shape_of(*bias_tensor));
+    require(bias_tensor->dim() == 1 && bias_tensor->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
+            shape_of(*bias_tensor));
   }
   Tensor out = torch::stable::new_empty(x, {view.rows, n}, dtype);
   qk::linear(view, weight.get(), bias, out.mutable_data_ptr(), out_type, parallel());

@@ -53,8 +53,7 @@ void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dt
   driver(x, w, bias_data, {out, out_dtype}, limit(parallel, x.rows * w.n * w.k));
 }
 
-void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype,
-                       const Parallel& parallel) {
+void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
   float_matmul_grad_input(grad_out, w, {out, out_dtype}, limit(parallel, grad_out.rows * w.n * w.k));
 }

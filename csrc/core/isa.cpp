@@ -19,9 +19,7 @@ const Isa kIsas[] = {
     {scalar_kernels, [] { return true; }},
 #if defined(__x86_64__)
     {avx2_kernels,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #if defined(QK_EMULATED_AVX512)
     {avx512vnni_kernels, [] { return true; }},
 #else
@@ -45,8 +43,8 @@ const Kernels& find(const std::string& name, const char* origin) {
   for (const Isa& isa : kIsas) {
     if (name != isa.kernels().name) continue;
     if (!isa.supported()) {
-      throw std::invalid_argument(std::string(origin) + ": this CPU does not support '" + name +
-                                  "'; it supports " + list(supported_isas()));
+      throw std::invalid_argument(std::string(origin) + ": this CPU does not support '" + name + "'; it supports " +
+                                  list(supported_isas()));
     }
     return isa.kernels();
   }

@@ -9,8 +9,7 @@ namespace qk {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kLine}))) {}
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kLine}))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t{kLine}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -92,8 +92,8 @@ struct PackedB {
   Buffer<float> col_scales;    // [nr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> bias;          // [nr]
   // Scratch of pack_b.
-  Buffer<int8_t> integers;     // [k]
-  Buffer<uint32_t> encoded;    // [nr, units]
+  Buffer<int8_t> integers;   // [k]
+  Buffer<uint32_t> encoded;  // [nr, units]
   std::vector<const uint32_t*> rows;
 
   explicit PackedB(const Plan& plan)

@@ -21,14 +21,14 @@ constexpr int64_t kGroupStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
 struct GroupedTile {
-  int64_t units;            // units along k, a multiple of kGroupStep / unit
-  int64_t group_units;      // units in a group, a multiple of the same; the last group may be shorter
-  const uint32_t* a;        // panel of mr_grouped rows
-  const uint32_t* b;        // panel of nr rows
-  const int32_t* start;     // [groups, nr]
-  const float* w_scales;    // [groups, nr]
-  const float* x_scales;    // [groups, mr_grouped], or null for ones
-  float* tile;              // [mr_grouped, nr], written
+  int64_t units;          // units along k, a multiple of kGroupStep / unit
+  int64_t group_units;    // units in a group, a multiple of the same; the last group may be shorter
+  const uint32_t* a;      // panel of mr_grouped rows
+  const uint32_t* b;      // panel of nr rows
+  const int32_t* start;   // [groups, nr]
+  const float* w_scales;  // [groups, nr]
+  const float* x_scales;  // [groups, mr_grouped], or null for ones
+  float* tile;            // [mr_grouped, nr], written
 };
 
 // Where a tile goes: out[i][j] = float(tile[i][j]) * (row_scales[i] * col_scales[j]) + bias[j], rounded to `dtype`, for
@@ -48,9 +48,9 @@ struct Kernels {
 
   // Elementwise, over n contiguous values.
   void (*to_float)(const void* src, DType dtype, int64_t n, float* dst);
-  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);  // round to nearest even
-  uint32_t (*absmax_bits)(const float* x, int64_t n);                       // max of the bits of |x|
-  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);    // clamp(rne(x * inverse), -127, 127)
+  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);     // round to nearest even
+  uint32_t (*absmax_bits)(const float* x, int64_t n);                          // max of the bits of |x|
+  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);       // clamp(rne(x * inverse), -127, 127)
   void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
   int32_t (*sum)(const int8_t* q, int64_t n);

@@ -15,9 +15,9 @@ constexpr int kRows = 4;
 // The quantized rows of x, in the layout the dot kernels read.
 struct Activations {
   int64_t k_padded, groups, act_groups;
-  Buffer<int8_t> q;       // [M, k_padded]
-  Buffer<int32_t> sums;   // [M, groups]: of q, for the shift or the zero points
-  Buffer<float> scales;   // [M, act_groups]
+  Buffer<int8_t> q;      // [M, k_padded]
+  Buffer<int32_t> sums;  // [M, groups]: of q, for the shift or the zero points
+  Buffer<float> scales;  // [M, act_groups]
 
   Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme)
       : k_padded(round_up(x.cols, 64)),
