@@ -1,5 +1,7 @@
 """qkernels: int8 and int4 linear layers for PyTorch, with straight-through gradients."""
 
+from . import integrations
+from .convert import QuantizationReport, quantize_
 from .nn import QuantLinear
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
@@ -9,8 +11,18 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantLinear",
     "QuantScheme",
+    "QuantizationReport",
     "QuantizedWeight",
     "dequantize_weight",
+    "quantize_",
     "quantize_activation",
     "quantize_weight",
 ]
+
+integrations.register()
+
+
+def __getattr__(name: str):
+    if name == "QKernelsConfig":  # on first use, because it imports transformers
+        return integrations.load("transformers").QKernelsConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

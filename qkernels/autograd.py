@@ -17,12 +17,18 @@ class _FrozenLinear(torch.autograd.Function):
     only, which is resident anyway. Double backward is refused by `once_differentiable`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, qweight, scales, zeros, bias, scheme, out_dtype):
-        ctx.save_for_backward(qweight, scales, zeros)
-        ctx.scheme, ctx.in_features, ctx.x_dtype = scheme, x.shape[1], x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(x, qweight, scales, zeros, bias, scheme, out_dtype):
         return ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, qweight, scales, zeros, bias, ctx.scheme, _ = inputs
+        ctx.save_for_backward(qweight, scales, zeros)
+        ctx.in_features, ctx.x_dtype = x.shape[1], x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
@@ -30,9 +36,7 @@ class _FrozenLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             qweight, scales, zeros = ctx.saved_tensors
-            grad_x = ops.linear_grad_input(
-                grad_out, qweight, scales, zeros, ctx.in_features, ctx.scheme, ctx.x_dtype
-            )
+            grad_x = ops.linear_grad_input(grad_out, qweight, scales, zeros, ctx.in_features, ctx.scheme, ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad_out.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None

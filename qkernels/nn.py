@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -93,20 +91,17 @@ class QuantLinear(nn.Linear):
         self._scheme_name = self.scheme.name
         shapes = self.scheme.storage_shapes(in_features, out_features)
         integer = torch.int8 if self.scheme.weight_bits == 8 else torch.uint8
-        for name, fill, storage_dtype in (
-            ("qweight", 0, integer),
-            ("scales", 1.0, torch.float32),
-            ("zeros", 0, torch.uint8),
-        ):
+        for name, storage_dtype in (("qweight", integer), ("scales", torch.float32), ("zeros", torch.uint8)):
             tensor = None
             if name in shapes:
-                tensor = torch.full(shapes[name], fill, dtype=storage_dtype, device=device)
+                tensor = torch.empty(shapes[name], dtype=storage_dtype, device=device)
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
         self.register_parameter("weight", None)
         self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        self.reset_parameters()
 
     @classmethod
     def from_float(
@@ -133,8 +128,9 @@ class QuantLinear(nn.Linear):
         Raises:
             RuntimeError: naming the tensor that does not fit; the layer is left as it was.
         """
-        if weight.qweight.shape[0] != self.out_features:
-            raise RuntimeError(f"qweight must have {self.out_features} rows, got {weight.qweight.shape[0]}")
+        if weight.qweight.shape != self.qweight.shape:
+            expected, got = list(self.qweight.shape), list(weight.qweight.shape)
+            raise RuntimeError(f"qweight must have shape {expected} for {self.scheme}, got {got}")
         ops.check_weight(*weight, self.in_features, self.scheme)
         for name, tensor in zip(_STORAGE, weight, strict=True):
             if tensor is not None:
@@ -154,16 +150,13 @@ class QuantLinear(nn.Linear):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
         device_type = x.device.type
-        out_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return quant_linear(
-            x, self.qweight, self.scales, self.zeros, self.bias, self._scheme_name, out_dtype
-        )
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        out_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        return quant_linear(x, self.qweight, self.scales, self.zeros, self.bias, self._scheme_name, out_dtype)
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""
-        return ops.dequantize_weight(
-            self.qweight, self.scales, self.zeros, self.in_features, self._scheme_name
-        )
+        return ops.dequantize_weight(self.qweight, self.scales, self.zeros, self.in_features, self._scheme_name)
 
     def storage_bytes(self) -> int:
         """Bytes of the quantized weight (without the bias)."""
@@ -183,17 +176,24 @@ class QuantLinear(nn.Linear):
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float32:
             # The cast lost bits: take the values from before it, on the device it moved to.
-            self.scales = nn.Parameter(scales.to(self.scales.device), requires_grad=False)
+            self.scales.data = scales.to(self.scales.device)
         return self
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Check the whole layer before anything is copied, so that a bad tensor leaves the layer as it was."""
-        errors = [
+        given = {name: state_dict.get(prefix + name) for name in (*_STORAGE, "bias")}
+        # Only together do the three mean a weight; with none of them torch reports what is missing.
+        expected = [name for name in _STORAGE if getattr(self, name) is not None]
+        some = any(given[name] is not None for name in _STORAGE)
+        errors = [f"{prefix}{name} is missing for {self.scheme}" for name in expected if some and given[name] is None]
+        if self.zeros is None and given["zeros"] is not None:
+            errors.append(f"{prefix}zeros is given, but {self.scheme} has no zero points")
+        errors += [
             f"{prefix}{name} {problem}"
-            for name in _STORAGE
-            if (problem := self._storage_problem(name, state_dict.get(prefix + name))) is not None
+            for name, tensor in given.items()
+            if (problem := self._problem(name, tensor)) is not None
         ]
         if prefix + "weight" in state_dict and prefix + "qweight" not in state_dict:
             errors.append(
@@ -207,11 +207,20 @@ class QuantLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _storage_problem(self, name: str, tensor: Tensor | None) -> str | None:
-        """Why `tensor` cannot be this layer's `name`; None if it can, or is absent (torch reports missing keys)."""
+    def _problem(self, name: str, tensor: Tensor | None) -> str | None:
+        """Why `tensor` cannot be this layer's `name`; None if it can, or either is absent."""
         own = getattr(self, name)
         if tensor is None or own is None:
             return None
+        if name == "bias":
+            fits = tensor.shape == own.shape and tensor.dtype in FLOAT_DTYPES
+            return (
+                None
+                if fits
+                else (
+                    f"must be a float vector of {self.out_features}, got {tensor.dtype} of shape {list(tensor.shape)}"
+                )
+            )
         expected = f"must be {own.dtype} of shape {list(own.shape)} for {self.scheme}"
         if tensor.dtype != own.dtype or tensor.shape != own.shape:
             return f"{expected}, got {tensor.dtype} of shape {list(tensor.shape)}"
@@ -227,8 +236,19 @@ class QuantLinear(nn.Linear):
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear) -> float:
-    """Frobenius norm of (dequantized - weight) over that of the weight, in float32; 0 for a zero weight."""
-    weight = weight.to(torch.float32)
-    norm = weight.norm().item()
-    error = torch.linalg.vector_norm(quantized.dequantize() - weight).item()
-    return error / norm if norm > 0 and math.isfinite(norm) else error
+    """Frobenius norm of (dequantized - weight) over that of the weight; 0 for a zero weight.
+
+    Args:
+        weight: float [out_features, in_features].
+    """
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of the error, of the weight
+    rows = quantize.rows_per_block(quantized.in_features)
+    stored = (quantized.qweight, quantized.scales, quantized.zeros)
+    for start in range(0, quantized.out_features, rows):
+        block = weight[start : start + rows].to(torch.float32)
+        canonical = (None if tensor is None else tensor[start : start + rows] for tensor in stored)
+        dequantized = ops.dequantize_weight(*canonical, quantized.in_features, quantized._scheme_name)
+        for i, part in enumerate((dequantized - block, block)):
+            squares[i] += torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
+    error, norm = squares.sqrt().tolist()
+    return error / norm if norm > 0 else error

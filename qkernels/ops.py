@@ -16,37 +16,38 @@ _ops = torch.ops.qkernels
 _LIBRARY = torch.library.Library("qkernels", "IMPL")
 
 
-def check_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme
-) -> None:
+def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:
     """Raise RuntimeError, naming the tensor, unless the three are the canonical storage of `scheme`."""
+    torch._check(in_features >= 1, lambda: f"in_features must be at least 1, got {in_features}")
+    torch._check(qweight.dim() == 2, lambda: f"qweight must be a matrix, got shape {list(qweight.shape)}")
     expected = scheme.storage_shapes(in_features, qweight.shape[0])
-    given = {"qweight": qweight, "scales": scales, "zeros": zeros}
-    dtypes = {
-        "qweight": torch.int8 if scheme.weight_bits == 8 else torch.uint8,
-        "scales": torch.float32,
-        "zeros": torch.uint8,
-    }
-    for name, tensor in given.items():
-        if name not in expected:
+    integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
+    for name, tensor, dtype in (
+        ("qweight", qweight, integer),
+        ("scales", scales, torch.float32),
+        ("zeros", zeros, torch.uint8),
+    ):
+        if name in expected:
+            torch._check(tensor is not None, lambda name=name: f"{name} is required for scheme {scheme}")
+            message = (
+                f"{name} must be {dtype} of shape {list(expected[name])} for scheme {scheme} with "
+                f"{in_features} input features, got {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+            torch._check(tensor.shape == expected[name] and tensor.dtype == dtype, lambda message=message: message)
+            _check_device(name, tensor, qweight.device)
+        else:
             torch._check(tensor is None, lambda: f"zeros must be None for scheme {scheme}")
-            continue
-        shape, dtype = expected[name], dtypes[name]
-        torch._check(tensor is not None, lambda: f"{name} is required for scheme {scheme}")
-        torch._check(
-            tensor.shape == shape and tensor.dtype == dtype,
-            lambda: f"{name} must be {dtype} of shape {list(shape)} for scheme {scheme} with "
-            f"{in_features} input features, got {tensor.dtype} of shape {list(tensor.shape)}",
-        )
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    torch._check(tensor.device == device, lambda: f"{name} must be on {device}, got {tensor.device}")
 
 
 def _check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
     torch._check(x.dtype in FLOAT_DTYPES, lambda: f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
     torch._check(x.dim() == 2, lambda: f"{name} must be a matrix, got shape {list(x.shape)}")
     if columns is not None:
-        torch._check(
-            x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}"
-        )
+        torch._check(x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}")
 
 
 def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
@@ -61,9 +62,7 @@ def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     return _ops.quantize_activation.default(x, scheme)
 
 
-def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
-) -> Tensor:
+def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
     """float32 [N, in_features]: the weight as it is multiplied."""
     return _ops.dequantize_weight.default(qweight, scales, zeros, in_features, scheme)
 
@@ -114,6 +113,7 @@ def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {scheme}")
     _check_matrix("x", x)
     rows, columns = x.shape
+    torch._check(columns >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
     scales = x.new_empty((rows, parsed.act_groups(columns)), dtype=torch.float32)
     return x.new_empty((rows, columns), dtype=torch.int8), scales
 
@@ -140,6 +140,7 @@ def _linear_fake(
     _check_out_dtype(out_dtype)
     parsed = QuantScheme.parse(scheme)
     check_weight(qweight, scales, zeros, x.shape[1], parsed)
+    _check_device("qweight", qweight, x.device)
     torch._check(
         not parsed.int_activations or x.shape[1] <= MAX_REDUCTION,
         lambda: f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}",
@@ -150,6 +151,7 @@ def _linear_fake(
             bias.shape == (out_features,) and bias.dtype in FLOAT_DTYPES,
             lambda: f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}",
         )
+        _check_device("bias", bias, x.device)
     return x.new_empty((x.shape[0], out_features), dtype=out_dtype or x.dtype)
 
 
@@ -163,9 +165,10 @@ def _linear_grad_input_fake(
     scheme: str,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
     _check_matrix("grad_out", grad_out, columns=qweight.shape[0])
     _check_out_dtype(out_dtype)
-    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+    _check_device("qweight", qweight, grad_out.device)
     return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
 
 

@@ -20,6 +20,7 @@ _INF_BITS = 0x7F800000
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # |sum qx * qw| <= 131072 * 127 * 127 < 2^31, with room for the shifted operands' corrected sum.
 MAX_REDUCTION = 131072
+_BLOCK_ELEMENTS = 1 << 17
 
 
 class QuantizedWeight(NamedTuple):
@@ -41,6 +42,17 @@ def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :in_features]
 
 
+def _check_float_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a float matrix with K >= 1 columns, got {x.dtype} of shape {list(x.shape)}")
+
+
+def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """IEEE a / b of float32. torch turns `number / tensor`, and on GPUs `tensor / number`, into a reciprocal."""
+    like = a if isinstance(a, Tensor) else b
+    return like.new_full((), a) / b if like is b else a / like.new_full((), b)
+
+
 def _grouped(x: Tensor, group_size: int | None) -> Tensor:
     """float32 [R, K] -> [R, groups, group_size], zero-padded (a zero never changes a range that contains 0)."""
     columns = x.shape[-1]
@@ -54,8 +66,8 @@ def _int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     absmax = bits.view(torch.float32)
     finite, usable = bits < _INF_BITS, (bits < _INF_BITS) & (absmax >= TINY)
     safe = torch.where(usable, absmax, 1.0)
-    scales = torch.where(usable, safe / 127.0, torch.where(finite, 1.0, torch.nan))
-    inverse = torch.where(usable, 127.0 / safe, 0.0).unsqueeze(-1)
+    scales = torch.where(usable, _divide(safe, 127.0), torch.where(finite, 1.0, torch.nan))
+    inverse = torch.where(usable, _divide(127.0, safe), 0.0).unsqueeze(-1)
     scaled = torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse
     return scaled.round().clamp(-127, 127).to(torch.int8), scales.to(torch.float32)
 
@@ -69,8 +81,14 @@ def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, T
 
     Returns:
         int8 [M, K] and float32 scales [M, groups]. A group that holds Inf or NaN has q = 0 and scale NaN.
+
+    Raises:
+        ValueError: if x is not a float matrix with K >= 1, or the scheme leaves activations in float.
     """
     scheme = QuantScheme.parse(scheme)
+    if not scheme.int_activations:
+        raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
+    _check_float_matrix("x", x)
     q, scales = _int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
 
@@ -86,11 +104,30 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
         ValueError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
     """
     scheme = QuantScheme.parse(scheme)
-    if weight.dim() != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight must be a float matrix [N, K] with K >= 1, got {weight.dtype} of shape {list(weight.shape)}"
-        )
-    weight = weight.detach().to(torch.float32)
+    _check_float_matrix("weight", weight)
+    out_features, in_features = weight.shape
+    dtypes = {"qweight": torch.int8 if scheme.weight_bits == 8 else torch.uint8, "scales": torch.float32}
+    shapes = scheme.storage_shapes(in_features, out_features)
+    stored = {
+        name: torch.empty(shape, dtype=dtypes.get(name, torch.uint8), device=weight.device)
+        for name, shape in shapes.items()
+    }
+    step = rows_per_block(in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        block = _quantize_rows(weight.detach()[rows].to(torch.float32), scheme)
+        for name, tensor in stored.items():
+            tensor[rows] = getattr(block, name)
+    return QuantizedWeight(stored["qweight"], stored["scales"], stored.get("zeros"))
+
+
+def rows_per_block(in_features: int) -> int:
+    """Rows of a weight to work on at a time, so that float temporaries stay small against the layer."""
+    return max(1, _BLOCK_ELEMENTS // in_features)
+
+
+def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    """Rules 1 to 3 for some rows of a weight: float32 [R, K]."""
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or Inf values")
     in_features = weight.shape[1]
@@ -103,8 +140,8 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
         extreme = torch.where(-low > high, low, high)
         usable = extreme.abs() >= TINY
         safe = torch.where(usable, extreme, 1.0)
-        scales = torch.where(usable, safe / -8.0, 1.0)
-        inverse = torch.where(usable, -8.0 / safe, 0.0)
+        scales = torch.where(usable, _divide(safe, -8.0), 1.0)
+        inverse = torch.where(usable, _divide(-8.0, safe), 0.0)
         q = (groups * inverse.unsqueeze(-1)).round().clamp(-8, 7) + 8
         zeros = None
     else:
@@ -114,8 +151,8 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
             raise ValueError("weight range of a group must be finite in float32, got max - min = Inf")
         usable = span >= TINY
         safe = torch.where(usable, span, 1.0)
-        scales = torch.where(usable, safe / 15.0, 1.0)
-        inverse = torch.where(usable, 15.0 / safe, 0.0)
+        scales = torch.where(usable, _divide(safe, 15.0), 1.0)
+        inverse = torch.where(usable, _divide(15.0, safe), 0.0)
         zero = (-low * inverse).round().clamp(0, 15)
         q = ((groups * inverse.unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, 15)
         zeros = zero.to(torch.uint8)
@@ -123,9 +160,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
     return QuantizedWeight(pack_int4(nibbles), scales.to(torch.float32), zeros)
 
 
-def weight_integers(
-    qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
-) -> Tensor:
+def weight_integers(qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme) -> Tensor:
     """The signed integers a weight is multiplied as: int8 [N, K]; `nibble - zero` for 4 bits (-15..15)."""
     scheme = QuantScheme.parse(scheme)
     if scheme.weight_bits == 8:

@@ -18,9 +18,7 @@ def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     return quantize.quantize_activation(x, scheme)
 
 
-def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
-) -> Tensor:
+def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
     return quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
 
 
@@ -45,6 +43,11 @@ def linear(
     return out.to(out_dtype or x.dtype)
 
 
+def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of integers held in float64, as float32; adding +0 removes the -0 that a float sum may give."""
+    return (a @ b.t() + 0.0).to(torch.float32)
+
+
 def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
     """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
     in_features = x.shape[1]
@@ -53,11 +56,11 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     b = weight_integers(qweight, zeros, in_features, scheme).to(torch.float64)
     w_scales = scales.t()  # [groups, N]
     if scheme.group_size is None and scheme.act_group_size is None:
-        return (a @ b.t()).to(torch.float32) * (x_scales * w_scales)
+        return _exact_sum(a, b) * (x_scales * w_scales)
     step = scheme.acc_group_size(in_features)
     total = torch.zeros(x.shape[0], qweight.shape[0], dtype=torch.float32, device=x.device)
     for start in range(0, in_features, step):
-        acc = (a[:, start : start + step] @ b[:, start : start + step].t()).to(torch.float32)
+        acc = _exact_sum(a[:, start : start + step], b[:, start : start + step])
         x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else None
         w_scale = w_scales[None, start // scheme.group_size] if scheme.group_size else None
         if x_scale is None:

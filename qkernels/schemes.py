@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -42,7 +42,7 @@ class QuantScheme:
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def _by_name() -> dict[str, QuantScheme]:
         groups = (None, *GROUP_SIZES)
         schemes = [
@@ -75,6 +75,8 @@ class QuantScheme:
         by_name = QuantScheme._by_name()
         if scheme not in by_name:
             nearest = difflib.get_close_matches(scheme, by_name, n=1, cutoff=0.0)[0]
+            parts = sorted(scheme.split("-"))
+            nearest = next((name for name in by_name if sorted(name.split("-")) == parts), nearest)
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {nearest!r}? "
                 "Schemes are named w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "

@@ -1,0 +1,72 @@
+"""Integrations with other libraries, loaded when, and only when, the program imports the library.
+
+`import qkernels` must not import transformers or PEFT (seconds of start-up, and both are optional), yet a program that
+imports both needs no further step, in whichever order it does so. So the integration is loaded at once if its library
+is there already, and otherwise right after the library's module has been executed (a finder on `sys.meta_path` that
+leaves the import itself to Python).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import re
+import sys
+import warnings
+from types import ModuleType
+
+# Library, and name of the integration -> the oldest version it works with.
+_OLDEST = {"transformers": (5, 20), "peft": (0, 21)}
+# Module of the library that the integration extends -> the library.
+_EXTENDED = {"transformers.quantizers.auto": "transformers", "peft.tuners.lora.model": "peft"}
+
+
+def load(library: str) -> ModuleType:
+    """Import the integration with `library`.
+
+    Raises:
+        ImportError: if the library is absent or too old; the message says what to install.
+    """
+    oldest = ".".join(map(str, _OLDEST[library]))
+    try:
+        version = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{library} is not installed: pip install '{library}>={oldest}'") from None
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST[library]:
+        raise ImportError(f"qkernels works with {library} >= {oldest}, got {version}")
+    return importlib.import_module(f"{__name__}.{library}")
+
+
+def _load_or_warn(library: str) -> None:
+    """Load an integration that nobody asked for by name: an unsupported version must not break the library itself."""
+    try:
+        load(library)
+    except ImportError as error:
+        warnings.warn(f"the qkernels integration with {library} is not active: {error}", stacklevel=2)
+
+
+class _LoadAfterLibrary(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _EXTENDED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        exec_module = spec.loader.exec_module
+
+        def exec_and_load(module):
+            exec_module(module)
+            _load_or_warn(_EXTENDED[fullname])
+
+        spec.loader.exec_module = exec_and_load
+        return spec
+
+
+def register() -> None:
+    """Load the integrations of the libraries imported so far, and each other one when its library is imported."""
+    sys.meta_path.insert(0, _LoadAfterLibrary())
+    for module, library in _EXTENDED.items():
+        if module in sys.modules:
+            _load_or_warn(library)

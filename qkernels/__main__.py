@@ -1,0 +1,5 @@
+"""`python -m qkernels`: the console script."""
+
+from .cli import main
+
+main()

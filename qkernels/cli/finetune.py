@@ -1,0 +1,76 @@
+"""`qkernels finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .common import Cache, Dtype, Model, Scheme, one_line_errors
+
+
+@one_line_errors
+def finetune(
+    model: Model,
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text file to train on; may be given several times.")],
+    output: Annotated[Path, typer.Option(help="Folder for adapter and reports; new, empty or of a former run.")],
+    eval_text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out text file; without one, the last tenth of the text is held out.")
+    ] = None,
+    scheme: Scheme = "w8a8",
+    method: Annotated[
+        Literal["lora", "full"], typer.Option(help="lora: adapters on the (quantized) model; full: all float weights.")
+    ] = "lora",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Blocks in a step.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = 256,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"], typer.Option(help="Learning rate after the warm-up.")
+    ] = "linear",
+    warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises from 0.")] = 5,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters; alpha is twice the rank.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the adapters' start and of the order of the blocks.")] = 0,
+    dtype: Dtype = "auto",
+    eval_blocks: Annotated[int, typer.Option(help="Held-out blocks to use at most; 0: no evaluation.")] = 64,
+    baseline: Annotated[bool, typer.Option(help="Evaluate the float model too, before it is quantized.")] = True,
+    cache: Cache = None,
+) -> None:
+    """Fine-tune a causal language model, quantized or not; writes adapter, report.json, report.md and loss.png."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..finetune import FinetuneSettings
+    from ..finetune import finetune as run
+    from ..finetune.models import default_cache
+    from ..finetune.report import summary_rows
+
+    settings = FinetuneSettings(
+        model=model,
+        text=text,
+        output=output,
+        eval_text=eval_text or [],
+        scheme=scheme,
+        method=method,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        lora_rank=lora_rank,
+        seed=seed,
+        dtype=dtype,
+        eval_blocks=eval_blocks,
+        baseline=baseline,
+        cache=cache or default_cache(),
+    )
+    report = run(settings)
+    table = Table(title=f"{model}, {method}, {scheme}, {report['dtype']}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in summary_rows(report):
+        table.add_row(*row)
+    Console().print(table)
+    print(f"written to {output}")

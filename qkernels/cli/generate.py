@@ -1,0 +1,27 @@
+"""`qkernels generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import Adapter, Cache, Dtype, Model, Scheme, load, one_line_errors
+
+
+@one_line_errors
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    scheme: Scheme = "none",
+    adapter: Adapter = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="1: greedy; more: beam search.")] = 1,
+    dtype: Dtype = "auto",
+    cache: Cache = None,
+) -> None:
+    """Continue a prompt."""
+    from ..finetune import generate_text
+
+    loaded, tokenizer = load(model, scheme, adapter, dtype, cache)
+    print(generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, beams=beams))

@@ -1,0 +1,90 @@
+"""`qkernels info`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from .common import one_line_errors
+
+
+@one_line_errors
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, the CPU instruction set in use and why, and what is missing for a GPU."""
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        table.add_row(name, Text(value))  # Text: brackets are no markup
+    Console().print(table)
+
+
+def collect() -> dict[str, Any]:
+    """The facts behind `qkernels info`; imports no optional package."""
+    from .. import isa
+    from ..finetune.measure import environment
+    from ..finetune.models import fast_bf16
+
+    current = isa.current()
+    return environment() | {
+        "isa": current,
+        "isa_reason": isa.reason(),
+        "isas_supported": list(isa.supported()),
+        "isas_compiled": list(isa.compiled()),
+        "fast_bfloat16": fast_bf16(),
+        "gpu": _gpu_backends(),
+    }
+
+
+def _gpu_backends() -> dict[str, dict[str, Any]]:
+    """What stands between this installation and each GPU backend."""
+    import torch
+
+    from ..finetune.measure import package_version
+
+    if torch.cuda.is_available():
+        device, missing = torch.cuda.get_device_name(), None
+    elif torch.version.cuda or torch.version.hip:
+        device, missing = None, "torch finds no GPU; check the driver with nvidia-smi or rocminfo"
+    else:
+        device, missing = None, "this torch is built for the CPU; install a CUDA or ROCm build from pytorch.org"
+    triton = package_version("triton")
+    return {
+        "device": {"name": device, "next_step": missing},
+        "triton": {
+            "version": triton,
+            "next_step": None if triton else "pip install 'qkernels[triton]'",
+        },
+        "kernels": {
+            "available": False,
+            "next_step": "this version has no GPU kernels; on a GPU the layers run on the plain-torch reference",
+        },
+    }
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    versions = facts["packages"]
+    gpu = facts["gpu"]
+    return [
+        ("qkernels", facts["qkernels"]),
+        ("python", facts["python"]),
+        *((name, versions[name] or "not installed") for name in versions),
+        ("CPU", f"{facts['cpu']}, {facts['threads']} threads"),
+        ("instruction set", facts["isa_reason"]),
+        ("... supported", ", ".join(facts["isas_supported"])),
+        ("... in this build", ", ".join(facts["isas_compiled"])),
+        ("fast bfloat16", "yes" if facts["fast_bfloat16"] else "no: float32 is the faster float dtype here"),
+        ("GPU", gpu["device"]["name"] or f"none: {gpu['device']['next_step']}"),
+        ("triton", gpu["triton"]["version"] or f"not installed: {gpu['triton']['next_step']}"),
+        ("GPU kernels", gpu["kernels"]["next_step"]),
+    ]

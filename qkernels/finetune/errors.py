@@ -1,0 +1,5 @@
+"""The one error that the user can mend."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line that names it and says what is expected."""

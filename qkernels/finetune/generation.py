@@ -1,0 +1,21 @@
+"""Text from a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .models import check_length, device
+
+
+@torch.no_grad()
+def generate_text(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 64, beams: int = 1) -> str:
+    """Continue `prompt`, greedily or by beam search; the prompt is part of the result.
+
+    Raises:
+        InputError: if prompt and new tokens do not fit the model.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(device())
+    check_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

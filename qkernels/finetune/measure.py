@@ -1,0 +1,97 @@
+"""Perplexity, peak memory and the surroundings a number was taken in."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, isa
+from .models import check_length, cpu_features, device
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, blocks: Sequence[Tensor], *, label: str = "held-out") -> float:
+    """exp of the mean cross entropy over all predicted tokens of `blocks`, one block at a time.
+
+    Args:
+        model: a causal language model whose loss is the mean over the block.
+        blocks: int64 [T], each at least two tokens.
+        label: shown beside the progress bar.
+
+    Raises:
+        InputError: if a block is longer than the model has positions.
+    """
+    from tqdm import tqdm
+
+    check_length(model, max(map(len, blocks)))
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for block in tqdm(blocks, desc=label, unit="block", leave=False):
+        ids = block.unsqueeze(0).to(device())
+        predicted = len(block) - 1
+        total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * predicted
+        tokens += predicted
+    model.train(was_training)
+    return math.exp(total / tokens)
+
+
+class PeakMemory:
+    """Context manager: the most resident memory of this process inside the block, sampled every 10 ms.
+
+    `bytes` is valid after the block. On a GPU it is torch's peak of allocated device memory.
+    """
+
+    bytes: int = 0
+
+    def __enter__(self) -> PeakMemory:
+        self._on_gpu = device().type == "cuda"
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._on_gpu:
+            self.bytes = torch.cuda.max_memory_allocated()
+
+    def _sample(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(0.01):
+                return
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, without importing it; None if it is absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, object]:
+    """Versions, CPU and instruction set, for a report."""
+    return {
+        "qkernels": __version__,
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "packages": {name: package_version(name) for name in ("torch", "transformers", "peft", "triton")},
+        "cpu": cpu_features().get("cpu_name") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "isa": isa.current(),
+    }

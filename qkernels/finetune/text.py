@@ -1,0 +1,79 @@
+"""Text files to blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+HELD_OUT_SHARE = 10
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The contents of UTF-8 text files.
+
+    Raises:
+        InputError: if a file is missing, not UTF-8, or holds white space only.
+    """
+    texts = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if not text.strip():
+            raise InputError(f"{path} is empty")
+        texts.append(text)
+    return texts
+
+
+def token_blocks(tokenizer, texts: Sequence[str], seq_len: int, *, keep_tail: bool = False) -> list[Tensor]:
+    """Cut texts into blocks of `seq_len` tokens.
+
+    The texts are joined by the end-of-sequence token, and every block starts with the beginning-of-sequence token
+    where the tokenizer has one: models such as Gemma predict nonsense without it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: the documents, in order.
+        seq_len: tokens in a block, at least 8.
+        keep_tail: keep the last block though it is shorter; otherwise its tokens are dropped.
+
+    Returns:
+        int64 tensors [seq_len], the last one possibly shorter under `keep_tail`.
+    """
+    if seq_len < 8:
+        raise InputError(f"the sequence length must be at least 8 tokens, got {seq_len}")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        if stream and eos is not None:
+            stream.append(eos)
+        stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    start = [] if bos is None else [bos]
+    content = seq_len - len(start)
+    blocks = [torch.tensor(start + stream[at : at + content]) for at in range(0, len(stream), content)]
+    complete = [block for block in blocks if len(block) == seq_len]
+    # A block of one token predicts nothing.
+    return [block for block in blocks if len(block) > 1] if keep_tail else complete
+
+
+def split_blocks(blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Training blocks and held-out blocks: the last tenth of the text, at least one block.
+
+    Raises:
+        InputError: if there are fewer than two blocks.
+    """
+    if len(blocks) < 2:
+        raise InputError(
+            f"the text is too short: it gives {len(blocks)} block(s) of the sequence length, and at least two are "
+            "needed, one to train on and one held out; give more text or a smaller --seq-len"
+        )
+    held_out = max(1, len(blocks) // HELD_OUT_SHARE)
+    return list(blocks[:-held_out]), list(blocks[-held_out:])

@@ -1,0 +1,267 @@
+"""transformers: `QKernelsConfig` and the quantizer behind `from_pretrained(..., quantization_config=...)`.
+
+A float checkpoint is quantized while it is read: the model's layers stay as they are (on the meta device) until their
+weight arrives, and each is then swapped for a `QuantLinear`, so that one float weight is in memory at a time. A folder
+saved from a quantized model lists its quantized layers in `config.json`; these are swapped before the tensors are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import ops
+from ..convert import AFTER_QUANTIZE, Layer, QuantizationReport, find_layers, plan
+from ..nn import QuantLinear, float_weight
+from ..schemes import QuantScheme
+
+METHOD = "qkernels"
+
+
+@register_quantization_config(METHOD)
+class QKernelsConfig(QuantizationConfigMixin):
+    """How to quantize a transformers model: `from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))`.
+
+    Args:
+        scheme: scheme name or `QuantScheme`.
+        skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
+            (such as a head tied to the embedding) is left here too.
+        mode, grad: of the layers; see `QuantLinear`.
+        layers: name -> scheme of the quantized layers of a saved model; filled in when a model is quantized.
+
+    Raises:
+        ValueError: for an unknown scheme, mode or grad.
+        TypeError: if `skip` is a single string.
+    """
+
+    def __init__(
+        self,
+        scheme: str | QuantScheme = "w8a8",
+        skip: list[str] | None = None,
+        mode: str = "frozen",
+        grad: str = "float",
+        *,
+        layers: dict[str, str] | None = None,
+    ) -> None:
+        if isinstance(skip, str):
+            raise TypeError(f"skip must be a list of patterns, got the string {skip!r}")
+        self.quant_method = METHOD
+        self.scheme = QuantScheme.parse(scheme).name
+        self.skip = list(skip or ())
+        self.mode, self.grad = mode, grad
+        self.layers = dict(layers or {})
+        QuantLinear(1, 1, False, self.scheme, mode=mode, grad=grad, device="meta")  # refuses unknown values
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        arguments = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        return super().from_dict(arguments, return_unused_kwargs, **kwargs)
+
+
+class _QuantizeLinear(ConversionOps):
+    """Quantizes a float weight of the checkpoint that has been read, instead of handing it to the model."""
+
+    def __init__(self, quantizer: QKernelsHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict, missing_keys=None, **kwargs):
+        kept = {}
+        for name, tensor in input_dict.items():
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            if self.quantizer.quantize_parameter(name, tensor):
+                missing_keys.discard(name)
+            else:
+                kept[name] = tensor
+        return kept
+
+
+@register_quantizer(METHOD)
+class QKernelsHfQuantizer(HfQuantizer):
+    """Quantizes a float checkpoint layer by layer, or loads a saved quantized model."""
+
+    def __init__(self, quantization_config: QKernelsConfig, **kwargs) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self._layers: list[Layer] = []
+        self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
+        self._rows: dict[int, object] = {}  # by id of the layer: its row in the report
+
+    @property
+    def scheme(self) -> QuantScheme:
+        return QuantScheme.parse(self.quantization_config.scheme)
+
+    @property
+    def quantized_element_size(self) -> float:
+        group_bytes = 4 if self.scheme.symmetric else 5  # a scale, and a zero point
+        return self.scheme.weight_bits / 8 + (group_bytes / self.scheme.group_size if self.scheme.group_size else 0)
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("device_map must not offload layers to disk: qkernels cannot quantize or run them there")
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        return param_name in self._pending
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeLinear(self)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        if self.pre_quantized:
+            self._restore_layers(model)
+            return
+        config = self.quantization_config
+        self._report = QuantizationReport(config.scheme, config.mode, config.grad)
+        self._layers = plan(model, self.scheme, config.skip, None, self._report, tied=model.all_tied_weights_keys)
+        for message in self._report.warnings:
+            warnings.warn(message, stacklevel=2)
+        self._pending = {
+            f"{name}.weight": layer for layer in self._layers if layer.reason is None for name in layer.names
+        }
+
+    def quantize_parameter(self, name: str, tensor: torch.Tensor) -> bool:
+        """Swap the layer of the float weight called `name`; False if the weight does not fit or has no such layer."""
+        layer = self._pending.get(name)
+        if layer is None:
+            return False
+        for alias in layer.names:
+            del self._pending[f"{alias}.weight"]
+        if tensor.shape != layer.module.weight.shape:
+            layer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
+            return False
+        layer.module.weight = nn.Parameter(tensor, requires_grad=False)
+        config = self.quantization_config
+        try:
+            self._rows[id(layer)] = layer.convert(self.scheme, config.mode, config.grad)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+        for parameter in (layer.module.qweight, layer.module.scales, layer.module.zeros):
+            if parameter is not None:
+                parameter._is_hf_initialized = True
+        _guard_from_initialization(layer.module)
+        return True
+
+    def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+        _unguard(self._layers)
+        if self.pre_quantized:
+            self._check_restored()
+            return
+        for layer in self._pending.values():
+            layer.reason = "has no weight of its own in the checkpoint"
+        for layer in self._layers:
+            if isinstance(layer.module, QuantLinear) and not _is_loaded(layer.module.bias):
+                layer.module.bias.data.zero_()
+        self._report.rows = [self._rows.get(id(layer)) or layer.row() for layer in self._layers]
+        model.quantization_report = self._report
+        self.quantization_config.layers = _scheme_by_name(self._report, "")
+        self._layers, self._pending, self._rows = [], {}, {}
+
+    def _restore_layers(self, model) -> None:
+        """Swap the layers that the saved model says are quantized, before their tensors are read."""
+        config = self.quantization_config
+        prefix = f"{model.base_model_prefix}."
+        by_name = {name: layer for layer in find_layers(model) for name in layer.names}
+        for name, scheme in config.layers.items():
+            # The folder may have been saved from the model with a head and be loaded without, or the reverse.
+            names = (name, prefix + name, name.removeprefix(prefix))
+            layer = next((by_name[candidate] for candidate in names if candidate in by_name), None)
+            if layer is None or isinstance(layer.module, QuantLinear):
+                continue  # the layer belongs to another head, or is known by a second name
+            weight = float_weight(layer.module)
+            quantized = QuantLinear(
+                weight.shape[1],
+                weight.shape[0],
+                layer.module.bias is not None,
+                scheme,
+                mode=config.mode,
+                grad=config.grad,
+                device="meta",
+                dtype=weight.dtype,
+            )
+            layer.replace(quantized)
+            _guard_from_initialization(quantized)
+            self._layers.append(layer)
+        if not self._layers:
+            raise ValueError(
+                f"quantization_config.layers must name linear layers of {type(model).__name__}, got "
+                f"{sorted(config.layers)[:3] or 'none'}; to quantize a float checkpoint pass "
+                "quantization_config=QKernelsConfig(...) to from_pretrained"
+            )
+        config.layers = {layer.name: layer.module.scheme.name for layer in self._layers}
+
+    def _check_restored(self) -> None:
+        for layer in self._layers:
+            module = layer.module
+            for name, parameter in module.named_parameters():
+                if not _is_loaded(parameter):
+                    raise ValueError(f"{layer.name}.{name} is missing in the checkpoint or does not fit {module}")
+            ops.check_weight(module.qweight, module.scales, module.zeros, module.in_features, module.scheme)
+        self._layers = []
+
+
+def _guard_from_initialization(module: QuantLinear) -> None:
+    """Until `_unguard`, show code that initializes weights (of the layer, or from its parent) one not to be touched."""
+    weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
+    weight._is_hf_initialized = module._is_hf_initialized = True
+    vars(module)["weight"] = weight
+
+
+def _unguard(layers: list[Layer]) -> None:
+    for layer in layers:
+        vars(layer.module).pop("weight", None)
+
+
+def _is_loaded(parameter: nn.Parameter | None) -> bool:
+    return parameter is None or getattr(parameter, "_is_hf_initialized", False)
+
+
+def _scheme_by_name(report: QuantizationReport, prefix: str) -> dict[str, str]:
+    """Scheme of each quantized layer below `prefix`, by its name below it and without PEFT's wrappers."""
+    return {
+        row.name.removeprefix(prefix).replace(".base_layer", ""): row.scheme
+        for row in report.rows
+        if row.scheme is not None and row.name.startswith(prefix)
+    }
+
+
+def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
+    """After `quantize_`: record the quantized layers in the model's config, so that a saved folder can be loaded."""
+    covered: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, transformers.PreTrainedModel) or id(module) in covered:
+            continue
+        covered.update(id(submodule) for submodule in module.modules())
+        layers = _scheme_by_name(report, f"{name}." if name else "")
+        config = getattr(module.config, "quantization_config", None)
+        if isinstance(config, QKernelsConfig):
+            config.layers.update(layers)
+        elif config is None and layers:
+            module.config.quantization_config = QKernelsConfig(
+                report.scheme, mode=report.mode, grad=report.grad, layers=layers
+            )
+        elif layers:
+            warnings.warn(
+                "the model has another quantization_config already: a folder saved from it will not load the layers "
+                "that qkernels quantized",
+                stacklevel=3,
+            )
+
+
+AFTER_QUANTIZE.append(_attach_config)

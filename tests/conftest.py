@@ -1,0 +1,27 @@
+"""Shared settings: deterministic data, two threads, and one fixture that runs a test on every instruction set."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+from qkernels import isa
+
+hypothesis.settings.register_profile("qkernels", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("qkernels")
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=isa.supported())
+def each_isa(request):
+    """Runs the test once per instruction set this CPU has; the value is its name."""
+    with isa.force(request.param):
+        yield request.param

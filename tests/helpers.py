@@ -1,0 +1,84 @@
+"""Comparison to the bit, error bounds of float sums, and Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+INTEGER_VIEW = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
+INTEGER_VIEW[torch.float16] = torch.int16
+
+UNIT_ROUNDOFF = 2.0**-24  # of float32
+# Roundings of a float product besides its n - 1 additions and n products: the scaled weight element, the scale of the
+# group or of the whole sum, the sum over groups and the bias.
+EXTRA_ROUNDINGS = 4
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Elementwise: equal bits, or both NaN (payloads are not promised)."""
+    if not a.is_floating_point():
+        return a == b
+    view = INTEGER_VIEW[a.dtype]
+    return (a.contiguous().view(view) == b.contiguous().view(view)) | (a.isnan() & b.isnan())
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, label: str = "") -> None:
+    """Fail, telling the first element that differs, unless both tensors hold the same bits."""
+    assert actual.dtype == expected.dtype, f"{label}: {actual.dtype} instead of {expected.dtype}"
+    assert actual.shape == expected.shape, f"{label}: {list(actual.shape)} instead of {list(expected.shape)}"
+    differing = (~same_bits(actual, expected)).nonzero()
+    if len(differing):
+        first = tuple(differing[0].tolist())
+        raise AssertionError(
+            f"{label}: {len(differing)} of {actual.numel()} elements differ; first at {first}: "
+            f"{actual[first].item()!r} instead of {expected[first].item()!r}"
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the reference, whose many small operations only lose by waking another thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def gamma(terms: int) -> float:
+    """The bound of the relative error after `terms` float32 roundings (Higham, Accuracy and Stability, 3.1)."""
+    return terms * UNIT_ROUNDOFF / (1 - terms * UNIT_ROUNDOFF)
+
+
+def assert_within_float_bound(actual, x, weight, bias=None, label: str = "") -> None:
+    """Check `actual` against `x @ weight.T + bias` computed in float32 in any order and rounded once at the end.
+
+    x [M, K] and weight [N, K] are the exact factors in float64; the bound holds for any order of summation.
+    """
+    with one_thread():
+        exact, magnitude = x @ weight.t(), x.abs() @ weight.abs().t()
+    if bias is not None:
+        exact, magnitude = exact + bias, magnitude + bias.abs()
+    terms = x.shape[1] + EXTRA_ROUNDINGS
+    bound = gamma(terms) * magnitude + terms * 2.0**-149
+    info = torch.finfo(actual.dtype)
+    if actual.dtype != torch.float32:
+        bound = bound + (exact.abs() + bound) * (info.eps / 2) + info.smallest_normal * info.eps
+    error = (actual.to(torch.float64) - exact).abs()
+    assert actual.isfinite().all(), f"{label}: not finite"
+    if error.numel():
+        worst = (error / bound.clamp(min=1e-300)).max().item()
+        assert worst <= 1.0, f"{label}: error is {worst:.3g} times its bound"
+
+
+def run_python(code: str, timeout: float = 120, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Run `code` in a new interpreter; `env` is added to the environment."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}
+    )
+    assert not check or result.returncode == 0, f"exit {result.returncode}\n{result.stdout}{result.stderr}"
+    return result

@@ -1,0 +1,191 @@
+"""Sample arguments for every op: shapes, dtypes, layouts and values drawn with a seed for each scheme.
+
+Shapes, dtypes and layouts are paired at random rather than multiplied out; over the schemes every pair occurs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from helpers import one_thread
+from torch import Tensor
+
+from qkernels import QuantScheme, reference
+from qkernels.quantize import FLOAT_DTYPES, weight_integers
+
+SCHEMES = QuantScheme.names()
+INT_SCHEMES = [name for name in SCHEMES if QuantScheme.parse(name).int_activations]
+FLOAT_SCHEMES = [name for name in SCHEMES if not QuantScheme.parse(name).int_activations]
+
+# 0, 1, odd, one less and one more than the edges of tiles, row groups and K steps of the kernels, and large.
+ROWS = (0, 1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 25, 33, 64, 65, 70, 130)
+OUT_FEATURES = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 65, 100, 129)
+IN_FEATURES = (1, 2, 3, 4, 5, 7, 31, 32, 33, 63, 64, 65, 95, 127, 128, 129, 191, 193, 255, 257, 300)
+LARGE = ((129, 259, 1030), (1, 1001, 2051), (40, 515, 771), (300, 70, 600))
+
+LAYOUTS = ("contiguous", "contiguous", "transposed", "columns", "window", "offset")
+
+
+class Sample(NamedTuple):
+    """The arguments of one call, and what they are, for the message of a failing test."""
+
+    args: tuple
+    label: str
+
+
+def relayout(matrix: Tensor, layout: str) -> Tensor:
+    """The same values with other strides or another alignment."""
+    if layout == "transposed":
+        return matrix.t().contiguous().t()
+    rows, columns = matrix.shape
+    if layout == "columns":  # every second column
+        out = matrix.new_zeros(rows, 2 * columns)[:, ::2]
+    elif layout == "window":  # of a wider matrix
+        out = matrix.new_zeros(rows, columns + 3)[:, 1 : columns + 1]
+    elif layout == "offset":  # contiguous, but not aligned to a vector
+        out = matrix.new_zeros(rows * columns + 1)[1:].view(rows, columns)
+    else:
+        return matrix.contiguous()
+    return out.copy_(matrix)
+
+
+class Draw:
+    """Random arguments; the same seed gives the same sequence."""
+
+    def __init__(self, seed: str) -> None:
+        self.choose = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(self.choose.getrandbits(32))
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def dtype(self) -> torch.dtype:
+        return self.choose.choice(FLOAT_DTYPES)
+
+    def matrix(self, rows: int, columns: int, kind: str) -> tuple[Tensor, str]:
+        """A float matrix and the words for it."""
+        values = self.floats(rows, columns) * torch.exp2(self.floats(rows, 1) * 2)
+        if kind == "extremes":
+            values = torch.where(values < 0, -3.0, 3.0)
+        elif kind == "ties":
+            values = (values * 20).round() + 0.5
+            values[:, :1] = 127.0
+        elif kind == "special" and columns:
+            for row in range(rows):
+                value = self.choose.choice((0.0, -0.0, 1e-42, 2.0**-97, 6e4, torch.nan, torch.inf, -torch.inf))
+                columns_hit = slice(None) if self.choose.random() < 0.5 else self.choose.randrange(columns)
+                if self.choose.random() < 0.7:
+                    values[row, columns_hit] = value
+        layout, dtype = self.choose.choice(LAYOUTS), self.dtype()
+        values = relayout(values.to(dtype), layout)
+        if rows and self.choose.random() < 0.05:
+            values, layout = values[:1].expand(rows, -1), "expanded"
+        return values, f"{list(values.shape)} {dtype} {layout} {kind}"
+
+    def weight(self, out_features: int, in_features: int, scheme: QuantScheme, tiny: bool = False) -> tuple:
+        """Any storage a checkpoint may hold: the full range of integers, any sign of scale, any pad nibble."""
+        shapes = scheme.storage_shapes(in_features, out_features)
+        low, high, dtype = (-127, 128, torch.int8) if scheme.weight_bits == 8 else (0, 256, torch.uint8)
+        qweight = torch.randint(low, high, shapes["qweight"], dtype=dtype, generator=self.generator)
+        if self.choose.random() < 0.1:
+            qweight = torch.full_like(qweight, self.choose.choice((low, high - 1)))
+        scales = self.floats(*shapes["scales"]) * (2.0**-120 if tiny else 0.02)
+        zeros = None
+        if not scheme.symmetric:
+            zeros = torch.randint(0, 16, shapes["zeros"], dtype=torch.uint8, generator=self.generator)
+        if self.choose.random() < 0.15:
+            layout = self.choose.choice(LAYOUTS[2:])
+            qweight, scales = relayout(qweight, layout), relayout(scales, layout)
+            zeros = None if zeros is None else relayout(zeros, layout)
+        return qweight, scales, zeros
+
+    def bias(self, out_features: int) -> Tensor | None:
+        if self.choose.random() < 0.3:
+            return None
+        bias = self.floats(out_features).to(self.dtype())
+        return bias.repeat_interleave(2)[::2] if self.choose.random() < 0.2 else bias
+
+    def out_dtype(self) -> torch.dtype | None:
+        return self.choose.choice((None, *FLOAT_DTYPES))
+
+    def shapes(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """`count` small shapes, each list cycled in a random order, then a large one."""
+        lists = [self.choose.sample(values, len(values)) for values in (ROWS, OUT_FEATURES, IN_FEATURES)]
+        for i in range(count):
+            yield tuple(values[i % len(values)] for values in lists)
+        yield self.choose.choice(LARGE)
+
+    def kind(self, scheme: QuantScheme) -> str:
+        """Kinds of values; float products are bounded for ordinary ones only."""
+        return self.choose.choice(("normal", "extremes", "ties", "special")) if scheme.int_activations else "normal"
+
+
+def linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        x, words = draw.matrix(rows, in_features, draw.kind(scheme))
+        tiny = scheme.int_activations and draw.choose.random() < 0.1
+        weight, bias, out_dtype = draw.weight(out_features, in_features, scheme, tiny), draw.bias(out_features), None
+        if x.dtype != torch.float16:  # float16 in, float16 out: anything else may overflow the output
+            out_dtype = draw.out_dtype()
+        label = f"x {words}, N {out_features}, bias {None if bias is None else bias.dtype}, out {out_dtype}"
+        yield Sample((x, *weight, bias, scheme.name, out_dtype), label + (", tiny scales" if tiny else ""))
+
+
+def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        grad_out, words = draw.matrix(rows, out_features, "normal")
+        out_dtype = draw.out_dtype()
+        weight = draw.weight(out_features, in_features, scheme)
+        yield Sample(
+            (grad_out, *weight, in_features, scheme.name, out_dtype), f"dy {words}, K {in_features}, out {out_dtype}"
+        )
+
+
+def quantize_activation(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, _, columns in draw.shapes(count):
+        x, words = draw.matrix(rows, columns, draw.kind(scheme))
+        yield Sample((x, scheme.name), f"x {words}")
+
+
+def dequantize_weight(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        weight = draw.weight(out_features, in_features, scheme)
+        yield Sample((*weight, in_features, scheme.name), f"N {out_features}, K {in_features}")
+
+
+SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
+    "dequantize_weight": dequantize_weight,
+    "linear": linear,
+    "linear_grad_input": linear_grad_input,
+    "quantize_activation": quantize_activation,
+}
+# What activations become does not depend on the weight format.
+OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
+    "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
+}
+
+
+def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:
+    """`count` small samples and a large one for `op` under `scheme`, the same in every run."""
+    for sample in SAMPLERS[op](Draw(f"{op} {scheme}"), QuantScheme.parse(scheme), count):
+        yield sample._replace(label=f"{op} {scheme}: {sample.label}")
+
+
+@cache
+def expected(op: str, scheme: str, count: int = 8) -> list[tuple[Sample, tuple[Tensor, ...]]]:
+    """The samples with what the reference makes of them."""
+    with one_thread():
+        results = [(sample, getattr(reference, op)(*sample.args)) for sample in samples(op, scheme, count)]
+    return [(sample, result if isinstance(result, tuple) else (result,)) for sample, result in results]
+
+
+def exact_weight(qweight, scales, zeros, in_features: int, scheme: str) -> torch.Tensor:
+    """float64 [N, K]: integer times scale without rounding."""
+    parsed = QuantScheme.parse(scheme)
+    integers = weight_integers(qweight, zeros, in_features, parsed).to(torch.float64)
+    size = parsed.group_size or in_features
+    return integers * scales.to(torch.float64).repeat_interleave(size, dim=1)[:, :in_features]

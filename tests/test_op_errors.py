@@ -1,0 +1,140 @@
+"""Wrong arguments: a RuntimeError that names the argument, from the kernels and from the fake kernels alike."""
+
+import pytest
+import torch
+
+from qkernels import QuantScheme, ops
+
+ROWS, N, K = 3, 6, 40
+SCHEME = "w4a8-g32-asym"
+
+
+def arguments(op: str, scheme: str = SCHEME) -> dict:
+    shapes = QuantScheme.parse(scheme).storage_shapes(K, N)
+    integer = torch.int8 if scheme.startswith("w8") else torch.uint8
+    weight = {
+        "qweight": torch.ones(shapes["qweight"], dtype=integer),
+        "scales": torch.ones(shapes["scales"]),
+        "zeros": torch.zeros(shapes["zeros"], dtype=torch.uint8) if "zeros" in shapes else None,
+    }
+    return {
+        "quantize_activation": {"x": torch.ones(ROWS, K), "scheme": scheme},
+        "dequantize_weight": {**weight, "in_features": K, "scheme": scheme},
+        "linear": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme, "out_dtype": None},
+        "linear_grad_input": {
+            "grad_out": torch.ones(ROWS, N),
+            **weight,
+            "in_features": K,
+            "scheme": scheme,
+            "out_dtype": None,
+        },
+    }[op]
+
+
+WEIGHT = [
+    ("qweight", torch.ones(N, 20, dtype=torch.int8)),
+    ("qweight", torch.ones(N, 20)),
+    ("qweight", torch.ones(N, 19, dtype=torch.uint8)),
+    ("qweight", torch.ones(N, 40, dtype=torch.uint8)),
+    ("qweight", torch.ones(N * 20, dtype=torch.uint8)),
+    ("qweight", torch.ones(1, N, 20, dtype=torch.uint8)),
+    ("qweight", torch.ones((), dtype=torch.uint8)),
+    ("scales", torch.ones(N, 2, dtype=torch.bfloat16)),
+    ("scales", torch.ones(N, 2, dtype=torch.float64)),
+    ("scales", torch.ones(N, 1)),
+    ("scales", torch.ones(N - 1, 2)),
+    ("scales", torch.ones(2 * N)),
+    ("zeros", None),
+    ("zeros", torch.zeros(N, 2, dtype=torch.int8)),
+    ("zeros", torch.zeros(N, 1, dtype=torch.uint8)),
+    ("zeros", torch.zeros(N, dtype=torch.uint8)),
+]
+SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8s")]
+IN_FEATURES = [("in_features", 0), ("in_features", -40), ("in_features", 42)]
+OUT_DTYPES = [("out_dtype", torch.float64), ("out_dtype", torch.int8), ("out_dtype", torch.complex64)]
+
+
+def matrix(name: str, columns: int) -> list:
+    wrong = [torch.ones(ROWS, columns, dtype=d) for d in (torch.float64, torch.int32, torch.int8, torch.bool)]
+    wrong += [torch.ones(columns), torch.ones(1, ROWS, columns), torch.ones(())]
+    return [(name, value) for value in wrong]
+
+
+CASES = {
+    "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
+    "dequantize_weight": [*WEIGHT, *SCHEMES, *IN_FEATURES],
+    "linear": [
+        *matrix("x", K),
+        *WEIGHT,
+        *SCHEMES,
+        *OUT_DTYPES,
+        ("bias", torch.ones(N + 1)),
+        ("bias", torch.ones(1, N)),
+        ("bias", torch.ones(())),
+        ("bias", torch.ones(N, dtype=torch.float64)),
+        ("bias", torch.ones(N, dtype=torch.int32)),
+    ],
+    "linear_grad_input": [
+        *matrix("grad_out", N),
+        *WEIGHT,
+        *SCHEMES,
+        *IN_FEATURES,
+        *OUT_DTYPES,
+        ("grad_out", torch.ones(ROWS, N + 1)),
+    ],
+}
+
+
+def describe(value) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("op", "name", "value"),
+    [
+        pytest.param(op, *case, id=f"{op}-{case[0]}-{describe(case[1])}")
+        for op, cases in CASES.items()
+        for case in cases
+    ],
+)
+def test_wrong_argument_is_named(op, name, value, device):
+    given = {
+        key: item.to(device) if isinstance(item, torch.Tensor) else item
+        for key, item in {**arguments(op), name: value}.items()
+    }
+    # A size that no tensor fits is told by the first tensor that does not fit it.
+    pattern = {"in_features": "(in_features|qweight) must", "scheme": "(unknown scheme|scheme must)"}
+    with pytest.raises((RuntimeError, ValueError), match=rf"(^|, ){pattern.get(name, name + ' (must|is)')}"):
+        getattr(ops, op)(**given)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", ["dequantize_weight", "linear", "linear_grad_input"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a16"])
+def test_zeros_of_a_symmetric_scheme_are_refused(op, scheme, device):
+    given = {**arguments(op, scheme), "zeros": torch.zeros(N, 2, dtype=torch.uint8)}
+    given = {key: item.to(device) if isinstance(item, torch.Tensor) else item for key, item in given.items()}
+    with pytest.raises(RuntimeError, match="zeros must be None"):
+        getattr(ops, op)(**given)
+
+
+@pytest.mark.parametrize("op", ["dequantize_weight", "linear", "linear_grad_input"])
+def test_tensors_on_different_devices_are_refused(op):
+    names = [name for name, value in arguments(op).items() if isinstance(value, torch.Tensor)]
+    for name in names:
+        given = arguments(op)
+        given[name] = given[name].to("meta")
+        with pytest.raises(RuntimeError, match=r"(qweight|scales|zeros|bias) must be on (cpu|meta), got (cpu|meta)"):
+            getattr(ops, op)(**given)
+
+
+def test_missing_columns_of_linear_are_refused():
+    for device in ("cpu", "meta"):
+        given = {
+            "x": torch.ones(2, 0, device=device),
+            "qweight": torch.ones(4, 0, dtype=torch.int8, device=device),
+            "scales": torch.ones(4, 1, device=device),
+        }
+        with pytest.raises(RuntimeError, match=r"(x|in_features) must .*at least (1|one)"):
+            ops.linear(**given, zeros=None, bias=None, scheme="w8a8")

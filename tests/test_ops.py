@@ -1,0 +1,133 @@
+"""Every op on every instruction set against the reference: equal bits, or within the bound of a float sum."""
+
+import inspect
+
+import op_samples
+import pytest
+import torch
+from helpers import assert_same_bits, assert_within_float_bound
+from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
+
+from qkernels import QuantScheme, ops, reference
+
+OPS = torch.ops.qkernels
+
+
+def registered_ops() -> list[str]:
+    """Names of all schemas in our namespace."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(
+        {name.removeprefix("qkernels::").partition(".")[0] for name in names if name.startswith("qkernels::")}
+    )
+
+
+def test_all_ops_are_complete():
+    """An op without reference, fake kernel, wrapper or samples must not exist."""
+    assert registered_ops() == sorted(SAMPLERS)
+
+
+@pytest.mark.parametrize("op", registered_ops())
+def test_op_has_reference_fake_and_samples(op):
+    schema = [argument.name for argument in getattr(OPS, op).default._schema.arguments]
+    assert list(inspect.signature(getattr(reference, op)).parameters) == schema
+    assert list(inspect.signature(getattr(ops, op)).parameters) == schema
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "Meta")
+    assert all(any(samples(op, scheme, 1)) for scheme in OP_SCHEMES[op])
+
+
+@pytest.mark.parametrize("op", registered_ops())
+def test_fake_kernel_predicts_the_result(op):
+    for scheme in OP_SCHEMES[op]:
+        for args, label in samples(op, scheme, 2):
+            real = getattr(OPS, op)(*args)
+            fake = getattr(OPS, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, fake)), strict=True):
+                assert b.is_meta
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), label
+
+
+@pytest.mark.parametrize("op", registered_ops())
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym-ag64"])
+def test_opcheck(op, scheme):
+    finite = [args for args, _ in samples(op, scheme) if args[0].isfinite().all() and args[0].numel() < 30_000]
+    assert len(finite) >= 3  # opcheck compares NaN as unequal
+    for args in finite[:3]:
+        torch.library.opcheck(getattr(OPS, op).default, args)
+
+
+def assert_equals_reference(op: str, scheme: str, count: int, isa: str) -> None:
+    for (args, label), expected_results in expected(op, scheme, count):
+        results = getattr(OPS, op)(*args)
+        for a, b in zip(results if isinstance(results, tuple) else (results,), expected_results, strict=True):
+            assert_same_bits(a, b, f"{isa} {label}")
+
+
+@pytest.mark.parametrize("scheme", INT_SCHEMES)
+def test_linear_equals_reference(each_isa, scheme):
+    assert_equals_reference("linear", scheme, 10, each_isa)
+
+
+@pytest.mark.parametrize("scheme", OP_SCHEMES["quantize_activation"])
+def test_quantize_activation_equals_reference(each_isa, scheme):
+    assert_equals_reference("quantize_activation", scheme, 40, each_isa)
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_dequantize_weight_equals_reference(each_isa, scheme):
+    assert_equals_reference("dequantize_weight", scheme, 16, each_isa)
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_float_linear_is_within_its_bound(each_isa, scheme):
+    for args, label in samples("linear", scheme, 10):
+        x, *weight, bias, name, _ = args
+        bias = None if bias is None else bias.to(torch.float64)
+        exact = exact_weight(*weight, x.shape[1], name)
+        assert_within_float_bound(OPS.linear(*args), x.to(torch.float64), exact, bias, f"{each_isa} {label}")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_linear_grad_input_is_within_its_bound(each_isa, scheme):
+    for args, label in samples("linear_grad_input", scheme, 6):
+        grad_out, *weight, in_features, name, _ = args
+        exact = exact_weight(*weight, in_features, name).t()
+        gradient = OPS.linear_grad_input(*args)
+        assert_within_float_bound(gradient, grad_out.to(torch.float64), exact, None, f"{each_isa} {label}")
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_non_finite_rows_of_float_products(each_isa, scheme):
+    """NaN and Inf come out where a float product has them, and nowhere else."""
+    for rows, out_features, in_features in ((1, 5, 33), (9, 17, 65), (70, 33, 100)):
+        draw = op_samples.Draw(f"non-finite {scheme} {rows}")
+        x, weight = draw.floats(rows, in_features), draw.weight(out_features, in_features, QuantScheme.parse(scheme))
+        x[0, in_features // 2], x[rows // 2, 0], x[rows - 1, -1] = torch.nan, torch.inf, -torch.inf
+        actual = OPS.linear(x, *weight, None, scheme)
+        expected = x.double() @ exact_weight(*weight, in_features, scheme).t()
+        broken = ~expected.isfinite()
+        assert_same_bits(actual[broken], expected[broken].float(), f"{each_isa} {scheme} forward")
+        assert actual[~broken].isfinite().all()
+
+        grad_out = draw.floats(rows, out_features)
+        grad_out[0, out_features // 2], grad_out[rows - 1, -1] = torch.nan, torch.inf
+        actual = OPS.linear_grad_input(grad_out, *weight, in_features, scheme)
+        expected = grad_out.double() @ exact_weight(*weight, in_features, scheme)
+        broken = ~expected.isfinite()
+        assert_same_bits(actual[broken], expected[broken].float(), f"{each_isa} {scheme} backward")
+        assert actual[~broken].isfinite().all()
+
+
+@pytest.mark.parametrize("op", registered_ops())
+def test_instruction_sets_share_no_state(op):
+    """A call leaves its arguments as they were and returns fresh, contiguous memory."""
+    for scheme in OP_SCHEMES[op][:: len(OP_SCHEMES[op]) // 4]:
+        for args, label in samples(op, scheme, 3):
+            before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            first, second = getattr(OPS, op)(*args), getattr(OPS, op)(*args)
+            for a, b in zip(args, before, strict=True):
+                if isinstance(a, torch.Tensor):
+                    assert_same_bits(a, b, label)
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (first, second)), strict=True):
+                assert_same_bits(a, b, label)
+                assert a.is_contiguous()
+                assert a.numel() == 0 or a.data_ptr() != b.data_ptr()

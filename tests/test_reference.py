@@ -1,0 +1,123 @@
+"""The reference itself, against the numeric rules written in NumPy, and integer sums at their limits."""
+
+import numpy as np
+import numpy_rules as rules
+import op_samples
+import pytest
+import torch
+from helpers import assert_same_bits, assert_within_float_bound, one_thread
+from op_samples import FLOAT_SCHEMES, INT_SCHEMES
+
+from qkernels import QuantScheme, ops, reference
+from qkernels.quantize import MAX_REDUCTION
+
+
+def to_numpy(tensor):
+    return None if tensor is None else tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+@pytest.mark.parametrize("scheme", INT_SCHEMES)
+def test_linear_follows_the_rules(scheme):
+    torch.set_num_threads(1)
+    for (x, qweight, scales, zeros, bias, name, _), label in [*op_samples.samples("linear", scheme, 6)][:-1]:
+        arrays = [None if t is None else to_numpy(t).numpy() for t in (x, qweight, scales, zeros, bias)]
+        arrays[0] = np.ascontiguousarray(arrays[0])
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = rules.linear(*arrays, QuantScheme.parse(name))
+        args = (x, qweight, scales, zeros, bias, name)
+        assert_same_bits(reference.linear(*args, torch.float32), torch.from_numpy(expected), label)
+        bits = torch.from_numpy(rules.bfloat16_bits(expected).view(np.int16)).view(torch.bfloat16)
+        assert_same_bits(reference.linear(*args, torch.bfloat16), bits, label)
+        with np.errstate(over="ignore"):
+            half = torch.from_numpy(expected.astype(np.float16))
+        assert_same_bits(reference.linear(*args, torch.float16), half, label)
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_float_products_are_within_their_bound(scheme):
+    torch.set_num_threads(1)
+    for args, label in op_samples.samples("linear", scheme, 4):
+        x, *weight, bias, name, _ = args
+        exact, bias = op_samples.exact_weight(*weight, x.shape[1], name), None if bias is None else bias.double()
+        assert_within_float_bound(reference.linear(*args), x.double(), exact, bias, label)
+    for args, label in op_samples.samples("linear_grad_input", scheme, 4):
+        grad_out, *weight, in_features, name, _ = args
+        exact = op_samples.exact_weight(*weight, in_features, name).t()
+        assert_within_float_bound(reference.linear_grad_input(*args), grad_out.double(), exact, None, label)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_16_bit_value_is_read_and_written_exactly(each_isa, dtype):
+    """x = v as the only column and a weight of 1 gives 127 * scale; subnormals and the largest values included."""
+    if dtype == torch.float32:
+        values = torch.randint(-(2**31), 2**31 - 1, (2**16,), dtype=torch.int32).view(torch.float32)
+    else:
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = (torch.tensor([[127]], dtype=torch.int8), torch.tensor([[1 / 127]]), None)
+    for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        args = (values[:, None], *weight, None, "w8a8", out_dtype)
+        assert_same_bits(ops.linear(*args), reference.linear(*args), f"{each_isa} {dtype} to {out_dtype}")
+    q, scales = ops.quantize_activation(values[:, None], "w8a8")
+    expected_q, expected_scales = reference.quantize_activation(values[:, None], "w8a8")
+    assert_same_bits(q, expected_q, f"{each_isa} {dtype}")
+    assert_same_bits(scales, expected_scales, f"{each_isa} {dtype}")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-asym", "w4a8-g128-asym", "w8a8-ag128"])
+@pytest.mark.parametrize("rows", [1, 3, 13])
+def test_sums_at_the_limit_are_exact(each_isa, scheme, rows):
+    """|q| = 127 everywhere at the largest K: the int32 sum is 131072 * 127 * 127 = 2^31 - 33423360."""
+    parsed, columns = QuantScheme.parse(scheme), MAX_REDUCTION
+    x = torch.ones(rows, columns)
+    x[rows // 2] = -1.0
+    shapes = parsed.storage_shapes(columns, 3)
+    if parsed.weight_bits == 8:
+        qweight, extreme = torch.full(shapes["qweight"], 127, dtype=torch.int8), 127
+        qweight[1] = -127
+    else:
+        qweight, extreme = torch.full(shapes["qweight"], 0xFF, dtype=torch.uint8), 7 if parsed.symmetric else 15
+        qweight[1] = 0
+    zeros = None if parsed.symmetric else torch.zeros(shapes["zeros"], dtype=torch.uint8)
+    if zeros is not None:
+        zeros[1] = 15
+    args = (x, qweight, torch.ones(shapes["scales"]), zeros, None, scheme)
+    out = ops.linear(*args)
+    with one_thread():
+        assert_same_bits(out, reference.linear(*args), f"{each_isa} {scheme}")
+    if not parsed.group_size and not parsed.act_group_size:
+        top = np.float32(columns * 127 * extreme) * (np.float32(1) / np.float32(127))
+        assert out[-1 if rows > 1 else 0, 0].abs().item() == top
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sums_beyond_the_limit_are_refused(scheme, device):
+    columns = MAX_REDUCTION + 1
+    shapes = QuantScheme.parse(scheme).storage_shapes(columns, 1)
+    qweight = torch.zeros(shapes["qweight"], dtype=torch.int8 if scheme == "w8a8" else torch.uint8, device=device)
+    x, scales = torch.ones(1, columns, device=device), torch.ones(shapes["scales"], device=device)
+    with pytest.raises(RuntimeError, match="in_features must be at most 131072"):
+        ops.linear(x, qweight, scales, None, None, scheme)
+
+
+def test_groups_are_added_in_ascending_order(each_isa):
+    """Group sums 2^24, 1, 1, -2^24 and so on: another order, or fused additions, would give another float."""
+    big, one = 127.0, 127.0 / 2**20
+    x = torch.cat([torch.full((1, 32), v) for v in (big, one, one, -big, one, big, one, -big)], dim=1).repeat(70, 1)
+    for rows in (1, 9, 70):
+        for name in ("w8a8-g32-ag32", "w4a8-g32-asym-ag32", "w8a8-ag32"):
+            scheme = QuantScheme.parse(name)
+            draw = op_samples.Draw(f"order {name}")
+            args = (x[:rows], *draw.weight(19, x.shape[1], scheme), None, name)
+            assert_same_bits(ops.linear(*args), reference.linear(*args), f"{each_isa} {name} {rows}")
+
+
+def test_scales_are_multiplied_before_the_sum(each_isa):
+    """acc * (x_scale * w_scale) and (acc * x_scale) * w_scale round differently for most of these values."""
+    draw = op_samples.Draw("product order")
+    x, weight = draw.floats(70, 40), draw.weight(50, 40, QuantScheme.parse("w8a8"))
+    qx, x_scales = reference.quantize_activation(x, "w8a8")
+    acc = (qx.double() @ weight[0].double().t()).float()
+    out = ops.linear(x, *weight, None, "w8a8")
+    assert_same_bits(out, acc * (x_scales * weight[1].t()), each_isa)
+    assert not torch.equal(out, (acc * x_scales) * weight[1].t())
