@@ -1,7 +1,7 @@
 """Times one linear layer against torch: forward and input gradient, interleaved in one process, as medians.
 
-Every product is checked against the reference before it is timed. Writes one JSON file per machine and thread count into
-benchmarks/results/, which is what the README quotes.
+Every product is checked against the reference before it is timed. Writes one JSON file per machine and thread count
+into benchmarks/results/, which is what the README quotes.
 """
 
 from __future__ import annotations

@@ -161,7 +161,8 @@ def test_preparation_for_low_bit_training_keeps_the_quantized_weights():
     after = storage(model)
     for name, tensor in before.items():
         assert_same_bits(after[name].to(tensor.dtype), tensor, name)
-    assert train(with_lora(model), steps=2)[-1] > 0
+    losses = train(with_lora(model))
+    assert losses[-1] < losses[0] - 0.02
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -280,7 +281,8 @@ def test_variants_that_need_the_float_weight_are_refused(options, message):
 
 
 def test_gaussian_initialization_and_rank_stabilization_work():
-    assert train(with_lora(quantized(), init_lora_weights="gaussian", use_rslora=True))[-1] > 0
+    losses = train(with_lora(quantized(), init_lora_weights="gaussian", use_rslora=True))
+    assert losses[-1] < losses[0] - 0.02
 
 
 @pytest.mark.filterwarnings(ROUNDS)
@@ -293,7 +295,8 @@ def test_model_with_adapters_can_be_quantized_afterwards():
     assert len(report.quantized) == 15
     assert (logits(model) - separate).norm() < 0.05 * separate.norm()
     before = storage(model)
-    assert train(copy.deepcopy(model))[-1] > 0
+    losses = train(copy.deepcopy(model))
+    assert losses[-1] < losses[0] - 0.02
     separate = logits(model)
     model.merge_adapter()
     assert (logits(model) - separate).norm() < 0.03 * separate.norm()

@@ -358,6 +358,15 @@ def test_device_map_counts_quantized_bytes(folder):
     assert model.hf_quantizer.quantized_element_size == 0.5 + 5 / 32
 
 
+def test_config_of_another_folder_does_not_stay_in_a_new_model(folder):
+    model = build("llama")
+    qk.quantize_(model, "w8a8")
+    config = transformers.AutoConfig.from_pretrained(folder(model))
+    fresh = LlamaForCausalLM(config).eval()
+    qk.quantize_(fresh, "w4a8-g32", skip=["lm_head"])
+    assert_same_bits(logits(LlamaForCausalLM.from_pretrained(folder(fresh, "fresh"))), logits(fresh))
+
+
 def test_another_quantization_is_not_overwritten(folder):
     model = build("llama")
     model.config.quantization_config = {"quant_method": "gptq"}

@@ -18,7 +18,7 @@ import warnings
 from types import ModuleType
 
 # Library, and name of the integration -> the oldest version it works with.
-_OLDEST = {"transformers": (5, 20), "peft": (0, 21)}
+_OLDEST = {"transformers": (5, 23), "peft": (0, 21)}
 # Module of the library that the integration extends -> the library.
 _EXTENDED = {"transformers.quantizers.auto": "transformers", "peft.tuners.lora.model": "peft"}
 

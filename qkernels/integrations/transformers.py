@@ -76,9 +76,9 @@ class _QuantizeLinear(ConversionOps):
         kept = {}
         for name, tensor in input_dict.items():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            if self.quantizer.quantize_parameter(name, tensor):
-                missing_keys.discard(name)
-            else:
+            done = self.quantizer.quantize_parameter(name, tensor)
+            missing_keys.difference_update(done)
+            if not done:
                 kept[name] = tensor
         return kept
 
@@ -136,16 +136,21 @@ class QKernelsHfQuantizer(HfQuantizer):
             f"{name}.weight": layer for layer in self._layers if layer.reason is None for name in layer.names
         }
 
-    def quantize_parameter(self, name: str, tensor: torch.Tensor) -> bool:
-        """Swap the layer of the float weight called `name`; False if the weight does not fit or has no such layer."""
+    def quantize_parameter(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """Swap the layer of the float weight called `name`.
+
+        Returns:
+            The names of the weight, which the model no longer misses; none if it does not fit or has no such layer.
+        """
         layer = self._pending.get(name)
         if layer is None:
-            return False
-        for alias in layer.names:
-            del self._pending[f"{alias}.weight"]
+            return []
+        keys = [f"{alias}.weight" for alias in layer.names]
+        for key in keys:
+            del self._pending[key]
         if tensor.shape != layer.module.weight.shape:
             layer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
-            return False
+            return []
         layer.module.weight = nn.Parameter(tensor, requires_grad=False)
         config = self.quantization_config
         try:
@@ -156,7 +161,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             if parameter is not None:
                 parameter._is_hf_initialized = True
         _guard_from_initialization(layer.module)
-        return True
+        return keys
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
         _unguard(self._layers)
@@ -250,6 +255,8 @@ def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
         covered.update(id(submodule) for submodule in module.modules())
         layers = _scheme_by_name(report, f"{name}." if name else "")
         config = getattr(module.config, "quantization_config", None)
+        if isinstance(config, dict) and config.get("quant_method") == METHOD:
+            config = None  # of the folder that the config was read from, not of this model
         if isinstance(config, QKernelsConfig):
             config.layers.update(layers)
         elif config is None and layers:
