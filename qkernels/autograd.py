@@ -59,8 +59,9 @@ def quant_linear(
     Returns:
         [..., N] of `out_dtype` or x.dtype.
     """
-    flat = x.reshape(-1, x.shape[-1])
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     function = _FrozenLinear.apply if needs_grad else ops.linear
-    out = function(flat, qweight, scales, zeros, bias, scheme, out_dtype)
+    if x.dim() == 2:
+        return function(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    out = function(x.reshape(-1, x.shape[-1]), qweight, scales, zeros, bias, scheme, out_dtype)
     return out.reshape(*x.shape[:-1], qweight.shape[0])

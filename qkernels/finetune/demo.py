@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError
 from .measure import environment
 from .models import DEMO, fast_bf16, require
-from .report import MARKER, PLOT, megabytes, plot_losses, write_json
+from .report import MARKER, PLOT, plot_losses, write_json
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
+LEGEND = (
+    "held-out perplexity: float, after quantization (quantized), after fine-tuning (tuned); peak MB: memory while "
+    "training; x: speed-up of a step"
+)
 PROMPT = "A for statement is used to iterate over"
 FLOAT, INT8, INT4, GROUPED = "float", "w8a8", "w4a8-g32-asym", "w8a8-ag128"
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
@@ -200,14 +205,14 @@ def checks(rows: list[dict[str, Any]], float_dtype: str) -> list[dict[str, Any]]
 
 COLUMNS = {
     "configuration": ("configuration", str),
-    "perplexity_float": ("perplexity, float", "{:.2f}".format),
+    "perplexity_float": ("float", "{:.2f}".format),
     "perplexity_quantized": ("quantized", "{:.2f}".format),
-    "perplexity_finetuned": ("fine-tuned", "{:.2f}".format),
-    "seconds_per_step": ("s / step", "{:.2f}".format),
-    "peak_memory_bytes": ("peak memory", megabytes),
-    "model_bytes": ("model", megabytes),
+    "perplexity_finetuned": ("tuned", "{:.2f}".format),
+    "seconds_per_step": ("s/step", "{:.2f}".format),
+    "peak_memory_bytes": ("peak MB", lambda count: f"{count / 1e6:.0f}"),
+    "model_bytes": ("model MB", lambda count: f"{count / 1e6:.0f}"),
     "speedup_over_bfloat16": ("x bf16", "{:.2f}".format),
-    "speedup_over_float32": ("x float32", "{:.2f}".format),
+    "speedup_over_float32": ("x fp32", "{:.2f}".format),
 }
 
 
@@ -223,8 +228,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# {TITLE}",
         "",
         f"{budget['steps']} steps of {budget['seq_len']} tokens, rank {budget['lora_rank']}, learning rate "
-        f"{budget['lr']:g}; {where['cpu']}, {where['threads']} threads, instruction set {where['isa']}. "
-        f"{report['note'].capitalize()}.",
+        f"{budget['lr']:g}; {where['cpu']}, {where['threads']} threads, instruction set {where['isa']}; "
+        f"{report['note']}. {LEGEND}.",
         "",
         "| " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
         "| --- |" + " ---: |" * (len(COLUMNS) - 1),
@@ -248,9 +253,11 @@ def _check_lines(report: dict[str, Any]) -> list[str]:
 
 def _show(report: dict[str, Any]) -> None:
     console = Console(markup=False, highlight=False)
-    table = Table(title=TITLE, caption=report["note"])
+    table = Table(
+        title=TITLE, caption=f"{LEGEND}\n{report['note']}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for index, (title, _) in enumerate(COLUMNS.values()):
-        table.add_column(title, justify="right" if index else "left")
+        table.add_column(title, justify="right" if index else "left", no_wrap=True)
     for row in report["rows"]:
         table.add_row(*cells(row))
     console.print(table)
