@@ -135,29 +135,41 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     if scheme.weight_bits == 8:
         q, scales = _int8_groups(groups)
         return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    if scheme.symmetric:
-        extreme = torch.where(-low > high, low, high)
-        usable = extreme.abs() >= TINY
-        safe = torch.where(usable, extreme, 1.0)
-        scales = torch.where(usable, _divide(safe, -8.0), 1.0)
-        inverse = torch.where(usable, _divide(-8.0, safe), 0.0)
-        q = (groups * inverse.unsqueeze(-1)).round().clamp(-8, 7) + 8
-        zeros = None
+    scales, inverse, zeros = int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), scheme.symmetric)
+    nibbles = int4_nibbles(groups, inverse.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)[:, :in_features]
+    return QuantizedWeight(pack_int4(nibbles), scales, None if scheme.symmetric else zeros.to(torch.uint8))
+
+
+def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 3: scale, its inverse and zero point (8 for symmetric groups) of groups with this minimum and maximum.
+
+    Args:
+        low, high: float32, of any common shape.
+
+    Returns:
+        Three float32 tensors of that shape.
+
+    Raises:
+        ValueError: if high - low overflows (asymmetric groups).
+    """
+    if symmetric:
+        span, levels = torch.where(-low > high, low, high), -8.0
     else:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        span = high - low
+        span, levels = high - low, 15.0
         if not span.isfinite().all():
             raise ValueError("weight range of a group must be finite in float32, got max - min = Inf")
-        usable = span >= TINY
-        safe = torch.where(usable, span, 1.0)
-        scales = torch.where(usable, _divide(safe, 15.0), 1.0)
-        inverse = torch.where(usable, _divide(15.0, safe), 0.0)
-        zero = (-low * inverse).round().clamp(0, 15)
-        q = ((groups * inverse.unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, 15)
-        zeros = zero.to(torch.uint8)
-    nibbles = q.to(torch.uint8).flatten(1)[:, :in_features]
-    return QuantizedWeight(pack_int4(nibbles), scales.to(torch.float32), zeros)
+    usable = span.abs() >= TINY
+    safe = torch.where(usable, span, 1.0)
+    scales = torch.where(usable, _divide(safe, levels), 1.0)
+    inverse = torch.where(usable, _divide(levels, safe), 0.0)
+    zeros = torch.full_like(span, 8.0) if symmetric else (-low * inverse).round().clamp(0, 15)
+    return scales, inverse, zeros
+
+
+def int4_nibbles(weight: Tensor, inverse: Tensor, zeros: Tensor) -> Tensor:
+    """uint8 values 0..15 of float32 weights, given the parameters of their groups (broadcast)."""
+    return ((weight * inverse).round() + zeros).clamp(0, 15).to(torch.uint8)
 
 
 def weight_integers(qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme) -> Tensor:

@@ -193,6 +193,21 @@ class TestFinetune:
         assert set(report["perplexity"]) == {"quantized", "finetuned"}
         assert {row["name"]: row["reason"] for row in report["quantization"]["rows"]}["lm_head"].startswith("tied")
 
+    def test_calibrated_base_is_saved_with_its_adapter(self, llama, text, tmp_path):
+        output = tmp_path / "run"
+        held_out = ("--eval-text", text, "--eval-blocks", 4)
+        result = small_run(llama, text, output, "--scheme", "w4a8-g32-asym", "--calibration-blocks", 3, *held_out)
+        assert result.exit_code == 0, result.output
+        expected = json.loads((output / "report.json").read_text())["perplexity"]["finetuned"]
+        again = invoke(
+            "eval", output / "base", text, "--adapter", output, "--seq-len", 16, "--eval-blocks", 4,
+            "--dtype", "float32", "--json",
+        )  # fmt: skip
+        assert again.exit_code == 0, again.output
+        assert json.loads(again.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a8", "--calibration-blocks", 3)
+        assert_refused(refused, "--calibration-blocks", "w4", "w8a8")
+
     def test_full_writes_a_model_that_loads(self, llama, text, tmp_path):
         output = tmp_path / "run"
         result = small_run(llama, text, output, "--scheme", "none", "--method", "full", "--schedule", "constant")

@@ -34,6 +34,10 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of the adapters' start and of the order of the blocks.")] = 0,
     dtype: Dtype = "auto",
     eval_blocks: Annotated[int, typer.Option(help="Held-out blocks to use at most; 0: no evaluation.")] = 64,
+    calibration_blocks: Annotated[
+        int,
+        typer.Option(help="Training blocks to calibrate the rounding of w4 weights on (GPTQ); the base is then saved."),
+    ] = 0,
     baseline: Annotated[bool, typer.Option(help="Evaluate the float model too, before it is quantized.")] = True,
     cache: Cache = None,
 ) -> None:
@@ -63,6 +67,7 @@ def finetune(
         seed=seed,
         dtype=dtype,
         eval_blocks=eval_blocks,
+        calibration_blocks=calibration_blocks,
         baseline=baseline,
         cache=cache or default_cache(),
     )

@@ -21,7 +21,7 @@ from .report import MARKER, PLOT, plot_losses, write_json
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
-    "held-out perplexity: float, after quantization (quantized), after fine-tuning (tuned); peak MB: memory while "
+    "held-out perplexity: float, after quantization (quant), after fine-tuning (tuned); MB: model; peak MB: while "
     "training; x: speed-up of a step"
 )
 PROMPT = "A for statement is used to iterate over"
@@ -44,6 +44,7 @@ class Budget:
     lr: float = 5e-4
     lora_rank: int = 16
     timing_steps: int = 3  # for the float dtype that is only timed
+    calibration_blocks: int = 32  # for 4 bits
 
 
 FULL = Budget(steps=60, eval_blocks=32, new_tokens=40)
@@ -104,6 +105,7 @@ class Demo:
             f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
             "--seq-len", budget.seq_len, "--lr", budget.lr, "--lora-rank", budget.lora_rank,
+            "--calibration-blocks", budget.calibration_blocks if scheme == INT4 else 0,
             "--baseline" if scheme == "none" else "--no-baseline",
         )  # fmt: skip
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -206,11 +208,11 @@ def checks(rows: list[dict[str, Any]], float_dtype: str) -> list[dict[str, Any]]
 COLUMNS = {
     "configuration": ("configuration", str),
     "perplexity_float": ("float", "{:.2f}".format),
-    "perplexity_quantized": ("quantized", "{:.2f}".format),
+    "perplexity_quantized": ("quant", "{:.2f}".format),
     "perplexity_finetuned": ("tuned", "{:.2f}".format),
     "seconds_per_step": ("s/step", "{:.2f}".format),
     "peak_memory_bytes": ("peak MB", lambda count: f"{count / 1e6:.0f}"),
-    "model_bytes": ("model MB", lambda count: f"{count / 1e6:.0f}"),
+    "model_bytes": ("MB", lambda count: f"{count / 1e6:.0f}"),
     "speedup_over_bfloat16": ("x bf16", "{:.2f}".format),
     "speedup_over_float32": ("x fp32", "{:.2f}".format),
 }

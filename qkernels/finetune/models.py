@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import inspect
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..convert import QuantizationReport, quantize_
 from ..schemes import QuantScheme
@@ -165,14 +166,24 @@ def check_scheme(scheme: str) -> None:
             raise InputError(str(error)) from error
 
 
-def quantize(model: nn.Module, scheme: str) -> QuantizationReport:
+def quantize(model: nn.Module, scheme: str, calibration: Sequence[Tensor] = ()) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
+
+    Args:
+        model, scheme: as in `quantize_`.
+        calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
 
     Raises:
         InputError: naming the layer.
     """
+    inputs: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1  # the head is not quantized by what it would say about every token
+    from tqdm import tqdm
+
+    batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
-        return quantize_(model, scheme)
+        return quantize_(model, scheme, calibration=tqdm(batches, desc=f"calibrating {scheme}") if batches else None)
     except ValueError as error:
         raise InputError(str(error)) from error
 

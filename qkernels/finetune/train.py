@@ -28,6 +28,9 @@ from .models import (
 from .report import MARKER, write_report
 from .text import read_texts, split_blocks, token_blocks
 
+# Folder below the output that holds the quantized base model, where it was calibrated.
+BASE = "base"
+
 
 @dataclass
 class FinetuneSettings:
@@ -49,6 +52,7 @@ class FinetuneSettings:
     seed: int = 0
     dtype: str = "auto"
     eval_blocks: int = 64
+    calibration_blocks: int = 0
     baseline: bool = True
     cache: Path = field(default_factory=default_cache)
 
@@ -80,7 +84,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     if eval_blocks and settings.baseline:
         measured["float"] = perplexity(model, eval_blocks, label="held-out, float")
     if settings.scheme != "none":
-        quantized = quantize(model, settings.scheme)
+        quantized = quantize(model, settings.scheme, _calibration_blocks(settings, train_blocks))
         report["quantization"] = quantized.to_dict()
         if eval_blocks:
             measured["quantized"] = perplexity(model, eval_blocks, label=f"held-out, {settings.scheme}")
@@ -97,13 +101,24 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     model.save_pretrained(settings.output)
     if settings.method == "full":
         tokenizer.save_pretrained(settings.output)
+    elif settings.calibration_blocks:  # the adapter belongs to this very base, which depends on the text
+        model.unload().save_pretrained(settings.output / BASE)
+        tokenizer.save_pretrained(settings.output / BASE)
     write_report(settings.output, report)
     return report
+
+
+def _calibration_blocks(settings: FinetuneSettings, train_blocks: list[Tensor]) -> list[Tensor]:
+    """Training blocks spread evenly over the text."""
+    count = min(settings.calibration_blocks, len(train_blocks))
+    return [train_blocks[index * len(train_blocks) // count] for index in range(count)]
 
 
 def _check(settings: FinetuneSettings) -> None:
     """Everything that can be refused before slow work starts."""
     check_scheme(settings.scheme)
+    if settings.calibration_blocks and not settings.scheme.startswith("w4"):
+        raise InputError(f"--calibration-blocks is for w4 schemes, and the scheme is {settings.scheme!r}")
     if settings.method == "full" and settings.scheme != "none":
         raise InputError(
             f"full fine-tuning trains float weights, but the scheme is {settings.scheme!r}: "
@@ -111,7 +126,14 @@ def _check(settings: FinetuneSettings) -> None:
         )
     if not settings.text:
         raise InputError("no text to train on: give at least one file with --text")
-    for name, least in (("steps", 1), ("batch_size", 1), ("lora_rank", 1), ("warmup_steps", 0), ("eval_blocks", 0)):
+    for name, least in (
+        ("steps", 1),
+        ("batch_size", 1),
+        ("lora_rank", 1),
+        ("warmup_steps", 0),
+        ("eval_blocks", 0),
+        ("calibration_blocks", 0),
+    ):
         value = getattr(settings, name)
         if value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -1,0 +1,126 @@
+"""Calibrated rounding (GPTQ): same format, smaller error of the outputs."""
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels as qk
+from qkernels import calibrate, reference
+
+SCHEMES = ["w4a16", "w4a16-asym", "w4a8-g32", "w4a8-g32-asym", "w4a16-g128-asym"]
+
+
+def layer(rows: int = 48, columns: int = 200, tokens: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] and correlated inputs [T, K], as activations of a model are."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns // 4, columns, generator=generator)
+    x = torch.randn(tokens, columns // 4, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator), x + 0.3 * torch.randn(x.shape, generator=generator)
+
+
+def output_error(x: torch.Tensor, weight: torch.Tensor, stored: qk.QuantizedWeight, scheme: str) -> float:
+    dequantized = qk.dequantize_weight(*stored, weight.shape[1], scheme)
+    return ((x @ (dequantized - weight).t()).norm() / (x @ weight.t()).norm()).item()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_outputs_change_less_than_by_rounding_to_nearest(scheme):
+    weight, x = layer()
+    nearest = qk.quantize_weight(weight, scheme)
+    calibrated = calibrate.quantize_weight(weight, scheme, x.t() @ x)
+    for name, expected, actual in zip(nearest._fields, nearest, calibrated, strict=True):
+        if expected is not None:
+            assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), name
+    # Half of the error at least, also on inputs that were not seen.
+    _, unseen = layer(tokens=900)
+    for inputs in (x, unseen[500:]):
+        assert output_error(inputs, weight, calibrated, scheme) < 0.5 * output_error(inputs, weight, nearest, scheme)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 129])
+def test_any_number_of_columns(columns):
+    weight = torch.randn(5, columns)
+    stored = calibrate.quantize_weight(weight, "w4a8-g32-asym", torch.eye(columns))
+    out = reference.linear(torch.randn(3, columns), *stored, None, "w4a8-g32-asym")
+    assert out.shape == (3, 5) and out.isfinite().all()
+
+
+def test_uncorrelated_inputs_leave_only_the_choice_of_ranges():
+    """With x xT = 1 nothing can be made up for elsewhere: the weight's error is at most that of the full ranges."""
+    weight, _ = layer()
+    scheme = "w4a16-g32-asym"
+    stored = calibrate.quantize_weight(weight, scheme, torch.eye(weight.shape[1]))
+    nearest = qk.quantize_weight(weight, scheme)
+    errors = [(qk.dequantize_weight(*w, weight.shape[1], scheme) - weight).norm() for w in (stored, nearest)]
+    assert errors[0] <= errors[1]
+
+
+def test_input_that_was_always_zero():
+    weight, x = layer()
+    x[:, 7] = 0
+    stored = calibrate.quantize_weight(weight, "w4a8-g32", x.t() @ x)
+    assert qk.dequantize_weight(*stored, weight.shape[1], "w4a8-g32").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "moment", "message"),
+    [
+        ("w8a8", torch.eye(8), "scheme must be a w4 scheme"),
+        ("w4a8", torch.eye(7), r"moment must be finite and of shape \[8, 8\]"),
+        ("w4a8", torch.full((8, 8), torch.nan), "moment must be finite"),
+    ],
+)
+def test_bad_arguments(scheme, moment, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate.quantize_weight(torch.randn(3, 8), scheme, moment)
+
+
+class Model(nn.Module):
+    """Two layers that run, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.unused = nn.Linear(64, 96), nn.Linear(96, 32), nn.Linear(64, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.second(self.dropout(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "mapping"])
+def test_quantize_with_calibration(wrap):
+    _, x = layer(columns=64)
+    expected = Model().eval()(x)
+    errors = {}
+    for name, batches in (("nearest", None), ("calibrated", [wrap(x[:250]), wrap(x[250:])])):
+        model = Model().train()
+        if batches is None:
+            qk.quantize_(model, "w4a16-g32")
+        else:
+            with pytest.warns(UserWarning, match="unused saw no calibration input"):
+                report = qk.quantize_(model, "w4a16-g32", calibration=batches)
+            assert len(report.quantized) == 3
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        errors[name] = (model.eval()(x) - expected).norm().item()
+    assert errors["calibrated"] < 0.7 * errors["nearest"]
+
+
+def test_moments_are_sums_over_all_tokens():
+    model = Model()
+    x = torch.randn(3, 5, 64)
+    moments = calibrate.second_moments(model, [model.first], [x[:2], x[2:]])
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(moments[id(model.first)], flat.t() @ flat)
+
+
+def test_what_cannot_be_calibrated_changes_nothing():
+    model = Model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="calibration must be None for w8a8"):
+        qk.quantize_(model, "w8a8", calibration=[torch.randn(2, 64)])
+    with pytest.raises(ValueError, match="calibration input of 'first' must be finite"):
+        qk.quantize_(model, "w4a8", calibration=[torch.full((2, 64), torch.inf)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
