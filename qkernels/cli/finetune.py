@@ -25,6 +25,9 @@ def finetune(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Blocks in a step.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = 256,
+    eval_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a block of --eval-text.", show_default="--seq-len")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
     schedule: Annotated[
         Literal["linear", "cosine", "constant"], typer.Option(help="Learning rate after the warm-up.")
@@ -60,6 +63,7 @@ def finetune(
         steps=steps,
         batch_size=batch_size,
         seq_len=seq_len,
+        eval_seq_len=eval_seq_len,
         lr=lr,
         schedule=schedule,
         warmup_steps=warmup_steps,

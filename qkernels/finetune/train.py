@@ -45,6 +45,7 @@ class FinetuneSettings:
     steps: int = 100
     batch_size: int = 1
     seq_len: int = 256
+    eval_seq_len: int | None = None
     lr: float = 5e-4
     schedule: str = "linear"
     warmup_steps: int = 5
@@ -77,7 +78,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     train_blocks, eval_blocks = _blocks(settings, tokenizer, texts, eval_texts)
     dtype = pick_dtype(settings.dtype)
     model = load_model(folder, torch.float32 if settings.method == "full" else dtype)
-    check_length(model, settings.seq_len)
+    check_length(model, max(settings.seq_len, settings.eval_seq_len or 0))
 
     report = _initial_report(settings, model, dtype, train_blocks, eval_blocks)
     measured = report["perplexity"]
@@ -124,6 +125,8 @@ def _check(settings: FinetuneSettings) -> None:
             f"full fine-tuning trains float weights, but the scheme is {settings.scheme!r}: "
             "use --method lora, or --scheme none"
         )
+    if settings.eval_seq_len is not None and not settings.eval_text:
+        raise InputError("--eval-seq-len needs --eval-text: blocks held out of the training text have its --seq-len")
     if not settings.text:
         raise InputError("no text to train on: give at least one file with --text")
     for name, least in (
@@ -152,7 +155,7 @@ def _blocks(
     """Training and held-out blocks."""
     train = token_blocks(tokenizer, texts, settings.seq_len)
     if eval_texts:
-        held_out = token_blocks(tokenizer, eval_texts, settings.seq_len, keep_tail=True)
+        held_out = token_blocks(tokenizer, eval_texts, settings.eval_seq_len or settings.seq_len, keep_tail=True)
     else:
         train, held_out = split_blocks(train)
     if not train:
