@@ -150,7 +150,12 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no causal language model: {_first_line(error)}") from error
     model.loss_function = causal_lm_loss
-    return model.to(device()).eval()
+    model.to(device()).eval()
+    # Loaded tensors are views of the mapped file, all of which stays resident while one of them lives: with copies,
+    # quantizing a layer really frees its float weight.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def check_scheme(scheme: str) -> None:
