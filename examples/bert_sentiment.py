@@ -53,7 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--held-out", type=int, default=512, help="sentences for the accuracy")
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="folder for the archive")
+    parser.add_argument("--data", type=Path, default=Path("examples/data"), help="folder for the archive")
     options = parser.parse_args()
     set_seed(0)
     rows = read_sentences(options.data)

