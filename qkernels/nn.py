@@ -213,14 +213,9 @@ class QuantLinear(nn.Linear):
         if tensor is None or own is None:
             return None
         if name == "bias":
-            fits = tensor.shape == own.shape and tensor.dtype in FLOAT_DTYPES
-            return (
-                None
-                if fits
-                else (
-                    f"must be a float vector of {self.out_features}, got {tensor.dtype} of shape {list(tensor.shape)}"
-                )
-            )
+            if tensor.shape == own.shape and tensor.dtype in FLOAT_DTYPES:
+                return None
+            return f"must be a float vector of {self.out_features}, got {tensor.dtype} of shape {list(tensor.shape)}"
         expected = f"must be {own.dtype} of shape {list(own.shape)} for {self.scheme}"
         if tensor.dtype != own.dtype or tensor.shape != own.shape:
             return f"{expected}, got {tensor.dtype} of shape {list(tensor.shape)}"

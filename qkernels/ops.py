@@ -90,6 +90,7 @@ def linear(
 
     Raises:
         RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
     """
     return _ops.linear.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
 

@@ -25,7 +25,7 @@ LEGEND = (
     "training; x: speed-up of a step"
 )
 PROMPT = "A for statement is used to iterate over"
-FLOAT, INT8, INT4, GROUPED = "float", "w8a8", "w4a8-g32-asym", "w8a8-ag128"
+INT8, INT4, GROUPED = "w8a8", "w4a8-g32-asym", "w8a8-ag128"
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
 # fine-tuned float model after fine-tuning.
 LIMITS_QUANTIZED = {INT8: 0.035, GROUPED: 0.01, INT4: 0.12}
