@@ -6,6 +6,10 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace qk {
 namespace {
 
@@ -13,6 +17,11 @@ struct Isa {
   const Kernels& (*kernels)();
   bool (*supported)();
 };
+
+#if defined(__aarch64__)
+// Old kernel headers lack these names, so the bits are given as numbers.
+bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
+#endif
 
 // In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h.
 const Isa kIsas[] = {
@@ -30,6 +39,10 @@ const Isa kIsas[] = {
               __builtin_cpu_supports("avx512vnni");
      }},
 #endif
+#endif
+#if defined(__aarch64__)
+    {neon_dotprod_kernels, has_dotprod},
+    {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM
 #endif
 };
 

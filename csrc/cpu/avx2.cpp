@@ -5,11 +5,10 @@
 //   |x| <= 127 and |w| <= 127 (dot_int8, with the sign of w moved to x): 2 * 127 * 127 = 32258 <= 32767;
 //   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767.
 // The matrix kernel multiplies 16-bit values by vpmaddwd, which is exact.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -319,6 +318,7 @@ const Kernels& avx2_kernels() {
       .encode_a = encode,
       .encode_b = encode,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,

@@ -1,11 +1,10 @@
 // AVX-512 VNNI kernels (Ice Lake, Zen 4 and later): vpdpbusd multiplies 64 unsigned by signed bytes an instruction.
 // A is stored shifted by 128 in the panels, see NOTE [shift] in kernels.h; the row dots shift the weight instead, so
 // that their correction depends on x only.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
 
 // QK_EMULATED_AVX512: immintrin.h is a stand-in that computes the intrinsics below on a CPU without AVX-512
 // (tests/emulation), so the compiler must not emit AVX-512 itself.
@@ -370,6 +369,7 @@ const Kernels& avx512vnni_kernels() {
       .encode_a = encode_a,
       .encode_b = encode_b,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,

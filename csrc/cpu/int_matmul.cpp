@@ -80,7 +80,7 @@ void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, Packe
         }
       }
     }
-    kernels.interleave(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    kernels.interleave_int(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
   }
 }
 
@@ -134,7 +134,7 @@ void pack_b(const Plan& plan, int64_t n0, const float* bias, PackedB& packed) {
       }
     }
   }
-  kernels.interleave(packed.rows.data(), plan.nr, plan.units, packed.panel.get());
+  kernels.interleave_int(packed.rows.data(), plan.nr, plan.units, packed.panel.get());
 }
 
 }  // namespace
