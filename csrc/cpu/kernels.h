@@ -4,8 +4,8 @@
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
 // of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
 // Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
-// An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of units that starts
-// at a multiple of kGroupStep / unit stays one range of the panel.
+// An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of units that
+// starts at a multiple of kGroupStep / unit stays one range of the panel.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,

@@ -5,7 +5,7 @@
 #include "cpu/kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("dotprod,i8mm"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
@@ -26,10 +26,11 @@ struct Smmla {
     int64_t u = 0;
     for (; u + 4 <= units; u += 4) {
       for (int r = 0; r < rows; r += 2) {
-        const uint64x2_t even = (uint64x2_t)vld1q_u32(sources[r] + u), odd = (uint64x2_t)vld1q_u32(sources[r + 1] + u);
+        const uint64x2_t even = vreinterpretq_u64_u32(vld1q_u32(sources[r] + u));
+        const uint64x2_t odd = vreinterpretq_u64_u32(vld1q_u32(sources[r + 1] + u));
         uint32_t* out = panel + u * rows + 2 * r;
-        vst1q_u32(out, (uint32x4_t)vzip1q_u64(even, odd));
-        vst1q_u32(out + 2 * rows, (uint32x4_t)vzip2q_u64(even, odd));
+        vst1q_u32(out, vreinterpretq_u32_u64(vzip1q_u64(even, odd)));
+        vst1q_u32(out + 2 * rows, vreinterpretq_u32_u64(vzip2q_u64(even, odd)));
       }
     }
     for (; u + 2 <= units; u += 2) {
@@ -51,7 +52,7 @@ struct Smmla {
     multiply_blocks<load_half_blocks>(a, b, acc);
   }
 
-  static inline float32x4_t rows(const float* p) { return vcombine_f32(vdup_n_f32(p[0]), vdup_n_f32(p[1])); }
+  static inline float32x4_t rows(const float* p) { return vzip1q_f32(columns(p), columns(p)); }
   static inline float32x4_t columns(const float* p) { return vcombine_f32(vld1_f32(p), vld1_f32(p)); }
 
   template <class T, int Pairs>
