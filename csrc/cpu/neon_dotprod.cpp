@@ -3,13 +3,9 @@
 #include <arm_neon.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#endif
+QK_BEGIN_TARGET("arch=armv8.2-a+dotprod")
 
 namespace qk {
 namespace {
@@ -49,11 +45,7 @@ struct Sdot {
 
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+QK_END_TARGET
 
 const Kernels& neon_dotprod_kernels() {
   static constexpr Kernels table = neon_kernels<Sdot>("neon_dotprod");

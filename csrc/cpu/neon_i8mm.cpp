@@ -3,13 +3,9 @@
 #include <arm_neon.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
-#endif
+QK_BEGIN_TARGET("arch=armv8.2-a+dotprod+i8mm")
 
 namespace qk {
 namespace {
@@ -97,11 +93,7 @@ struct Smmla {
 
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+QK_END_TARGET
 
 const Kernels& neon_i8mm_kernels() {
   static constexpr Kernels table = neon_kernels<Smmla>("neon_i8mm");
