@@ -25,10 +25,19 @@ struct Isa {
 #define QK_CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)  // by the CPU and the OS
 #endif
 
-// f16c and avxvnni, which clang 16 does not know by name. The OS needs to support no more than AVX2 for them.
+// Bits of CPUID for the names that clang 16 does not know. The registers of these features are those of AVX2.
 bool has_f16c() {
-  unsigned eax, ebx, ecx = 0, edx;
+  unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+bool has_avxvnni() {
+#if defined(QK_EMULATED)
+  return true;
+#else
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & bit_AVXVNNI) != 0;
+#endif
 }
 
 bool has_avx2() { return QK_CPU_HAS("avx2") && QK_CPU_HAS("fma") && has_f16c(); }
@@ -39,12 +48,14 @@ bool has_avx512() {
 }
 #endif
 
-// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h.
+// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h. avxvnni goes before
+// avx512, whose vpmaddwd and vpaddd on twice the lanes do half the 8-bit products a cycle; no CPU has just these two.
 const Isa kIsas[] = {
     {scalar_kernels, [] { return true; }},
 #if defined(__x86_64__)
     {avx2_kernels, has_avx2},
     {avx512_kernels, has_avx512},
+    {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
     {avx512vnni_kernels, [] { return has_avx512() && QK_CPU_HAS("avx512vnni"); }},
 #endif
 };
