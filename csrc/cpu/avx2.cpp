@@ -19,13 +19,6 @@ namespace {
 
 static_assert(2 * 127 * 127 <= 32767 && 4 * 15 * 127 <= 32767, "see NOTE [no saturation]");
 
-// 2 x int16 a unit.
-void encode(const int8_t* q, int64_t k, uint32_t* units) {
-  auto* out = reinterpret_cast<int16_t*>(units);
-  for (int64_t i = 0; i < k; ++i) out[i] = q[i];
-  if (k % 2 != 0) out[k] = 0;
-}
-
 inline __m256i add_products(__m256i acc, __m256i a, __m256i b) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
@@ -58,8 +51,8 @@ const Kernels& avx2_kernels() {
       .sum = sum,
       .unit = 2,
       .a_shift = 0,
-      .encode_a = encode,
-      .encode_b = encode,
+      .encode_a = encode_int16,
+      .encode_b = encode_int16,
       .interleave = interleave,
       .mr = kMr,
       .mr_grouped = kMr,

@@ -12,16 +12,6 @@ QK_BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 namespace qk {
 namespace {
 
-// 4 x int8 a unit, xor-ed with `flip` in every byte (also in the padding, which meets zeros in the other operand).
-inline void encode(const int8_t* q, int64_t k, uint8_t flip, uint32_t* units) {
-  auto* out = reinterpret_cast<uint8_t*>(units);
-  for (int64_t i = 0; i < k; ++i) out[i] = static_cast<uint8_t>(q[i]) ^ flip;
-  for (int64_t i = k; i < round_up(k, 4); ++i) out[i] = flip;
-}
-
-void encode_a(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0x80, units); }
-void encode_b(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0, units); }
-
 inline __m256i add_products(__m256i acc, __m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
 
 inline __m256i add_dot(__m256i acc, __m256i w, __m256i x) {
@@ -50,8 +40,8 @@ const Kernels& avxvnni_kernels() {
       .sum = sum,
       .unit = 4,
       .a_shift = 128,
-      .encode_a = encode_a,
-      .encode_b = encode_b,
+      .encode_a = encode_int8<0x80>,
+      .encode_b = encode_int8<0>,
       .interleave = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
