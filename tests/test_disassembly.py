@@ -25,6 +25,7 @@ TILES = {
     ("int_tile", "vpmaddwd.*zmm"): 24,
     ("grouped<true>", "vpmaddwd.*zmm"): 24,
     ("grouped<false>", "vpmaddwd.*zmm"): 24,
+    ("int_tile", "vpdpbusd.*ymm"): 12,
     ("int_tile", "vpdpbusd.*zmm"): 24,
     ("grouped<true>", "vpdpbusd.*zmm"): 96,
     ("grouped<false>", "vpdpbusd.*zmm"): 96,

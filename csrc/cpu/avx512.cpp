@@ -14,13 +14,6 @@ namespace {
 constexpr int kUnit = 2;
 constexpr int kUnitsPerPass = 2;  // with more, GCC multiplies ahead and spills the products
 
-// 2 x int16 a unit.
-void encode(const int8_t* q, int64_t k, uint32_t* units) {
-  auto* out = reinterpret_cast<int16_t*>(units);
-  for (int64_t i = 0; i < k; ++i) out[i] = q[i];
-  if (k % 2 != 0) out[k] = 0;
-}
-
 inline __m512i add_products(__m512i acc, __m512i a, __m512i b) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 }
@@ -54,8 +47,8 @@ const Kernels& avx512_kernels() {
       .sum = sum,
       .unit = kUnit,
       .a_shift = 0,
-      .encode_a = encode,
-      .encode_b = encode,
+      .encode_a = encode_int16,
+      .encode_b = encode_int16,
       .interleave = interleave,
       .interleave_int = interleave,
       .mr = kMr,

@@ -15,16 +15,6 @@ namespace {
 constexpr int kUnit = 4;
 constexpr int kUnitsPerPass = 8;  // GCC copies the accumulators once a pass
 
-// 4 x int8 a unit, xor-ed with `flip` in every byte (also in the padding, which meets zeros in the other operand).
-inline void encode(const int8_t* q, int64_t k, uint8_t flip, uint32_t* units) {
-  auto* out = reinterpret_cast<uint8_t*>(units);
-  for (int64_t i = 0; i < k; ++i) out[i] = static_cast<uint8_t>(q[i]) ^ flip;
-  for (int64_t i = k; i < round_up(k, 4); ++i) out[i] = flip;
-}
-
-void encode_a(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0x80, units); }
-void encode_b(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0, units); }
-
 inline __m512i add_products(__m512i acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
 
 inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
@@ -51,8 +41,8 @@ const Kernels& avx512vnni_kernels() {
       .sum = sum,
       .unit = kUnit,
       .a_shift = 128,
-      .encode_a = encode_a,
-      .encode_b = encode_b,
+      .encode_a = encode_int8<0x80>,
+      .encode_b = encode_int8<0>,
       .interleave = interleave,
       .interleave_int = interleave,
       .mr = kMr,

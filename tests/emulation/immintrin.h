@@ -223,6 +223,8 @@ inline void mask_store_low8(void* p, uint16_t mask, const Int& v) {
 #define _mm512_cvtps_epi32(a) emulated::cvtps_epi32(a)
 #define _mm512_reduce_add_ps(a) emulated::reduce_add_ps(a)
 #define _mm512_dpbusd_epi32(c, a, b) emulated::dpbusd(c, a, b)
+#define _mm256_dpbusd_avx_epi32(c, a, b) \
+  emulated::half(emulated::dpbusd(emulated::widen(c), emulated::widen(a), emulated::widen(b)), 0)
 #define _mm512_unpacklo_epi32(a, b) emulated::unpack32(a, b, 0)
 #define _mm512_unpackhi_epi32(a, b) emulated::unpack32(a, b, 2)
 #define _mm512_unpacklo_epi64(a, b) emulated::unpack64(a, b, 0)
