@@ -57,6 +57,7 @@ const Kernels& avx512_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 0,

@@ -155,6 +155,7 @@ const Kernels& scalar_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 0,
