@@ -12,6 +12,12 @@
 // where the last term depends on the column only. Kernels start their accumulators from it (`start`), so it costs
 // nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. Intermediate sums may
 // wrap modulo 2^32; the corrected sum is exact.
+//
+// NOTE [nibbles]. An ISA without a 32-bit multiply-add of bytes may multiply 4-bit weights in 16-bit lanes instead. B
+// then holds nibbles (0..15) and A signed bytes, 4 k a unit, of which a lane takes the even or the odd pair. Within
+// kNibbleStep k a lane sums 16 products, and
+//     |sum (nibble - zero) * x| <= 16 * 15 * 127 = 30480 < 2^15,
+// so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
 #pragma once
 
 #include "core/types.h"
@@ -20,6 +26,7 @@ namespace qk {
 
 // Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
 constexpr int64_t kGroupStep = 32;
+constexpr int64_t kNibbleStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
 struct GroupedTile {
@@ -33,6 +40,17 @@ struct GroupedTile {
   float* tile;            // [mr_grouped, nr], written
 };
 
+// One tile on 4-bit weights, see NOTE [nibbles]. `a` and `b` are panels of 4 k a unit.
+struct NibbleTile {
+  int64_t steps;        // of kNibbleStep k
+  int64_t group_steps;  // steps in a group; the last group may be shorter
+  const uint32_t* a;    // panel of mr rows
+  const uint32_t*
+      sums;           // [steps, mr]: minus the sum of the row's values in the low and in the high lanes, as 2 x int16
+  const uint32_t* b;  // panel of nr rows
+  const int32_t* zeros;  // [groups, nr]: the zero point as 2 x int16
+};
+
 // Where a tile goes: out[i][j] = float(tile[i][j]) * (row_scales[i] * col_scales[j]) + bias[j], rounded to `dtype`, for
 // the first `rows` rows and `cols` columns of the tile.
 struct TileOutput {
@@ -43,6 +61,26 @@ struct TileOutput {
   void* out;
   int64_t stride;  // elements from one row of out to the next
   DType dtype;
+};
+
+// What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
+// number a row of it: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups ascending.
+struct GroupSums {
+  int64_t groups;
+  const int32_t* sums;   // they may have wrapped modulo 2^32; what is left after the correction cannot
+  const int32_t* zeros;  // or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;
+  const float* w_scales;  // or null: ones; not both
+  const float* x_scales;  // or null: ones
+};
+
+// Optional kernels for 4-bit weights, see NOTE [nibbles]: the same tiles as those of the integer panels.
+struct NibbleKernels {
+  // 4 x int8 a unit, padded with zeros to whole steps, and the negated sums that NibbleTile takes, 1 a step.
+  void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units, uint32_t* sums);
+  void (*tile)(const NibbleTile& args, int32_t* tile);
+  void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
 };
 
 struct Kernels {
@@ -61,8 +99,8 @@ struct Kernels {
   int unit;     // k per unit of the integer panels
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
-  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);
-  // panel[u * rows + r] = sources[r][u]; integer panels may have another order.
+  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
+  // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
   void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
@@ -73,6 +111,7 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
+  const NibbleKernels* nibbles;  // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
@@ -83,6 +122,7 @@ struct Kernels {
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
 };
 

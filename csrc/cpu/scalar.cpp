@@ -156,11 +156,13 @@ const Kernels& scalar_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 0,
       .dot_int8 = dot_int8,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;
