@@ -83,6 +83,13 @@ struct NibbleKernels {
   void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
 };
 
+// Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
+// of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
+// counts where no such machine was at hand.
+struct DotRows {
+  int int8, int8_grouped, int4, int4_grouped, floats;
+};
+
 struct Kernels {
   const char* name;
 
@@ -118,9 +125,12 @@ struct Kernels {
 
   // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
   // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.
+  DotRows dot_rows;
   int dot_shift;
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
-  // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
+  // The same for 4 rows of x, `stride` apart, in one group: sums[i * 4 + r] for row i of x. Null: one row at a time.
+  void (*dot_int8_x4)(const int8_t* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
+  // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);

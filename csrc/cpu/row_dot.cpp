@@ -10,7 +10,11 @@
 namespace qk {
 namespace {
 
-constexpr int kRows = 4;
+constexpr int kRows = 4;   // of the weight
+constexpr int kXRows = 4;  // of x, at most, for one call of a dot kernel
+
+// Rows of x are quantized by several threads only if there are as many values as this.
+constexpr int64_t kMinParallelValues = 1 << 16;
 
 // The quantized rows of x, in the layout the dot kernels read. What belongs to a group stands there kRows times, once
 // for each row of the weight.
@@ -21,7 +25,7 @@ struct Activations {
   Buffer<float> scales;        // [M, act_groups]
   Buffer<float> group_scales;  // [M, groups, kRows], grouped activations only
 
-  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme)
+  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const Parallel& parallel)
       : k_padded(round_up(x.cols, 64)),
         groups(div_up(x.cols, scheme.acc_group(x.cols))),
         act_groups(scheme.act_groups(x.cols)),
@@ -29,10 +33,19 @@ struct Activations {
         sums(x.rows * groups * kRows),
         scales(x.rows * act_groups),
         group_scales(scheme.act_group_size != 0 ? x.rows * groups * kRows : 0) {
+    if (x.rows * x.cols < kMinParallelValues) {
+      quantize(kernels, x, scheme, 0, x.rows);
+    } else {
+      parallel(x.rows, [&](int64_t begin, int64_t end) { quantize(kernels, x, scheme, begin, end); });
+    }
+  }
+
+ private:
+  void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
     const int64_t k = x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
     Buffer<float> floats(k);
     Buffer<int8_t> row(k_padded);
-    for (int64_t m = 0; m < x.rows; ++m) {
+    for (int64_t m = m_begin; m < m_end; ++m) {
       std::fill_n(row.get(), k_padded, int8_t{0});
       float* row_scales = &scales[m * act_groups];
       quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, act_group, row.get(), row_scales);
@@ -124,6 +137,25 @@ class WeightRows {
   Buffer<uint32_t> expanded_;
 };
 
+// The sums of rows m, m + 1, ... of x, of which `left` are left, with kRows rows of the weight; returns how many it
+// did.
+int64_t dot(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t left,
+            int64_t m, int32_t* sums) {
+  const int8_t* q = &x.q[m * x.k_padded];
+  const int64_t group = w.scheme.acc_group(w.k);
+  if (w.scheme.weight_bits == 4) {
+    kernels.dot_int4(q, rows.rows, w.k, group, sums);
+    return 1;
+  }
+  const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
+  if (x.groups == 1 && left >= kXRows && kernels.dot_int8_x4 != nullptr) {
+    kernels.dot_int8_x4(q, x.k_padded, bytes, w.k, sums);
+    return kXRows;
+  }
+  kernels.dot_int8(q, bytes, w.k, group, sums);
+  return 1;
+}
+
 // y[r] from the sums of row m of x with kRows rows of the weight: rule 4.
 void finish(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t m,
             const int32_t* sums, float (&y)[kRows]) {
@@ -173,27 +205,22 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
 
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  const Scheme& scheme = w.scheme;
-  const Activations activations(kernels, x, scheme);
-  const int64_t group = scheme.acc_group(w.k);
+  const Activations activations(kernels, x, w.scheme, parallel);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
     const int64_t n0 = begin * kRows, count = std::min(end * kRows, w.n) - n0;
     WeightRows rows(kernels, w, activations.groups);
-    Buffer<int32_t> sums(activations.groups * kRows);
+    Buffer<int32_t> sums(kXRows * activations.groups * kRows);
     Buffer<float> y(x.rows * count);
     for (int64_t j = 0; j < count; j += kRows) {
       rows.load(n0 + j);
-      for (int64_t m = 0; m < x.rows; ++m) {
-        const int8_t* q = &activations.q[m * activations.k_padded];
-        if (scheme.weight_bits == 8) {
-          kernels.dot_int8(q, reinterpret_cast<const int8_t* const*>(rows.rows), w.k, group, sums.get());
-        } else {
-          kernels.dot_int4(q, rows.rows, w.k, group, sums.get());
+      for (int64_t m = 0; m < x.rows;) {
+        const int64_t done = dot(kernels, w, rows, activations, x.rows - m, m, sums.get());
+        for (int64_t i = 0; i < done; ++i, ++m) {
+          float values[kRows];
+          finish(kernels, w, rows, activations, m, &sums[i * activations.groups * kRows], values);
+          std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
         }
-        float values[kRows];
-        finish(kernels, w, rows, activations, m, sums.get(), values);
-        std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
       }
     }
     store_columns(kernels, y, x.rows, count, n0, w.n, bias, out);
