@@ -30,12 +30,14 @@ TILES = {
         ("int_tile<Sdot>", "sdot"): 24,
         ("grouped<Sdot, true>", "sdot"): 96,
         ("grouped<Sdot, false>", "sdot"): 96,
+        ("dot_int8_x4", "sdot"): 16,
         ("float_tile", "fmla"): 24,
     },
     "neon_i8mm": {
         ("int_tile<Smmla>", "smmla"): 24,
         ("grouped<Smmla, true>", "smmla"): 48,
         ("grouped<Smmla, false>", "smmla"): 48,
+        ("dot_int8_x4", "sdot"): 16,
         ("float_tile", "fmla"): 24,
     },
 }

@@ -14,6 +14,7 @@ namespace {
 
 // sdot multiplies 4 bytes by 4 bytes into each accumulator: the units of 4 columns by the unit of one row, a lane.
 struct Sdot {
+  static constexpr DotRows kDotRows = {16, 4, 4, 4, 4};
   static constexpr auto interleave_int = interleave;
   static constexpr int kRows = 1, kColumns = 4, kUnits = 1;
 

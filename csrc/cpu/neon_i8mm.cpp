@@ -16,6 +16,7 @@ namespace {
 // the integer panels hold pairs of units: units u and u + 1 of row r at panel[u * rows + 2 * r], u even. If the number
 // of units is odd, the last one lies as in NOTE [panels].
 struct Smmla {
+  static constexpr DotRows kDotRows = {8, 4, 4, 4, 4};
   static constexpr int kRows = 2, kColumns = 2, kUnits = 2;
 
   static void interleave_int(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) {
