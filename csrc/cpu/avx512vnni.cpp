@@ -57,6 +57,7 @@ const Kernels& avx512vnni_kernels() {
       .dot_shift = 128,
       .dot_int8 = dot_int8,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

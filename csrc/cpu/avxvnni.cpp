@@ -55,6 +55,7 @@ const Kernels& avxvnni_kernels() {
       .dot_shift = 128,
       .dot_int8 = dot_int8,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -61,6 +61,18 @@ struct TileOutput {
   DType dtype;
 };
 
+// What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
+// number a row of it: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups ascending.
+struct GroupSums {
+  int64_t groups;
+  const int32_t* sums;   // they may have wrapped modulo 2^32; what is left after the correction cannot
+  const int32_t* zeros;  // or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;
+  const float* w_scales;  // or null: ones; not both
+  const float* x_scales;  // or null: ones
+};
+
 // Optional kernels for 4-bit weights, see NOTE [nibbles]: the same tiles as those of the integer panels.
 struct NibbleKernels {
   // 4 x int8 a unit, padded with zeros to whole steps, and the negated sums that NibbleTile takes, 1 a step.
@@ -107,6 +119,7 @@ struct Kernels {
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
 };
 

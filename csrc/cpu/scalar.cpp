@@ -161,6 +161,7 @@ const Kernels& scalar_kernels() {
       .dot_shift = 0,
       .dot_int8 = dot_int8,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;
