@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace qk {
@@ -46,6 +48,9 @@ bool has_avx512() {
   return has_avx2() && QK_CPU_HAS("avx512f") && QK_CPU_HAS("avx512bw") && QK_CPU_HAS("avx512vl") &&
          QK_CPU_HAS("avx512dq");
 }
+#elif defined(__aarch64__)
+// Old kernel headers lack these names, so the bits are given as numbers.
+bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
 #endif
 
 // In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h. avxvnni goes before
@@ -57,6 +62,9 @@ const Isa kIsas[] = {
     {avx512_kernels, has_avx512},
     {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
     {avx512vnni_kernels, [] { return has_avx512() && QK_CPU_HAS("avx512vnni"); }},
+#elif defined(__aarch64__)
+    {neon_dotprod_kernels, has_dotprod},
+    {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM
 #endif
 };
 

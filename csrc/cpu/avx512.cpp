@@ -1,11 +1,10 @@
 // AVX-512 kernels without VNNI (Skylake-X): vpmaddwd on 32 x int16 is exact; vpmaddubsw where NOTE [no saturation] of
 // avx2.cpp holds.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 
@@ -51,6 +50,7 @@ const Kernels& avx512_kernels() {
       .encode_a = encode_int16,
       .encode_b = encode_int16,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,

@@ -1,12 +1,11 @@
 // AVX-512 VNNI kernels (Ice Lake, Zen 4 and later): vpdpbusd multiplies 64 unsigned by signed bytes an instruction.
 // A is stored shifted by 128 in the panels, see NOTE [shift] in kernels.h; the row dots shift the weight instead, so
 // that their correction depends on x only.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
@@ -45,6 +44,7 @@ const Kernels& avx512vnni_kernels() {
       .encode_a = encode_shifted,
       .encode_b = nullptr,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,

@@ -91,7 +91,7 @@ void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, Packe
         }
       }
     }
-    kernels.interleave(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    kernels.interleave_int(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
   }
 }
 
@@ -144,12 +144,12 @@ class PackB {
       }
       if (plan_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), &scales_[j * plan_.groups]);
     }
-    const auto interleave = [&](const std::vector<const uint32_t*>& sources, int64_t units, void* panel) {
-      plan_.kernels.interleave(sources.data(), nr, units, static_cast<uint32_t*>(panel));
+    const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
+      plan_.kernels.interleave(sources.data(), nr, plan_.groups, static_cast<uint32_t*>(panel));
     };
-    interleave(rows, plan_.units, packed.panel.get());
-    interleave(start, plan_.groups, packed.start.get());
-    if (plan_.w_grouped) interleave(scales, plan_.groups, packed.group_scales.get());
+    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, packed.panel.get());
+    interleave(start, packed.start.get());
+    if (plan_.w_grouped) interleave(scales, packed.group_scales.get());
   }
 
  private:

@@ -4,6 +4,8 @@
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
 // of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
 // Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
+// An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of units that
+// starts at a multiple of kGroupStep / unit stays one range of the panel.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
@@ -105,8 +107,9 @@ struct Kernels {
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
   void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
-  // panel[u * rows + r] = sources[r][u]
+  // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+  void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
   // Matrix tiles. Panels and tiles are aligned to 64 bytes.
   int mr, mr_grouped, nr;
@@ -138,6 +141,8 @@ const Kernels& avx2_kernels();
 const Kernels& avxvnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();

@@ -149,6 +149,7 @@ const Kernels& scalar_kernels() {
       .encode_a = encode,
       .encode_b = encode,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,
