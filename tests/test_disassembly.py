@@ -21,6 +21,7 @@ LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
 # (kernel, the instruction that does its work) -> how many of them one pass of the loop holds, per ISA
 TILES = {
     ("int_tile", "vpmaddwd.*ymm"): 12,
+    ("nibble_step<true>", "vpmaddubsw.*ymm"): 12,
     ("float_tile", "vfmadd231ps.*ymm"): 12,
     ("int_tile", "vpmaddwd.*zmm"): 24,
     ("grouped<true>", "vpmaddwd.*zmm"): 24,
