@@ -27,6 +27,7 @@ TILES = {
     ("grouped<true>", "vpdpbusd"): 96,
     ("grouped<false>", "vpdpbusd"): 96,
     ("float_tile", "vfmadd231ps.*zmm"): 24,
+    ("bf16_tile", "vdpbf16ps"): 24,
 }
 
 

@@ -14,22 +14,34 @@ struct Isa {
   bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512vnni() {
+#if defined(QK_EMULATED_AVX512)
+  return true;
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+#endif
+}
+
+bool has_avx512bf16() {
+#if defined(QK_EMULATED_AVX512)
+  return true;
+#else
+  return has_avx512vnni() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
+#endif
+
 // In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h.
 const Isa kIsas[] = {
     {scalar_kernels, [] { return true; }},
 #if defined(__x86_64__)
     {avx2_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-#if defined(QK_EMULATED_AVX512)
-    {avx512vnni_kernels, [] { return true; }},
-#else
-    {avx512vnni_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vnni");
-     }},
-#endif
+    {avx512vnni_kernels, has_avx512vnni},
+    {avx512bf16_kernels, has_avx512bf16},
 #endif
 };
 

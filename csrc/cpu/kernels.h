@@ -2,8 +2,14 @@
 //
 // NOTE [panels]. The matrix kernels read both operands from packed panels. A panel holds `rows` rows (mr of A or nr of
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
-// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
-// Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
+// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
+// 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
+// every format.
+//
+// NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
+// panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
+// depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
+// x is bfloat16 and the ISA has `bf16_tile`, float products are computed like this, otherwise in float32.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
@@ -70,6 +76,13 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
+  // float tile [mr, nr] += (A * B^T)[i][j] * scales[j] on bfloat16 panels, see NOTE [bf16]; or null. Sum, product with
+  // the scale and addition to the tile are each rounded.
+  void (*bf16_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) = nullptr;
+  // A row of integers as bfloat16, and two rows side by side: unit i = the products of both scales with q[i], rounded
+  // to nearest even, row 0 in the low half. Null without bf16_tile.
+  void (*encode_bf16)(const int8_t* q, int64_t k, uint32_t* units) = nullptr;
+  void (*encode_bf16_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) = nullptr;
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
@@ -86,6 +99,7 @@ struct Kernels {
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512vnni_kernels();
+const Kernels& avx512bf16_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();
