@@ -99,9 +99,9 @@ def bfloat16_bits(x: torch.Tensor) -> np.ndarray:
     return x.to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-# More than 4 rows, so that the matrix driver runs; odd depths; more than one block of 512 along either dimension.
+# More than 4 rows, so that the matrix driver runs; odd depths; more than one block along each dimension.
 @pytest.mark.parametrize("scheme", qk.QuantScheme.names())
-@pytest.mark.parametrize("shape", [(5, 1, 1), (7, 33, 31), (13, 161, 70), (25, 1089, 45), (6, 45, 1089)])
+@pytest.mark.parametrize("shape", [(5, 1, 1), (7, 33, 31), (13, 161, 70), (25, 1089, 45), (6, 45, 1089), (390, 33, 35)])
 def test_bfloat16_products_equal_scalar_ones(emulated_bf16, scheme, shape):
     """Products of bfloat16 are exact and both kernels add them in the same order: equal bits, NaN and Inf included."""
     x, grad, weight, bias = case(scheme, *shape)

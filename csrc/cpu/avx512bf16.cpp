@@ -52,19 +52,22 @@ struct PairIndex {
 };
 constexpr PairIndex kPairs;
 
+// The products of 16 columns of two rows with their scales.
+inline __m512i to_bf16_pairs(__m128i q0, __m128i q1, __m512 scale0, __m512 scale1) {
+  const __m512 row0 = _mm512_mul_ps(to_float(q0), scale0), row1 = _mm512_mul_ps(to_float(q1), scale1);
+  return _mm512_permutexvar_epi16(_mm512_loadu_si512(kPairs.lane), (__m512i)_mm512_cvtne2ps_pbh(row1, row0));
+}
+
 void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) {
   const __m512 scale0 = _mm512_set1_ps(scales[0]), scale1 = _mm512_set1_ps(scales[1]);
-  const __m512i pairs = _mm512_loadu_si512(kPairs.lane);
-  const auto encode = [&](__m128i q0, __m128i q1) __attribute__((always_inline)) {
-    const __m512 row0 = _mm512_mul_ps(to_float(q0), scale0), row1 = _mm512_mul_ps(to_float(q1), scale1);
-    return _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(row1, row0));
-  };
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) _mm512_storeu_si512(units + i, encode(load16(q[0] + i), load16(q[1] + i)));
-  if (i < n) {
-    const __mmask16 mask = first16(n - i);
-    const __m128i q0 = _mm_maskz_loadu_epi8(mask, q[0] + i), q1 = _mm_maskz_loadu_epi8(mask, q[1] + i);
-    _mm512_mask_storeu_epi32(units + i, mask, encode(q0, q1));
+  const int8_t *q0 = q[0], *q1 = q[1];
+  for (; n >= 16; n -= 16, q0 += 16, q1 += 16, units += 16) {
+    _mm512_storeu_si512(units, to_bf16_pairs(load16(q0), load16(q1), scale0, scale1));
+  }
+  if (n > 0) {
+    const __mmask16 mask = first16(n);
+    const __m128i rest0 = _mm_maskz_loadu_epi8(mask, q0), rest1 = _mm_maskz_loadu_epi8(mask, q1);
+    _mm512_mask_storeu_epi32(units, mask, to_bf16_pairs(rest0, rest1, scale0, scale1));
   }
 }
 

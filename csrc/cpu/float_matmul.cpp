@@ -12,37 +12,40 @@
 namespace qk {
 namespace {
 
-// A packed block of the weight is kBlockUnits units deep (a multiple of every group size) and kPanels panels wide: it
-// stays in L2, and one panel of it in L1, while the panels of A run against it. Several panels also make the segments
-// of a stored row long enough to be encoded at speed when depth runs over the rows.
+// A packed block of the weight is kBlockUnits units deep (a multiple of every group size) and kPanels panels wide. It
+// stays in L2, and the panel in use in L1, while up to kRowPanels panels of A of the same depth, also in L2, stream by.
+// Several panels make the segments of a stored row long enough to be read at speed when depth runs over the rows.
 constexpr int64_t kBlockUnits = 256;
 constexpr int64_t kPanels = 4;
-// Encoded rows lie this many units apart, so that those transposed together do not compete for the same lines of L1.
-constexpr int64_t kRowUnits = kBlockUnits + 16;
+constexpr int64_t kRowPanels = 32;
+// Rows to be transposed together lie a line further apart than their length, so as not to share the same sets of L1.
+constexpr int64_t kLineUnits = 16;
 
-// The two formats of panels. Each turns rows of x and of the weight into 32-bit units and multiplies panels of them.
+// The two formats of panels: how rows become 32-bit units, and the tile that multiplies them.
 
 // Float32: the weight is dequantized.
 class Float32 {
  public:
   static constexpr int64_t kUnit = 1;  // depth of a unit
 
-  Float32(const Kernels& kernels, const Weight& w, bool)
-      : kernels_(kernels), w_(w), integers_(std::max(kBlockUnits, kPanels * kernels.nr)) {}
+  Float32(const Kernels& kernels, const Weight& w, bool) : kernels_(kernels), w_(w) {}
 
   // The units of row m of x, in place or in scratch.
   static const uint32_t* x_row(const Kernels& kernels, const Matrix& x, int64_t m, uint32_t* scratch) {
     return reinterpret_cast<const uint32_t*>(float_row(kernels, x, m, reinterpret_cast<float*>(scratch)));
   }
 
-  // Depth along the row: the units of `count` columns from k0 on of weight row n.
-  void along(int64_t n, int64_t k0, int64_t count, uint32_t* units) {
-    dequantize_row(kernels_, w_, n, k0, count, integers_.get(), reinterpret_cast<float*>(units));
+  // Depth along a stored row: the units of `count` columns from k0 on of weight row n. `scratch` holds count integers.
+  void along(int64_t n, int64_t k0, int64_t count, int8_t* scratch, uint32_t* units) const {
+    dequantize_row(kernels_, w_, n, k0, count, scratch, reinterpret_cast<float*>(units));
   }
 
-  // Depth across rows: one unit of each of these columns, from kUnit rows from n on.
-  void across(int64_t n, int64_t k0, int64_t count, uint32_t* units) { along(n, k0, count, units); }
+  // Depth across rows: unit i holds the products of scales[r] and q[r][i] for kUnit rows.
+  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
+    kernels_.dequantize(q[0], count, scales[0], reinterpret_cast<float*>(units));
+  }
 
+  // Called before `multiply` for a block of this depth and the columns from c0 on.
   void begin_block(int64_t, int64_t, int64_t) {}
 
   // tile += A * B^T for panel p of the block.
@@ -53,7 +56,6 @@ class Float32 {
  private:
   const Kernels& kernels_;
   const Weight& w_;
-  Buffer<int8_t> integers_;
 };
 
 // Bfloat16, see NOTE [bf16].
@@ -65,7 +67,6 @@ class Bfloat16 {
       : kernels_(kernels),
         w_(w),
         grad_input_(grad_input),
-        integers_(2 * std::max(kBlockUnits, kPanels * kernels.nr)),
         scales_(kPanels * kMaxGroups * kernels.nr),
         sources_(kernels.nr) {
     std::fill_n(scales_.get(), kPanels * kMaxGroups * kernels.nr, 1.0f);
@@ -77,25 +78,15 @@ class Bfloat16 {
     return scratch;
   }
 
-  void along(int64_t n, int64_t k0, int64_t count, uint32_t* units) {
-    kernels_.encode_bf16(integer_row(kernels_, w_, n, k0, count, integers_.get()), count, units);
+  void along(int64_t n, int64_t k0, int64_t count, int8_t* scratch, uint32_t* units) const {
+    kernels_.encode_bf16(integer_row(kernels_, w_, n, k0, count, scratch), count, units);
   }
 
-  void across(int64_t n, int64_t k0, int64_t count, uint32_t* units) {
-    const bool single = n + 1 == w_.n;  // the last row of an odd number is paired with zeros
-    const int8_t* q0 = integer_row(kernels_, w_, n, k0, count, integers_.get());
-    const int8_t* q1 = single ? q0 : integer_row(kernels_, w_, n + 1, k0, count, &integers_[count]);
-    const float* scales = w_.scales + n * w_.groups;
-    for (int64_t k = k0, end; k < k0 + count; k = end) {
-      const int64_t g = k / w_.group;
-      end = std::min((g + 1) * w_.group, k0 + count);
-      const int8_t* q[] = {q0 + (k - k0), q1 + (k - k0)};
-      const float pair[] = {scales[g], single ? 0.0f : scales[w_.groups + g]};
-      kernels_.encode_bf16_pair(q, pair, end - k, units + (k - k0));
-    }
+  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
+    kernels_.encode_bf16_pair(q, scales, count, units);
   }
 
-  // The scales of the groups in this block; those of the gradient stand in the panels and stay 1 here.
+  // Collects the scales of the groups in the block; those of the gradient are in its panels and stay 1 here.
   void begin_block(int64_t d0, int64_t count, int64_t c0) {
     if (grad_input_) return;
     const int64_t first = d0 / w_.group, groups = div_up(d0 + count, w_.group) - first;
@@ -104,13 +95,14 @@ class Bfloat16 {
         const int64_t n = std::min(c0 + p * kernels_.nr + j, w_.n - 1);
         sources_[j] = reinterpret_cast<const uint32_t*>(w_.scales + n * w_.groups + first);
       }
-      kernels_.interleave(sources_.data(), kernels_.nr, groups, reinterpret_cast<uint32_t*>(scales_of(p)));
+      float* scales = &scales_[p * kMaxGroups * kernels_.nr];
+      kernels_.interleave(sources_.data(), kernels_.nr, groups, reinterpret_cast<uint32_t*>(scales));
     }
   }
 
   void multiply(int64_t p, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
     const int64_t group = grad_input_ ? units : std::min(div_up(w_.group, kUnit), units);
-    const float* scales = scales_of(p);
+    const float* scales = &scales_[p * kMaxGroups * kernels_.nr];
     for (int64_t u = 0; u < units; u += group, scales += kernels_.nr) {
       kernels_.bf16_tile(std::min(group, units - u), a + u * kernels_.mr, b + u * kernels_.nr, scales, tile);
     }
@@ -119,13 +111,9 @@ class Bfloat16 {
  private:
   static constexpr int64_t kMaxGroups = kBlockUnits * kUnit / kGroupStep;
 
-  const float* scales_of(int64_t p) const { return &scales_[p * kMaxGroups * kernels_.nr]; }
-  float* scales_of(int64_t p) { return &scales_[p * kMaxGroups * kernels_.nr]; }
-
   const Kernels& kernels_;
   const Weight& w_;
   bool grad_input_;
-  Buffer<int8_t> integers_;
   Buffer<float> scales_;  // [kPanels, kMaxGroups, nr]
   std::vector<const uint32_t*> sources_;
 };
@@ -140,7 +128,8 @@ class PackedB {
         grad_input_(grad_input),
         format_(kernels, w, grad_input),
         panels_(kPanels * kBlockUnits * kernels.nr),
-        encoded_(std::max(kRowUnits, kPanels) * kernels.nr),
+        integers_(Format::kUnit * std::max(kBlockUnits, kPanels * kernels.nr)),
+        encoded_(kernels.nr * kRowUnits),
         rows_(kernels.nr) {}
 
   // Packs `count` steps of depth from d0 on, for the columns from c0 on; columns past the end are zero.
@@ -153,11 +142,14 @@ class PackedB {
     }
   }
 
+  // tile += A * B^T for panel p.
   void multiply(int64_t p, int64_t units, const uint32_t* a, float* tile) {
     format_.multiply(p, units, a, panel(p), tile);
   }
 
  private:
+  static constexpr int64_t kRowUnits = kBlockUnits + kLineUnits;
+
   uint32_t* panel(int64_t p) { return &panels_[p * kBlockUnits * kernels_.nr]; }
 
   void pack_along(int64_t d0, int64_t count, int64_t n0, uint32_t* panel) {
@@ -166,7 +158,7 @@ class PackedB {
       uint32_t* row = &encoded_[j * kRowUnits];
       rows_[j] = row;
       if (n0 + j < w_.n) {
-        format_.along(n0 + j, d0, count, row);
+        format_.along(n0 + j, d0, count, integers_.get(), row);
       } else {
         std::fill_n(row, units, 0u);
       }
@@ -174,12 +166,30 @@ class PackedB {
     kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
   }
 
+  // A panel lies in one group of columns: nr divides the sizes of groups.
   void pack_across(int64_t d0, int64_t count, int64_t k0) {
+    constexpr int64_t kUnit = Format::kUnit;
     const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
-    std::fill(&encoded_[cols], &encoded_[width], 0u);
-    for (int64_t d = 0; d < count; d += Format::kUnit) {
-      format_.across(d0 + d, k0, cols, encoded_.get());
-      for (int64_t p = 0; p < kPanels; ++p) std::copy_n(&encoded_[p * nr], nr, panel(p) + d / Format::kUnit * nr);
+    const int64_t first_group = k0 / w_.group, first_end = (first_group + 1) * w_.group - k0;
+    if (cols < width) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
+    for (int64_t d = 0; d < count; d += kUnit) {
+      const int8_t* q[kUnit];
+      const float* scales[kUnit];
+      for (int64_t r = 0; r < kUnit; ++r) {
+        const int64_t n = std::min(d0 + d + r, w_.n - 1);
+        q[r] = integer_row(kernels_, w_, n, k0, cols, &integers_[r * width]);
+        scales[r] = w_.scales + n * w_.groups + first_group;
+      }
+      for (int64_t c = 0, g = 0, end = first_end; c < cols; c += nr) {
+        if (c == end) ++g, end += w_.group;
+        const int8_t* columns[kUnit];
+        float scale[kUnit];
+        for (int64_t r = 0; r < kUnit; ++r) {
+          columns[r] = q[r] + c;
+          scale[r] = d + r < count ? scales[r][g] : 0.0f;  // past the last row
+        }
+        format_.across(columns, scale, std::min(nr, cols - c), panel(c / nr) + d / kUnit * nr);
+      }
     }
   }
 
@@ -188,23 +198,29 @@ class PackedB {
   bool grad_input_;
   Format format_;
   Buffer<uint32_t> panels_;
-  Buffer<uint32_t> encoded_;  // rows to be transposed, or one row of all panels
+  Buffer<int8_t> integers_;
+  Buffer<uint32_t> encoded_;  // [nr, kRowUnits]: rows to be transposed
   std::vector<const uint32_t*> rows_;
 };
 
+// Packs panels of x into [blocks, panels, kBlockUnits, mr].
 template <class Format>
-void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, uint32_t* panels) {
-  const int64_t mr = kernels.mr, units = div_up(x.cols, Format::kUnit), stride = units + 16;
-  Buffer<uint32_t> encoded(mr * stride);
+void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, uint32_t* packed) {
+  const int64_t mr = kernels.mr, panels = div_up(x.rows, mr), units = div_up(x.cols, Format::kUnit);
+  Buffer<uint32_t> encoded(mr * (units + kLineUnits));
   std::vector<const uint32_t*> rows(mr);
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t i = 0; i < mr; ++i) {
-      uint32_t* scratch = &encoded[i * stride];
+      uint32_t* scratch = &encoded[i * (units + kLineUnits)];
       const int64_t m = panel * mr + i;
       if (m >= x.rows) std::fill_n(scratch, units, 0u);
       rows[i] = m < x.rows ? Format::x_row(kernels, x, m, scratch) : scratch;
     }
-    kernels.interleave(rows.data(), kernels.mr, units, panels + panel * mr * units);
+    for (int64_t u = 0; u < units; u += kBlockUnits) {
+      const int64_t count = std::min(kBlockUnits, units - u);
+      kernels.interleave(rows.data(), kernels.mr, count, packed + (u * panels + panel * count) * mr);
+      for (const uint32_t*& row : rows) row += count;
+    }
   }
 }
 
@@ -230,12 +246,14 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
       const auto tile = [&](int64_t p, int64_t panel) { return &tiles[(p * panels + panel) * mr * nr]; };
 
       for (int64_t p = 0; p < used; ++p) std::fill(tile(p, first), tile(p, last), 0.0f);
-      for (int64_t u0 = 0; u0 < units; u0 += kBlockUnits) {
-        const int64_t d0 = u0 * Format::kUnit;
-        b.pack(d0, std::min(kBlockUnits * Format::kUnit, x.cols - d0), c0);
-        for (int64_t p = 0; p < used; ++p) {
-          for (int64_t panel = first; panel < last; ++panel) {
-            b.multiply(p, std::min(kBlockUnits, units - u0), &a[(panel * units + u0) * mr], tile(p, panel));
+      for (int64_t u = 0; u < units; u += kBlockUnits) {
+        const int64_t count = std::min(kBlockUnits, units - u), d0 = u * Format::kUnit;
+        b.pack(d0, std::min(count * Format::kUnit, x.cols - d0), c0);
+        for (int64_t block = first; block < last; block += kRowPanels) {
+          for (int64_t p = 0; p < used; ++p) {
+            for (int64_t panel = block; panel < std::min(block + kRowPanels, last); ++panel) {
+              b.multiply(p, count, &a[(u * panels + panel * count) * mr], tile(p, panel));
+            }
           }
         }
       }
