@@ -3,8 +3,9 @@
 // NOTE [no saturation]. vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits with saturation.
 // It is used only where that cannot happen:
 //   |x| <= 127 and |w| <= 127 (dot_int8, with the sign of w moved to x): 2 * 127 * 127 = 32258 <= 32767;
-//   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767.
-// The matrix kernel multiplies 16-bit values by vpmaddwd, which is exact.
+//   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767;
+//   the same in the matrix kernel for nibbles, where later sums wrap:    2 *  15 * 127 =  3810, see NOTE [nibbles].
+// The matrix kernel for int8 multiplies 16-bit values by vpmaddwd, which is exact.
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -149,30 +150,108 @@ __attribute__((noinline)) void int_tile(int64_t units, const uint32_t* a, const 
   }
 }
 
-// The float accumulators stay in the tile (L1): 12 integer ones take all the registers there are.
+// tile += float(sums) * (w_scales * x_scales), x_scales null: ones. The float accumulators stay in the tile (L1): the
+// integer ones take all the registers there are.
+inline void add_scaled(const int32_t* sums, const float* w_scales, const float* x_scales, float* tile) {
+  const __m256 s0 = _mm256_loadu_ps(w_scales), s1 = _mm256_loadu_ps(w_scales + 8);
+  for (int i = 0; i < kMr; ++i, sums += kNr, tile += kNr) {
+    __m256 scale0 = s0, scale1 = s1;
+    if (x_scales != nullptr) {
+      const __m256 x_scale = _mm256_set1_ps(x_scales[i]);
+      scale0 = _mm256_mul_ps(s0, x_scale);
+      scale1 = _mm256_mul_ps(s1, x_scale);
+    }
+    const __m256 y0 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums)), scale0);
+    const __m256 y1 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + 8)), scale1);
+    _mm256_storeu_ps(tile, _mm256_add_ps(_mm256_loadu_ps(tile), y0));
+    _mm256_storeu_ps(tile + 8, _mm256_add_ps(_mm256_loadu_ps(tile + 8), y1));
+  }
+}
+
 void int_tile_grouped(const GroupedTile& args) {
   alignas(32) int32_t sums[kMr * kNr];
   const float* w_scales = args.w_scales;
   const float* x_scales = args.x_scales;
-  float* const tile = args.tile;
-  for (int i = 0; i < kMr * kNr; i += 8) _mm256_storeu_ps(tile + i, _mm256_setzero_ps());
+  __builtin_memset(args.tile, 0, kMr * kNr * sizeof(float));
   for (int64_t u = 0; u < args.units; u += args.group_units, w_scales += kNr) {
     const int64_t units = args.units - u < args.group_units ? args.units - u : args.group_units;
     int_tile(units, args.a + u * kMr, args.b + u * kNr, args.start, sums);
-    const __m256 s0 = _mm256_loadu_ps(w_scales), s1 = _mm256_loadu_ps(w_scales + 8);
+    add_scaled(sums, w_scales, x_scales, args.tile);
+    if (x_scales != nullptr) x_scales += kMr;
+  }
+}
+
+void encode_nibble_a(const int8_t* q, int64_t k, uint32_t* units, uint32_t* sums) {
+  const int64_t steps = div_up(k, kNibbleStep);
+  __builtin_memcpy(units, q, k);
+  __builtin_memset(reinterpret_cast<char*>(units) + k, 0, steps * kNibbleStep - k);
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t s = 0; s < steps; ++s) {
+    const __m256i pairs = _mm256_maddubs_epi16(ones, load(units + s * (kNibbleStep / 4)));
+    __m128i lanes = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    lanes = _mm_add_epi16(lanes, _mm_unpackhi_epi64(lanes, lanes));
+    lanes = _mm_add_epi16(lanes, _mm_srli_epi64(lanes, 32));
+    sums[s] = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), lanes)));
+  }
+}
+
+// acc += nibbles * x. GCC 12 would schedule all products before the sums and run out of registers.
+__attribute__((always_inline)) inline void add_nibble_products(__m256i nibbles, __m256i x, __m256i& acc) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(nibbles), "x"(x));
+}
+
+// int32 sums [mr, nr] = one step, or += it.
+template <bool Add>
+__attribute__((noinline)) void nibble_step(const uint32_t* a, const uint32_t* a_sums, const uint32_t* b,
+                                           const int32_t* zeros, int32_t* sums) {
+  const __m256i z0 = load(zeros), z1 = load(zeros + 8), ones = _mm256_set1_epi16(1);
+  __m256i acc[kMr][2];
+#pragma GCC unroll 6
+  for (int i = 0; i < kMr; ++i) {
+    const __m256i x = _mm256_set1_epi32(static_cast<int>(a_sums[i]));
+    acc[i][0] = _mm256_mullo_epi16(z0, x);
+    acc[i][1] = _mm256_mullo_epi16(z1, x);
+  }
+#pragma GCC unroll 1
+  for (int u = 0; u < kNibbleStep / 4; ++u) {
+    const __m256i b0 = load(b + u * kNr), b1 = load(b + u * kNr + 8);
+#pragma GCC unroll 6
     for (int i = 0; i < kMr; ++i) {
-      __m256 scale0 = s0, scale1 = s1;
-      if (x_scales != nullptr) {
-        const __m256 x_scale = _mm256_set1_ps(x_scales[i]);
-        scale0 = _mm256_mul_ps(s0, x_scale);
-        scale1 = _mm256_mul_ps(s1, x_scale);
-      }
-      float* t = tile + i * kNr;
-      const __m256 y0 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + i * kNr)), scale0);
-      const __m256 y1 = _mm256_mul_ps(_mm256_cvtepi32_ps(load(sums + i * kNr + 8)), scale1);
-      _mm256_storeu_ps(t, _mm256_add_ps(_mm256_loadu_ps(t), y0));
-      _mm256_storeu_ps(t + 8, _mm256_add_ps(_mm256_loadu_ps(t + 8), y1));
+      const __m256i x = _mm256_set1_epi32(static_cast<int>(a[u * kMr + i]));
+      add_nibble_products(b0, x, acc[i][0]);
+      add_nibble_products(b1, x, acc[i][1]);
     }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kMr; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      int32_t* target = sums + i * kNr + j * 8;
+      const __m256i step = _mm256_madd_epi16(acc[i][j], ones);
+      store(target, Add ? _mm256_add_epi32(load(target), step) : step);
+    }
+  }
+}
+
+// The sum over the steps [begin, end), which share a zero point.
+void nibble_sums(const NibbleTile& args, int64_t begin, int64_t end, const int32_t* zeros, int32_t* sums) {
+  constexpr int64_t kUnits = kNibbleStep / 4;
+  for (int64_t s = begin; s < end; ++s) {
+    const auto step = s == begin ? nibble_step<false> : nibble_step<true>;
+    step(args.a + s * kUnits * kMr, args.sums + s * kMr, args.b + s * kUnits * kNr, zeros, sums);
+  }
+}
+
+void nibble_tile(const NibbleTile& args, int32_t* tile) { nibble_sums(args, 0, args.steps, args.zeros, tile); }
+
+void nibble_tile_grouped(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile) {
+  alignas(32) int32_t sums[kMr * kNr];
+  const int32_t* zeros = args.zeros;
+  __builtin_memset(tile, 0, kMr * kNr * sizeof(float));
+  for (int64_t s = 0; s < args.steps; s += args.group_steps, zeros += kNr, w_scales += kNr) {
+    nibble_sums(args, s, s + args.group_steps < args.steps ? s + args.group_steps : args.steps, zeros, sums);
+    add_scaled(sums, w_scales, x_scales, tile);
     if (x_scales != nullptr) x_scales += kMr;
   }
 }
@@ -305,6 +384,11 @@ float dot_float(const float* x, const float* w, int64_t n) {
 #endif
 
 const Kernels& avx2_kernels() {
+  static const NibbleKernels nibbles = {
+      .encode_a = encode_nibble_a,
+      .tile = nibble_tile,
+      .tile_grouped = nibble_tile_grouped,
+  };
   static const Kernels table = {
       .name = "avx2",
       .to_float = to_float,
@@ -325,6 +409,7 @@ const Kernels& avx2_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = &nibbles,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 0,

@@ -101,12 +101,11 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
 #endif
 
 const Kernels& avx512bf16_kernels() {
+  static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = [] {
     Kernels kernels = avx512vnni_kernels();
     kernels.name = "avx512bf16";
-    kernels.bf16_tile = bf16_tile;
-    kernels.encode_bf16 = encode_bf16;
-    kernels.encode_bf16_pair = encode_bf16_pair;
+    kernels.bf16 = &bf16;
     return kernels;
   }();
   return table;

@@ -78,15 +78,12 @@ void unpack_int4(const uint8_t* packed, int64_t n, int zero, int8_t* q) {
   for (; i < n; ++i) q[i] = static_cast<int8_t>((packed[i / 2] >> (i % 2 * 4) & 15) - zero);
 }
 
-// 4 x int8 a unit, xor-ed with `flip` in every byte (also in the padding, which meets zeros in the other operand).
-inline void encode(const int8_t* q, int64_t k, uint8_t flip, uint32_t* units) {
+// 4 x int8 a unit, shifted by 128 (also in the padding, which meets zeros in the other operand).
+void encode_a(const int8_t* q, int64_t k, uint32_t* units) {
   auto* out = reinterpret_cast<uint8_t*>(units);
-  for (int64_t i = 0; i < k; ++i) out[i] = static_cast<uint8_t>(q[i]) ^ flip;
-  for (int64_t i = k; i < round_up(k, 4); ++i) out[i] = flip;
+  for (int64_t i = 0; i < k; ++i) out[i] = static_cast<uint8_t>(q[i]) ^ 0x80;
+  for (int64_t i = k; i < round_up(k, 4); ++i) out[i] = 0x80;
 }
-
-void encode_a(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0x80, units); }
-void encode_b(const int8_t* q, int64_t k, uint32_t* units) { encode(q, k, 0, units); }
 
 // Transposes a 16 x 16 block of 32-bit units.
 inline void transpose16(const uint32_t* const* sources, int64_t u, __m512i* t) {
@@ -368,7 +365,7 @@ const Kernels& avx512vnni_kernels() {
       .unit = 4,
       .a_shift = 128,
       .encode_a = encode_a,
-      .encode_b = encode_b,
+      .encode_b = nullptr,
       .interleave = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
@@ -376,6 +373,7 @@ const Kernels& avx512vnni_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 128,

@@ -79,11 +79,11 @@ class Bfloat16 {
   }
 
   void along(int64_t n, int64_t k0, int64_t count, int8_t* scratch, uint32_t* units) const {
-    kernels_.encode_bf16(integer_row(kernels_, w_, n, k0, count, scratch), count, units);
+    kernels_.bf16->encode(integer_row(kernels_, w_, n, k0, count, scratch), count, units);
   }
 
   void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
-    kernels_.encode_bf16_pair(q, scales, count, units);
+    kernels_.bf16->encode_pair(q, scales, count, units);
   }
 
   // Collects the scales of the groups in the block; those of the gradient are in its panels and stay 1 here.
@@ -104,7 +104,7 @@ class Bfloat16 {
     const int64_t group = grad_input_ ? units : std::min(div_up(w_.group, kUnit), units);
     const float* scales = &scales_[p * kMaxGroups * kernels_.nr];
     for (int64_t u = 0; u < units; u += group, scales += kernels_.nr) {
-      kernels_.bf16_tile(std::min(group, units - u), a + u * kernels_.mr, b + u * kernels_.nr, scales, tile);
+      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.mr, b + u * kernels_.nr, scales, tile);
     }
   }
 
@@ -282,7 +282,7 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
 void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
             const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16_tile != nullptr;
+  const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr;
   (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
 }
 

@@ -9,13 +9,19 @@
 // NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
 // panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
 // depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
-// x is bfloat16 and the ISA has `bf16_tile`, float products are computed like this, otherwise in float32.
+// x is bfloat16 and the ISA has Bf16Kernels, float products are computed like this, otherwise in float32.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
 // where the last term depends on the column only. Kernels start their accumulators from it (`start`), so it costs
 // nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. Intermediate sums may
 // wrap modulo 2^32; the corrected sum is exact.
+//
+// NOTE [nibbles]. An ISA without a 32-bit multiply-add of bytes may multiply 4-bit weights in 16-bit lanes instead. B
+// then holds nibbles (0..15) and A signed bytes, 4 k a unit, of which a lane takes the even or the odd pair. Within
+// kNibbleStep k a lane sums 16 products, and
+//     |sum (nibble - zero) * x| <= 16 * 15 * 127 = 30480 < 2^15,
+// so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
 #pragma once
 
 #include "core/types.h"
@@ -24,6 +30,7 @@ namespace qk {
 
 // Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
 constexpr int64_t kGroupStep = 32;
+constexpr int64_t kNibbleStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
 struct GroupedTile {
@@ -37,6 +44,17 @@ struct GroupedTile {
   float* tile;            // [mr_grouped, nr], written
 };
 
+// One tile on 4-bit weights, see NOTE [nibbles]. `a` and `b` are panels of 4 k a unit.
+struct NibbleTile {
+  int64_t steps;        // of kNibbleStep k
+  int64_t group_steps;  // steps in a group; the last group may be shorter
+  const uint32_t* a;    // panel of mr rows
+  const uint32_t*
+      sums;           // [steps, mr]: minus the sum of the row's values in the low and in the high lanes, as 2 x int16
+  const uint32_t* b;  // panel of nr rows
+  const int32_t* zeros;  // [groups, nr]: the zero point as 2 x int16
+};
+
 // Where a tile goes: out[i][j] = float(tile[i][j]) * (row_scales[i] * col_scales[j]) + bias[j], rounded to `dtype`, for
 // the first `rows` rows and `cols` columns of the tile.
 struct TileOutput {
@@ -47,6 +65,23 @@ struct TileOutput {
   void* out;
   int64_t stride;  // elements from one row of out to the next
   DType dtype;
+};
+
+// Optional kernels for 4-bit weights, see NOTE [nibbles]: the same tiles as those of the integer panels.
+struct NibbleKernels {
+  // 4 x int8 a unit, padded with zeros to whole steps, and the negated sums that NibbleTile takes, 1 a step.
+  void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units, uint32_t* sums);
+  void (*tile)(const NibbleTile& args, int32_t* tile);
+  void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
+};
+
+// Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
+struct Bf16Kernels {
+  void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
+  // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
+  void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
+  // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
+  void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
 };
 
 struct Kernels {
@@ -65,7 +100,7 @@ struct Kernels {
   int unit;     // k per unit of the integer panels
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
-  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);
+  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
   // panel[u * rows + r] = sources[r][u]
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
@@ -76,13 +111,8 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
-  // float tile [mr, nr] += (A * B^T)[i][j] * scales[j] on bfloat16 panels, see NOTE [bf16]; or null. Sum, product with
-  // the scale and addition to the tile are each rounded.
-  void (*bf16_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) = nullptr;
-  // A row of integers as bfloat16, and two rows side by side: unit i = the products of both scales with q[i], rounded
-  // to nearest even, row 0 in the low half. Null without bf16_tile.
-  void (*encode_bf16)(const int8_t* q, int64_t k, uint32_t* units) = nullptr;
-  void (*encode_bf16_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) = nullptr;
+  const NibbleKernels* nibbles;       // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
+  const Bf16Kernels* bf16 = nullptr;  // bfloat16 is multiplied in float32 without them
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);

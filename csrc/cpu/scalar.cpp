@@ -165,6 +165,7 @@ float dot_float(const float* x, const float* w, int64_t n) {
 }  // namespace
 
 const Kernels& scalar_kernels() {
+  static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = {
       .name = "scalar",
       .to_float = to_float,
@@ -185,9 +186,8 @@ const Kernels& scalar_kernels() {
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
-      .bf16_tile = bf16_tile,
-      .encode_bf16 = encode_bf16,
-      .encode_bf16_pair = encode_bf16_pair,
+      .nibbles = nullptr,
+      .bf16 = &bf16,
       .store_int = store_int,
       .store_float = store_float,
       .dot_shift = 0,
