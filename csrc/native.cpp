@@ -35,13 +35,9 @@ void expect_shape(const char* name, const py::array& a, const std::vector<int64_
   if (!ok) throw std::invalid_argument(std::string(name) + " must have shape [" + expected + "], got " + shape_of(a));
 }
 
-// A view of `a`, which is made contiguous. NumPy has no bfloat16: its bits come as uint16; anything else becomes
-// float32.
-qk::Matrix matrix(const char* name, py::array& a) {
+qk::Matrix matrix(const char* name, const Array<float>& a) {
   if (a.ndim() != 2) throw std::invalid_argument(std::string(name) + " must be a matrix, got shape " + shape_of(a));
-  const bool bfloat16 = a.dtype().is(py::dtype::of<uint16_t>());
-  a = bfloat16 ? py::array(Array<uint16_t>(a)) : py::array(Array<float>(a));
-  return {a.data(), bfloat16 ? qk::DType::bfloat16 : qk::DType::float32, a.shape(0), a.shape(1)};
+  return {a.data(), qk::DType::float32, a.shape(0), a.shape(1)};
 }
 
 qk::Weight weight(const py::array& qweight, const Array<float>& scales, const std::optional<Array<uint8_t>>& zeros,
@@ -84,7 +80,7 @@ qk::Parallel threads(int count) {
   return {count, run};
 }
 
-py::tuple quantize_activation(py::array x, const std::string& scheme_name, int num_threads) {
+py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_name, int num_threads) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   if (!scheme.int_activations()) throw std::invalid_argument("scheme must be an a8 scheme, got " + scheme_name);
   const qk::Matrix view = matrix("x", x);
@@ -104,7 +100,7 @@ Array<float> dequantize_weight(const py::array& qweight, const Array<float>& sca
   return out;
 }
 
-Array<float> linear(py::array x, const py::array& qweight, const Array<float>& scales,
+Array<float> linear(const Array<float>& x, const py::array& qweight, const Array<float>& scales,
                     const std::optional<Array<uint8_t>>& zeros, const std::optional<Array<float>>& bias,
                     const std::string& scheme, int num_threads) {
   const qk::Matrix view = matrix("x", x);
@@ -116,7 +112,7 @@ Array<float> linear(py::array x, const py::array& qweight, const Array<float>& s
   return out;
 }
 
-Array<float> linear_grad_input(py::array grad_out, const py::array& qweight, const Array<float>& scales,
+Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qweight, const Array<float>& scales,
                                const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
                                const std::string& scheme, int num_threads) {
   const qk::Matrix view = matrix("grad_out", grad_out);
@@ -142,21 +138,19 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() =
-      "The qkernels core on NumPy arrays: activations in float32, or in bfloat16 as its bits in uint16; weights in the "
-      "canonical storage; results in float32.";
+  m.doc() = "The qkernels core on NumPy arrays: float32 activations, weights in the canonical storage.";
   m.def("compiled_isas", &qk::compiled_isas, "ISAs in this build, in ascending order of preference.");
   m.def("supported_isas", &qk::supported_isas, "Those of them that this CPU and OS can run.");
   m.def("current_isa", &qk::current_isa, "The ISA in use.");
   m.def("force_isa", &qk::force_isa, py::arg("name"), "Use an ISA from now on, in all threads.");
   m.def("build_info", &build_info, "Compiler, language standard and ISAs of this build.");
   m.def("quantize_activation", &quantize_activation, py::arg("x"), py::arg("scheme"), py::arg("threads") = 1,
-        "[M, K] -> (int8 [M, K], float32 scales [M, groups]).");
+        "float32 [M, K] -> (int8 [M, K], float32 scales [M, groups]).");
   m.def("dequantize_weight", &dequantize_weight, py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
         py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1, "float32 [N, K].");
   m.def("linear", &linear, py::arg("x"), py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
-        py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1, "[M, K] -> float32 [M, N].");
+        py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1, "float32 [M, K] -> float32 [M, N].");
   m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),
         py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
-        "[M, N] -> float32 [M, K].");
+        "float32 [M, N] -> float32 [M, K].");
 }

@@ -1,4 +1,4 @@
-"""The AVX-512 kernels on a CPU that may lack them: the same source over emulated intrinsics (tests/emulation)."""
+"""The AVX-512 VNNI kernels on a CPU that may lack them: the same source over emulated intrinsics (tests/emulation)."""
 
 import importlib.util
 import shutil
@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_within_float_bound
 
 import qkernels as qk
-from qkernels import isa, reference
+from qkernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA = "avx512vnni"
 
 pytestmark = pytest.mark.skipif(
-    "avx2" not in isa.supported() or shutil.which("g++") is None, reason="needs AVX2 and g++ to emulate AVX-512"
+    "avx2" not in qk.isa.supported() or shutil.which("g++") is None, reason="needs AVX2 and g++ to emulate AVX-512"
 )
 
 
@@ -50,21 +49,6 @@ def emulated(tmp_path_factory):
     return module
 
 
-@pytest.fixture
-def emulated_bf16(emulated):
-    """(scalar, emulated): one function that calls `_native` on either set of bfloat16 kernels."""
-
-    def call(op: str, *args) -> tuple[torch.Tensor, torch.Tensor]:
-        results = []
-        for name in ("scalar", "avx512bf16"):
-            emulated.force_isa(name)
-            results.append(torch.from_numpy(getattr(emulated, op)(*args)))
-        return tuple(results)
-
-    yield call
-    emulated.force_isa(ISA)
-
-
 def case(scheme: str, m: int, k: int, n: int):
     generator = torch.Generator().manual_seed(1000 * m + 10 * k + n)
     x, grad = torch.randn(m, k, generator=generator), torch.randn(m, n, generator=generator)
@@ -93,39 +77,6 @@ def test_equals_reference(emulated, scheme):
         )
         actual = emulated.dequantize_weight(*arrays, x.shape[1], scheme)
         assert np.array_equal(actual, reference.dequantize_weight(*weight, x.shape[1], scheme).numpy())
-
-
-def bfloat16_bits(x: torch.Tensor) -> np.ndarray:
-    return x.to(torch.bfloat16).view(torch.uint16).numpy()
-
-
-# More than 4 rows, so that the matrix driver runs; odd depths; more than one block along each dimension.
-@pytest.mark.parametrize("scheme", qk.QuantScheme.names())
-@pytest.mark.parametrize("shape", [(5, 1, 1), (7, 33, 31), (13, 161, 70), (25, 1089, 45), (6, 45, 1089), (390, 33, 35)])
-def test_bfloat16_products_equal_scalar_ones(emulated_bf16, scheme, shape):
-    """Products of bfloat16 are exact and both kernels add them in the same order: equal bits, NaN and Inf included."""
-    x, grad, weight, bias = case(scheme, *shape)
-    x[0, -1], x[1, 0], x[2, 0] = torch.inf, -torch.inf, torch.nan
-    grad[3, -1], grad[4, 0] = torch.nan, torch.inf
-    arrays = [None if t is None else t.numpy() for t in weight]
-    outs = emulated_bf16("linear", bfloat16_bits(x), *arrays, bias.numpy(), scheme)
-    gradients = emulated_bf16("linear_grad_input", bfloat16_bits(grad), *arrays, x.shape[1], scheme)
-    for expected, actual in (outs, gradients):
-        assert torch.equal(actual.isnan(), expected.isnan())
-        assert torch.equal(actual.nan_to_num(), expected.nan_to_num()), (scheme, shape)
-
-
-@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32-asym"])
-def test_flushed_bfloat16_numbers_stay_within_the_bound(emulated_bf16, scheme):
-    """x around the smallest normal number: vdpbf16ps takes what lies below for zero."""
-    x, _, weight, _ = case(scheme, 13, 161, 70)
-    x = (x * torch.exp2(torch.arange(-140.0, -114.0, 2.0))[:, None]).bfloat16()
-    arrays = [None if t is None else t.numpy() for t in weight]
-    scalar, emulated = emulated_bf16("linear", bfloat16_bits(x), *arrays, None, scheme)
-    exact = reference.dequantize_weight(*weight, x.shape[1], scheme).double()
-    assert not torch.equal(scalar, emulated)
-    with isa.force("scalar"):  # the bound of bfloat16 products
-        assert_within_float_bound(emulated, x, exact)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag32"])

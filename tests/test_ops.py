@@ -108,6 +108,19 @@ def test_bfloat16_gradient_rounds_the_weight_and_nothing_else(name, scheme):
             assert_within_float_bound(gradient, grad_out, rounded.t(), None, f"{name} {scheme}")
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32-asym"])
+def test_bfloat16_around_the_smallest_normal_number(each_isa, scheme):
+    """Bfloat16 instructions take subnormal numbers for zeros."""
+    draw = op_samples.Draw(f"subnormal {scheme}")
+    weight = draw.weight(70, 161, QuantScheme.parse(scheme))
+    exact, powers = exact_weight(*weight, 161, scheme), torch.exp2(torch.arange(-140.0, -114.0, 2.0))[:, None]
+    x, grad_out = (draw.floats(13, 161) * powers).bfloat16(), (draw.floats(13, 70) * powers).bfloat16()
+    out = OPS.linear(x, *weight, None, scheme, torch.float32)
+    assert_within_float_bound(out, x, exact, None, f"{each_isa} {scheme}")
+    gradient = OPS.linear_grad_input(grad_out, *weight, 161, scheme, torch.float32)
+    assert_within_float_bound(gradient, grad_out, exact.t(), None, f"{each_isa} {scheme}", gradient=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
 def test_non_finite_rows_of_float_products(each_isa, scheme, dtype):
