@@ -21,11 +21,15 @@ pytestmark = pytest.mark.skipif(
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
 # (kernel, the instruction that does its work) -> how many of them one pass of the loop holds, per ISA
 TILES = {
-    ("int_tile", "vpmaddwd"): 12,
+    ("int_tile", "vpmaddwd.*ymm"): 12,
     ("float_tile", "vfmadd231ps.*ymm"): 12,
-    ("int_tile", "vpdpbusd"): 24,
-    ("grouped<true>", "vpdpbusd"): 96,
-    ("grouped<false>", "vpdpbusd"): 96,
+    ("int_tile", "vpmaddwd.*zmm"): 24,
+    ("grouped<true>", "vpmaddwd.*zmm"): 24,
+    ("grouped<false>", "vpmaddwd.*zmm"): 24,
+    ("int_tile", "vpdpbusd.*ymm"): 12,
+    ("int_tile", "vpdpbusd.*zmm"): 24,
+    ("grouped<true>", "vpdpbusd.*zmm"): 96,
+    ("grouped<false>", "vpdpbusd.*zmm"): 96,
     ("float_tile", "vfmadd231ps.*zmm"): 24,
     ("bf16_tile", "vdpbf16ps"): 24,
 }

@@ -4,24 +4,16 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
 #if defined(__x86_64__)
 
-#if defined(QK_EMULATED_AVX512)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-#endif
+QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
 namespace qk {
 namespace {
 
-// The tile of avx512vnni.cpp.
+// The tile of avx512.inc.
 constexpr int kMr = 12;
 constexpr int kNr = 32;
 
@@ -94,11 +86,7 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
 
 }  // namespace
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+QK_END_TARGET
 
 const Kernels& avx512bf16_kernels() {
   static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};

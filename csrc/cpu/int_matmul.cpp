@@ -115,9 +115,9 @@ struct PackedB {
         rows(plan.nr) {}
 };
 
-// Stored bytes that are units as they are.
+// Stored bytes that are units as they are. (Unpacked nibbles lie in scratch, which the next row takes.)
 bool in_place(const Plan& plan, const int8_t* q) {
-  return plan.kernels.encode_b == nullptr && plan.w.k == plan.units * plan.unit &&
+  return plan.kernels.encode_b == nullptr && plan.w.scheme.weight_bits == 8 && plan.w.k == plan.units * plan.unit &&
          reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0;
 }
 

@@ -128,6 +128,8 @@ struct Kernels {
 
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
+const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
 const Kernels& avx512bf16_kernels();
 
