@@ -63,6 +63,15 @@ void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, ui
   }
 }
 
+// The same pair in all lanes. Clang 16 does not end where it knows that a vector of bfloat16 is a broadcast.
+inline __m512bh broadcast(uint32_t pair) {
+  __m512i v = _mm512_set1_epi32(static_cast<int>(pair));
+#if defined(__clang__)
+  __asm__("" : "+v"(v));
+#endif
+  return (__m512bh)v;
+}
+
 void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) {
   __m512 acc[kMr][2];
 #pragma GCC unroll 12
@@ -71,7 +80,7 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
 #pragma GCC unroll 12
     for (int i = 0; i < kMr; ++i) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
+      const __m512bh x = broadcast(a[i]);
       acc[i][0] = _mm512_dpbf16_ps(acc[i][0], x, b0);
       acc[i][1] = _mm512_dpbf16_ps(acc[i][1], x, b1);
     }
