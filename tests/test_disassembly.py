@@ -31,6 +31,7 @@ TILES = {
     ("grouped<true>", "vpdpbusd.*zmm"): 96,
     ("grouped<false>", "vpdpbusd.*zmm"): 96,
     ("float_tile", "vfmadd231ps.*zmm"): 24,
+    ("bf16_tile", "vdpbf16ps"): 24,
 }
 
 

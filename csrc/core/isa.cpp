@@ -48,6 +48,8 @@ bool has_avx512() {
   return has_avx2() && QK_CPU_HAS("avx512f") && QK_CPU_HAS("avx512bw") && QK_CPU_HAS("avx512vl") &&
          QK_CPU_HAS("avx512dq");
 }
+
+bool has_avx512vnni() { return has_avx512() && QK_CPU_HAS("avx512vnni"); }
 #elif defined(__aarch64__)
 // Old kernel headers lack these names, so the bits are given as numbers.
 bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
@@ -61,7 +63,8 @@ const Isa kIsas[] = {
     {avx2_kernels, has_avx2},
     {avx512_kernels, has_avx512},
     {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
-    {avx512vnni_kernels, [] { return has_avx512() && QK_CPU_HAS("avx512vnni"); }},
+    {avx512vnni_kernels, has_avx512vnni},
+    {avx512bf16_kernels, [] { return has_avx512vnni() && QK_CPU_HAS("avx512bf16"); }},
 #elif defined(__aarch64__)
     {neon_dotprod_kernels, has_dotprod},
     {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM

@@ -2,10 +2,15 @@
 //
 // NOTE [panels]. The matrix kernels read both operands from packed panels. A panel holds `rows` rows (mr of A or nr of
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
-// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
-// Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
-// An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of units that
-// starts at a multiple of kGroupStep / unit stays one range of the panel.
+// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
+// 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
+// every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
+// units that starts at a multiple of kGroupStep / unit stays one range of the panel.
+//
+// NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
+// panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
+// depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
+// x is bfloat16 and the ISA has Bf16Kernels, float products are computed like this, otherwise in float32.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
@@ -90,6 +95,15 @@ struct DotRows {
   int int8, int8_grouped, int4, int4_grouped, floats;
 };
 
+// Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
+struct Bf16Kernels {
+  void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
+  // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
+  void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
+  // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
+  void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
+};
+
 struct Kernels {
   const char* name;
 
@@ -118,7 +132,8 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
-  const NibbleKernels* nibbles;  // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
+  const NibbleKernels* nibbles;       // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
+  const Bf16Kernels* bf16 = nullptr;  // bfloat16 is multiplied in float32 without them
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
@@ -143,6 +158,7 @@ const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
 const Kernels& neon_dotprod_kernels();
 const Kernels& neon_i8mm_kernels();
+const Kernels& avx512bf16_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();

@@ -195,6 +195,49 @@ inline void mask_store_low8(void* p, uint16_t mask, const Int& v) {
   }
 }
 
+// 16 bytes, sign-extended.
+inline Int cvtepi8_epi32(__m128i v) {
+  int8_t bytes[16];
+  std::memcpy(bytes, &v, 16);
+  return ints([&](int i) { return bytes[i]; });
+}
+
+// A bfloat16 number as float, and the instructions on them: subnormal numbers are read and written as zeros.
+inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float bf16(int32_t lane, int half) {
+  const uint32_t bits = half == 0 ? static_cast<uint32_t>(lane) << 16 : static_cast<uint32_t>(lane) & 0xffff0000u;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return flush(x);
+}
+// VCVTNE2PS2BF16: 16 lanes of b, then 16 of a, rounded to nearest even.
+inline Int cvtne2ps(const Float& a, const Float& b) {
+  const auto round = [](float x) {
+    const float flushed = flush(x);
+    uint32_t bits;
+    std::memcpy(&bits, &flushed, 4);
+    return std::isnan(x) ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return ints([&](int i) {
+    const float* source = (i < 8 ? b : a).lane + i % 8 * 2;
+    return static_cast<int32_t>(round(source[1]) << 16 | round(source[0]));
+  });
+}
+// VDPBF16PS: the product of the odd (upper) halves is added first, then that of the even ones.
+inline Float dpbf16(const Float& acc, const Int& a, const Int& b) {
+  return floats([&](int i) {
+    const float odd = flush(std::fma(bf16(a.lane[i], 1), bf16(b.lane[i], 1), flush(acc.lane[i])));
+    return flush(std::fma(bf16(a.lane[i], 0), bf16(b.lane[i], 0), odd));
+  });
+}
+inline Int permutexvar_epi16(const Int& index, const Int& a) {
+  uint16_t from[32], to[32], indices[32];
+  std::memcpy(from, &a, 64);
+  std::memcpy(indices, &index, 64);
+  for (int i = 0; i < 32; ++i) to[i] = from[indices[i] & 31];
+  return load(to);
+}
+
 }  // namespace emulated
 
 #define __m512i emulated::Int
@@ -239,3 +282,11 @@ inline void mask_store_low8(void* p, uint16_t mask, const Int& v) {
 #define _mm512_maskz_loadu_ps(m, p) emulated::maskz_load_ps(m, p)
 #define _mm512_mask_storeu_epi32(p, m, v) emulated::mask_store32(p, m, v)
 #define _mm512_mask_cvtepi32_storeu_epi8(p, m, v) emulated::mask_store_low8(p, m, v)
+
+#define __m512bh emulated::Int
+#define _mm512_cvtepi8_epi32(a) emulated::cvtepi8_epi32(a)
+#define _mm512_cvtne2ps_pbh(a, b) emulated::cvtne2ps(a, b)
+#define _mm512_dpbf16_ps(c, a, b) emulated::dpbf16(c, a, b)
+#define _mm512_permutexvar_epi16(i, a) emulated::permutexvar_epi16(i, a)
+#define _mm_maskz_loadu_epi8(m, p) \
+  _mm256_castsi256_si128(emulated::half(emulated::maskz_load8(static_cast<uint16_t>(m), p), 0))
