@@ -1,12 +1,11 @@
 // AVX-512 BF16 kernels (Zen 4, Sapphire Rapids and later): vdpbf16ps multiplies 32 pairs of bfloat16 numbers an
 // instruction, twice as many as a float32 FMA. Everything else is as in avx512vnni.cpp. The instructions read and write
 // subnormal numbers as zeros, whatever the mode of the CPU (docs/numerics.md).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
