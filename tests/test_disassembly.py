@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
+# The matrix tiles and, at the end, the probes of the roofline.
 # (kernel, the instruction that does its work) -> how many of them one pass of the loop holds, per ISA
 TILES = {
     ("int_tile", "vpmaddwd"): 12,
@@ -27,6 +28,9 @@ TILES = {
     ("grouped<true>", "vpdpbusd"): 96,
     ("grouped<false>", "vpdpbusd"): 96,
     ("float_tile", "vfmadd231ps.*zmm"): 24,
+    ("vpdpbusd_avx512", "vpdpbusd.*zmm"): 12,
+    ("vpmaddwd_avx2", "vpmaddwd.*ymm"): 12,
+    ("fma_avx2", "vfmadd231ps"): 12,
 }
 
 
