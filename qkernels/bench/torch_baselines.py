@@ -59,9 +59,14 @@ class BFloat16(Float32):
 class CompiledBFloat16(BFloat16):
     name = "torch bfloat16 compiled"
     directions = (FORWARD,)
+    _compiled: Callable | None = None
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        return torch.compile(super().prepare(weight, bias), dynamic=False)
+        if self._compiled is None:
+            torch.compiler.reset()  # or, after the shapes of several cases, it would give up and run eagerly
+            self._compiled = torch.compile(lambda x, weight, bias: linear(x, weight, bias), dynamic=False)
+        compiled, weight, bias = self._compiled, weight.to(self.dtype), bias.to(self.dtype)
+        return lambda x: compiled(x, weight, bias)
 
 
 class DynamicInt8(Candidate):
