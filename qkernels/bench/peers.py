@@ -132,7 +132,7 @@ class BitsAndBytesInt8(_BitsAndBytes):
 class OnnxRuntime(Candidate):
     """The operator MatMulNBits with int8 activations inside (accuracy level 4) and bias, in a session of its own."""
 
-    name, kind, weight_bits, tolerance = "onnxruntime MatMulNBits int4", "int8", 4 + 32 / 32, INT4_TOLERANCE
+    name, kind, weight_bits, tolerance = "onnxruntime int4", "int8", 4 + 32 / 32, INT4_TOLERANCE
     module = "onnxruntime"
     dtype = torch.float32
     block = 32

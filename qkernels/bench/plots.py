@@ -27,6 +27,7 @@ def save_plots(results: Results, folder: Path) -> list[Path]:
 
 
 def _plot(rows: list[Row], title: str, path: Path) -> None:
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,15 +35,16 @@ def _plot(rows: list[Row], title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     time, fraction = figure.subplots(1, 2)
     ticks = sorted({row.m for row in rows})
-    for name in dict.fromkeys(row.name for row in rows):
+    for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
         own = sorted((row for row in rows if row.name == name), key=lambda row: row.m)
-        style = {"marker": "o", "markersize": 4, "label": name, "linewidth": 2 if own[0].ours else 1}
-        style["linestyle"] = "-" if own[0].ours else "--"
+        style = {"marker": "o", "markersize": 4, "label": name, "color": colormaps["tab20"](index % 20)}
+        style |= {"linestyle": "-", "linewidth": 2.5} if own[0].ours else {"linestyle": "--", "linewidth": 1}
         m, medians = [row.m for row in own], [row.median * 1e3 for row in own]
         low, high = ([row.quartiles[i] * 1e3 for row in own] for i in (0, 1))
-        (line,) = time.plot(m, medians, **style)
-        time.fill_between(m, low, high, color=line.get_color(), alpha=0.15)
-        fraction.plot(m, [row.fraction for row in own], **style | {"color": line.get_color()})
+        time.plot(m, medians, **style)
+        if own[0].ours:
+            time.fill_between(m, low, high, color=style["color"], alpha=0.2)
+        fraction.plot(m, [row.fraction for row in own], **style)
     time.set(ylabel="milliseconds", yscale="log")
     fraction.set(ylabel="fraction of the machine's limit", ylim=(0, None))
     fraction.axhline(1, color="black", linewidth=0.8)

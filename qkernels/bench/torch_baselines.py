@@ -100,7 +100,7 @@ class DynamicInt8(Candidate):
 class IntMm(Candidate):
     """`torch._int_mm`: the bare integer product, with neither the quantization of x nor the scales timed."""
 
-    name, kind, weight_bits, tolerance = "torch._int_mm, product only", "int8", 8, 0.02
+    name, kind, weight_bits, tolerance = "torch._int_mm, bare", "int8", 8, 0.02
     dtype = torch.float32
 
     def convert_input(self, x: Tensor) -> Tensor:
