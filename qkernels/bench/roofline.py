@@ -16,7 +16,7 @@ INSTRUCTIONS = {
     "float32": FLOAT32,
 }
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-MIN_DRAM_BLOCK = 128 << 20
+MIN_DRAM_BLOCK = 256 << 20
 FALLBACK_CACHES = {"l2": 1 << 20, "l3": 32 << 20}  # where the system does not tell
 
 
@@ -118,7 +118,7 @@ def measure(threads: int, seconds: float = 1.0) -> Roofline:
     blocks = {
         "l2": caches["l2"] // 2,
         "l3": max(caches["l3"] // 2 // threads, 2 * caches["l2"]),
-        "dram": max(4 * caches["l3"], MIN_DRAM_BLOCK) // threads,
+        "dram": max(8 * caches["l3"], MIN_DRAM_BLOCK) // threads,
     }
     probes = _native.peak_probes()
     share = seconds / (len(probes) + len(blocks))
