@@ -6,6 +6,7 @@ Each adapter uses the library as its documentation tells a user to, and its erro
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -237,9 +238,44 @@ class OpenVinoInt4(_OpenVino):
     name, weight_bits, tolerance, element_type = "openvino int4", 4 + 16 / GROUP, INT4_TOLERANCE, "i4"
 
 
+class AutoRound(Candidate):
+    """Intel's kernels behind AutoRound: int4 weights in groups, computing in what the library chooses."""
+
+    name, kind, weight_bits, tolerance = "auto-round int4", "int8", 4 + 32 / GROUP, INT4_TOLERANCE
+    module = "auto_round_kernel"
+    dtype = torch.float32
+
+    def unavailable(self) -> str | None:
+        if self.case.threads != os.cpu_count():
+            return "it always runs on all cores"
+        return _not_a_multiple(self.case.k, GROUP) or super().unavailable()
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        import auto_round_kernel
+
+        n, k = weight.shape
+        grouped = weight.reshape(n, k // GROUP, GROUP)
+        scales = grouped.abs().amax(-1) / 7
+        integers = (grouped / scales.unsqueeze(-1)).round().to(torch.int8).reshape(n, k)
+        format = ("auto", "int4", "fp32", False)  # compute, weight, scales, zero points
+        packed = auto_round_kernel.repack_quantized_weight(
+            integers.t().contiguous(), scales.t().contiguous(), torch.empty(0, dtype=torch.int8), GROUP, *format
+        )
+        return lambda x: auto_round_kernel.woqgemm(x, packed, bias, n, k, GROUP, *format)
+
+
 def peers(case: Case) -> list[Candidate]:
     """Every adapter; whether its library is here is asked by `unavailable`."""
     from .ggml import formats
 
-    adapters = (TorchAoInt8, TorchAoInt4, BitsAndBytesNf4, BitsAndBytesInt8, OnnxRuntime, OpenVinoInt8, OpenVinoInt4)
+    adapters = (
+        TorchAoInt8,
+        TorchAoInt4,
+        BitsAndBytesNf4,
+        BitsAndBytesInt8,
+        OnnxRuntime,
+        OpenVinoInt8,
+        OpenVinoInt4,
+        AutoRound,
+    )
     return [adapter(case) for adapter in adapters] + formats(case)
