@@ -28,11 +28,11 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.test ## time the linear layers against torch and the limits of this machine
-	$(BIN)/python -m qkernels bench linear --output benchmarks/results/here
+	$(BIN)/python -m qkernels bench linear
 
 bench-peers: $(VENV)/.test ## the same with other libraries, which are installed into $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" -r benchmarks/peers.txt
-	$(BIN)/python -m qkernels bench linear --peers --output benchmarks/results/here
+	$(BIN)/python -m qkernels bench linear --peers
 
 wheel: $(VENV)/.venv
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -174,6 +174,12 @@ class TestVerification:
         size = 32 * 64 + 32 * 4
         assert row.copies == len(set(seen)) == -(-20_000 // size)
         assert row.limited_by == "dram" and row.limit == pytest.approx(size / 4 + 3 * 96 * 4 / 4)
+        slow = torch_baselines.Float32(case(weights=COLD))
+        slow.max_copies = 2
+        assert suite.run_case([slow], ROUND, 1e-3) == (
+            [],
+            {slow.name: "a cold weight of this size takes 3 copies, over 2"},
+        )
 
     def test_onednn_setting_is_restored(self):
         before = torch.backends.mkldnn.matmul.fp32_precision

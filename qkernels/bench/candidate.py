@@ -57,6 +57,7 @@ class Candidate:
         tolerance: largest relative error (Frobenius) against the float64 product of the same inputs.
         directions: what it can compute.
         module: the package it needs, or None.
+        max_copies: of the weight, for those that take long to prepare one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Candidate:
     tolerance: float
     directions: tuple[str, ...] = (FORWARD,)
     module: str | None = None
+    max_copies: int | None = None
 
     def __init__(self, case: Case):
         self.case = case

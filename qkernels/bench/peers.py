@@ -18,6 +18,7 @@ from .candidate import FORWARD, GRAD_INPUT, Candidate, Case
 
 INT8_TOLERANCE, INT4_TOLERANCE = 0.03, 0.2
 GROUP = 128
+MAX_COPIES = 128  # of a session or a compiled graph, each with threads of its own
 
 
 def _float_layer(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
@@ -135,6 +136,7 @@ class OnnxRuntime(Candidate):
 
     name, kind, weight_bits, tolerance = "onnxruntime int4", "int8", 4 + 32 / 32, INT4_TOLERANCE
     module = "onnxruntime"
+    max_copies = MAX_COPIES
     dtype = torch.float32
     block = 32
 
@@ -193,6 +195,7 @@ class _OpenVino(Candidate):
 
     kind = "int8"
     module = "openvino"
+    max_copies = MAX_COPIES
     dtype = torch.float32
     element_type: str
 
@@ -247,7 +250,7 @@ class AutoRound(Candidate):
 
     def unavailable(self) -> str | None:
         if self.case.threads != os.cpu_count():
-            return "it always runs on all cores"
+            return "it runs on all cores, whatever torch uses"
         return _not_a_multiple(self.case.k, GROUP) or super().unavailable()
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:

@@ -159,7 +159,7 @@ def run_case(candidates: Sequence[Candidate], roofline: Roofline, seconds: float
     reasons: dict[str, str] = {}
     for candidate in candidates:
         try:
-            reason = candidate.unavailable()
+            reason = candidate.unavailable() or _too_many_copies(candidate)
             if reason is None:
                 verified.append(inputs.verify(candidate))
                 continue
@@ -213,6 +213,11 @@ def _copies(candidate: Candidate) -> int:
         return 1
     wanted = min(2 * cache_bytes()["l3"], MAX_COPIES_BYTES)
     return -(-wanted // candidate.product().weight_bytes)
+
+
+def _too_many_copies(candidate: Candidate) -> str | None:
+    copies, most = _copies(candidate), candidate.max_copies
+    return f"a cold weight of this size takes {copies} copies, over {most}" if most and copies > most else None
 
 
 class Inputs:
