@@ -14,7 +14,7 @@ import torch
 from helpers import assert_refused, invoke
 
 from qkernels import _native, ops
-from qkernels.bench import ours, suite, torch_baselines
+from qkernels.bench import ours, peers, suite, torch_baselines
 from qkernels.bench.candidate import COLD, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case
 from qkernels.bench.compare import compare, regressions
 from qkernels.bench.results import Results
@@ -180,6 +180,13 @@ class TestVerification:
             [],
             {slow.name: "a cold weight of this size takes 3 copies, over 2"},
         )
+
+    def test_peers_run_or_say_why_not(self):
+        candidates = peers.peers(case(n=64, k=256))
+        rows, reasons = suite.run_case(candidates, ROUND, 1e-3)
+        assert {row.name for row in rows} | set(reasons) == {candidate.name for candidate in candidates}
+        expected = ("cannot import", "it runs on all cores")
+        assert {name: reason for name, reason in reasons.items() if not reason.startswith(expected)} == {}
 
     def test_onednn_setting_is_restored(self):
         before = torch.backends.mkldnn.matmul.fp32_precision

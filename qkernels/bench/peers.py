@@ -139,6 +139,7 @@ class OnnxRuntime(Candidate):
     max_copies = MAX_COPIES
     dtype = torch.float32
     block = 32
+    _model: bytes | None = None
 
     def convert_input(self, x: Tensor) -> Any:
         return {"x": x.numpy()}
@@ -149,8 +150,7 @@ class OnnxRuntime(Candidate):
     def unavailable(self) -> str | None:
         return _not_a_multiple(self.case.k, self.block) or super().unavailable()
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Any]:
-        import onnxruntime
+    def model(self, weight: Tensor, bias: Tensor) -> bytes:
         from onnx import TensorProto, helper, numpy_helper
 
         from ..quantize import quantize_weight
@@ -183,10 +183,16 @@ class OnnxRuntime(Candidate):
             [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in constants.items()],
         )
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Any]:
+        import onnxruntime
+
+        if self._model is None:
+            self._model = self.model(weight, bias)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.case.threads
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
         return lambda feed: session.run(None, feed)
 
 
@@ -198,6 +204,7 @@ class _OpenVino(Candidate):
     max_copies = MAX_COPIES
     dtype = torch.float32
     element_type: str
+    _model: Any = None
 
     def convert_input(self, x: Tensor) -> Any:
         return x.numpy()
@@ -208,7 +215,7 @@ class _OpenVino(Candidate):
     def unavailable(self) -> str | None:
         return _not_a_multiple(self.case.k, GROUP) or super().unavailable()
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Any]:
+    def model(self, weight: Tensor, bias: Tensor) -> Any:
         import openvino as ov
         from openvino import opset13 as op
 
@@ -223,13 +230,19 @@ class _OpenVino(Candidate):
         matrix = op.convert(op.reshape(scaled, [n, k], special_zero=False), ov.Type.f32)
         x = op.parameter([self.case.m, k], ov.Type.f32)
         product = op.matmul(x, matrix, transpose_a=False, transpose_b=True)
-        model = ov.Model([op.add(product, op.constant(bias.numpy().reshape(1, n)))], [x])
+        return ov.Model([op.add(product, op.constant(bias.numpy().reshape(1, n)))], [x])
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Any]:
+        import openvino as ov
+
+        if self._model is None:
+            self._model = self.model(weight, bias)
         settings = {
             "INFERENCE_NUM_THREADS": self.case.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
         }
-        request = ov.compile_model(model, "CPU", settings).create_infer_request()
+        request = ov.compile_model(self._model, "CPU", settings).create_infer_request()
         return lambda array: request.infer([array], share_inputs=True, share_outputs=True)
 
 
