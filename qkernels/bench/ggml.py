@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 import weakref
 from collections.abc import Callable
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -20,12 +21,17 @@ F32 = 0  # ggml_type
 TENSORS = 8  # room in a context: more than a graph here has
 
 
+LOG_ERROR = 4  # ggml_log_level
+LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+
+
 class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-# Functions by library: name, result, arguments.
-BASE = (
+# Name, result, arguments.
+FUNCTIONS = (
+    ("ggml_log_set", None, [LogCallback, c_void_p]),
     ("ggml_init", c_void_p, [InitParams]),
     ("ggml_free", None, [c_void_p]),
     ("ggml_tensor_overhead", c_size_t, []),
@@ -48,8 +54,6 @@ BASE = (
     ("ggml_backend_dev_backend_reg", c_void_p, [c_void_p]),
     ("ggml_backend_reg_get_proc_address", c_void_p, [c_void_p, c_char_p]),
     ("ggml_backend_free", None, [c_void_p]),
-)
-CPU = (
     ("ggml_backend_cpu_init", c_void_p, []),
     ("ggml_backend_cpu_set_n_threads", None, [c_void_p, c_int]),
 )
@@ -59,12 +63,15 @@ class _Library:
     """The functions as attributes, without their prefix `ggml_`."""
 
     def __init__(self, folder: Path):
-        for file, functions in (("libggml-base.so", BASE), ("libggml-cpu.so", CPU)):
-            library = ctypes.CDLL(str(folder / file))
-            for name, result, arguments in functions:
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
-                setattr(self, name.removeprefix("ggml_"), function)
+        # Everything through this one: the base library lies there under several names, and each would be a copy.
+        library = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+        for name, result, arguments in FUNCTIONS:
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("ggml_"), function)
+        # By default it prints a line for each weight.
+        self._log = LogCallback(lambda level, text, _: level == LOG_ERROR and print(text.decode(), file=sys.stderr))
+        self.log_set(self._log, None)
 
     def repack_buffer_type(self, backend: int) -> int | None:
         """The buffer type that rearranges weights for the CPU's kernels, if this build has it."""
