@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,6 +102,7 @@ def compare(
     """Ratio of each row of two runs; exits with status 1 if kernels of ours became slower beyond the spread."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..bench.compare import compare, regressions
     from ..bench.results import Results
@@ -112,22 +114,24 @@ def compare(
         raise InputError(str(error)) from error
     if not comparisons:
         raise InputError(f"{before} and {after} have no row in common")
-    table = Table("M x N x K", "", "", "before ms", "after ms", "ratio", "")
-    for item in comparisons:
-        row = item.after
-        shape, how = f"{row.m} x {row.n} x {row.k}", f"{row.direction}, {row.weights}, {row.threads}t"
-        times = (f"{item.before.median * 1e3:.4f}", f"{row.median * 1e3:.4f}", f"{item.ratio:.2f}")
-        table.add_row(shape, how, row.name, *times, item.verdict)
-    Console().print(table)
+    console = Console()
+    for _, cell in groupby(comparisons, key=lambda item: item.after.cell):
+        items = list(cell)
+        table = Table("", "before ms", "after ms", "ratio", "", box=None, pad_edge=False)
+        for item in items:
+            times = (f"{item.before.median * 1e3:.4f}", f"{item.after.median * 1e3:.4f}", f"{item.ratio:.2f}")
+            table.add_row(Text(item.after.name, style="bold" if item.after.ours else ""), *times, item.verdict)
+        console.print(f"\n[bold]{_title(items[0].after)}[/bold]")
+        console.print(table)
     slower = regressions(comparisons)
     for item in slower:
-        row = item.after
-        print(
-            f"slower: {row.name}, {row.direction} {row.m} x {row.n} x {row.k} ({row.weights}, {row.threads} threads): "
-            f"{item.ratio:.2f}x"
-        )
+        print(f"slower: {item.after.name}, {_title(item.after)}: {item.ratio:.2f}x")
     if slower:
         raise typer.Exit(1)
+
+
+def _title(row) -> str:
+    return f"{row.direction} {row.m} x {row.n} x {row.k}, {row.weights}, {row.threads} threads"
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -160,8 +164,6 @@ def _print_rooflines(rooflines) -> None:
 
 def _print_rows(results) -> None:
     """A table for each case, the limit in its title."""
-    from itertools import groupby
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -171,7 +173,6 @@ def _print_rows(results) -> None:
     for _, cell in groupby(results.rows, key=lambda row: row.cell):
         rows = list(cell)
         first = rows[0]
-        title = f"{first.direction} {first.m} x {first.n} x {first.k}, {first.weights}, {first.threads} threads"
         table = Table("", "ms", "quartiles", "Gop/s", "of limit", "x float32", "error", box=None, pad_edge=False)
         base = next((row.median for row in rows if row.name == "torch float32"), None)
         for row in rows:
@@ -184,7 +185,7 @@ def _print_rows(results) -> None:
                 f"{base / row.median:.2f}" if base else "",
                 f"{row.error:.0e}",
             )
-        console.print(f"\n[bold]{title}[/bold], limited by {first.limited_by}")
+        console.print(f"\n[bold]{_title(first)}[/bold], limited by {first.limited_by}")
         console.print(table)
     for item in results.skipped:
         console.print(f"not timed in {item.cells} cells: {item.name}: {item.reason}", markup=False)
