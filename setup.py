@@ -41,7 +41,7 @@ def extension(name: str, sources: list[str], **options) -> Extension:
         f"qkernels.{name}",
         sorted(sources),
         language="c++",
-        depends=glob("csrc/**/*.h", recursive=True),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True),
         include_dirs=[str(Path(__file__).resolve().parent / "csrc"), *options.pop("include_dirs", [])],
         libraries=[*([] if is_core else ["qkernels_core"]), *options.pop("libraries", [])],
         extra_compile_args=CXX_FLAGS + options.pop("flags", []),

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import core_driver
 import hypothesis
 import pytest
 import torch
@@ -25,3 +26,15 @@ def each_isa(request):
     """Runs the test once per instruction set this CPU has; the value is its name."""
     with isa.force(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def core_check(tmp_path_factory):
+    """The driver of the installed core, see core_driver.py."""
+    return core_driver.build(tmp_path_factory.mktemp("core") / "core_check")
+
+
+@pytest.fixture(scope="session")
+def native_checksums(core_check):
+    """What the best instruction set of this CPU computes."""
+    return core_driver.run(core_check)[1]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from qkernels import isa
+
 INTEGER_VIEW = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
 INTEGER_VIEW[torch.float16] = torch.int16
 
@@ -15,6 +17,14 @@ UNIT_ROUNDOFF = 2.0**-24  # of float32
 # Roundings of a float product besides its n - 1 additions and n products: the scaled weight element, the scale of the
 # group or of the whole sum, the sum over groups and the bias.
 EXTRA_ROUNDINGS = 4
+
+# Products of a bfloat16 matrix on these instruction sets (docs/numerics.md).
+BFLOAT16_ISAS = ("scalar", "avx512bf16")
+BFLOAT16_ROUNDOFF = 2.0**-8  # of a weight in the gradient
+# vdpbf16ps adds the exact products of a pair to the sum in one or two steps; taking each for faithful (either
+# neighbour) covers every way to do it.
+BFLOAT16_SUM_ROUNDOFF = 2.0**-23
+BFLOAT16_FLUSH = 2.0**-126  # what lies below, in a factor or in a sum, may become 0
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -49,22 +59,35 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def gamma(terms: int) -> float:
-    """The bound of the relative error after `terms` float32 roundings (Higham, Accuracy and Stability, 3.1)."""
-    return terms * UNIT_ROUNDOFF / (1 - terms * UNIT_ROUNDOFF)
+def gamma(terms: int, roundoff: float = UNIT_ROUNDOFF) -> float:
+    """The bound of the relative error after `terms` roundings (Higham, Accuracy and Stability, 3.1)."""
+    return terms * roundoff / (1 - terms * roundoff)
 
 
-def assert_within_float_bound(actual, x, weight, bias=None, label: str = "") -> None:
-    """Check `actual` against `x @ weight.T + bias` computed in float32 in any order and rounded once at the end.
+def float_sum_bound(x: torch.Tensor, weight: torch.Tensor, magnitude: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """The bound of the error of a float sum whose terms have the sum of magnitudes `magnitude`."""
+    terms = x.shape[1] + EXTRA_ROUNDINGS
+    if x.dtype != torch.bfloat16 or isa.current() not in BFLOAT16_ISAS:
+        return gamma(terms) * magnitude + terms * 2.0**-149
+    relative = gamma(terms, BFLOAT16_SUM_ROUNDOFF)
+    if gradient:
+        relative = (1 + relative) * (1 + BFLOAT16_ROUNDOFF) - 1
+    # Flushed: elements of x, of the weight, and, before a scale of at most 1, each partial sum.
+    flushed = x.double().abs().sum(1, keepdim=True) + weight.abs().sum(1) + 2 * terms
+    return relative * magnitude + BFLOAT16_FLUSH * flushed
 
-    x [M, K] and weight [N, K] are the exact factors in float64; the bound holds for any order of summation.
+
+def assert_within_float_bound(actual, x, weight, bias=None, label: str = "", gradient: bool = False) -> None:
+    """Check `actual` against `x @ weight.T + bias` computed in float in any order and rounded once at the end.
+
+    weight [N, K] and bias are exact, in float64; x [M, K] is as it was passed to the product, and `gradient` tells
+    whether it is one. The bound holds for any order of summation.
     """
     with one_thread():
-        exact, magnitude = x @ weight.t(), x.abs() @ weight.abs().t()
+        exact, magnitude = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
     if bias is not None:
         exact, magnitude = exact + bias, magnitude + bias.abs()
-    terms = x.shape[1] + EXTRA_ROUNDINGS
-    bound = gamma(terms) * magnitude + terms * 2.0**-149
+    bound = float_sum_bound(x, weight, magnitude, gradient)
     info = torch.finfo(actual.dtype)
     if actual.dtype != torch.float32:
         bound = bound + (exact.abs() + bound) * (info.eps / 2) + info.smallest_normal * info.eps

@@ -10,7 +10,7 @@ from op_samples import FLOAT_SCHEMES, SCHEMES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qkernels import QuantLinear, QuantScheme, quantize_weight, reference
+from qkernels import QuantLinear, QuantScheme, isa, quantize_weight, reference
 from qkernels.nn import float_weight, relative_error
 
 K, N = 70, 19
@@ -39,7 +39,7 @@ def assert_output(layer: QuantLinear, out: torch.Tensor, x: torch.Tensor) -> Non
     else:
         rows, bias = x.detach().reshape(-1, layer.in_features), layer.bias
         bias = None if bias is None else bias.detach().double()
-        assert_within_float_bound(out.detach().reshape(-1, layer.out_features), rows.double(), weight_of(layer), bias)
+        assert_within_float_bound(out.detach().reshape(-1, layer.out_features), rows, weight_of(layer), bias)
 
 
 def weight_of(layer: QuantLinear) -> torch.Tensor:
@@ -47,8 +47,8 @@ def weight_of(layer: QuantLinear) -> torch.Tensor:
 
 
 def assert_gradient(layer: QuantLinear, gradient: torch.Tensor, grad_out: torch.Tensor) -> None:
-    rows = grad_out.reshape(-1, layer.out_features).double()
-    assert_within_float_bound(gradient.reshape(-1, layer.in_features), rows, weight_of(layer).t())
+    rows = grad_out.reshape(-1, layer.out_features)
+    assert_within_float_bound(gradient.reshape(-1, layer.in_features), rows, weight_of(layer).t(), gradient=True)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -205,6 +205,19 @@ def test_autocast(scheme, x_dtype, autocast_dtype, enabled):
     out.backward(grad_out)
     assert x.grad.dtype == x_dtype and layer.bias.grad.dtype == torch.float32
     assert_gradient(layer, x.grad, grad_out)
+
+
+@pytest.mark.parametrize("scheme", CLASSES)
+def test_gradient_under_autocast_is_a_bfloat16_product(scheme):
+    """A float32 x shows the gradient before it is rounded: that of the weight rounded to bfloat16."""
+    layer, x = layer_of(scheme), torch.randn(9, K, requires_grad=True)
+    with isa.force("scalar"), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        grad_out = torch.randn_like(out)
+        out.backward(grad_out)
+    assert x.grad.dtype == torch.float32 and grad_out.dtype == torch.bfloat16
+    rounded = layer.dequantize().bfloat16().double()
+    assert_within_float_bound(x.grad, grad_out.float(), rounded.t())
 
 
 @pytest.mark.parametrize("scheme", CLASSES)

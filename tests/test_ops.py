@@ -5,10 +5,10 @@ import inspect
 import op_samples
 import pytest
 import torch
-from helpers import assert_same_bits, assert_within_float_bound
+from helpers import BFLOAT16_ISAS, assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
 
-from qkernels import QuantScheme, ops, reference
+from qkernels import QuantScheme, isa, ops, reference
 
 OPS = torch.ops.qkernels
 
@@ -83,7 +83,7 @@ def test_float_linear_is_within_its_bound(each_isa, scheme):
         x, *weight, bias, name, _ = args
         bias = None if bias is None else bias.to(torch.float64)
         exact = exact_weight(*weight, x.shape[1], name)
-        assert_within_float_bound(OPS.linear(*args), x.to(torch.float64), exact, bias, f"{each_isa} {label}")
+        assert_within_float_bound(OPS.linear(*args), x, exact, bias, f"{each_isa} {label}")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -92,25 +92,53 @@ def test_linear_grad_input_is_within_its_bound(each_isa, scheme):
         grad_out, *weight, in_features, name, _ = args
         exact = exact_weight(*weight, in_features, name).t()
         gradient = OPS.linear_grad_input(*args)
-        assert_within_float_bound(gradient, grad_out.to(torch.float64), exact, None, f"{each_isa} {label}")
+        assert_within_float_bound(gradient, grad_out, exact, None, f"{each_isa} {label}", gradient=True)
 
 
+@pytest.mark.parametrize("name", [name for name in isa.supported() if name in BFLOAT16_ISAS])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bfloat16_gradient_rounds_the_weight_and_nothing_else(name, scheme):
+    for rows, out_features, in_features in ((1, 1, 1), (13, 70, 161), (5, 1029, 40)):
+        draw = op_samples.Draw(f"bfloat16 {scheme} {rows}")
+        weight = draw.weight(out_features, in_features, QuantScheme.parse(scheme))
+        grad_out = draw.floats(rows, out_features).bfloat16()
+        with isa.force(name):
+            gradient = OPS.linear_grad_input(grad_out, *weight, in_features, scheme, torch.float32)
+            rounded = OPS.dequantize_weight(*weight, in_features, scheme).bfloat16().double()
+            assert_within_float_bound(gradient, grad_out, rounded.t(), None, f"{name} {scheme}")
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32-asym"])
+def test_bfloat16_around_the_smallest_normal_number(each_isa, scheme):
+    """Bfloat16 instructions take subnormal numbers for zeros."""
+    draw = op_samples.Draw(f"subnormal {scheme}")
+    weight = draw.weight(70, 161, QuantScheme.parse(scheme))
+    exact, powers = exact_weight(*weight, 161, scheme), torch.exp2(torch.arange(-140.0, -114.0, 2.0))[:, None]
+    x, grad_out = (draw.floats(13, 161) * powers).bfloat16(), (draw.floats(13, 70) * powers).bfloat16()
+    out = OPS.linear(x, *weight, None, scheme, torch.float32)
+    assert_within_float_bound(out, x, exact, None, f"{each_isa} {scheme}")
+    gradient = OPS.linear_grad_input(grad_out, *weight, 161, scheme, torch.float32)
+    assert_within_float_bound(gradient, grad_out, exact.t(), None, f"{each_isa} {scheme}", gradient=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
-def test_non_finite_rows_of_float_products(each_isa, scheme):
+def test_non_finite_rows_of_float_products(each_isa, scheme, dtype):
     """NaN and Inf come out where a float product has them, and nowhere else."""
     for rows, out_features, in_features in ((1, 5, 33), (9, 17, 65), (70, 33, 100)):
         draw = op_samples.Draw(f"non-finite {scheme} {rows}")
-        x, weight = draw.floats(rows, in_features), draw.weight(out_features, in_features, QuantScheme.parse(scheme))
+        weight = draw.weight(out_features, in_features, QuantScheme.parse(scheme))
+        x = draw.floats(rows, in_features).to(dtype)
         x[0, in_features // 2], x[rows // 2, 0], x[rows - 1, -1] = torch.nan, torch.inf, -torch.inf
-        actual = OPS.linear(x, *weight, None, scheme)
+        actual = OPS.linear(x, *weight, None, scheme, torch.float32)
         expected = x.double() @ exact_weight(*weight, in_features, scheme).t()
         broken = ~expected.isfinite()
         assert_same_bits(actual[broken], expected[broken].float(), f"{each_isa} {scheme} forward")
         assert actual[~broken].isfinite().all()
 
-        grad_out = draw.floats(rows, out_features)
+        grad_out = draw.floats(rows, out_features).to(dtype)
         grad_out[0, out_features // 2], grad_out[rows - 1, -1] = torch.nan, torch.inf
-        actual = OPS.linear_grad_input(grad_out, *weight, in_features, scheme)
+        actual = OPS.linear_grad_input(grad_out, *weight, in_features, scheme, torch.float32)
         expected = grad_out.double() @ exact_weight(*weight, in_features, scheme)
         broken = ~expected.isfinite()
         assert_same_bits(actual[broken], expected[broken].float(), f"{each_isa} {scheme} backward")

@@ -6,6 +6,12 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace qk {
 namespace {
 
@@ -14,22 +20,54 @@ struct Isa {
   bool (*supported)();
 };
 
-// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h.
+#if defined(__x86_64__)
+#if defined(QK_EMULATED)  // tests/emulation computes what this CPU lacks
+#define QK_CPU_HAS(feature) true
+#else
+#define QK_CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)  // by the CPU and the OS
+#endif
+
+// Bits of CPUID for the names that clang 16 does not know. The registers of these features are those of AVX2.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+bool has_avxvnni() {
+#if defined(QK_EMULATED)
+  return true;
+#else
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & bit_AVXVNNI) != 0;
+#endif
+}
+
+bool has_avx2() { return QK_CPU_HAS("avx2") && QK_CPU_HAS("fma") && has_f16c(); }
+
+bool has_avx512() {
+  return has_avx2() && QK_CPU_HAS("avx512f") && QK_CPU_HAS("avx512bw") && QK_CPU_HAS("avx512vl") &&
+         QK_CPU_HAS("avx512dq");
+}
+
+bool has_avx512vnni() { return has_avx512() && QK_CPU_HAS("avx512vnni"); }
+#elif defined(__aarch64__)
+// Old kernel headers lack these names, so the bits are given as numbers.
+bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
+#endif
+
+// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h. avxvnni goes before
+// avx512, whose vpmaddwd and vpaddd on twice the lanes do half the 8-bit products a cycle; no CPU has just these two.
 const Isa kIsas[] = {
     {scalar_kernels, [] { return true; }},
 #if defined(__x86_64__)
-    {avx2_kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-#if defined(QK_EMULATED_AVX512)
-    {avx512vnni_kernels, [] { return true; }},
-#else
-    {avx512vnni_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vnni");
-     }},
-#endif
+    {avx2_kernels, has_avx2},
+    {avx512_kernels, has_avx512},
+    {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
+    {avx512vnni_kernels, has_avx512vnni},
+    {avx512bf16_kernels, [] { return has_avx512vnni() && QK_CPU_HAS("avx512bf16"); }},
+#elif defined(__aarch64__)
+    {neon_dotprod_kernels, has_dotprod},
+    {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM
 #endif
 };
 

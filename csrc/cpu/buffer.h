@@ -15,6 +15,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
 
   T* get() { return data_; }
+  const T* get() const { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
   const T& operator[](int64_t i) const { return data_[i]; }
 

@@ -1,6 +1,7 @@
-// The blocked float matrix driver: x [M, depth] times a panel-by-panel dequantized weight, for the a16 schemes
-// (depth = k) and for the gradient with respect to x (depth = n). The weight is never dequantized as a whole.
+// The blocked float matrix driver: x [M, depth] times the dequantized weight, packed panel by panel, for the a16
+// schemes (depth = k) and for the gradient with respect to x (depth = n). The weight is never dequantized as a whole.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/buffer.h"
@@ -11,114 +12,248 @@
 namespace qk {
 namespace {
 
-// A packed block of the weight is kDepthBlock steps deep (a multiple of every group size) and kPanels panels wide: it
-// stays in L2 while a panel of A, in L1, runs against all of it. Several panels also make the segments of a stored
-// row long enough to dequantize at speed when depth runs over the rows.
-constexpr int64_t kDepthBlock = 512;
+// A packed block of the weight is kBlockUnits units deep (a multiple of every group size) and kPanels panels wide. It
+// stays in L2, and the panel in use in L1, while up to kRowPanels panels of A of the same depth, also in L2, stream by.
+// Several panels make the segments of a stored row long enough to be read at speed when depth runs over the rows.
+constexpr int64_t kBlockUnits = 256;
 constexpr int64_t kPanels = 4;
+constexpr int64_t kRowPanels = 32;
+// Rows to be transposed together lie a line further apart than their length, so as not to share the same sets of L1.
+constexpr int64_t kLineUnits = 16;
 
-// Packs `count` steps of depth from d0 on, for the columns from c0 on, into panels[kPanels, kDepthBlock, nr].
-class PackB {
+// The two formats of panels: how rows become 32-bit units, and the tile that multiplies them.
+
+// Float32: the weight is dequantized.
+class Float32 {
  public:
-  PackB(const Kernels& kernels, const Weight& w, bool grad_input)
+  static constexpr int64_t kUnit = 1;  // depth of a unit
+
+  Float32(const Kernels& kernels, const Weight& w, bool) : kernels_(kernels), w_(w) {}
+
+  // The units of row m of x, in place or in scratch.
+  static const uint32_t* x_row(const Kernels& kernels, const Matrix& x, int64_t m, uint32_t* scratch) {
+    return reinterpret_cast<const uint32_t*>(float_row(kernels, x, m, reinterpret_cast<float*>(scratch)));
+  }
+
+  // Depth along a stored row: the units of `count` columns from k0 on of weight row n. `scratch` holds count integers.
+  void along(int64_t n, int64_t k0, int64_t count, int8_t* scratch, uint32_t* units) const {
+    dequantize_row(kernels_, w_, n, k0, count, scratch, reinterpret_cast<float*>(units));
+  }
+
+  // Depth across rows: unit i holds the products of scales[r] and q[r][i] for kUnit rows.
+  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
+    kernels_.dequantize(q[0], count, scales[0], reinterpret_cast<float*>(units));
+  }
+
+  // Called before `multiply` for a block of this depth and the columns from c0 on.
+  void begin_block(int64_t, int64_t, int64_t) {}
+
+  // tile += A * B^T for panel p of the block.
+  void multiply(int64_t, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
+    kernels_.float_tile(units, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), tile);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Weight& w_;
+};
+
+// Bfloat16, see NOTE [bf16].
+class Bfloat16 {
+ public:
+  static constexpr int64_t kUnit = 2;
+
+  Bfloat16(const Kernels& kernels, const Weight& w, bool grad_input)
       : kernels_(kernels),
         w_(w),
         grad_input_(grad_input),
-        integers_(std::max<int64_t>(kDepthBlock, kernels.nr * kPanels)),
-        floats_(std::max<int64_t>(kDepthBlock, kPanels) * kernels.nr),
-        rows_(kernels.nr) {}
+        scales_(kPanels * kMaxGroups * kernels.nr),
+        sources_(kernels.nr) {
+    std::fill_n(scales_.get(), kPanels * kMaxGroups * kernels.nr, 1.0f);
+  }
 
-  void operator()(int64_t d0, int64_t count, int64_t c0, float* panels) {
-    if (grad_input_) {
-      pack_stored_rows(d0, count, c0, panels);
-    } else {
-      for (int64_t p = 0; p < kPanels; ++p) {
-        pack_transposed(d0, count, c0 + p * kernels_.nr, panels + p * kDepthBlock * kernels_.nr);
+  static const uint32_t* x_row(const Kernels&, const Matrix& x, int64_t m, uint32_t* scratch) {
+    scratch[x.cols / 2] = 0;  // an odd row ends in half a unit
+    std::memcpy(scratch, x.row(m), x.cols * size_of(x.dtype));
+    return scratch;
+  }
+
+  void along(int64_t n, int64_t k0, int64_t count, int8_t* scratch, uint32_t* units) const {
+    kernels_.bf16->encode(integer_row(kernels_, w_, n, k0, count, scratch), count, units);
+  }
+
+  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
+    kernels_.bf16->encode_pair(q, scales, count, units);
+  }
+
+  // Collects the scales of the groups in the block; those of the gradient are in its panels and stay 1 here.
+  void begin_block(int64_t d0, int64_t count, int64_t c0) {
+    if (grad_input_) return;
+    const int64_t first = d0 / w_.group, groups = div_up(d0 + count, w_.group) - first;
+    for (int64_t p = 0; p < kPanels; ++p) {
+      for (int64_t j = 0; j < kernels_.nr; ++j) {
+        const int64_t n = std::min(c0 + p * kernels_.nr + j, w_.n - 1);
+        sources_[j] = reinterpret_cast<const uint32_t*>(w_.scales + n * w_.groups + first);
       }
+      float* scales = &scales_[p * kMaxGroups * kernels_.nr];
+      kernels_.interleave(sources_.data(), kernels_.nr, groups, reinterpret_cast<uint32_t*>(scales));
+    }
+  }
+
+  void multiply(int64_t p, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
+    const int64_t group = grad_input_ ? units : std::min(div_up(w_.group, kUnit), units);
+    const float* scales = &scales_[p * kMaxGroups * kernels_.nr];
+    for (int64_t u = 0; u < units; u += group, scales += kernels_.nr) {
+      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.mr, b + u * kernels_.nr, scales, tile);
     }
   }
 
  private:
-  // Depth runs over the rows of the weight: a segment of a stored row is a row of the panels.
-  void pack_stored_rows(int64_t d0, int64_t count, int64_t c0, float* panels) {
-    const int nr = kernels_.nr;
-    const int64_t width = kPanels * nr, cols = std::min(width, w_.k - c0);
-    std::fill(&floats_[cols], &floats_[width], 0.0f);
-    for (int64_t d = 0; d < count; ++d) {
-      dequantize_row(kernels_, w_, d0 + d, c0, cols, integers_.get(), floats_.get());
-      for (int64_t p = 0; p < kPanels; ++p) {
-        std::copy_n(&floats_[p * nr], nr, panels + (p * kDepthBlock + d) * nr);
-      }
+  static constexpr int64_t kMaxGroups = kBlockUnits * kUnit / kGroupStep;
+
+  const Kernels& kernels_;
+  const Weight& w_;
+  bool grad_input_;
+  Buffer<float> scales_;  // [kPanels, kMaxGroups, nr]
+  std::vector<const uint32_t*> sources_;
+};
+
+// A packed block of the weight: panels [kPanels, kBlockUnits, nr], and scratch to make them.
+template <class Format>
+class PackedB {
+ public:
+  PackedB(const Kernels& kernels, const Weight& w, bool grad_input)
+      : kernels_(kernels),
+        w_(w),
+        grad_input_(grad_input),
+        format_(kernels, w, grad_input),
+        panels_(kPanels * kBlockUnits * kernels.nr),
+        integers_(Format::kUnit * std::max(kBlockUnits, kPanels * kernels.nr)),
+        encoded_(kernels.nr * kRowUnits),
+        rows_(kernels.nr) {}
+
+  // Packs `count` steps of depth from d0 on, for the columns from c0 on; columns past the end are zero.
+  void pack(int64_t d0, int64_t count, int64_t c0) {
+    format_.begin_block(d0, count, c0);
+    if (grad_input_) {
+      pack_across(d0, count, c0);
+    } else {
+      for (int64_t p = 0; p < kPanels; ++p) pack_along(d0, count, c0 + p * kernels_.nr, panel(p));
     }
   }
 
-  // Depth runs along the rows of the weight.
-  void pack_transposed(int64_t d0, int64_t count, int64_t c0, float* panel) {
-    const int nr = kernels_.nr;
-    for (int j = 0; j < nr; ++j) {
-      float* row = &floats_[j * kDepthBlock];
-      rows_[j] = reinterpret_cast<const uint32_t*>(row);
-      if (c0 + j < w_.n) {
-        dequantize_row(kernels_, w_, c0 + j, d0, count, integers_.get(), row);
+  // tile += A * B^T for panel p.
+  void multiply(int64_t p, int64_t units, const uint32_t* a, float* tile) {
+    format_.multiply(p, units, a, panel(p), tile);
+  }
+
+ private:
+  static constexpr int64_t kRowUnits = kBlockUnits + kLineUnits;
+
+  uint32_t* panel(int64_t p) { return &panels_[p * kBlockUnits * kernels_.nr]; }
+
+  void pack_along(int64_t d0, int64_t count, int64_t n0, uint32_t* panel) {
+    const int64_t units = div_up(count, Format::kUnit);
+    for (int64_t j = 0; j < kernels_.nr; ++j) {
+      uint32_t* row = &encoded_[j * kRowUnits];
+      rows_[j] = row;
+      if (n0 + j < w_.n) {
+        format_.along(n0 + j, d0, count, integers_.get(), row);
       } else {
-        std::fill_n(row, count, 0.0f);
+        std::fill_n(row, units, 0u);
       }
     }
-    kernels_.interleave(rows_.data(), nr, count, reinterpret_cast<uint32_t*>(panel));
+    kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
+  }
+
+  // A panel lies in one group of columns: nr divides the sizes of groups.
+  void pack_across(int64_t d0, int64_t count, int64_t k0) {
+    constexpr int64_t kUnit = Format::kUnit;
+    const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
+    const int64_t first_group = k0 / w_.group, first_end = (first_group + 1) * w_.group - k0;
+    if (cols < width) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
+    for (int64_t d = 0; d < count; d += kUnit) {
+      const int8_t* q[kUnit];
+      const float* scales[kUnit];
+      for (int64_t r = 0; r < kUnit; ++r) {
+        const int64_t n = std::min(d0 + d + r, w_.n - 1);
+        q[r] = integer_row(kernels_, w_, n, k0, cols, &integers_[r * width]);
+        scales[r] = w_.scales + n * w_.groups + first_group;
+      }
+      for (int64_t c = 0, g = 0, end = first_end; c < cols; c += nr) {
+        if (c == end) ++g, end += w_.group;
+        const int8_t* columns[kUnit];
+        float scale[kUnit];
+        for (int64_t r = 0; r < kUnit; ++r) {
+          columns[r] = q[r] + c;
+          scale[r] = d + r < count ? scales[r][g] : 0.0f;  // past the last row
+        }
+        format_.across(columns, scale, std::min(nr, cols - c), panel(c / nr) + d / kUnit * nr);
+      }
+    }
   }
 
   const Kernels& kernels_;
   const Weight& w_;
   bool grad_input_;
+  Format format_;
+  Buffer<uint32_t> panels_;
   Buffer<int8_t> integers_;
-  Buffer<float> floats_;
+  Buffer<uint32_t> encoded_;  // [nr, kRowUnits]: rows to be transposed
   std::vector<const uint32_t*> rows_;
 };
 
-void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, float* panels) {
-  const int mr = kernels.mr;
-  Buffer<float> floats(mr * x.cols);
+// Packs panels of x into [blocks, panels, kBlockUnits, mr].
+template <class Format>
+void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, uint32_t* packed) {
+  const int64_t mr = kernels.mr, panels = div_up(x.rows, mr), units = div_up(x.cols, Format::kUnit);
+  Buffer<uint32_t> encoded(mr * (units + kLineUnits));
   std::vector<const uint32_t*> rows(mr);
   for (int64_t panel = begin; panel < end; ++panel) {
-    for (int i = 0; i < mr; ++i) {
-      float* scratch = &floats[i * x.cols];
+    for (int64_t i = 0; i < mr; ++i) {
+      uint32_t* scratch = &encoded[i * (units + kLineUnits)];
       const int64_t m = panel * mr + i;
-      if (m >= x.rows) std::fill_n(scratch, x.cols, 0.0f);
-      const float* row = m < x.rows ? float_row(kernels, x, m, scratch) : scratch;
-      rows[i] = reinterpret_cast<const uint32_t*>(row);
+      if (m >= x.rows) std::fill_n(scratch, units, 0u);
+      rows[i] = m < x.rows ? Format::x_row(kernels, x, m, scratch) : scratch;
     }
-    kernels.interleave(rows.data(), mr, x.cols, reinterpret_cast<uint32_t*>(panels + panel * mr * x.cols));
+    for (int64_t u = 0; u < units; u += kBlockUnits) {
+      const int64_t count = std::min(kBlockUnits, units - u);
+      kernels.interleave(rows.data(), kernels.mr, count, packed + (u * panels + panel * count) * mr);
+      for (const uint32_t*& row : rows) row += count;
+    }
   }
 }
 
-void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
+template <class Format>
+void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
             const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
   const int mr = kernels.mr, nr = kernels.nr;
-  const int64_t depth = x.cols, cols = grad_input ? w.k : w.n, panels = div_up(x.rows, mr);
-  const int64_t width = kPanels * nr;
+  const int64_t units = div_up(x.cols, Format::kUnit), panels = div_up(x.rows, mr);
+  const int64_t cols = grad_input ? w.k : w.n, width = kPanels * nr;
   const Split split(panels, div_up(cols, width), parallel.num_threads);
 
-  Buffer<float> a(panels * mr * depth);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(kernels, x, begin, end, a.get()); });
+  Buffer<uint32_t> a(panels * mr * units);
+  parallel(panels, [&](int64_t begin, int64_t end) { pack_a<Format>(kernels, x, begin, end, a.get()); });
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
-    PackB pack_b(kernels, w, grad_input);
-    Buffer<float> b(kDepthBlock * width), tiles(panels * mr * width), ones(std::max(mr, nr)), bias_panel(nr);
+    PackedB<Format> b(kernels, w, grad_input);
+    Buffer<float> tiles(panels * mr * width), ones(std::max(mr, nr)), bias_panel(nr);
     std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = split.column(task) * width;
       const int64_t first = split.row_begin(task), last = split.row_end(task);
       const int64_t used = std::min(kPanels, div_up(cols - c0, nr));
-      const auto tile = [&](int64_t panel, int64_t p) { return &tiles[((panel - first) * kPanels + p) * mr * nr]; };
+      const auto tile = [&](int64_t p, int64_t panel) { return &tiles[(p * panels + panel) * mr * nr]; };
 
-      std::fill_n(tiles.get(), (last - first) * mr * width, 0.0f);
-      for (int64_t d0 = 0; d0 < depth; d0 += kDepthBlock) {
-        const int64_t count = std::min(kDepthBlock, depth - d0);
-        pack_b(d0, count, c0, b.get());
-        for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t p = 0; p < used; ++p) std::fill(tile(p, first), tile(p, last), 0.0f);
+      for (int64_t u = 0; u < units; u += kBlockUnits) {
+        const int64_t count = std::min(kBlockUnits, units - u), d0 = u * Format::kUnit;
+        b.pack(d0, std::min(count * Format::kUnit, x.cols - d0), c0);
+        for (int64_t block = first; block < last; block += kRowPanels) {
           for (int64_t p = 0; p < used; ++p) {
-            kernels.float_tile(count, &a[(panel * depth + d0) * mr], &b[p * kDepthBlock * nr], tile(panel, p));
+            for (int64_t panel = block; panel < std::min(block + kRowPanels, last); ++panel) {
+              b.multiply(p, count, &a[(u * panels + panel * count) * mr], tile(p, panel));
+            }
           }
         }
       }
@@ -127,7 +262,7 @@ void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias
         if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
         for (int64_t panel = first; panel < last; ++panel) {
           const int64_t m0 = panel * mr;
-          kernels.store_float(tile(panel, p),
+          kernels.store_float(tile(p, panel),
                               {
                                   .row_scales = ones.get(),
                                   .col_scales = ones.get(),
@@ -142,6 +277,13 @@ void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias
       }
     }
   });
+}
+
+void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
+            const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr;
+  (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
 }
 
 }  // namespace

@@ -2,14 +2,27 @@
 //
 // NOTE [panels]. The matrix kernels read both operands from packed panels. A panel holds `rows` rows (mr of A or nr of
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
-// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float.
-// Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for every format.
+// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
+// 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
+// every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
+// units that starts at a multiple of kGroupStep / unit stays one range of the panel.
+//
+// NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
+// panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
+// depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
+// x is bfloat16 and the ISA has Bf16Kernels, float products are computed like this, otherwise in float32.
 //
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
 // where the last term depends on the column only. Kernels start their accumulators from it (`start`), so it costs
 // nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. Intermediate sums may
 // wrap modulo 2^32; the corrected sum is exact.
+//
+// NOTE [nibbles]. An ISA without a 32-bit multiply-add of bytes may multiply 4-bit weights in 16-bit lanes instead. B
+// then holds nibbles (0..15) and A signed bytes, 4 k a unit, of which a lane takes the even or the odd pair. Within
+// kNibbleStep k a lane sums 16 products, and
+//     |sum (nibble - zero) * x| <= 16 * 15 * 127 = 30480 < 2^15,
+// so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
 #pragma once
 
 #include "core/types.h"
@@ -18,6 +31,7 @@ namespace qk {
 
 // Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
 constexpr int64_t kGroupStep = 32;
+constexpr int64_t kNibbleStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
 struct GroupedTile {
@@ -31,6 +45,17 @@ struct GroupedTile {
   float* tile;            // [mr_grouped, nr], written
 };
 
+// One tile on 4-bit weights, see NOTE [nibbles]. `a` and `b` are panels of 4 k a unit.
+struct NibbleTile {
+  int64_t steps;        // of kNibbleStep k
+  int64_t group_steps;  // steps in a group; the last group may be shorter
+  const uint32_t* a;    // panel of mr rows
+  const uint32_t*
+      sums;           // [steps, mr]: minus the sum of the row's values in the low and in the high lanes, as 2 x int16
+  const uint32_t* b;  // panel of nr rows
+  const int32_t* zeros;  // [groups, nr]: the zero point as 2 x int16
+};
+
 // Where a tile goes: out[i][j] = float(tile[i][j]) * (row_scales[i] * col_scales[j]) + bias[j], rounded to `dtype`, for
 // the first `rows` rows and `cols` columns of the tile.
 struct TileOutput {
@@ -41,6 +66,42 @@ struct TileOutput {
   void* out;
   int64_t stride;  // elements from one row of out to the next
   DType dtype;
+};
+
+// What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
+// number a row of it: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups ascending.
+struct GroupSums {
+  int64_t groups;
+  const int32_t* sums;   // they may have wrapped modulo 2^32; what is left after the correction cannot
+  const int32_t* zeros;  // or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;
+  const float* w_scales;  // or null: ones; not both
+  const float* x_scales;  // or null: ones
+};
+
+// Optional kernels for 4-bit weights, see NOTE [nibbles]: the same tiles as those of the integer panels.
+struct NibbleKernels {
+  // 4 x int8 a unit, padded with zeros to whole steps, and the negated sums that NibbleTile takes, 1 a step.
+  void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units, uint32_t* sums);
+  void (*tile)(const NibbleTile& args, int32_t* tile);
+  void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
+};
+
+// Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
+// of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
+// counts where no such machine was at hand.
+struct DotRows {
+  int int8, int8_grouped, int4, int4_grouped, floats;
+};
+
+// Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
+struct Bf16Kernels {
+  void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
+  // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
+  void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
+  // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
+  void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
 };
 
 struct Kernels {
@@ -59,9 +120,10 @@ struct Kernels {
   int unit;     // k per unit of the integer panels
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
-  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);
-  // panel[u * rows + r] = sources[r][u]
+  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
+  // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+  void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
   // Matrix tiles. Panels and tiles are aligned to 64 bytes.
   int mr, mr_grouped, nr;
@@ -70,22 +132,33 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
+  const NibbleKernels* nibbles;       // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
+  const Bf16Kernels* bf16 = nullptr;  // bfloat16 is multiplied in float32 without them
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
 
   // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
   // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.
+  DotRows dot_rows;
   int dot_shift;
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
-  // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
+  // The same for 4 rows of x, `stride` apart, in one group: sums[i * 4 + r] for row i of x. Null: one row at a time.
+  void (*dot_int8_x4)(const int8_t* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
+  // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
 };
 
 const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
+const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
+const Kernels& avx512bf16_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();

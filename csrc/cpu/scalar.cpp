@@ -101,6 +101,36 @@ void float_tile(int64_t units, const float* a, const float* b, float* tile) {
   }
 }
 
+// Products of bfloat16 numbers are exact, so the order of the two additions is all there is to choose: that of the
+// Intel manual.
+void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) {
+  constexpr uint32_t kOdd = 0xffff0000;
+  for (int i = 0; i < kMr; ++i) {
+    for (int j = 0; j < kNr; ++j) {
+      float acc = 0.0f;
+      for (int64_t u = 0; u < units; ++u) {
+        const uint32_t x = a[u * kMr + i], w = b[u * kNr + j];
+        acc += float_of(x & kOdd) * float_of(w & kOdd);
+        acc += float_of(x << 16) * float_of(w << 16);
+      }
+      tile[i * kNr + j] = tile[i * kNr + j] + acc * scales[j];
+    }
+  }
+}
+
+void encode_bf16(const int8_t* q, int64_t k, uint32_t* units) {
+  for (int64_t i = 0; i < k; i += 2) {
+    const float odd = i + 1 < k ? q[i + 1] : 0.0f;
+    units[i / 2] = uint32_t{bfloat16_of(odd)} << 16 | bfloat16_of(q[i]);
+  }
+}
+
+void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) {
+  for (int64_t i = 0; i < n; ++i) {
+    units[i] = uint32_t{bfloat16_of(q[1][i] * scales[1])} << 16 | bfloat16_of(q[0][i] * scales[0]);
+  }
+}
+
 void dot_int8(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums) {
   for (int64_t begin = 0, g = 0; begin < k; begin += group, ++g) {
     const int64_t end = begin + group < k ? begin + group : k;
@@ -135,6 +165,7 @@ float dot_float(const float* x, const float* w, int64_t n) {
 }  // namespace
 
 const Kernels& scalar_kernels() {
+  static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = {
       .name = "scalar",
       .to_float = to_float,
@@ -149,17 +180,23 @@ const Kernels& scalar_kernels() {
       .encode_a = encode,
       .encode_b = encode,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,
       .float_tile = float_tile,
+      .nibbles = nullptr,
+      .bf16 = &bf16,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {4, 4, 4, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;
