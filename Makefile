@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*) $(wildcard tests/emulation/*.h tests/core/*.cpp)
 
-.PHONY: demo demo-quick test lint format bench wheel clean
+.PHONY: demo demo-quick test lint format bench bench-peers wheel clean
 
 demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in bf16, int8 and int4 and compare
 	$(BIN)/python -m qkernels demo
@@ -27,8 +27,12 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.test ## time the linear layers against torch on this machine
-	$(BIN)/python benchmarks/linear.py
+bench: $(VENV)/.test ## time the linear layers against torch and the limits of this machine
+	$(BIN)/python -m qkernels bench linear
+
+bench-peers: $(VENV)/.test ## the same with other libraries, which are installed into $(VENV)
+	$(BIN)/pip install -q "$(TORCH)" -r benchmarks/peers.txt
+	$(BIN)/python -m qkernels bench linear --peers
 
 wheel: $(VENV)/.venv
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -11,6 +11,7 @@
 
 #include "core/api.h"
 #include "core/isa.h"
+#include "cpu/roofline.h"
 
 namespace py = pybind11;
 
@@ -165,4 +166,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),
         py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
         "float32 [M, N] -> float32 [M, K].");
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("peak_probes", &qk::peak_probes, "Instructions whose peak can be measured on this CPU.");
+  m.def("peak", &qk::peak, py::arg("probe"), py::arg("threads"), py::arg("seconds"), NoGil(),
+        "Operations per second of that instruction; a multiply-add counts as 2.");
+  m.def("read_bandwidth", &qk::read_bandwidth, py::arg("bytes_per_thread"), py::arg("threads"), py::arg("seconds"),
+        NoGil(), "Bytes per second that the threads together read, each from a block of its own.");
 }

@@ -1,4 +1,4 @@
-"""Comparison to the bit, error bounds of float sums, and Python in a process of its own."""
+"""Comparison to the bit, error bounds of float sums, Python in a process of its own, and the console script."""
 
 import os
 import subprocess
@@ -105,3 +105,23 @@ def run_python(code: str, timeout: float = 120, check: bool = True, **env: str) 
     )
     assert not check or result.returncode == 0, f"exit {result.returncode}\n{result.stdout}{result.stderr}"
     return result
+
+
+def invoke(*arguments: object):
+    """The result of the console script in this process."""
+    from typer.testing import CliRunner
+
+    from qkernels.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, *words: str) -> None:
+    """Status 2, and one line of error at the end, which holds `words`."""
+    assert result.exit_code == 2, result.output
+    assert not isinstance(result.exception, Exception), result.exception
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[-1]

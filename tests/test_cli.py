@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from helpers import assert_refused, invoke
 
 from qkernels import __version__, isa
-from qkernels.cli import app
 from qkernels.finetune import InputError, read_texts, token_blocks
 from qkernels.finetune.demo import INT4, INT8, checks, write_texts
 from qkernels.finetune.loss import IGNORE, causal_lm_loss
@@ -24,22 +23,6 @@ from qkernels.finetune.text import split_blocks
 transformers = pytest.importorskip("transformers")
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-runner = CliRunner()
-
-
-def invoke(*arguments: object):
-    return runner.invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result, *words: str) -> None:
-    """Status 2, and one line of error at the end, which holds `words`."""
-    assert result.exit_code == 2, result.output
-    assert not isinstance(result.exception, Exception), result.exception
-    lines = result.stderr.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in lines[-1]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
+# The matrix tiles and, at the end, the probes of the roofline.
 # (kernel, the instruction that does its work) -> how many of them one pass of the loop holds, per ISA
 TILES = {
     ("int_tile", "vpmaddwd.*ymm"): 12,
@@ -32,6 +33,9 @@ TILES = {
     ("grouped<false>", "vpdpbusd.*zmm"): 96,
     ("float_tile", "vfmadd231ps.*zmm"): 24,
     ("bf16_tile", "vdpbf16ps"): 24,
+    ("vpdpbusd_avx512", "vpdpbusd.*zmm"): 12,
+    ("vpmaddwd_avx2", "vpmaddwd.*ymm"): 12,
+    ("fma_avx2", "vfmadd231ps"): 12,
 }
 
 

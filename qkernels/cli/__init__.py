@@ -6,6 +6,7 @@ import warnings
 
 import typer
 
+from .bench import bench
 from .common import one_line_errors
 from .demo import demo
 from .evaluate import evaluate
@@ -14,7 +15,7 @@ from .generate import generate
 from .info import info
 
 app = typer.Typer(
-    help="int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate.",
+    help="int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +25,7 @@ app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(demo)
+app.add_typer(bench, name="bench")
 
 
 @app.callback()

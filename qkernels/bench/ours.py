@@ -1,0 +1,96 @@
+"""qkernels itself: the operators and the module, verified against the reference before they are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..nn import QuantLinear
+from ..quantize import QuantizedWeight, quantize_weight
+from ..schemes import QuantScheme
+from .candidate import FORWARD, GRAD_INPUT, OVERHEAD, Candidate, Case
+from .roofline import Product
+
+# Of float products (a16 schemes, gradients): the largest error over the root mean square of the reference. Both round
+# sums of K products and, in bfloat16, perhaps the weight (2^-9) and for certain the result, which may be 5 times its
+# root mean square.
+FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+
+
+class WrongResult(RuntimeError):
+    """A kernel of ours does not compute what the reference says; nothing is timed then."""
+
+
+class Operator(Candidate):
+    """`ops.linear` or `ops.linear_grad_input` of one scheme."""
+
+    directions = (FORWARD, GRAD_INPUT, OVERHEAD)
+    tolerance = float("inf")  # it is verified against the reference instead
+
+    def __init__(self, case: Case, scheme: str):
+        super().__init__(case)
+        self.scheme = QuantScheme.parse(scheme)
+        self.name = scheme
+        self._stored: QuantizedWeight | None = None
+
+    def stored(self, weight: Tensor) -> QuantizedWeight:
+        """The quantized weight, the same for every call."""
+        if self._stored is None:
+            self._stored = quantize_weight(weight, self.scheme)
+        return self._stored
+
+    def product(self) -> Product:
+        case = self.case
+        gradient = case.direction == GRAD_INPUT
+        return Product.of(case.m, case.n, case.k, self.scheme.name, case.dtype, gradient=gradient)
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        stored = QuantizedWeight(*(None if tensor is None else tensor.clone() for tensor in self.stored(weight)))
+        name, in_features = self.scheme.name, self.case.k
+        if self.case.direction == GRAD_INPUT:
+            return lambda grad: ops.linear_grad_input(grad, *stored, in_features, name)
+        return lambda x: ops.linear(x, *stored, bias, name)
+
+    def verify(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor) -> str:
+        """Compare rows of `out` with the reference on the same rows of x; say how they compare.
+
+        Raises:
+            WrongResult: unless they are equal (a8 forward) or within `FLOAT_TOLERANCE`.
+        """
+        stored, case, name = self.stored(weight), self.case, self.scheme.name
+        if case.direction == GRAD_INPUT:
+            expected = reference.linear_grad_input(x, *stored, case.k, name)
+        else:
+            expected = reference.linear(x, *stored, bias, name)
+        if case.direction != GRAD_INPUT and self.scheme.int_activations:
+            differing = int((out != expected).sum())
+            if differing or out.dtype != expected.dtype:
+                raise WrongResult(f"{self.name}, {case}: {differing} of {out.numel()} values differ from the reference")
+            return "equal to the reference"
+        expected = expected.to(torch.float32)
+        worst = ((out.to(torch.float32) - expected).abs().max() / expected.square().mean().sqrt()).item()
+        if not worst <= FLOAT_TOLERANCE[self.dtype]:
+            raise WrongResult(
+                f"{self.name}, {case}: off by {worst:.3g} times the root mean square, "
+                f"allowed {FLOAT_TOLERANCE[self.dtype]:g}"
+            )
+        return f"within {FLOAT_TOLERANCE[self.dtype]:g} of the reference"
+
+
+class Module(Operator):
+    """`QuantLinear` in inference: what the module adds to the call of the operator."""
+
+    directions = (OVERHEAD,)
+
+    def __init__(self, case: Case, scheme: str):
+        super().__init__(case, scheme)
+        self.name = f"{scheme} QuantLinear"
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        layer = QuantLinear(self.case.k, self.case.n, scheme=self.scheme).requires_grad_(False)
+        layer.set_weight(self.stored(weight))
+        layer.bias.copy_(bias)
+        return layer

@@ -1,0 +1,191 @@
+"""`qkernels bench`: the limits of this CPU, linear layers beside those of others, and two runs side by side."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..bench.candidate import FORWARD, WARM
+from ..bench.suite import Plan
+from .common import one_line_errors
+
+bench = typer.Typer(help="Time linear layers against the limits of this CPU and against others.", no_args_is_help=True)
+
+Layers = Annotated[str, typer.Option(help="Models or shapes NxK, comma-separated.")]
+Rows = Annotated[str, typer.Option("--rows", "-m", help="Values of M, comma-separated.")]
+Schemes = Annotated[str, typer.Option(help="Schemes, comma-separated.")]
+Directions = Annotated[str, typer.Option(help="forward, grad-input or both, comma-separated.")]
+Weights = Annotated[str, typer.Option(help="warm (in cache if it fits), cold or both, comma-separated.")]
+Threads = Annotated[str | None, typer.Option(help="Numbers of threads, comma-separated.", show_default="torch's")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the activations.")]
+
+
+@bench.command()
+@one_line_errors
+def roofline(
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="For each number of threads.")] = 2.0,
+) -> None:
+    """Measure instruction peaks and read bandwidths: what no kernel on this CPU can exceed."""
+    import torch
+
+    from ..bench.roofline import measure
+    from ..finetune import InputError
+
+    if not seconds > 0:
+        raise InputError(f"seconds must be positive, got {seconds:g}")
+    counts = _numbers("threads", threads) if threads else (torch.get_num_threads(),)
+    _print_rooflines([measure(count, seconds) for count in counts])
+
+
+@bench.command()
+@one_line_errors
+def linear(
+    layers: Layers = "gemma-3-270m,llama-7b",
+    rows: Rows = "1,16,256",
+    schemes: Schemes = "w8a8,w4a8-g128",
+    directions: Directions = FORWARD,
+    weights: Weights = WARM,
+    threads: Threads = None,
+    dtype: Dtype = Plan.dtype,
+    seconds: Annotated[float, typer.Option(help="Timing of each row.")] = Plan.seconds,
+    overhead: Annotated[bool, typer.Option(help="Also time the bare calls, at 1 x 64 x 64.")] = Plan.overhead,
+    peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = Plan.peers,
+    compiled: Annotated[bool, typer.Option(help="Also torch.compile, seconds for each case.")] = Plan.compiled,
+    output: Annotated[Path, typer.Option(help="Folder for linear.json, linear.csv and plots.")] = Path("bench"),
+) -> None:
+    """Time one linear layer: our kernels, verified against the reference first, and those of others, in turn."""
+    import torch
+    from rich.console import Console
+
+    from ..bench.plots import save_plots
+    from ..bench.suite import run
+    from ..finetune import InputError
+    from ..finetune.models import require
+
+    require("matplotlib")
+    try:
+        plan = Plan(
+            layers=layers,
+            rows=_numbers("rows", rows),
+            schemes=tuple(schemes.split(",")),
+            directions=tuple(directions.split(",")),
+            weights=tuple(weights.split(",")),
+            threads=_numbers("threads", threads) if threads else (torch.get_num_threads(),),
+            dtype=dtype,
+            seconds=seconds,
+            overhead=overhead,
+            peers=peers,
+            compiled=compiled,
+        )
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    console = Console(stderr=True)
+    with console.status("measuring the limits") as status:
+        results = run(plan, status.update)
+    paths = [*results.save(output), *save_plots(results, output)]
+    _print_rooflines(results.rooflines)
+    _print_rows(results)
+    print(f"written to {output}: {', '.join(path.name for path in paths)}")
+
+
+@bench.command()
+@one_line_errors
+def compare(
+    before: Annotated[Path, typer.Argument(help="linear.json of the first run, or its folder.")],
+    after: Annotated[Path, typer.Argument(help="The same of the second run.")],
+) -> None:
+    """Ratio of each row of two runs; exits with status 1 if kernels of ours became slower beyond the spread."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..bench.compare import compare, regressions
+    from ..bench.results import Results
+    from ..finetune import InputError
+
+    try:
+        comparisons = compare(Results.load(before), Results.load(after))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not comparisons:
+        raise InputError(f"{before} and {after} have no row in common")
+    console = Console()
+    for _, cell in groupby(comparisons, key=lambda item: item.after.cell):
+        items = list(cell)
+        table = Table("", "before ms", "after ms", "ratio", "", box=None, pad_edge=False)
+        for item in items:
+            times = (f"{item.before.median * 1e3:.4f}", f"{item.after.median * 1e3:.4f}", f"{item.ratio:.2f}")
+            table.add_row(Text(item.after.name, style="bold" if item.after.ours else ""), *times, item.verdict)
+        console.print(f"\n[bold]{_title(items[0].after)}[/bold]")
+        console.print(table)
+    slower = regressions(comparisons)
+    for item in slower:
+        print(f"slower: {item.after.name}, {_title(item.after)}: {item.ratio:.2f}x")
+    if slower:
+        raise typer.Exit(1)
+
+
+def _title(row) -> str:
+    return f"{row.direction} {row.m} x {row.n} x {row.k}, {row.weights}, {row.threads} threads"
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from ..finetune import InputError
+
+    values = text.split(",")
+    if not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise InputError(f"{option} must be positive numbers separated by commas, got {text!r}")
+    return tuple(map(int, values))
+
+
+def _print_rooflines(rooflines) -> None:
+    """The best of each limit over all measurements with a thread count."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counts = sorted({roofline.threads for roofline in rooflines})
+    table = Table("limit", *(f"{count} threads" for count in counts), title="roofline")
+
+    def add(label: str, unit: str, values) -> None:
+        best = [max(values(roofline) for roofline in rooflines if roofline.threads == count) for count in counts]
+        table.add_row(label, *(f"{value / 1e9:.1f} {unit}" for value in best))
+
+    for probe in rooflines[0].peaks:
+        add(probe, "Gop/s", lambda roofline, probe=probe: roofline.peaks[probe])
+    for level in rooflines[0].bandwidth:
+        add(f"read from {level}", "GB/s", lambda roofline, level=level: roofline.bandwidth[level])
+    Console().print(table)
+
+
+def _print_rows(results) -> None:
+    """A table for each case, the limit in its title."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(f"{results.machine['cpu']}, {results.machine['isa']}", markup=False)
+    for _, cell in groupby(results.rows, key=lambda row: row.cell):
+        rows = list(cell)
+        first = rows[0]
+        table = Table("", "ms", "quartiles", "Gop/s", "of limit", "x float32", "error", box=None, pad_edge=False)
+        base = next((row.median for row in rows if row.name == "torch float32"), None)
+        for row in rows:
+            table.add_row(
+                Text(row.name, style="bold" if row.ours else ""),
+                f"{row.median * 1e3:.4f}",
+                f"{row.quartiles[0] * 1e3:.3f}..{row.quartiles[1] * 1e3:.3f}",
+                f"{row.rate / 1e9:.0f}",
+                f"{row.fraction:.2f}",
+                f"{base / row.median:.2f}" if base else "",
+                f"{row.error:.0e}",
+            )
+        console.print(f"\n[bold]{_title(first)}[/bold], limited by {first.limited_by}")
+        console.print(table)
+    for item in results.skipped:
+        console.print(f"not timed in {item.cells} cells: {item.name}: {item.reason}", markup=False)
