@@ -1,48 +1,83 @@
-"""Calibrated 4-bit rounding: choose the integers of a weight so that the layer's outputs change least.
+"""Calibrated quantization: choose the integers of a weight so that the layer's outputs change least.
 
-Rounding each weight to the nearest value minimizes the error of the weight, not that of the outputs. GPTQ (Frantar et
-al. 2022, arXiv:2210.17323) rounds one input column after the other and makes up for each column's error with the
-columns that are still to come, as far as the inputs seen in calibration are correlated. Stored format and kernels are
-the same.
+Rounding each weight to the nearest value minimizes the error of the weight, not that of the outputs on the inputs x
+that the layer sees. With x^ = x + e, what the kernel multiplies (e is the error of int8 activations, 0 under `a16`),
+the outputs' error is, for errors e that are not correlated with x,
+
+    E |W x - W' x^|^2 = tr (W' - W*) (H + N) (W' - W*)^T + const,
+    W* = W H (H + N)^-1,   H = E x x^T,   N = E e e^T.
+
+W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 8-bit weights are W*
+rounded to nearest. 4-bit weights come from W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds
+one input column after the other and makes up for each column's error with the columns that are still to come, as far
+as they are correlated. Stored format and kernels are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .quantize import QuantizedWeight, int4_nibbles, int4_parameters, pack_int4
+from . import ops, quantize
+from .quantize import QuantizedWeight, expand_groups, int4_nibbles, int4_parameters, pack_int4
 from .schemes import QuantScheme
 
-# Share of the mean of the diagonal that is added to it, so that the inverse exists (as in the paper).
+# Share of the mean of the diagonal that is added to it, so that GPTQ's inverse exists (as in the paper).
 DAMPING = 0.01
+# H is estimated from few tokens: what stands beside its diagonal is reduced by this share.
+SHRINKAGE = 0.05
 # Columns that are updated at once; a multiple of every group size.
 BLOCK = 128
 # A narrower range clips the largest weights of a group and rounds the others more finely: the best of these is taken.
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
+class Moments(NamedTuple):
+    """Of the inputs of a layer with K input features.
+
+    Attributes:
+        inputs: float32 [K, K], the sum of x xT.
+        noise: float32 [K], the sum of the squared errors of the quantized inputs; zeros under `a16`.
+    """
+
+    inputs: Tensor
+    noise: Tensor
+
+
 def second_moments(
-    model: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Tensor | Mapping[str, Any]]
-) -> dict[int, Tensor]:
-    """Run `model` on sample inputs and sum x xT over the inputs x of each linear layer.
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    scheme: str | QuantScheme,
+) -> dict[int, Moments]:
+    """Run `model` on sample inputs and sum up the moments of the inputs of each linear layer.
 
     Args:
         model: run in evaluation mode, without gradients.
         layers: the linear layers to watch.
         batches: inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        scheme: says how the inputs will be quantized.
 
     Returns:
-        By id of a layer that was called: float32 [K, K].
+        By id of a layer that was called.
     """
-    moments: dict[int, Tensor] = {}
+    scheme = QuantScheme.parse(scheme)
+    moments: dict[int, Moments] = {}
 
     def watch(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach().flatten(0, -2).to(torch.float32)
-        moments[id(layer)] = moments.get(id(layer), 0) + x.t() @ x
+        noise = torch.zeros(x.shape[1], device=x.device)
+        if scheme.int_activations:
+            q, scales = ops.quantize_activation(x, scheme.name)
+            rounded = q.to(torch.float32) * expand_groups(scales, scheme.act_group_size, x.shape[1])
+            noise = (rounded - x).square().sum(dim=0)
+        inputs, seen = x.t() @ x, moments.get(id(layer))
+        moments[id(layer)] = (
+            Moments(inputs, noise) if seen is None else Moments(seen.inputs + inputs, seen.noise + noise)
+        )
 
     training = [module for module in model.modules() if module.training]
     handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
@@ -62,31 +97,57 @@ def second_moments(
     return moments
 
 
-def quantize_weight(weight: Tensor, scheme: str | QuantScheme, moment: Tensor) -> QuantizedWeight:
-    """Quantize a weight to 4 bits by GPTQ.
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme, moments: Moments) -> QuantizedWeight:
+    """Quantize a weight for the inputs that `moments` describes.
 
     Args:
         weight: float [N, K], finite.
-        scheme: a w4 scheme.
-        moment: float32 [K, K], the sum of x xT over sample inputs x of the layer.
+        scheme: any scheme but w8a16 ones, whose rounding to nearest leaves nothing to gain.
+        moments: of sample inputs of the layer.
 
     Raises:
-        ValueError: if the scheme has 8-bit weights, or the moment does not fit or is not finite.
+        ValueError: if the scheme has 8-bit weights and float activations, or the moments do not fit or are not finite.
     """
     scheme = QuantScheme.parse(scheme)
-    rows, columns = weight.shape
-    if scheme.weight_bits != 4:
-        raise ValueError(f"scheme must be a w4 scheme, got {scheme}: 8-bit weights need no calibration")
-    if moment.shape != (columns, columns) or not moment.isfinite().all():
-        raise ValueError(f"moment must be finite and of shape [{columns}, {columns}], got {list(moment.shape)}")
-    left = weight.detach().to(torch.float32).clone()
+    if not applies(scheme):
+        raise ValueError(f"scheme must have 4-bit weights or 8-bit activations, got {scheme}")
+    columns = weight.shape[1]
+    for name, moment, shape in (("inputs", moments.inputs, [columns, columns]), ("noise", moments.noise, [columns])):
+        if list(moment.shape) != shape or not moment.isfinite().all():
+            raise ValueError(f"moments.{name} must be finite and of shape {shape}, got {list(moment.shape)}")
+    target = _filtered(weight.detach().to(torch.float32), moments)
+    if scheme.weight_bits == 8:
+        return quantize.quantize_weight(target, scheme)
+    return _gptq(target, scheme, moments.inputs + moments.noise.diag())
+
+
+def applies(scheme: QuantScheme) -> bool:
+    """Whether calibration can improve a scheme."""
+    return scheme.weight_bits == 4 or scheme.int_activations
+
+
+def _filtered(weight: Tensor, moments: Moments) -> Tensor:
+    """W* = W H (H + N)^-1 = W - W N (H + N)^-1."""
+    if not moments.noise.any():
+        return weight.clone()
+    noise = moments.noise.to(torch.float64)
+    total = moments.inputs.to(torch.float64) * (1 - SHRINKAGE)
+    diagonal = moments.inputs.diagonal().to(torch.float64) + noise
+    total.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
+    correction = torch.cholesky_solve((weight * noise).t(), torch.linalg.cholesky(total)).t()
+    return (weight - correction).to(torch.float32)
+
+
+def _gptq(left: Tensor, scheme: QuantScheme, moment: Tensor) -> QuantizedWeight:
+    """Round `left` [N, K] to 4 bits, column by column; it is overwritten."""
+    rows, columns = left.shape
     compensation = _compensation(moment)
     group_size = scheme.group_size or columns
-    nibbles = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    nibbles = torch.empty(rows, columns, dtype=torch.uint8, device=left.device)
     scales, zeros = [], []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty(rows, stop - start, device=weight.device)
+        errors = torch.empty(rows, stop - start, device=left.device)
         for column in range(start, stop):
             if column % group_size == 0:
                 group = slice(column, min(column + group_size, columns))

@@ -148,9 +148,9 @@ def quantize_(
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
             matches no linear layer (which is otherwise a warning).
-        calibration: sample inputs of the model (a mapping is passed as keyword arguments), for w4 schemes: weights are
-            then rounded so that the layers' outputs on these inputs change least (GPTQ, `qkernels.calibrate`), which
-            takes the time of running them, a [K, K] float32 matrix a layer, and some seconds a layer.
+        calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
+            weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
+            which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
 
     Returns:
         A `QuantizationReport` with one row for each linear layer.
@@ -158,7 +158,7 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for a w8 scheme, or a violation of `strict`. The model is then as it was.
+            `calibration` for w8a16, or a violation of `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -169,8 +169,8 @@ def quantize_(
         )
     scheme = QuantScheme.parse(scheme)
     QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")  # an unknown mode or grad is refused here
-    if calibration is not None and scheme.weight_bits != 4:
-        raise ValueError(f"calibration must be None for {scheme}: it improves 4-bit weights only")
+    if calibration is not None and not calibrate.applies(scheme):
+        raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
     report = QuantizationReport(scheme.name, mode, grad)
     layers = plan(model, scheme, skip, include, report)
     for layer in layers:
@@ -181,12 +181,12 @@ def quantize_(
             _check_finite(layer.name, layer.module.weight, scheme)
     if strict:
         _check_strict(layers, report)
-    moments = {} if calibration is None else _calibrate(model, layers, calibration, report)
+    moments = {} if calibration is None else _calibrate(model, layers, calibration, scheme, report)
     for message in report.warnings:
         warnings.warn(message, stacklevel=2)
     for layer in layers:
-        moment = moments.pop(id(layer.module), None)
-        report.rows.append(layer.convert(scheme, mode, grad, moment) if layer.reason is None else layer.row())
+        seen = moments.pop(id(layer.module), None)
+        report.rows.append(layer.convert(scheme, mode, grad, seen) if layer.reason is None else layer.row())
     for callback in AFTER_QUANTIZE:
         callback(model, report)
     return report
@@ -216,16 +216,18 @@ class Layer:
             shape, size = (module.out_features, module.in_features), _weight_bytes(module)
         return LayerReport(self.name, type(module).__name__, shape, scheme, size, size, reason=self.reason)
 
-    def convert(self, scheme: QuantScheme, mode: str, grad: str, moment: Tensor | None = None) -> LayerReport:
+    def convert(
+        self, scheme: QuantScheme, mode: str, grad: str, moments: calibrate.Moments | None = None
+    ) -> LayerReport:
         """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
 
         Args:
-            moment: of the layer's inputs, for calibrated rounding; see `calibrate.quantize_weight`.
+            moments: of the layer's inputs, for calibration; see `calibrate.quantize_weight`.
         """
         before = self.row()
         quantized = QuantLinear.from_float(self.module, scheme, mode=mode, grad=grad)
-        if moment is not None:
-            quantized.set_weight(calibrate.quantize_weight(float_weight(self.module), scheme, moment))
+        if moments is not None:
+            quantized.set_weight(calibrate.quantize_weight(float_weight(self.module), scheme, moments))
         error = relative_error(float_weight(self.module), quantized)
         self.replace(quantized)
         size = quantized.storage_bytes()
@@ -385,16 +387,20 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
 
 
 def _calibrate(
-    model: nn.Module, layers: list[Layer], batches: Iterable[Tensor | Mapping[str, Any]], report: QuantizationReport
-) -> dict[int, Tensor]:
+    model: nn.Module,
+    layers: list[Layer],
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    scheme: QuantScheme,
+    report: QuantizationReport,
+) -> dict[int, calibrate.Moments]:
     """The input moments of the layers to quantize, by id of the module; a warning for each layer that saw no input."""
     chosen = [layer for layer in layers if layer.reason is None]
-    moments = calibrate.second_moments(model, [layer.module for layer in chosen], batches)
+    moments = calibrate.second_moments(model, [layer.module for layer in chosen], batches, scheme)
     for layer in chosen:
-        moment = moments.get(id(layer.module))
-        if moment is None:
+        seen = moments.get(id(layer.module))
+        if seen is None:
             report.warnings.append(f"{layer.name} saw no calibration input and is rounded to nearest")
-        elif not moment.isfinite().all():
+        elif not seen.inputs.isfinite().all():
             raise ValueError(f"calibration input of {layer.name!r} must be finite, got NaN or Inf; nothing was changed")
     return moments
 

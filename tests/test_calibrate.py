@@ -7,6 +7,16 @@ from torch import nn
 import qkernels as qk
 from qkernels import calibrate, reference
 
+
+def moments(x: torch.Tensor, scheme: str = "w4a16") -> calibrate.Moments:
+    """What `second_moments` sums up over inputs x [T, K]."""
+    return calibrate.second_moments(layer := nn.Linear(x.shape[1], 1), [layer], [x], scheme)[id(layer)]
+
+
+def plain(columns: int) -> calibrate.Moments:
+    return calibrate.Moments(torch.eye(columns), torch.zeros(columns))
+
+
 SCHEMES = ["w4a16", "w4a16-asym", "w4a8-g32", "w4a8-g32-asym", "w4a16-g128-asym"]
 
 
@@ -27,7 +37,7 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, stored: qk.QuantizedWeig
 def test_outputs_change_less_than_by_rounding_to_nearest(scheme):
     weight, x = layer()
     nearest = qk.quantize_weight(weight, scheme)
-    calibrated = calibrate.quantize_weight(weight, scheme, x.t() @ x)
+    calibrated = calibrate.quantize_weight(weight, scheme, moments(x, scheme))
     for name, expected, actual in zip(nearest._fields, nearest, calibrated, strict=True):
         if expected is not None:
             assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), name
@@ -37,10 +47,26 @@ def test_outputs_change_less_than_by_rounding_to_nearest(scheme):
         assert output_error(inputs, weight, calibrated, scheme) < 0.5 * output_error(inputs, weight, nearest, scheme)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag32", "w4a8-g32-asym"])
+def test_errors_of_int8_activations_are_filtered_out(scheme):
+    """One input channel is so large that the others are little more than their own rounding errors."""
+    weight, x = layer()
+    x[:, 3] *= 300
+    _, unseen = layer(tokens=900)
+    unseen[:, 3] *= 300
+    calibrated = calibrate.quantize_weight(weight, scheme, moments(x, scheme))
+    nearest = qk.quantize_weight(weight, scheme)
+    errors = [
+        (reference.linear(unseen, *stored, None, scheme) - unseen @ weight.t()).norm()
+        for stored in (calibrated, nearest)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
 @pytest.mark.parametrize("columns", [1, 31, 129])
 def test_any_number_of_columns(columns):
     weight = torch.randn(5, columns)
-    stored = calibrate.quantize_weight(weight, "w4a8-g32-asym", torch.eye(columns))
+    stored = calibrate.quantize_weight(weight, "w4a8-g32-asym", plain(columns))
     out = reference.linear(torch.randn(3, columns), *stored, None, "w4a8-g32-asym")
     assert out.shape == (3, 5) and out.isfinite().all()
 
@@ -49,7 +75,7 @@ def test_uncorrelated_inputs_leave_only_the_choice_of_ranges():
     """With x xT = 1 nothing can be made up for elsewhere: the weight's error is at most that of the full ranges."""
     weight, _ = layer()
     scheme = "w4a16-g32-asym"
-    stored = calibrate.quantize_weight(weight, scheme, torch.eye(weight.shape[1]))
+    stored = calibrate.quantize_weight(weight, scheme, plain(weight.shape[1]))
     nearest = qk.quantize_weight(weight, scheme)
     errors = [(qk.dequantize_weight(*w, weight.shape[1], scheme) - weight).norm() for w in (stored, nearest)]
     assert errors[0] <= errors[1]
@@ -58,21 +84,22 @@ def test_uncorrelated_inputs_leave_only_the_choice_of_ranges():
 def test_input_that_was_always_zero():
     weight, x = layer()
     x[:, 7] = 0
-    stored = calibrate.quantize_weight(weight, "w4a8-g32", x.t() @ x)
+    stored = calibrate.quantize_weight(weight, "w4a8-g32", moments(x, "w4a8-g32"))
     assert qk.dequantize_weight(*stored, weight.shape[1], "w4a8-g32").isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("scheme", "moment", "message"),
+    ("scheme", "inputs", "noise", "message"),
     [
-        ("w8a8", torch.eye(8), "scheme must be a w4 scheme"),
-        ("w4a8", torch.eye(7), r"moment must be finite and of shape \[8, 8\]"),
-        ("w4a8", torch.full((8, 8), torch.nan), "moment must be finite"),
+        ("w8a16", torch.eye(8), torch.zeros(8), "scheme must have 4-bit weights or 8-bit activations, got w8a16"),
+        ("w4a8", torch.eye(7), torch.zeros(8), r"moments.inputs must be finite and of shape \[8, 8\]"),
+        ("w4a8", torch.full((8, 8), torch.nan), torch.zeros(8), "moments.inputs must be finite"),
+        ("w8a8", torch.eye(8), torch.zeros(7), r"moments.noise must be finite and of shape \[8\], got \[7\]"),
     ],
 )
-def test_bad_arguments(scheme, moment, message):
+def test_bad_arguments(scheme, inputs, noise, message):
     with pytest.raises(ValueError, match=message):
-        calibrate.quantize_weight(torch.randn(3, 8), scheme, moment)
+        calibrate.quantize_weight(torch.randn(3, 8), scheme, calibrate.Moments(inputs, noise))
 
 
 class Model(nn.Module):
@@ -110,16 +137,19 @@ def test_quantize_with_calibration(wrap):
 def test_moments_are_sums_over_all_tokens():
     model = Model()
     x = torch.randn(3, 5, 64)
-    moments = calibrate.second_moments(model, [model.first], [x[:2], x[2:]])
     flat = x.flatten(0, 1)
-    torch.testing.assert_close(moments[id(model.first)], flat.t() @ flat)
+    q, scales = qk.quantize_activation(flat, "w8a8")
+    for scheme, noise in (("w4a16", torch.zeros(64)), ("w8a8", (q * scales - flat).square().sum(dim=0))):
+        seen = calibrate.second_moments(model, [model.first], [x[:2], x[2:]], scheme)[id(model.first)]
+        torch.testing.assert_close(seen.inputs, flat.t() @ flat)
+        torch.testing.assert_close(seen.noise, noise)
 
 
 def test_what_cannot_be_calibrated_changes_nothing():
     model = Model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="calibration must be None for w8a8"):
-        qk.quantize_(model, "w8a8", calibration=[torch.randn(2, 64)])
+    with pytest.raises(ValueError, match="calibration must be None for w8a16"):
+        qk.quantize_(model, "w8a16", calibration=[torch.randn(2, 64)])
     with pytest.raises(ValueError, match="calibration input of 'first' must be finite"):
         qk.quantize_(model, "w4a8", calibration=[torch.full((2, 64), torch.inf)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

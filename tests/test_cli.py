@@ -205,8 +205,8 @@ class TestFinetune:
         )  # fmt: skip
         assert again.exit_code == 0, again.output
         assert json.loads(again.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
-        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a8", "--calibration-blocks", 3)
-        assert_refused(refused, "--calibration-blocks", "w4", "w8a8")
+        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a16", "--calibration-blocks", 3)
+        assert_refused(refused, "--calibration-blocks", "w4", "w8a16")
 
     def test_full_writes_a_model_that_loads(self, llama, text, tmp_path):
         output = tmp_path / "run"

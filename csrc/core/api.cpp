@@ -10,15 +10,15 @@
 namespace qk {
 namespace {
 
-// Up to this many rows, packing the weight costs more than it saves over reading its rows in place.
-constexpr int64_t kMaxDotRows = 4;
-
 // Below this many multiply-adds a thread, starting it costs more than it saves.
 constexpr int64_t kMinWorkPerThread = int64_t{1} << 18;
 
+int useful_threads(int threads, int64_t work) {
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
+}
+
 Parallel limit(const Parallel& parallel, int64_t work) {
-  const int64_t useful = std::max<int64_t>(work / kMinWorkPerThread, 1);
-  return {static_cast<int>(std::min<int64_t>(parallel.num_threads, useful)), parallel.run};
+  return {useful_threads(parallel.num_threads, work), parallel.run};
 }
 
 }  // namespace
@@ -43,14 +43,26 @@ void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
   });
 }
 
+Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {
+  const DotRows& limits = kernels().dot_rows;
+  const bool integer = scheme.int_activations();
+  const int limit_int8 = scheme.grouped() ? limits.int8_grouped : limits.int8;
+  const int limit_int4 = scheme.grouped() ? limits.int4_grouped : limits.int4;
+  const int dot_rows = !integer ? limits.floats : scheme.weight_bits == 8 ? limit_int8 : limit_int4;
+  const bool dots = m <= dot_rows;
+  const char* kernel = integer ? (dots ? "int_dot" : "int_matmul") : (dots ? "float_dot" : "float_matmul");
+  return {kernel, dots, dot_rows, useful_threads(threads, m * n * k)};
+}
+
 void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel) {
   if (x.rows == 0 || w.n == 0) return;
   Buffer<float> bias_floats(bias.data != nullptr ? w.n : 0);
   if (bias.data != nullptr) kernels().to_float(bias.data, bias.dtype, w.n, bias_floats.get());
   const float* bias_data = bias.data != nullptr ? bias_floats.get() : nullptr;
-  const bool integer = w.scheme.int_activations(), few_rows = x.rows <= kMaxDotRows;
-  const auto driver = integer ? (few_rows ? int_dot : int_matmul) : (few_rows ? float_dot : float_matmul);
-  driver(x, w, bias_data, {out, out_dtype}, limit(parallel, x.rows * w.n * w.k));
+  const Choice choice = choose_linear(w.scheme, x.rows, w.n, w.k, parallel.num_threads);
+  const bool integer = w.scheme.int_activations();
+  const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
+  driver(x, w, bias_data, {out, out_dtype}, {choice.threads, parallel.run});
 }
 
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {

@@ -18,6 +18,16 @@ QK_API void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q
 // out: float32 [n, k].
 QK_API void dequantize_weight(const Weight& w, float* out, const Parallel& parallel);
 
+// How `linear` computes a product: a pure function of its arguments and the ISA in use.
+struct Choice {
+  const char* kernel;  // name of the driver (cpu/drivers.h)
+  bool dots;           // row dots on the stored weight; otherwise packed panels
+  int dot_rows;        // up to how many rows of x it takes row dots for this scheme
+  int threads;
+};
+
+QK_API Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads);
+
 // x [M, k] -> out [M, n].
 QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel);
 

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace qk {
@@ -48,6 +50,9 @@ bool has_avx512() {
 }
 
 bool has_avx512vnni() { return has_avx512() && QK_CPU_HAS("avx512vnni"); }
+#elif defined(__aarch64__)
+// Old kernel headers lack these names, so the bits are given as numbers.
+bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
 #endif
 
 // In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels.h. avxvnni goes before
@@ -60,6 +65,9 @@ const Isa kIsas[] = {
     {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
     {avx512vnni_kernels, has_avx512vnni},
     {avx512bf16_kernels, [] { return has_avx512vnni() && QK_CPU_HAS("avx512bf16"); }},
+#elif defined(__aarch64__)
+    {neon_dotprod_kernels, has_dotprod},
+    {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM
 #endif
 };
 

@@ -6,12 +6,11 @@
 //   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767;
 //   the same in the matrix kernel for nibbles, where later sums wrap:    2 *  15 * 127 =  3810, see NOTE [nibbles].
 // The matrix kernel for int8 multiplies 16-bit values by vpmaddwd, which is exact.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx2,fma,f16c")
 
@@ -135,6 +134,7 @@ const Kernels& avx2_kernels() {
       .encode_a = encode_int16,
       .encode_b = encode_int16,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,
@@ -144,9 +144,12 @@ const Kernels& avx2_kernels() {
       .nibbles = &nibbles,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {12, 8, 6, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -1,11 +1,10 @@
 // AVX-512 kernels without VNNI (Skylake-X): vpmaddwd on 32 x int16 is exact; vpmaddubsw where NOTE [no saturation] of
 // avx2.cpp holds.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 
@@ -51,6 +50,7 @@ const Kernels& avx512_kernels() {
       .encode_a = encode_int16,
       .encode_b = encode_int16,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,
@@ -60,9 +60,12 @@ const Kernels& avx512_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {16, 8, 8, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = dot_int8_x4,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -1,12 +1,11 @@
 // AVX-512 VNNI kernels (Ice Lake, Zen 4 and later): vpdpbusd multiplies 64 unsigned by signed bytes an instruction.
 // A is stored shifted by 128 in the panels, see NOTE [shift] in kernels.h; the row dots shift the weight instead, so
 // that their correction depends on x only.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
@@ -45,6 +44,7 @@ const Kernels& avx512vnni_kernels() {
       .encode_a = encode_shifted,
       .encode_b = nullptr,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,
@@ -54,9 +54,12 @@ const Kernels& avx512vnni_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {32, 8, 8, 4, 4},
       .dot_shift = 128,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = dot_int8_x4,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -1,11 +1,10 @@
 // AVX-VNNI kernels (Alder Lake, Zen 5 and later): vpdpbusd on 256 bits, without AVX-512. Where operands are shifted by
 // 128 is as in avx512vnni.cpp.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-
-#if defined(__x86_64__)
 
 QK_BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 
@@ -43,6 +42,7 @@ const Kernels& avxvnni_kernels() {
       .encode_a = encode_shifted,
       .encode_b = nullptr,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,
@@ -52,9 +52,12 @@ const Kernels& avxvnni_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {12, 8, 8, 4, 4},
       .dot_shift = 128,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -38,6 +38,9 @@ struct Plan {
         group_units(grouped ? group / unit : units),
         steps(nibbles != nullptr ? div_up(weight.k, kNibbleStep) : 0) {}
 
+  // The group of the weight that the sums' group g belongs to.
+  int64_t weight_group(int64_t g) const { return group == w.group ? g : g * group / w.group; }
+
   // Units past the end of an encoded row are zero.
   void pad(uint32_t* encoded) const { std::fill(encoded + div_up(w.k, unit), encoded + units, 0u); }
 };
@@ -88,7 +91,7 @@ void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, Packe
         }
       }
     }
-    kernels.interleave(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    kernels.interleave_int(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
   }
 }
 
@@ -99,81 +102,111 @@ struct PackedB {
   Buffer<float> group_scales;  // [groups, nr], grouped schemes only
   Buffer<float> col_scales;    // [nr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> bias;          // [nr]
-  // Scratch of pack_b.
-  Buffer<int8_t> integers;   // [k]
-  Buffer<uint32_t> encoded;  // [nr, units]
-  std::vector<const uint32_t*> rows;
 
   explicit PackedB(const Plan& plan)
       : panel(plan.units * plan.nr),
         start(plan.groups * plan.nr),
         group_scales(plan.grouped ? plan.groups * plan.nr : 0),
         col_scales(plan.nr),
-        bias(plan.nr),
-        integers(plan.w.scheme.weight_bits == 4 ? plan.w.k : 0),
-        encoded(plan.nr * plan.units),
-        rows(plan.nr) {}
+        bias(plan.nr) {
+    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.groups * plan.nr, 1.0f);
+  }
 };
 
-// Stored bytes that are units as they are. (Unpacked nibbles lie in scratch, which the next row takes.)
-bool in_place(const Plan& plan, const int8_t* q) {
-  return plan.kernels.encode_b == nullptr && plan.w.scheme.weight_bits == 8 && plan.w.k == plan.units * plan.unit &&
-         reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0;
-}
+// Packs one panel after the other: each row is encoded, then all are interleaved, and so are the terms and the scales
+// of their groups.
+class PackB {
+ public:
+  PackB(const Plan& plan, const float* bias)
+      : plan_(plan),
+        bias_(bias),
+        integers_(plan.w.scheme.weight_bits == 4 ? plan.w.k : 0),
+        encoded_(plan.nr * plan.units),
+        start_(plan.nr * plan.groups),
+        scales_(plan.w_grouped ? plan.nr * plan.groups : 0) {}
 
-// Row n of the weight as units, in place or in `encoded`, and its terms of `start`, one every nr elements.
-const uint32_t* encode_b(const Plan& plan, int64_t n, int8_t* integers, uint32_t* encoded, int32_t* start) {
-  const Kernels& kernels = plan.kernels;
-  const Weight& w = plan.w;
-  if (plan.nibbles != nullptr) {
-    kernels.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
-    std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, plan.units * plan.unit - w.k);
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + g * plan.group / w.group] : 8;
-      start[g * plan.nr] = zero * 0x10001;
+  void operator()(int64_t n0, PackedB& packed) {
+    const Weight& w = plan_.w;
+    const int nr = plan_.nr;
+    std::vector<const uint32_t*> rows(nr), start(nr), scales(nr);
+    for (int j = 0; j < nr; ++j) {
+      const int64_t n = n0 + j;
+      const bool valid = n < w.n;
+      rows[j] = &encoded_[j * plan_.units];
+      start[j] = reinterpret_cast<const uint32_t*>(&start_[j * plan_.groups]);
+      packed.bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
+      packed.col_scales[j] = valid && !plan_.w_grouped ? w.scales[n] : 1.0f;
+      if (valid) {
+        rows[j] = encode(n, &encoded_[j * plan_.units], &start_[j * plan_.groups]);
+      } else {
+        std::fill_n(&encoded_[j * plan_.units], plan_.units, 0u);
+        std::fill_n(&start_[j * plan_.groups], plan_.groups, 0);
+      }
+      if (plan_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), &scales_[j * plan_.groups]);
+    }
+    const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
+      plan_.kernels.interleave(sources.data(), nr, plan_.groups, static_cast<uint32_t*>(panel));
+    };
+    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, packed.panel.get());
+    interleave(start, packed.start.get());
+    if (plan_.w_grouped) interleave(scales, packed.group_scales.get());
+  }
+
+ private:
+  // Row n of the weight as units, in place or in `encoded`, and its terms of `start`.
+  const uint32_t* encode(int64_t n, uint32_t* encoded, int32_t* start) {
+    const Kernels& kernels = plan_.kernels;
+    const Weight& w = plan_.w;
+    if (plan_.nibbles != nullptr) {
+      kernels.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
+      std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, plan_.units * plan_.unit - w.k);
+      for (int64_t g = 0; g < plan_.groups; ++g) {
+        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + plan_.weight_group(g)] : 8;
+        start[g] = zero * 0x10001;
+      }
+      return encoded;
+    }
+    // Without an encoder bytes are units: 4-bit rows are unpacked in place, 8-bit ones read where they are stored.
+    encoded[div_up(w.k, plan_.unit) - 1] = 0;
+    plan_.pad(encoded);
+    auto* bytes = reinterpret_cast<int8_t*>(encoded);
+    const int8_t* q = integer_row(kernels, w, n, 0, w.k, kernels.encode_b == nullptr ? bytes : integers_.get());
+    for (int64_t g = 0; g < plan_.groups; ++g) {
+      const int64_t begin = g * plan_.group, count = std::min(plan_.group, w.k - begin);
+      start[g] = kernels.a_shift != 0 ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
+    }
+    if (readable_as_units(q)) return reinterpret_cast<const uint32_t*>(q);
+    if (kernels.encode_b != nullptr) {
+      kernels.encode_b(q, w.k, encoded);
+    } else if (q != bytes) {
+      std::memcpy(bytes, q, w.k);
     }
     return encoded;
   }
-  const int8_t* q = integer_row(kernels, w, n, 0, w.k, integers);
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    const int64_t begin = g * plan.group, count = std::min(plan.group, w.k - begin);
-    start[g * plan.nr] = kernels.a_shift != 0 ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
-  }
-  if (in_place(plan, q)) return reinterpret_cast<const uint32_t*>(q);
-  if (kernels.encode_b != nullptr) {
-    kernels.encode_b(q, w.k, encoded);
-  } else {
-    encoded[div_up(w.k, plan.unit) - 1] = 0;
-    std::memcpy(encoded, q, w.k);
-  }
-  plan.pad(encoded);
-  return encoded;
-}
 
-void pack_b(const Plan& plan, int64_t n0, const float* bias, PackedB& packed) {
-  const Weight& w = plan.w;
-  const int nr = plan.nr;
-  for (int j = 0; j < nr; ++j) {
-    const int64_t n = n0 + j;
-    const bool valid = n < w.n;
-    uint32_t* encoded = &packed.encoded[j * plan.units];
-    packed.bias[j] = valid && bias != nullptr ? bias[n] : 0.0f;
-    packed.col_scales[j] = valid && !plan.w_grouped ? w.scales[n] : 1.0f;
-    if (valid) {
-      packed.rows[j] = encode_b(plan, n, packed.integers.get(), encoded, &packed.start[j]);
-    } else {
-      std::fill_n(encoded, plan.units, 0u);
-      for (int64_t g = 0; g < plan.groups; ++g) packed.start[g * nr + j] = 0;
-      packed.rows[j] = encoded;
-    }
-    if (!plan.grouped) continue;
-    const float* scales = w.scales + n * w.groups;
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      packed.group_scales[g * nr + j] = valid && plan.w_grouped ? scales[g * plan.group / w.group] : 1.0f;
-    }
+  // Whether bytes q[0, k) are whole units, without padding, that can be read as such.
+  bool readable_as_units(const int8_t* q) const {
+    return plan_.kernels.encode_b == nullptr && plan_.w.k == plan_.units * plan_.unit &&
+           reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0;
   }
-  plan.kernels.interleave(packed.rows.data(), nr, plan.units, packed.panel.get());
-}
+
+  // The scale of each group of row n, in place or in `expanded`.
+  const uint32_t* group_scales(int64_t n, float* expanded) const {
+    const float* scales = plan_.w.scales + n * plan_.w.groups;
+    if (plan_.group != plan_.w.group) {
+      for (int64_t g = 0; g < plan_.groups; ++g) expanded[g] = scales[plan_.weight_group(g)];
+      scales = expanded;
+    }
+    return reinterpret_cast<const uint32_t*>(scales);
+  }
+
+  const Plan& plan_;
+  const float* bias_;
+  Buffer<int8_t> integers_;   // [k]
+  Buffer<uint32_t> encoded_;  // [nr, units]
+  Buffer<int32_t> start_;     // [nr, groups]
+  Buffer<float> scales_;      // [nr, groups]
+};
 
 // One tile of the output, through the integer panels or the nibbles.
 class Multiply {
@@ -239,12 +272,13 @@ void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out,
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x, begin, end, a); });
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
+    PackB pack_b(plan, bias);
     PackedB b(plan);
     Multiply multiply(plan, a, b);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n0 = split.column(task) * plan.nr;
-      if (n0 != packed) pack_b(plan, n0, bias, b);
+      if (n0 != packed) pack_b(n0, b);
       packed = n0;
       for (int64_t panel = split.row_begin(task); panel < split.row_end(task); ++panel) {
         const int64_t m0 = panel * plan.mr;

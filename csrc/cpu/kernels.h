@@ -4,7 +4,8 @@
 // B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
 // of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
 // 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
-// every format.
+// every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
+// units that starts at a multiple of kGroupStep / unit stays one range of the panel.
 //
 // NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
 // panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
@@ -67,6 +68,18 @@ struct TileOutput {
   DType dtype;
 };
 
+// What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
+// number a row of it: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups ascending.
+struct GroupSums {
+  int64_t groups;
+  const int32_t* sums;   // they may have wrapped modulo 2^32; what is left after the correction cannot
+  const int32_t* zeros;  // or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;
+  const float* w_scales;  // or null: ones; not both
+  const float* x_scales;  // or null: ones
+};
+
 // Optional kernels for 4-bit weights, see NOTE [nibbles]: the same tiles as those of the integer panels.
 struct NibbleKernels {
   // 4 x int8 a unit, padded with zeros to whole steps, and the negated sums that NibbleTile takes, 1 a step.
@@ -82,6 +95,13 @@ struct Bf16Kernels {
   void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
   // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
   void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
+};
+
+// Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
+// of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
+// counts where no such machine was at hand.
+struct DotRows {
+  int int8, int8_grouped, int4, int4_grouped, floats;
 };
 
 struct Kernels {
@@ -101,8 +121,9 @@ struct Kernels {
   int a_shift;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
   void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
-  // panel[u * rows + r] = sources[r][u]
+  // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+  void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
 
   // Matrix tiles. Panels and tiles are aligned to 64 bytes.
   int mr, mr_grouped, nr;
@@ -119,10 +140,14 @@ struct Kernels {
 
   // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
   // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.
+  DotRows dot_rows;
   int dot_shift;
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
-  // The same on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
+  // The same for 4 rows of x, `stride` apart, in one group: sums[i * 4 + r] for row i of x. Null: one row at a time.
+  void (*dot_int8_x4)(const int8_t* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
+  // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
 };
 
@@ -132,6 +157,8 @@ const Kernels& avxvnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
 const Kernels& avx512bf16_kernels();
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();

@@ -10,31 +10,49 @@
 namespace qk {
 namespace {
 
-constexpr int kRows = 4;
+constexpr int kRows = 4;   // of the weight
+constexpr int kXRows = 4;  // of x, at most, for one call of a dot kernel
 
-// The quantized rows of x, in the layout the dot kernels read.
+// Rows of x are quantized by several threads only if there are as many values as this.
+constexpr int64_t kMinParallelValues = 1 << 16;
+
+// The quantized rows of x, in the layout the dot kernels read. What belongs to a group stands there kRows times, once
+// for each row of the weight.
 struct Activations {
   int64_t k_padded, groups, act_groups;
-  Buffer<int8_t> q;      // [M, k_padded]
-  Buffer<int32_t> sums;  // [M, groups]: of q, for the shift or the zero points
-  Buffer<float> scales;  // [M, act_groups]
+  Buffer<int8_t> q;            // [M, k_padded]
+  Buffer<int32_t> sums;        // [M, groups, kRows]: of q, for the shift or the zero points
+  Buffer<float> scales;        // [M, act_groups]
+  Buffer<float> group_scales;  // [M, groups, kRows], grouped activations only
 
-  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme)
+  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const Parallel& parallel)
       : k_padded(round_up(x.cols, 64)),
         groups(div_up(x.cols, scheme.acc_group(x.cols))),
         act_groups(scheme.act_groups(x.cols)),
         q(x.rows * k_padded),
-        sums(x.rows * groups),
-        scales(x.rows * act_groups) {
-    const int64_t k = x.cols, group = scheme.acc_group(k);
+        sums(x.rows * groups * kRows),
+        scales(x.rows * act_groups),
+        group_scales(scheme.act_group_size != 0 ? x.rows * groups * kRows : 0) {
+    if (x.rows * x.cols < kMinParallelValues) {
+      quantize(kernels, x, scheme, 0, x.rows);
+    } else {
+      parallel(x.rows, [&](int64_t begin, int64_t end) { quantize(kernels, x, scheme, begin, end); });
+    }
+  }
+
+ private:
+  void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
+    const int64_t k = x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
     Buffer<float> floats(k);
     Buffer<int8_t> row(k_padded);
-    for (int64_t m = 0; m < x.rows; ++m) {
+    for (int64_t m = m_begin; m < m_end; ++m) {
       std::fill_n(row.get(), k_padded, int8_t{0});
-      quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, scheme.act_group(k), row.get(),
-                   &scales[m * act_groups]);
+      float* row_scales = &scales[m * act_groups];
+      quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, act_group, row.get(), row_scales);
       for (int64_t g = 0; g < groups; ++g) {
-        sums[m * groups + g] = kernels.sum(&row[g * group], std::min(group, k - g * group));
+        const int64_t begin = g * group, at = (m * groups + g) * kRows;
+        std::fill_n(&sums[at], kRows, kernels.sum(&row[begin], std::min(group, k - begin)));
+        if (scheme.act_group_size != 0) std::fill_n(&group_scales[at], kRows, row_scales[begin / act_group]);
       }
       int8_t* out = &q[m * k_padded];
       if (scheme.weight_bits == 8) {
@@ -51,75 +69,122 @@ struct Activations {
   }
 };
 
-// Where the scales of integer group g lie: at g >> shift. Group sizes are powers of two, so their ratio is one; an
-// operand with one scale per row always has index 0.
-struct GroupShifts {
-  int w, x;
+// kRows rows of the weight, with the scales and the zero points of each group of the sums.
+class WeightRows {
+ public:
+  const uint8_t* rows[kRows];
+  const float* scales[kRows];
 
-  GroupShifts(const Scheme& scheme, int64_t k)
-      : w(shift(scheme.group_size, scheme.acc_group(k))), x(shift(scheme.act_group_size, scheme.acc_group(k))) {}
+  WeightRows(const Kernels& kernels, const Weight& w, int64_t groups)
+      : kernels_(kernels),
+        w_(w),
+        groups_(groups),
+        repeat_(w.scheme.group_size != 0 ? w.group / w.scheme.acc_group(w.k) : groups),
+        group_scales_(w.scheme.group_size != 0 ? groups * kRows : 0),
+        group_zeros_(w.zeros != nullptr ? groups * kRows : 0),
+        expanded_(groups * kRows) {}
 
-  static int shift(int64_t group_size, int64_t acc_group) {
-    return group_size == 0 ? 63 : std::countr_zero(static_cast<uint64_t>(group_size / acc_group));
-  }
-};
-
-// Rule 4 of grouped schemes for one row of x and four rows of the weight. sums[g][r] are exact; where only one operand
-// is grouped, the scale of the other one follows at the end.
-template <bool WGrouped, bool XGrouped>
-void scale_groups(const Weight& w, const Activations& x, const float* x_scales, const int64_t (&n)[kRows],
-                  const GroupShifts& shifts, const int32_t* sums, float (&y)[kRows]) {
-  const float* w_scales[kRows];
-  for (int r = 0; r < kRows; ++r) w_scales[r] = w.scales + n[r] * w.groups;
-  for (float& value : y) value = 0.0f;
-  for (int64_t g = 0; g < x.groups; ++g) {
+  // Rows n0 .. n0 + kRows; past the end the last one is repeated.
+  void load(int64_t n0) {
+    int64_t n[kRows];
     for (int r = 0; r < kRows; ++r) {
-      const float w_scale = WGrouped ? w_scales[r][g >> shifts.w] : 1.0f;
-      const float scale = XGrouped ? w_scale * x_scales[g >> shifts.x] : w_scale;
-      y[r] = y[r] + static_cast<float>(sums[g * kRows + r]) * scale;
+      n[r] = std::min(n0 + r, w_.n - 1);
+      rows[r] = w_.row(n[r]);
+      scales[r] = w_.scales + n[r] * w_.groups;
+    }
+    if (w_.scheme.group_size != 0) {
+      for (int r = 0; r < kRows; ++r) expand(scales[r], r);
+      interleave(reinterpret_cast<uint32_t*>(group_scales_.get()));
+    }
+    if (w_.zeros != nullptr) {
+      for (int r = 0; r < kRows; ++r) expand(w_.zeros + n[r] * w_.groups, r);
+      interleave(reinterpret_cast<uint32_t*>(group_zeros_.get()));
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    if (!WGrouped) y[r] = y[r] * w_scales[r][0];
-    if (!XGrouped) y[r] = y[r] * x_scales[0];
+
+  // [groups, kRows]; null: one scale for the row, or no zero points.
+  const float* group_scales() const { return w_.scheme.group_size != 0 ? group_scales_.get() : nullptr; }
+  const int32_t* group_zeros() const { return w_.zeros != nullptr ? group_zeros_.get() : nullptr; }
+
+ private:
+  static uint32_t bits(float value) { return std::bit_cast<uint32_t>(value); }
+  static uint32_t bits(uint8_t value) { return value; }
+
+  // expanded[r][g] = the value of row r that group g of the sums takes: repeat_ of them share one.
+  template <class T>
+  void expand(const T* values, int r) {
+    uint32_t* row = &expanded_[r * groups_];
+    if (repeat_ == 1) {
+      for (int64_t g = 0; g < groups_; ++g) row[g] = bits(values[g]);
+      return;
+    }
+    for (int64_t g = 0; g < groups_; g += repeat_) {
+      std::fill(row + g, row + std::min(g + repeat_, groups_), bits(*values++));
+    }
   }
+
+  void interleave(uint32_t* panel) {
+    const uint32_t* sources[kRows];
+    for (int r = 0; r < kRows; ++r) sources[r] = &expanded_[r * groups_];
+    kernels_.interleave(sources, kRows, groups_, panel);
+  }
+
+  const Kernels& kernels_;
+  const Weight& w_;
+  int64_t groups_, repeat_;
+  Buffer<float> group_scales_;
+  Buffer<int32_t> group_zeros_;
+  Buffer<uint32_t> expanded_;
+};
+
+// The sums of rows m, m + 1, ... of x, of which `left` are left, with kRows rows of the weight; returns how many it
+// did.
+int64_t dot(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t left,
+            int64_t m, int32_t* sums) {
+  const int8_t* q = &x.q[m * x.k_padded];
+  const int64_t group = w.scheme.acc_group(w.k);
+  if (w.scheme.weight_bits == 4) {
+    kernels.dot_int4(q, rows.rows, w.k, group, sums);
+    return 1;
+  }
+  const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
+  if (x.groups == 1 && left >= kXRows && kernels.dot_int8_x4 != nullptr) {
+    kernels.dot_int8_x4(q, x.k_padded, bytes, w.k, sums);
+    return kXRows;
+  }
+  kernels.dot_int8(q, bytes, w.k, group, sums);
+  return 1;
 }
 
-// Turns the kernel's raw sums into exact ones: raw - offset * sum(x), offset being the shift of the bytes, 8 for
-// symmetric nibbles, or the zero point. The raw sums may have wrapped modulo 2^32; the difference cannot.
-void correct(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
-             const GroupShifts& shifts, int32_t* sums) {
-  const int32_t* x_sums = &x.sums[m * x.groups];
-  const auto subtract = [](int32_t& sum, int offset, int32_t x_sum) {
-    const uint32_t correction = static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sum);
-    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) - correction);
-  };
-  if (w.zeros == nullptr) {
-    for (int64_t g = 0; g < x.groups; ++g) {
-      for (int r = 0; r < kRows; ++r) subtract(sums[g * kRows + r], shift, x_sums[g]);
+// y[r] from the sums of row m of x with kRows rows of the weight: rule 4.
+void finish(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t m,
+            const int32_t* sums, float (&y)[kRows]) {
+  const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
+  const float x_scale = x.scales[m * x.act_groups];
+  const int zero = w.scheme.weight_bits == 8 ? kernels.dot_shift : 8;
+  const int32_t* x_sums = &x.sums[m * x.groups * kRows];
+  if (!w_grouped && !x_grouped) {
+    for (int r = 0; r < kRows; ++r) {
+      const auto offset = static_cast<uint32_t>(w.zeros != nullptr ? rows.group_zeros()[r] : zero);
+      const uint32_t sum = static_cast<uint32_t>(sums[r]) - offset * static_cast<uint32_t>(x_sums[r]);
+      y[r] = static_cast<float>(static_cast<int32_t>(sum)) * (x_scale * rows.scales[r][0]);
     }
     return;
   }
-  const uint8_t* zeros[kRows];
-  for (int r = 0; r < kRows; ++r) zeros[r] = w.zeros + n[r] * w.groups;
-  for (int64_t g = 0; g < x.groups; ++g) {
-    for (int r = 0; r < kRows; ++r) subtract(sums[g * kRows + r], zeros[r][g >> shifts.w], x_sums[g]);
-  }
-}
-
-void combine(const Weight& w, const Activations& x, int64_t m, const int64_t (&n)[kRows], int shift,
-             const GroupShifts& shifts, int32_t* sums, float (&y)[kRows]) {
-  const float* x_scales = &x.scales[m * x.act_groups];
-  if (shift != 0 || w.zeros != nullptr) correct(w, x, m, n, shift, shifts, sums);
-  const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
-  if (w_grouped && x_grouped) {
-    scale_groups<true, true>(w, x, x_scales, n, shifts, sums, y);
-  } else if (w_grouped) {
-    scale_groups<true, false>(w, x, x_scales, n, shifts, sums, y);
-  } else if (x_grouped) {
-    scale_groups<false, true>(w, x, x_scales, n, shifts, sums, y);
-  } else {
-    for (int r = 0; r < kRows; ++r) y[r] = static_cast<float>(sums[r]) * (x_scales[0] * w.scales[n[r]]);
+  kernels.combine(
+      {
+          .groups = x.groups,
+          .sums = sums,
+          .zeros = rows.group_zeros(),
+          .zero = zero,
+          .x_sums = x_sums,
+          .w_scales = rows.group_scales(),
+          .x_scales = x_grouped ? &x.group_scales[m * x.groups * kRows] : nullptr,
+      },
+      y);
+  for (int r = 0; r < kRows; ++r) {
+    if (!w_grouped) y[r] = y[r] * rows.scales[r][0];
+    if (!x_grouped) y[r] = y[r] * x_scale;
   }
 }
 
@@ -140,33 +205,22 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
 
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  const Scheme& scheme = w.scheme;
-  const Activations activations(kernels, x, scheme);
-  const int64_t group = scheme.acc_group(w.k);
-  const int shift = scheme.weight_bits == 8 ? kernels.dot_shift : 8;
-  const GroupShifts shifts(scheme, w.k);
+  const Activations activations(kernels, x, w.scheme, parallel);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
     const int64_t n0 = begin * kRows, count = std::min(end * kRows, w.n) - n0;
-    Buffer<int32_t> sums(activations.groups * kRows);
+    WeightRows rows(kernels, w, activations.groups);
+    Buffer<int32_t> sums(kXRows * activations.groups * kRows);
     Buffer<float> y(x.rows * count);
     for (int64_t j = 0; j < count; j += kRows) {
-      int64_t n[kRows];
-      const uint8_t* rows[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        n[r] = std::min(n0 + j + r, w.n - 1);  // the last block may repeat a row
-        rows[r] = w.row(n[r]);
-      }
-      for (int64_t m = 0; m < x.rows; ++m) {
-        const int8_t* q = &activations.q[m * activations.k_padded];
-        if (scheme.weight_bits == 8) {
-          kernels.dot_int8(q, reinterpret_cast<const int8_t* const*>(rows), w.k, group, sums.get());
-        } else {
-          kernels.dot_int4(q, rows, w.k, group, sums.get());
+      rows.load(n0 + j);
+      for (int64_t m = 0; m < x.rows;) {
+        const int64_t done = dot(kernels, w, rows, activations, x.rows - m, m, sums.get());
+        for (int64_t i = 0; i < done; ++i, ++m) {
+          float values[kRows];
+          finish(kernels, w, rows, activations, m, &sums[i * activations.groups * kRows], values);
+          std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
         }
-        float values[kRows];
-        combine(w, activations, m, n, shift, shifts, sums.get(), values);
-        std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
       }
     }
     store_columns(kernels, y, x.rows, count, n0, w.n, bias, out);

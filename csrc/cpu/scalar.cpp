@@ -180,6 +180,7 @@ const Kernels& scalar_kernels() {
       .encode_a = encode,
       .encode_b = encode,
       .interleave = interleave,
+      .interleave_int = interleave,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,
@@ -190,9 +191,12 @@ const Kernels& scalar_kernels() {
       .bf16 = &bf16,
       .store_int = store_int,
       .store_float = store_float,
+      .dot_rows = {4, 4, 4, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
+      .combine = combine,
       .dot_float = dot_float,
   };
   return table;

@@ -39,7 +39,7 @@ def finetune(
     eval_blocks: Annotated[int, typer.Option(help="Held-out blocks to use at most; 0: no evaluation.")] = 64,
     calibration_blocks: Annotated[
         int,
-        typer.Option(help="Training blocks to calibrate the rounding of w4 weights on (GPTQ); the base is then saved."),
+        typer.Option(help="Training blocks to calibrate the quantized weights on; the base is then saved."),
     ] = 0,
     baseline: Annotated[bool, typer.Option(help="Evaluate the float model too, before it is quantized.")] = True,
     cache: Cache = None,

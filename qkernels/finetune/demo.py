@@ -18,6 +18,7 @@ from .errors import InputError
 from .measure import environment
 from .models import DEMO, fast_bf16, require
 from .report import MARKER, PLOT, plot_losses, write_json
+from .train import BASE
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
@@ -45,7 +46,7 @@ class Budget:
     lr: float = 5e-4
     lora_rank: int = 16
     timing_steps: int = 3  # for the float dtype that is only timed
-    calibration_blocks: int = 16  # for 4 bits
+    calibration_blocks: int = 16
 
 
 FULL = Budget(steps=40, eval_blocks=16, new_tokens=40)
@@ -107,15 +108,16 @@ class Demo:
             f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
             "--seq-len", budget.seq_len, "--eval-seq-len", budget.eval_seq_len, "--lr", budget.lr,
-            "--lora-rank", budget.lora_rank, "--calibration-blocks", budget.calibration_blocks if scheme == INT4 else 0,
+            "--lora-rank", budget.lora_rank,
+            "--calibration-blocks", budget.calibration_blocks if scheme != "none" else 0,
             "--baseline" if scheme == "none" else "--no-baseline",
         )  # fmt: skip
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
 
-    def sample(self, title: str, *arguments: object) -> str:
+    def sample(self, title: str, model: object, *arguments: object) -> str:
         """Generated text."""
         text = self.command(
-            title, "generate", DEMO, "--prompt", PROMPT, "--max-new-tokens", self.budget.new_tokens,
+            title, "generate", model, "--prompt", PROMPT, "--max-new-tokens", self.budget.new_tokens,
             "--dtype", self.float_dtype, *arguments, capture=True,
         )  # fmt: skip
         return text.strip()
@@ -123,7 +125,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """All configurations, and the report of the job."""
         started, budget = time.perf_counter(), self.budget
-        before = self.sample("converting the model on first use, text before fine-tuning")
+        before = self.sample("converting the model on first use, text before fine-tuning", DEMO)
         runs = {
             self.float_dtype: self.finetune(
                 self.float_dtype, "none", self.float_dtype, budget.steps, budget.eval_blocks
@@ -138,7 +140,8 @@ class Demo:
             "--seq-len", budget.eval_seq_len, "--eval-blocks", budget.eval_blocks,
             "--dtype", self.float_dtype, "--json", capture=True,
         )  # fmt: skip
-        after = self.sample(f"text after fine-tuning, {INT8}", "--scheme", INT8, "--adapter", self.output / INT8)
+        tuned = self.output / INT8
+        after = self.sample(f"text after fine-tuning, {INT8}", tuned / BASE, "--adapter", tuned)
         plot_losses(self.output / PLOT, {name: run for name, run in runs.items() if name != self.timed_dtype})
 
         rows = self._rows(runs, json.loads(evaluated)["perplexity"])

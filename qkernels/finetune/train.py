@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import calibrate
+from ..schemes import QuantScheme
 from .errors import InputError
 from .measure import PeakMemory, environment, perplexity
 from .models import (
@@ -118,8 +120,10 @@ def _calibration_blocks(settings: FinetuneSettings, train_blocks: list[Tensor]) 
 def _check(settings: FinetuneSettings) -> None:
     """Everything that can be refused before slow work starts."""
     check_scheme(settings.scheme)
-    if settings.calibration_blocks and not settings.scheme.startswith("w4"):
-        raise InputError(f"--calibration-blocks is for w4 schemes, and the scheme is {settings.scheme!r}")
+    if settings.calibration_blocks and (
+        settings.scheme == "none" or not calibrate.applies(QuantScheme.parse(settings.scheme))
+    ):
+        raise InputError(f"--calibration-blocks is for w4 and a8 schemes, and the scheme is {settings.scheme!r}")
     if settings.method == "full" and settings.scheme != "none":
         raise InputError(
             f"full fine-tuning trains float weights, but the scheme is {settings.scheme!r}: "

@@ -336,7 +336,8 @@ constexpr Shape kShapes[] = {
     {1, 1, 1, DType::float32, DType::float32},      {4, 33, 130, DType::bfloat16, DType::bfloat16},
     {7, 31, 33, DType::float16, DType::float16},    {13, 70, 161, DType::float32, DType::float32},
     {3, 9, 600, DType::float32, DType::float16},    {25, 17, 515, DType::bfloat16, DType::float32},
-    {26, 35, 160, DType::float16, DType::bfloat16}, {14, 531, 70, DType::bfloat16, DType::bfloat16},
+    {26, 35, 160, DType::float16, DType::bfloat16}, {9, 13, 1, DType::float32, DType::bfloat16},
+    {5, 1, 37, DType::bfloat16, DType::float16},    {14, 531, 70, DType::bfloat16, DType::bfloat16},
     {390, 3, 35, DType::bfloat16, DType::bfloat16},
 };
 
