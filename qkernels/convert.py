@@ -18,9 +18,10 @@ from .nn import QuantLinear, float_weight, is_conv1d, relative_error
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION
 from .schemes import QuantScheme
 
-# Why a layer stays in float although it could be quantized: the two reasons that `strict` accepts.
+# Why a layer stays in float although it could be quantized: the reasons that `strict` accepts.
 SKIPPED = "skipped by pattern"
 NOT_INCLUDED = "not included"
+SLOWER = "float is faster"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def quantize_(
     *,
     grad: str = "float",
     calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    never_slower: bool = False,
 ) -> QuantizationReport:
     """Swap every `nn.Linear` and transformers `Conv1D` of `model` for a `QuantLinear`, in place.
 
@@ -151,6 +153,8 @@ def quantize_(
         calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
             weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
             which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
+        never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in `explain.ROWS`, and
+            leave those in float that would be slower quantized at any of them (`qkernels.explain` shows the times).
 
     Returns:
         A `QuantizationReport` with one row for each linear layer.
@@ -158,7 +162,8 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for w8a16, or a violation of `strict`. The model is then as it was.
+            `calibration` for w8a16, `never_slower` for layers on another device, or a violation of `strict`. The
+            model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -179,6 +184,8 @@ def quantize_(
     for layer in layers:
         if layer.reason is None:
             _check_finite(layer.name, layer.module.weight, scheme)
+    if never_slower:
+        _keep_faster_floats(layers, scheme)
     if strict:
         _check_strict(layers, report)
     moments = {} if calibration is None else _calibrate(model, layers, calibration, scheme, report)
@@ -405,9 +412,26 @@ def _calibrate(
     return moments
 
 
+def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
+    """Give the layers that are faster in float that reason to stay."""
+    from . import explain
+
+    chosen = [(layer.names, layer.module) for layer in layers if layer.reason is None]
+    timings = explain.time_layers(chosen, scheme, explain.ROWS, explain.SECONDS) if chosen else []
+    slower = {name: timing for timing in timings if timing.slower for name in timing.layers}
+    for layer in layers:
+        if timing := slower.get(layer.name):
+            times = f"{timing.float_seconds * 1e3:.3g} ms against {timing.seconds * 1e3:.3g} at M = {timing.m}"
+            layer.reason = f"{SLOWER}: {times}"
+
+
 def _check_strict(layers: list[Layer], report: QuantizationReport) -> None:
-    allowed = (None, SKIPPED, NOT_INCLUDED, "already quantized")
-    problems = [f"{layer.name} stays in float: {layer.reason}" for layer in layers if layer.reason not in allowed]
+    allowed = (SKIPPED, NOT_INCLUDED, SLOWER, "already quantized")
+    problems = [
+        f"{layer.name} stays in float: {layer.reason}"
+        for layer in layers
+        if layer.reason is not None and not layer.reason.startswith(allowed)
+    ]
     problems += report.warnings
     if problems:
         raise ValueError("strict=True, and nothing was changed: " + "; ".join(problems))

@@ -10,6 +10,7 @@ from .bench import bench
 from .common import one_line_errors
 from .demo import demo
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .generate import generate
 from .info import info
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(info)
+app.command()(explain)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)
