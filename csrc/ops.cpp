@@ -19,11 +19,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i != 0 ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
+// Written only when a message is: formatting the shapes of every call would take longer than a small product.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
+  out << "[";
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i != 0 ? ", " : "") << shape.tensor.size(i);
+  return out << "]";
 }
+
+ShapeOf shape_of(const Tensor& t) { return {t}; }
 
 // Raises a RuntimeError whose text is `parts`, without the source location that STD_TORCH_CHECK would put before it.
 template <class... Parts>
@@ -34,7 +41,7 @@ void require(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-std::string name_of(ScalarType dtype) {
+const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
       return "torch.float32";

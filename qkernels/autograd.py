@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,6 +42,10 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_bias = grad_out.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None
+
+
+# `Function.apply` asks for the signature at every call, and finding it out takes longer than a small product.
+_FrozenLinear.forward.__signature__ = inspect.signature(_FrozenLinear.forward)
 
 
 def quant_linear(
