@@ -110,6 +110,48 @@ void nibble_tile_grouped(const NibbleTile& args, const float* w_scales, const fl
   }
 }
 
+// acc[i][j] += 16 values of row i of x times 16 of row j of the weight.
+__attribute__((always_inline)) inline void add_wide_dots(const int16_t* x, int64_t stride, __m128i w0, __m128i w1,
+                                                         __m256i (&acc)[4][2]) {
+  const __m256i wide0 = _mm256_cvtepi8_epi16(w0), wide1 = _mm256_cvtepi8_epi16(w1);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i xs = load(x + i * stride);
+    acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(xs, wide0));
+    acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(xs, wide1));
+  }
+}
+
+// 4 rows of x, as int16, with 2 rows of the weight: sums[i * 4 + j].
+void dot_int8_4x2(const int16_t* x, int64_t stride, const int8_t* w0, const int8_t* w1, int64_t k, int32_t* sums) {
+  __m256i acc[4][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+  const auto bytes = [](const int8_t* w) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w)); };
+  int64_t at = 0;
+  for (; at + 16 <= k; at += 16) add_wide_dots(x + at, stride, bytes(w0 + at), bytes(w1 + at), acc);
+  if (at < k) {
+    int8_t tails[2][16] = {};
+    __builtin_memcpy(tails[0], w0 + at, k - at);
+    __builtin_memcpy(tails[1], w1 + at, k - at);
+    add_wide_dots(x + at, stride, bytes(tails[0]), bytes(tails[1]), acc);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i rows[4] = {acc[i][0], acc[i][1], acc[i + 1][0], acc[i + 1][1]};
+    int32_t both[4];
+    store_sum(both, reduce4(rows));
+    __builtin_memcpy(sums + i * 4, both, 8);
+    __builtin_memcpy(sums + i * 4 + 4, both + 2, 8);
+  }
+}
+
+void dot_int8_x4(const void* x_rows, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums) {
+  const auto* x = static_cast<const int16_t*>(x_rows);
+  dot_int8_4x2(x, stride, w[0], w[1], k, sums);
+  dot_int8_4x2(x, stride, w[2], w[3], k, sums + 2);
+}
+
 }  // namespace
 
 QK_END_TARGET
@@ -144,10 +186,11 @@ const Kernels& avx2_kernels() {
       .nibbles = &nibbles,
       .store_int = store_int,
       .store_float = store_float,
-      .dot_rows = {12, 8, 6, 4, 4},
+      .dot_rows = {24, 8, 6, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
-      .dot_int8_x4 = nullptr,
+      .x4_bytes = 2,
+      .dot_int8_x4 = dot_int8_x4,
       .dot_int4 = dot_int4,
       .combine = combine,
       .dot_float = dot_float,

@@ -63,6 +63,7 @@ const Kernels& avx512_kernels() {
       .dot_rows = {16, 8, 8, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .x4_bytes = 1,
       .dot_int8_x4 = dot_int8_x4,
       .dot_int4 = dot_int4,
       .combine = combine,

@@ -55,6 +55,7 @@ const Kernels& avxvnni_kernels() {
       .dot_rows = {12, 8, 8, 4, 4},
       .dot_shift = 128,
       .dot_int8 = dot_int8,
+      .x4_bytes = 1,
       .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
       .combine = combine,

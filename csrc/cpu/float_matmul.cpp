@@ -166,7 +166,6 @@ class PackedB {
     kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
   }
 
-  // A panel lies in one group of columns: nr divides the sizes of groups.
   void pack_across(int64_t d0, int64_t count, int64_t k0) {
     constexpr int64_t kUnit = Format::kUnit;
     const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
@@ -180,15 +179,19 @@ class PackedB {
         q[r] = integer_row(kernels_, w_, n, k0, cols, &integers_[r * width]);
         scales[r] = w_.scales + n * w_.groups + first_group;
       }
-      for (int64_t c = 0, g = 0, end = first_end; c < cols; c += nr) {
-        if (c == end) ++g, end += w_.group;
+      // Segments end where a panel or a group does.
+      int64_t p = 0, g = 0, panel_end = nr, group_end = first_end;
+      for (int64_t c = 0, end; c < cols; c = end) {
+        end = std::min({cols, panel_end, group_end});
         const int8_t* columns[kUnit];
         float scale[kUnit];
         for (int64_t r = 0; r < kUnit; ++r) {
           columns[r] = q[r] + c;
           scale[r] = d + r < count ? scales[r][g] : 0.0f;  // past the last row
         }
-        format_.across(columns, scale, std::min(nr, cols - c), panel(c / nr) + d / kUnit * nr);
+        format_.across(columns, scale, end - c, panel(p) + d / kUnit * nr + c - (panel_end - nr));
+        if (end == panel_end) ++p, panel_end += nr;
+        if (end == group_end) ++g, group_end += w_.group;
       }
     }
   }

@@ -143,8 +143,10 @@ struct Kernels {
   DotRows dot_rows;
   int dot_shift;
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
-  // The same for 4 rows of x, `stride` apart, in one group: sums[i * 4 + r] for row i of x. Null: one row at a time.
-  void (*dot_int8_x4)(const int8_t* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
+  // The same for 4 rows of x, `stride` values apart, in one group: sums[i * 4 + r] for row i of x. Values of x have
+  // x4_bytes bytes there (int8 or int16). Null: one row at a time.
+  int x4_bytes;
+  void (*dot_int8_x4)(const void* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);

@@ -21,6 +21,7 @@ constexpr int64_t kMinParallelValues = 1 << 16;
 struct Activations {
   int64_t k_padded, groups, act_groups;
   Buffer<int8_t> q;            // [M, k_padded]
+  Buffer<int16_t> wide;        // [M, k_padded]: the same, where dot_int8_x4 takes int16
   Buffer<int32_t> sums;        // [M, groups, kRows]: of q, for the shift or the zero points
   Buffer<float> scales;        // [M, act_groups]
   Buffer<float> group_scales;  // [M, groups, kRows], grouped activations only
@@ -30,6 +31,7 @@ struct Activations {
         groups(div_up(x.cols, scheme.acc_group(x.cols))),
         act_groups(scheme.act_groups(x.cols)),
         q(x.rows * k_padded),
+        wide(wants_wide(kernels, x, scheme) ? x.rows * k_padded : 0),
         sums(x.rows * groups * kRows),
         scales(x.rows * act_groups),
         group_scales(scheme.act_group_size != 0 ? x.rows * groups * kRows : 0) {
@@ -40,7 +42,16 @@ struct Activations {
     }
   }
 
+  // Whether blocks of rows take dot_int8_x4, and with int16 values.
+  static bool takes_x4(const Kernels& kernels, const Scheme& scheme) {
+    return kernels.dot_int8_x4 != nullptr && scheme.weight_bits == 8 && !scheme.grouped();
+  }
+
  private:
+  static bool wants_wide(const Kernels& kernels, const Matrix& x, const Scheme& scheme) {
+    return takes_x4(kernels, scheme) && kernels.x4_bytes == 2 && x.rows >= kXRows;
+  }
+
   void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
     const int64_t k = x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
     Buffer<float> floats(k);
@@ -57,6 +68,7 @@ struct Activations {
       int8_t* out = &q[m * k_padded];
       if (scheme.weight_bits == 8) {
         std::copy_n(row.get(), k_padded, out);
+        if (wants_wide(kernels, x, scheme)) std::copy_n(row.get(), k_padded, &wide[m * k_padded]);
         continue;
       }
       for (int64_t i = 0; i < k_padded; i += 64) {  // blocks of 32 even values, then 32 odd ones
@@ -148,8 +160,9 @@ int64_t dot(const Kernels& kernels, const Weight& w, const WeightRows& rows, con
     return 1;
   }
   const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
-  if (x.groups == 1 && left >= kXRows && kernels.dot_int8_x4 != nullptr) {
-    kernels.dot_int8_x4(q, x.k_padded, bytes, w.k, sums);
+  if (left >= kXRows && Activations::takes_x4(kernels, w.scheme)) {
+    const void* block = kernels.x4_bytes == 1 ? static_cast<const void*>(q) : &x.wide[m * x.k_padded];
+    kernels.dot_int8_x4(block, x.k_padded, bytes, w.k, sums);
     return kXRows;
   }
   kernels.dot_int8(q, bytes, w.k, group, sums);

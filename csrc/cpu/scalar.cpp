@@ -194,6 +194,7 @@ const Kernels& scalar_kernels() {
       .dot_rows = {4, 4, 4, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,
+      .x4_bytes = 1,
       .dot_int8_x4 = nullptr,
       .dot_int4 = dot_int4,
       .combine = combine,
