@@ -93,7 +93,7 @@ def int_grad_input(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The quantized gradient times the integers of the weight, requantized by column where it is grouped (rule 6)."""
+    """Rule 6: the quantized gradient times the integers of the weight, made anew by column where it is grouped."""
     if column_scales is None:
         integers, out_scales = weight_integers(qweight, zeros, in_features, scheme), grad_scales[:, None]
     else:
