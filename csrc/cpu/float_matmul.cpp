@@ -166,7 +166,7 @@ class PackedB {
     kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
   }
 
-  // A panel lies in one group of columns: nr divides the sizes of groups.
+  // A panel may lie in two groups of columns.
   void pack_across(int64_t d0, int64_t count, int64_t k0) {
     constexpr int64_t kUnit = Format::kUnit;
     const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
@@ -180,15 +180,16 @@ class PackedB {
         q[r] = integer_row(kernels_, w_, n, k0, cols, &integers_[r * width]);
         scales[r] = w_.scales + n * w_.groups + first_group;
       }
-      for (int64_t c = 0, g = 0, end = first_end; c < cols; c += nr) {
+      for (int64_t c = 0, next = 0, g = 0, end = first_end; c < cols; c = next) {
         if (c == end) ++g, end += w_.group;
+        next = std::min({(c / nr + 1) * nr, end, cols});
         const int8_t* columns[kUnit];
         float scale[kUnit];
         for (int64_t r = 0; r < kUnit; ++r) {
           columns[r] = q[r] + c;
           scale[r] = d + r < count ? scales[r][g] : 0.0f;  // past the last row
         }
-        format_.across(columns, scale, std::min(nr, cols - c), panel(c / nr) + d / kUnit * nr);
+        format_.across(columns, scale, next - c, panel(c / nr) + d / kUnit * nr + c % nr);
       }
     }
   }
