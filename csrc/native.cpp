@@ -124,6 +124,39 @@ Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qw
   return out;
 }
 
+Array<float> column_scales(const py::array& qweight, const Array<float>& scales,
+                           const std::optional<Array<uint8_t>>& zeros, int64_t in_features, const std::string& scheme,
+                           int num_threads) {
+  const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
+  Array<float> out(w.k);
+  qk::column_scales(w, out.mutable_data(), threads(num_threads));
+  return out;
+}
+
+Array<float> int_grad_input(const Array<int8_t>& q_grad, const Array<float>& grad_scales, const py::array& qweight,
+                            const Array<float>& scales, const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
+                            const std::string& scheme, const std::optional<Array<float>>& column_scales,
+                            int num_threads) {
+  const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
+  if (w.n > qk::kMaxReduction) {
+    throw std::invalid_argument("qweight must have at most " + std::to_string(qk::kMaxReduction) +
+                                " rows for exact int32 sums, got shape " + shape_of(qweight));
+  }
+  const int64_t m = q_grad.ndim() > 0 ? q_grad.shape(0) : 0;
+  expect_shape("q_grad", q_grad, {m, w.n});
+  expect_shape("grad_scales", grad_scales, {m});
+  const bool grouped = w.scheme.group_size != 0;
+  if (column_scales.has_value() != grouped) {
+    throw std::invalid_argument(std::string("column_scales ") + (grouped ? "is required" : "must be None") +
+                                " for scheme " + scheme);
+  }
+  if (grouped) expect_shape("column_scales", *column_scales, {w.k});
+  Array<float> out({m, w.k});
+  qk::int_grad_input({q_grad.data(), grad_scales.data(), m, w.n}, w, grouped ? column_scales->data() : nullptr,
+                     out.mutable_data(), qk::DType::float32, threads(num_threads));
+  return out;
+}
+
 py::dict choose_linear(const std::string& scheme, int64_t m, int64_t n, int64_t k, int num_threads) {
   const qk::Choice choice = qk::choose_linear(qk::parse_scheme(scheme), m, n, k, num_threads);
   py::dict result;
@@ -166,6 +199,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),
         py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
         "float32 [M, N] -> float32 [M, K].");
+  m.def("column_scales", &column_scales, py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
+        py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
+        "float32 [K]: the int8 scale of each column of the weight.");
+  m.def("int_grad_input", &int_grad_input, py::arg("q_grad"), py::arg("grad_scales"), py::arg("qweight"),
+        py::arg("scales"), py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"),
+        py::arg("column_scales").none(true), py::arg("threads") = 1,
+        "int8 [M, N] with float32 scales [M] -> float32 [M, K]; column_scales for grouped weights.");
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("peak_probes", &qk::peak_probes, "Instructions whose peak can be measured on this CPU.");
   m.def("peak", &qk::peak, py::arg("probe"), py::arg("threads"), py::arg("seconds"), NoGil(),

@@ -92,6 +92,11 @@ void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, in
           " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
+void check_vector(const char* name, const Tensor& t, int64_t size) {
+  require(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == size, name,
+          " must be torch.float32 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+}
+
 // The canonical storage of a weight, contiguous; keeps the tensors alive.
 class CanonicalWeight {
  public:
@@ -186,6 +191,44 @@ Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Te
   return out;
 }
 
+Tensor column_scales(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
+                     std::string scheme) {
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  Tensor out = torch::stable::new_empty(scales, {in_features}, ScalarType::Float);
+  qk::column_scales(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
+  return out;
+}
+
+Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
+                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                      std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  const int64_t n = weight.get().n;
+  require(n <= qk::kMaxReduction, "qweight must have at most ", qk::kMaxReduction,
+          " rows for exact int32 sums, got shape ", shape_of(qweight));
+  const Tensor q_grad = as_contiguous(grad_arg), grad_scales = as_contiguous(grad_scales_arg);
+  require(q_grad.scalar_type() == ScalarType::Char && q_grad.dim() == 2 && q_grad.size(1) == n,
+          "q_grad must be torch.int8 with ", n, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
+          shape_of(q_grad));
+  check_vector("grad_scales", grad_scales, q_grad.size(0));
+  const bool grouped = weight.get().scheme.group_size != 0;
+  require(column_scales_arg.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
+          " for scheme ", scheme);
+  std::optional<Tensor> column_scales;
+  if (grouped) {
+    column_scales = as_contiguous(*column_scales_arg);
+    check_vector("column_scales", *column_scales, in_features);
+  }
+  const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  Tensor out = torch::stable::new_empty(q_grad, {q_grad.size(0), in_features}, dtype);
+  qk::int_grad_input({static_cast<const int8_t*>(q_grad.const_data_ptr()),
+                      static_cast<const float*>(grad_scales.const_data_ptr()), q_grad.size(0), n},
+                     weight.get(), grouped ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
+                     out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
 STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
@@ -195,6 +238,10 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
+  m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
+  m.def(
+      "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
+      "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
@@ -202,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  m.impl("column_scales", TORCH_BOX(&column_scales));
+  m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
 }
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

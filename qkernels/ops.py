@@ -50,6 +50,14 @@ def _check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
         torch._check(x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}")
 
 
+def _check_vector(name: str, tensor: Tensor, size: int, device: torch.device) -> None:
+    torch._check(
+        tensor.dtype == torch.float32 and tensor.shape == (size,),
+        lambda: f"{name} must be torch.float32 of shape [{size}], got {tensor.dtype} of shape {list(tensor.shape)}",
+    )
+    _check_device(name, tensor, device)
+
+
 def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
     torch._check(
         out_dtype is None or out_dtype in FLOAT_DTYPES,
@@ -106,6 +114,47 @@ def linear_grad_input(
 ) -> Tensor:
     """Gradient of `linear` with respect to x: float `grad_out [M, N]` -> [M, in_features]."""
     return _ops.linear_grad_input.default(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype)
+
+
+def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+    """float32 [in_features]: the largest magnitude of each column of the weight / 127, for `int_grad_input`."""
+    return _ops.column_scales.default(qweight, scales, zeros, in_features, scheme)
+
+
+def int_grad_input(
+    q_grad: Tensor,
+    grad_scales: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient with respect to x from a gradient that is quantized already: an exact integer product.
+
+    Args:
+        q_grad: int8 [M, N], N at most 131072.
+        grad_scales: float32 [M]. If the weight has one scale per row, that scale was multiplied into the gradient
+            before it was quantized.
+        qweight, scales, zeros: the canonical storage of a weight [N, in_features].
+        scheme: the canonical scheme name; only the format of the weight matters.
+        column_scales: what the function of this name returns for the weight; for `-g` schemes only, whose weight is
+            requantized with it.
+        out_dtype: dtype of the result; None: float32.
+
+    Returns:
+        [M, in_features].
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    return _ops.int_grad_input.default(
+        q_grad, grad_scales, qweight, scales, zeros, in_features, scheme, column_scales, out_dtype=out_dtype
+    )
 
 
 @torch.library.register_fake("qkernels::quantize_activation")
@@ -173,6 +222,49 @@ def _linear_grad_input_fake(
     return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
 
 
+@torch.library.register_fake("qkernels::column_scales")
+def _column_scales_fake(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+    return scales.new_empty((in_features,), dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::int_grad_input")
+def _int_grad_input_fake(
+    q_grad: Tensor,
+    grad_scales: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    parsed = QuantScheme.parse(scheme)
+    check_weight(qweight, scales, zeros, in_features, parsed)
+    out_features = qweight.shape[0]
+    torch._check(
+        out_features <= MAX_REDUCTION,
+        lambda: f"qweight must have at most {MAX_REDUCTION} rows for exact int32 sums, got {list(qweight.shape)}",
+    )
+    torch._check(
+        q_grad.dtype == torch.int8 and q_grad.dim() == 2 and q_grad.shape[1] == out_features,
+        lambda: (
+            f"q_grad must be torch.int8 with {out_features} columns, got {q_grad.dtype} of shape {list(q_grad.shape)}"
+        ),
+    )
+    _check_device("qweight", qweight, q_grad.device)
+    _check_vector("grad_scales", grad_scales, q_grad.shape[0], q_grad.device)
+    if parsed.group_size is None:
+        torch._check(column_scales is None, lambda: f"column_scales must be None for scheme {scheme}")
+    else:
+        torch._check(column_scales is not None, lambda: f"column_scales is required for scheme {scheme}")
+        _check_vector("column_scales", column_scales, in_features, q_grad.device)
+    _check_out_dtype(out_dtype)
+    return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
+
+
 def _register_reference(name: str) -> None:
     """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
     check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
@@ -184,5 +276,12 @@ def _register_reference(name: str) -> None:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
 
 
-for _name in ("quantize_activation", "dequantize_weight", "linear", "linear_grad_input"):
+for _name in (
+    "quantize_activation",
+    "dequantize_weight",
+    "linear",
+    "linear_grad_input",
+    "column_scales",
+    "int_grad_input",
+):
     _register_reference(_name)

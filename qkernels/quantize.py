@@ -47,7 +47,7 @@ def _check_float_matrix(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be a float matrix with K >= 1 columns, got {x.dtype} of shape {list(x.shape)}")
 
 
-def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
     """IEEE a / b of float32. torch turns `number / tensor`, and on GPUs `tensor / number`, into a reciprocal."""
     like = a if isinstance(a, Tensor) else b
     return like.new_full((), a) / b if like is b else a / like.new_full((), b)
@@ -60,14 +60,14 @@ def _grouped(x: Tensor, group_size: int | None) -> Tensor:
     return pad(x, (0, -columns % group_size)).unflatten(-1, (-1, group_size))
 
 
-def _int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
     bits = (groups.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
     absmax = bits.view(torch.float32)
     finite, usable = bits < _INF_BITS, (bits < _INF_BITS) & (absmax >= TINY)
     safe = torch.where(usable, absmax, 1.0)
-    scales = torch.where(usable, _divide(safe, 127.0), torch.where(finite, 1.0, torch.nan))
-    inverse = torch.where(usable, _divide(127.0, safe), 0.0).unsqueeze(-1)
+    scales = torch.where(usable, divide(safe, 127.0), torch.where(finite, 1.0, torch.nan))
+    inverse = torch.where(usable, divide(127.0, safe), 0.0).unsqueeze(-1)
     scaled = torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse
     return scaled.round().clamp(-127, 127).to(torch.int8), scales.to(torch.float32)
 
@@ -89,7 +89,7 @@ def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, T
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
     _check_float_matrix("x", x)
-    q, scales = _int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
+    q, scales = int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
 
 
@@ -133,7 +133,7 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     in_features = weight.shape[1]
     groups = _grouped(weight, scheme.group_size)
     if scheme.weight_bits == 8:
-        q, scales = _int8_groups(groups)
+        q, scales = int8_groups(groups)
         return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)
     scales, inverse, zeros = int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), scheme.symmetric)
     nibbles = int4_nibbles(groups, inverse.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)[:, :in_features]
@@ -161,8 +161,8 @@ def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor,
             raise ValueError("weight range of a group must be finite in float32, got max - min = Inf")
     usable = span.abs() >= TINY
     safe = torch.where(usable, span, 1.0)
-    scales = torch.where(usable, _divide(safe, levels), 1.0)
-    inverse = torch.where(usable, _divide(levels, safe), 0.0)
+    scales = torch.where(usable, divide(safe, levels), 1.0)
+    inverse = torch.where(usable, divide(levels, safe), 0.0)
     zeros = torch.full_like(span, 8.0) if symmetric else (-low * inverse).round().clamp(0, 15)
     return scales, inverse, zeros
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import quantize
 from .quantize import weight_integers
@@ -72,6 +73,36 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     if scheme.group_size is None:
         return total * w_scales
     return total if scheme.act_group_size else total * x_scales
+
+
+def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+    """float32 [in_features]: rule 1 on each column of the dequantized weight."""
+    weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+    return quantize.int8_groups(pad(weight, (0, 0, 0, 1)).t().unsqueeze(1))[1].flatten()  # a zero, should N be 0
+
+
+def int_grad_input(
+    q_grad: Tensor,
+    grad_scales: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rule 6: the quantized gradient times the integers of the weight, made anew by column where it is grouped."""
+    if column_scales is None:
+        integers, out_scales = weight_integers(qweight, zeros, in_features, scheme), grad_scales[:, None]
+    else:
+        weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+        scaled = weight * quantize.divide(1.0, column_scales)
+        integers = torch.where(scaled > -127, scaled, -127.0).clamp(max=127).round()
+        out_scales = grad_scales[:, None] * column_scales
+    acc = _exact_sum(q_grad.to(torch.float64), integers.to(torch.float64).t())
+    return (acc * out_scales).to(out_dtype or torch.float32)
 
 
 def linear_grad_input(

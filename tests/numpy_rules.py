@@ -109,6 +109,22 @@ def linear(x, qweight, scales, zeros, bias, scheme) -> np.ndarray:
     return out if bias is None else out + bias.astype(F)
 
 
+def int_grad_input(q_grad, grad_scales, qweight, scales, zeros, columns: int, scheme) -> np.ndarray:
+    """Rule 6: float32 [M, K]."""
+    integers = weight_integers(qweight, zeros, columns, scheme)
+    if scheme.group_size is None:
+        return (q_grad.astype(np.int64) @ integers).astype(F) * grad_scales[:, None]
+    out = np.zeros((len(q_grad), columns), F)
+    for g, span in enumerate(groups_of(columns, scheme.group_size)):
+        weight = integers[:, span].astype(F) * scales[:, g, None]
+        for k in range(span.start, span.stop):
+            column = np.ascontiguousarray(weight[:, k - span.start])
+            column_scale = int8_group(column)[1]
+            w8 = np.clip(np.rint(column * (F(1) / column_scale)), -127, 127).astype(np.int64)
+            out[:, k] = (q_grad.astype(np.int64) @ w8).astype(F) * (grad_scales * column_scale)
+    return out
+
+
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     """float32 -> the bits of bfloat16: round half to even by integer arithmetic; NaN becomes 0x7fc0."""
     bits = values.view(np.uint32).astype(np.uint64)

@@ -157,8 +157,34 @@ def dequantize_weight(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[S
         yield Sample((*weight, in_features, scheme.name), f"N {out_features}, K {in_features}")
 
 
+def column_scales(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        tiny = draw.choose.random() < 0.2
+        weight = draw.weight(out_features, in_features, scheme, tiny)
+        label = f"N {out_features}, K {in_features}" + (", tiny scales" if tiny else "")
+        yield Sample((*weight, in_features, scheme.name), label)
+
+
+def int_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        tiny = draw.choose.random() < 0.1
+        weight = draw.weight(out_features, in_features, scheme, tiny)
+        q_grad = torch.randint(-127, 128, (rows, out_features), dtype=torch.int8, generator=draw.generator)
+        grad_scales = draw.floats(rows).abs()
+        special = rows > 0 and draw.choose.random() < 0.2
+        if special:  # a row that held Inf or NaN
+            q_grad[rows // 2], grad_scales[rows // 2] = 0, torch.nan
+        layout = draw.choose.choice(LAYOUTS)
+        columns = reference.column_scales(*weight, in_features, scheme.name) if scheme.group_size else None
+        label = f"dy [{rows}, {out_features}] {layout}, K {in_features}" + (", tiny scales" if tiny else "")
+        args = (relayout(q_grad, layout), grad_scales, *weight, in_features, scheme.name, columns)
+        yield Sample(args, label + (", a row of NaN" if special else ""))
+
+
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
+    "column_scales": column_scales,
     "dequantize_weight": dequantize_weight,
+    "int_grad_input": int_grad_input,
     "linear": linear,
     "linear_grad_input": linear_grad_input,
     "quantize_activation": quantize_activation,

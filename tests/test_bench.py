@@ -111,11 +111,12 @@ class TestVerification:
         }  # fmt: skip
         names = {row.name for row in results.rows if row.ours and row.direction == FORWARD}
         assert names == {"w8a8", "w4a16-g32-asym"}
+        assert {row.name for row in results.rows if row.ours and row.direction == GRAD_INPUT} == {*names, "w8a8 int8"}
         assert {row.name for row in results.rows if row.direction == OVERHEAD} >= {"w8a8", "w8a8 QuantLinear"}
         for row in results.rows:
             assert row.check == (
                 "equal to the reference"
-                if row.name.startswith("w8a8") and row.direction != GRAD_INPUT
+                if row.name == "w8a8 int8" or (row.name.startswith("w8a8") and row.direction != GRAD_INPUT)
                 else "within 0.0001 of the reference"
                 if row.ours
                 else row.check
@@ -140,6 +141,18 @@ class TestVerification:
         with pytest.raises(ours.WrongResult, match=rf"{scheme}, {direction} 3 x 32 x 64"):
             suite.run_case([ours.Operator(case(direction), scheme)], ROUND, 1e-3)
         assert timed == []
+
+    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym", "w8a8-ag32"])
+    def test_gradient_that_is_quantized_already(self, monkeypatch, scheme):
+        candidate = ours.IntGradient(case(GRAD_INPUT), scheme)
+        (row,), _ = suite.run_case([candidate], ROUND, 1e-3)
+        assert (row.name, row.check) == (f"{scheme} int8", "equal to the reference")
+        assert row.error < (0.2 if scheme.startswith("w4") else 0.03)
+        assert candidate.product().kind == "int8" and candidate.product().activation_bytes == 3 * (32 + 64 * 4)
+        real = ops.int_grad_input
+        monkeypatch.setattr(ours.ops, "int_grad_input", lambda *args, **options: real(*args, **options) * 1.0001)
+        with pytest.raises(ours.WrongResult, match=rf"{scheme} int8, grad-input 3 x 32 x 64"):
+            suite.run_case([candidate], ROUND, 1e-3)
 
     def test_others_beyond_their_tolerance_or_broken_are_left_out_with_the_reason(self):
         class Zero(torch_baselines.Float32):

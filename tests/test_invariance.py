@@ -43,6 +43,25 @@ def test_thread_count_invariance(each_isa, scheme, shape):
             assert_same_bits(more, one, f"{each_isa} {scheme} {shape}")
 
 
+@pytest.mark.parametrize("scheme", CLASSES)
+def test_integer_gradients_depend_on_neither_batch_nor_threads(each_isa, scheme):
+    for rows, out_features, in_features in ((150, 37, 161), (9, 130, 515), (61, 515, 40)):
+        _, weight, _ = arguments(scheme, rows, out_features, in_features)
+        columns = ops.column_scales(*weight, in_features, scheme)
+        fixed = (*weight, in_features, scheme, columns if "-g" in scheme else None)
+        q_grad = torch.randint(-127, 128, (rows, out_features), dtype=torch.int8)
+        grad_scales = torch.rand(rows)
+        torch.set_num_threads(1)
+        whole = ops.int_grad_input(q_grad, grad_scales, *fixed)
+        for count in (1, 5, rows - 1):
+            part = ops.int_grad_input(q_grad[-count:], grad_scales[-count:], *fixed)
+            assert_same_bits(part, whole[-count:], f"{each_isa} {scheme}: {count} rows")
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert_same_bits(ops.int_grad_input(q_grad, grad_scales, *fixed), whole, f"{each_isa} {scheme} {threads}")
+            assert_same_bits(ops.column_scales(*weight, in_features, scheme), columns, f"{each_isa} {scheme}")
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a8-g32-asym"])
 @pytest.mark.parametrize("rows", [1, 5, 20, 100])
 def test_float_products_repeat_on_the_same_threads(each_isa, scheme, rows):

@@ -28,6 +28,16 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "scheme": scheme,
             "out_dtype": None,
         },
+        "column_scales": {**weight, "in_features": K, "scheme": scheme},
+        "int_grad_input": {
+            "q_grad": torch.ones(ROWS, N, dtype=torch.int8),
+            "grad_scales": torch.ones(ROWS),
+            **weight,
+            "in_features": K,
+            "scheme": scheme,
+            "column_scales": torch.ones(K),
+            "out_dtype": None,
+        },
     }[op]
 
 
@@ -49,6 +59,7 @@ WEIGHT = [
     ("zeros", torch.zeros(N, 1, dtype=torch.uint8)),
     ("zeros", torch.zeros(N, dtype=torch.uint8)),
 ]
+WEIGHT_OPS = ["dequantize_weight", "linear", "linear_grad_input", "column_scales", "int_grad_input"]
 SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8s")]
 IN_FEATURES = [("in_features", 0), ("in_features", -40), ("in_features", 42)]
 OUT_DTYPES = [("out_dtype", torch.float64), ("out_dtype", torch.int8), ("out_dtype", torch.complex64)]
@@ -82,6 +93,21 @@ CASES = {
         *OUT_DTYPES,
         ("grad_out", torch.ones(ROWS, N + 1)),
     ],
+    "column_scales": [*WEIGHT, *SCHEMES, *IN_FEATURES],
+    "int_grad_input": [
+        ("q_grad", torch.ones(ROWS, N)),
+        ("q_grad", torch.ones(ROWS, N, dtype=torch.uint8)),
+        ("q_grad", torch.ones(ROWS, N + 1, dtype=torch.int8)),
+        ("q_grad", torch.ones(N, dtype=torch.int8)),
+        ("q_grad", torch.ones((), dtype=torch.int8)),
+        *((name, torch.ones(shape)) for name in ("grad_scales", "column_scales") for shape in ((), (4,), (1, 3))),
+        *((name, torch.ones(size, dtype=torch.float64)) for name, size in (("grad_scales", 3), ("column_scales", K))),
+        ("column_scales", None),
+        *WEIGHT,
+        *SCHEMES,
+        *IN_FEATURES,
+        *OUT_DTYPES,
+    ],
 }
 
 
@@ -110,7 +136,7 @@ def test_wrong_argument_is_named(op, name, value, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("op", ["dequantize_weight", "linear", "linear_grad_input"])
+@pytest.mark.parametrize("op", WEIGHT_OPS)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a16"])
 def test_zeros_of_a_symmetric_scheme_are_refused(op, scheme, device):
     given = {**arguments(op, scheme), "zeros": torch.zeros(N, 2, dtype=torch.uint8)}
@@ -119,13 +145,13 @@ def test_zeros_of_a_symmetric_scheme_are_refused(op, scheme, device):
         getattr(ops, op)(**given)
 
 
-@pytest.mark.parametrize("op", ["dequantize_weight", "linear", "linear_grad_input"])
+@pytest.mark.parametrize("op", WEIGHT_OPS)
 def test_tensors_on_different_devices_are_refused(op):
     names = [name for name, value in arguments(op).items() if isinstance(value, torch.Tensor)]
     for name in names:
         given = arguments(op)
         given[name] = given[name].to("meta")
-        with pytest.raises(RuntimeError, match=r"(qweight|scales|zeros|bias) must be on (cpu|meta), got (cpu|meta)"):
+        with pytest.raises(RuntimeError, match=r"(qweight|\w*scales|zeros|bias) must be on (cpu|meta), got (cpu|meta)"):
             getattr(ops, op)(**given)
 
 
@@ -138,3 +164,25 @@ def test_missing_columns_of_linear_are_refused():
         }
         with pytest.raises(RuntimeError, match=r"(x|in_features) must .*at least (1|one)"):
             ops.linear(**given, zeros=None, bias=None, scheme="w8a8")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-ag32", "w4a16-asym"])
+def test_column_scales_of_an_ungrouped_weight_are_refused(scheme, device):
+    given = arguments("int_grad_input", scheme)
+    given = {key: item.to(device) if isinstance(item, torch.Tensor) else item for key, item in given.items()}
+    with pytest.raises(RuntimeError, match=f"column_scales must be None for scheme {scheme}"):
+        ops.int_grad_input(**given)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_with_too_many_columns_are_refused(device):
+    rows = 131073
+    given = {
+        "q_grad": torch.zeros(1, rows, dtype=torch.int8, device=device),
+        "grad_scales": torch.ones(1, device=device),
+        "qweight": torch.zeros(rows, 1, dtype=torch.int8, device=device),
+        "scales": torch.ones(rows, 1, device=device),
+    }
+    with pytest.raises(RuntimeError, match="qweight must have at most 131072 rows for exact int32 sums"):
+        ops.int_grad_input(**given, zeros=None, in_features=1, scheme="w8a16")

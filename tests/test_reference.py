@@ -33,6 +33,27 @@ def test_linear_follows_the_rules(scheme):
         assert_same_bits(reference.linear(*args, torch.float16), half, label)
 
 
+@pytest.mark.parametrize("scheme", INT_SCHEMES)
+def test_int_grad_input_follows_the_rules(scheme):
+    torch.set_num_threads(1)
+    for args, label in [*op_samples.samples("int_grad_input", scheme, 4)][:-1]:
+        *tensors, in_features, name, _ = args
+        arrays = [None if t is None else t.contiguous().numpy() for t in tensors]
+        expected = rules.int_grad_input(*arrays, in_features, QuantScheme.parse(name))
+        assert_same_bits(reference.int_grad_input(*args), torch.from_numpy(expected), label)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-g32", "w4a8-g32-asym", "w4a8-g128"])
+def test_requantized_columns_stay_close_to_the_weight(scheme):
+    """A gradient of one row of the weight reads it back, to half a step of each column."""
+    draw = op_samples.Draw(f"close {scheme}")
+    weight = (*draw.weight(60, 200, QuantScheme.parse(scheme)), 200, scheme)
+    columns = reference.column_scales(*weight)
+    q_grad, grad_scales = 127 * torch.eye(60, dtype=torch.int8), torch.full((60,), 1 / 127)
+    back = ops.int_grad_input(q_grad, grad_scales, *weight, columns)
+    assert ((back - reference.dequantize_weight(*weight)).abs() <= 0.50001 * columns).all()
+
+
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
 def test_float_products_are_within_their_bound(scheme):
     torch.set_num_threads(1)

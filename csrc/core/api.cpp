@@ -1,6 +1,7 @@
 #include "core/api.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "cpu/buffer.h"
 #include "cpu/drivers.h"
@@ -12,6 +13,9 @@ namespace {
 
 // Below this many multiply-adds a thread, starting it costs more than it saves.
 constexpr int64_t kMinWorkPerThread = int64_t{1} << 18;
+
+// Columns that column_scales reads at a time.
+constexpr int64_t kScaleColumns = 256;
 
 int useful_threads(int threads, int64_t work) {
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
@@ -68,6 +72,33 @@ void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dt
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
   float_matmul_grad_input(grad_out, w, {out, out_dtype}, limit(parallel, grad_out.rows * w.n * w.k));
+}
+
+void column_scales(const Weight& w, float* out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  limit(parallel, w.n * w.k)(div_up(w.k, kScaleColumns), [&](int64_t begin, int64_t end) {
+    Buffer<int8_t> integers(kScaleColumns);
+    Buffer<float> row(kScaleColumns);
+    Buffer<int32_t> absmax(kScaleColumns);
+    for (int64_t k0 = begin * kScaleColumns; k0 < std::min(end * kScaleColumns, w.k); k0 += kScaleColumns) {
+      const int64_t count = std::min(kScaleColumns, w.k - k0);
+      std::fill_n(absmax.get(), count, 0);
+      for (int64_t n = 0; n < w.n; ++n) {
+        dequantize_row(kernels, w, n, k0, count, integers.get(), row.get());
+        for (int64_t i = 0; i < count; ++i) {
+          absmax[i] = std::max(absmax[i], std::bit_cast<int32_t>(row[i]) & 0x7fffffff);
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) out[k0 + i] = int8_scale(static_cast<uint32_t>(absmax[i]));
+    }
+  });
+}
+
+void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
+                    DType out_dtype, const Parallel& parallel) {
+  if (grad_out.rows == 0) return;
+  const Parallel limited = limit(parallel, grad_out.rows * w.n * w.k);
+  int_matmul_grad_input(grad_out, w, column_scales, {out, out_dtype}, limited);
 }
 
 }  // namespace qk

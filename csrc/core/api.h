@@ -35,4 +35,12 @@ QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType
 QK_API void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype,
                               const Parallel& parallel);
 
+// out: float32 [k], one int8 scale for each column of the dequantized weight: its largest magnitude / 127 (rule 1).
+QK_API void column_scales(const Weight& w, float* out, const Parallel& parallel);
+
+// A gradient that is quantized already, [M, n] with n <= kMaxReduction and the scales of an ungrouped weight folded in
+// -> out [M, k]. column_scales: those of the weight if it is grouped, else null.
+QK_API void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
+                           DType out_dtype, const Parallel& parallel);
+
 }  // namespace qk

@@ -53,6 +53,13 @@ struct Matrix {
   const void* row(int64_t r) const { return static_cast<const char*>(data) + r * cols * size_of(dtype); }
 };
 
+// A row-major int8 matrix with contiguous rows and a scale for each row.
+struct QuantizedRows {
+  const int8_t* data;
+  const float* scales;
+  int64_t rows, cols;
+};
+
 // The canonical storage of a weight [n, k] (docs/formats.md).
 struct Weight {
   Weight(const Scheme& scheme, int64_t n, int64_t k, const void* qweight, const float* scales, const uint8_t* zeros)

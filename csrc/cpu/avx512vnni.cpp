@@ -25,6 +25,17 @@ inline __m512i add_dot_int4(__m512i acc, __m512i w, __m512i x) { return _mm512_d
 
 #include "cpu/avx512.inc"
 
+void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i acc0 = _mm512_setzero_si512(), acc1 = _mm512_setzero_si512();
+  for (int64_t u = 0; u < units; ++u, panel += kNr) {
+    acc0 = add_products(acc0, ones, _mm512_loadu_si512(panel));
+    acc1 = add_products(acc1, ones, _mm512_loadu_si512(panel + 16));
+  }
+  _mm512_storeu_si512(sums, acc0);
+  _mm512_storeu_si512(sums + 16, acc1);
+}
+
 }  // namespace
 
 QK_END_TARGET
@@ -38,6 +49,7 @@ const Kernels& avx512vnni_kernels() {
       .quantize = quantize,
       .unpack_int4 = unpack_int4,
       .dequantize = dequantize,
+      .requantize = requantize,
       .sum = sum,
       .unit = kUnit,
       .a_shift = 128,
@@ -45,6 +57,8 @@ const Kernels& avx512vnni_kernels() {
       .encode_b = nullptr,
       .interleave = interleave,
       .interleave_int = interleave,
+      .interleave_across = interleave_across<4>,
+      .column_sums = column_sums,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
       .nr = kNr,

@@ -23,6 +23,17 @@ inline __m256i add_dot_int4(__m256i acc, __m256i even, __m256i x_even, __m256i o
 
 #include "cpu/avx2.inc"
 
+void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  __m256i acc0 = _mm256_setzero_si256(), acc1 = _mm256_setzero_si256();
+  for (int64_t u = 0; u < units; ++u, panel += kNr) {
+    acc0 = add_products(acc0, ones, load(panel));
+    acc1 = add_products(acc1, ones, load(panel + 8));
+  }
+  store(sums, acc0);
+  store(sums + 8, acc1);
+}
+
 }  // namespace
 
 QK_END_TARGET
@@ -36,6 +47,7 @@ const Kernels& avxvnni_kernels() {
       .quantize = quantize,
       .unpack_int4 = unpack_int4,
       .dequantize = dequantize,
+      .requantize = requantize,
       .sum = sum,
       .unit = 4,
       .a_shift = 128,
@@ -43,6 +55,8 @@ const Kernels& avxvnni_kernels() {
       .encode_b = nullptr,
       .interleave = interleave,
       .interleave_int = interleave,
+      .interleave_across = interleave_across<4>,
+      .column_sums = column_sums,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,

@@ -1,5 +1,6 @@
-// The blocked integer matrix driver. All of A is quantized and packed once; every task packs one panel of the weight
-// (nr rows, straight from the canonical storage) into scratch and runs it against the panels of A.
+// The blocked integer matrix driver, for the forward (depth = k) and for the gradient with respect to x (depth = n).
+// All of A is packed once; every task packs panels of the weight, straight from the canonical storage, into scratch and
+// runs them against the panels of A.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -12,37 +13,51 @@
 namespace qk {
 namespace {
 
-// What follows from the scheme and the shapes, for one call.
+// Where depth runs across the stored rows, so many panels are packed together that the segment of a row has at least
+// this many columns: with one cache line a row, packing took up to 1.6 times as long.
+constexpr int64_t kSegment = 128;
+// Rows that are unpacked or requantized at a time there; their segments stay in L1.
+constexpr int64_t kChunk = 64;
+static_assert(kChunk % kGroupStep == 0);
+// A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
+constexpr int64_t kAhead = 16;
+
+// What follows from the scheme and the shapes, for one call. The sums of the gradient are not grouped.
 struct Plan {
   const Kernels& kernels;
   const NibbleKernels* nibbles;  // null: integer panels
   const Weight& w;
+  int64_t depth, cols;  // of the product
   bool grouped, x_grouped, w_grouped;
   int mr, nr, unit;
+  int64_t panels;                     // of the weight, packed together
   int64_t group, groups;              // summed in integers
-  int64_t units, group_units, steps;  // along k
+  int64_t units, group_units, steps;  // along the depth
 
-  explicit Plan(const Weight& weight)
+  Plan(const Weight& weight, bool grad_input)
       : kernels(qk::kernels()),
-        nibbles(weight.scheme.weight_bits == 4 ? kernels.nibbles : nullptr),
+        nibbles(weight.scheme.weight_bits == 4 && !grad_input ? kernels.nibbles : nullptr),
         w(weight),
-        grouped(weight.scheme.grouped()),
-        x_grouped(weight.scheme.act_group_size != 0),
-        w_grouped(weight.scheme.group_size != 0),
+        depth(grad_input ? weight.n : weight.k),
+        cols(grad_input ? weight.k : weight.n),
+        grouped(weight.scheme.grouped() && !grad_input),
+        x_grouped(weight.scheme.act_group_size != 0 && !grad_input),
+        w_grouped(weight.scheme.group_size != 0 && !grad_input),
         mr(grouped || nibbles != nullptr ? kernels.mr_grouped : kernels.mr),
         nr(kernels.nr),
         unit(nibbles != nullptr ? 4 : kernels.unit),
-        group(weight.scheme.acc_group(weight.k)),
-        groups(div_up(weight.k, group)),
-        units((grouped || nibbles != nullptr ? round_up(weight.k, kGroupStep) : round_up(weight.k, unit)) / unit),
+        panels(grad_input ? div_up(kSegment, nr) : 1),
+        group(grouped ? weight.scheme.acc_group(depth) : depth),
+        groups(grouped ? div_up(depth, group) : 1),
+        units((grouped || nibbles != nullptr ? round_up(depth, kGroupStep) : round_up(depth, unit)) / unit),
         group_units(grouped ? group / unit : units),
-        steps(nibbles != nullptr ? div_up(weight.k, kNibbleStep) : 0) {}
+        steps(nibbles != nullptr ? div_up(depth, kNibbleStep) : 0) {}
 
   // The group of the weight that the sums' group g belongs to.
   int64_t weight_group(int64_t g) const { return group == w.group ? g : g * group / w.group; }
 
   // Units past the end of an encoded row are zero.
-  void pad(uint32_t* encoded) const { std::fill(encoded + div_up(w.k, unit), encoded + units, 0u); }
+  void pad(uint32_t* encoded) const { std::fill(encoded + div_up(depth, unit), encoded + units, 0u); }
 };
 
 // Quantized and packed rows of x.
@@ -59,28 +74,70 @@ struct PackedA {
         group_scales(plan.x_grouped ? count * plan.groups * plan.mr : 0) {}
 };
 
-void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, PackedA& packed) {
+// Rows of x, quantized on the way. Each thread has its own.
+class QuantizeRows {
+ public:
+  QuantizeRows(const Plan& plan, const Matrix& x)
+      : plan_(plan), x_(x), act_group_(plan.w.scheme.act_group(x.cols)), floats_(x.cols), q_(x.cols) {}
+
+  int64_t scales() const { return div_up(x_.cols, act_group_); }  // of a row
+
+  // The integers of row m, with its scales.
+  const int8_t* operator()(int64_t m, float* scales) {
+    const float* row = float_row(plan_.kernels, x_, m, floats_.get());
+    quantize_row(plan_.kernels, row, x_.cols, act_group_, q_.get(), scales);
+    return q_.get();
+  }
+
+ private:
+  const Plan& plan_;
+  const Matrix& x_;
+  int64_t act_group_;
+  Buffer<float> floats_;
+  Buffer<int8_t> q_;
+};
+
+// Rows that are quantized already.
+class StoredRows {
+ public:
+  explicit StoredRows(const QuantizedRows& rows) : rows_(rows) {}
+
+  int64_t scales() const { return 1; }
+
+  const int8_t* operator()(int64_t m, float* scales) const {
+    *scales = rows_.scales[m];
+    return rows_.data + m * rows_.cols;
+  }
+
+ private:
+  const QuantizedRows& rows_;
+};
+
+// Packs panels [begin, end) of the `rows` rows that `read` gives.
+template <class Read>
+void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t end, PackedA& packed) {
   const Kernels& kernels = plan.kernels;
-  const int64_t k = plan.w.k, act_group = plan.w.scheme.act_group(k);
-  Buffer<float> floats(k), scales(plan.w.scheme.act_groups(k));
-  Buffer<int8_t> q(k);
+  const int64_t k = plan.depth, act_group = plan.x_grouped ? plan.w.scheme.act_group(k) : 1;
+  Buffer<float> scales(read.scales());
+  Buffer<int8_t> zeros(k);
   Buffer<uint32_t> encoded(plan.mr * plan.units), sums(plan.steps);
-  std::vector<const uint32_t*> rows(plan.mr);
+  std::vector<const uint32_t*> sources(plan.mr);
+  std::fill_n(zeros.get(), k, int8_t{0});
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int i = 0; i < plan.mr; ++i) {
       const int64_t m = panel * plan.mr + i;
-      rows[i] = &encoded[i * plan.units];
-      if (m < x.rows) {
-        quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, act_group, q.get(), scales.get());
+      const int8_t* q = zeros.get();
+      sources[i] = &encoded[i * plan.units];
+      if (m < rows) {
+        q = read(m, scales.get());
       } else {
-        std::fill_n(q.get(), k, int8_t{0});
-        std::fill_n(scales.get(), plan.w.scheme.act_groups(k), 1.0f);
+        std::fill_n(scales.get(), read.scales(), 1.0f);
       }
       if (plan.nibbles != nullptr) {
-        plan.nibbles->encode_a(q.get(), k, &encoded[i * plan.units], sums.get());
+        plan.nibbles->encode_a(q, k, &encoded[i * plan.units], sums.get());
         for (int64_t s = 0; s < plan.steps; ++s) packed.sums[(panel * plan.steps + s) * plan.mr + i] = sums[s];
       } else {
-        kernels.encode_a(q.get(), k, &encoded[i * plan.units]);
+        kernels.encode_a(q, k, &encoded[i * plan.units]);
         plan.pad(&encoded[i * plan.units]);
       }
       packed.row_scales[panel * plan.mr + i] = plan.x_grouped ? 1.0f : scales[0];
@@ -91,39 +148,42 @@ void pack_a(const Plan& plan, const Matrix& x, int64_t begin, int64_t end, Packe
         }
       }
     }
-    kernels.interleave_int(rows.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    kernels.interleave_int(sources.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
   }
 }
 
-// One panel of the weight: nr rows from n0 on; rows past the end are zero.
+// Panels of the weight, from a column of the product on; columns past the end are zero. The forward packs one panel at
+// a time: groups and the bias are its own.
 struct PackedB {
-  Buffer<uint32_t> panel;      // [units, nr]
-  Buffer<int32_t> start;       // [groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
+  Buffer<uint32_t> panels;     // [panels, units, nr]
+  Buffer<int32_t> start;       // [panels, groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
   Buffer<float> group_scales;  // [groups, nr], grouped schemes only
-  Buffer<float> col_scales;    // [nr]: for the epilogue; 1 where the group scales hold it
+  Buffer<float> col_scales;    // [panels, nr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> bias;          // [nr]
 
   explicit PackedB(const Plan& plan)
-      : panel(plan.units * plan.nr),
-        start(plan.groups * plan.nr),
+      : panels(plan.panels * plan.units * plan.nr),
+        start(plan.panels * plan.groups * plan.nr),
         group_scales(plan.grouped ? plan.groups * plan.nr : 0),
-        col_scales(plan.nr),
+        col_scales(plan.panels * plan.nr),
         bias(plan.nr) {
     if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.groups * plan.nr, 1.0f);
   }
 };
 
-// Packs one panel after the other: each row is encoded, then all are interleaved, and so are the terms and the scales
-// of their groups.
-class PackB {
+// Depth along the stored rows: each row is encoded, then all are interleaved, and so are the terms and the scales of
+// their groups.
+class PackAlong {
  public:
-  PackB(const Plan& plan, const float* bias)
+  PackAlong(const Plan& plan, const float* bias)
       : plan_(plan),
         bias_(bias),
         integers_(plan.w.scheme.weight_bits == 4 ? plan.w.k : 0),
         encoded_(plan.nr * plan.units),
         start_(plan.nr * plan.groups),
         scales_(plan.w_grouped ? plan.nr * plan.groups : 0) {}
+
+  const float* bias(const PackedB& packed) const { return bias_ != nullptr ? packed.bias.get() : nullptr; }
 
   void operator()(int64_t n0, PackedB& packed) {
     const Weight& w = plan_.w;
@@ -147,7 +207,7 @@ class PackB {
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
       plan_.kernels.interleave(sources.data(), nr, plan_.groups, static_cast<uint32_t*>(panel));
     };
-    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, packed.panel.get());
+    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, packed.panels.get());
     interleave(start, packed.start.get());
     if (plan_.w_grouped) interleave(scales, packed.group_scales.get());
   }
@@ -208,14 +268,89 @@ class PackB {
   Buffer<float> scales_;      // [nr, groups]
 };
 
+// Depth across the stored rows. Where the scales differ along a row, its integers are made anew for one scale a column.
+class PackAcross {
+ public:
+  PackAcross(const Plan& plan, const float* column_scales)
+      : plan_(plan),
+        column_scales_(column_scales),
+        width_(plan.panels * plan.nr),
+        inverse_(width_),
+        integers_(width_),
+        chunk_(kChunk * width_) {}
+
+  static const float* bias(const PackedB&) { return nullptr; }
+
+  void operator()(int64_t k0, PackedB& packed) {
+    const Kernels& kernels = plan_.kernels;
+    const Weight& w = plan_.w;
+    const int64_t cols = std::min(width_, w.k - k0), panel = plan_.units * plan_.nr;
+    std::fill_n(packed.col_scales.get(), width_, 1.0f);
+    if (column_scales_ != nullptr) {
+      std::copy_n(column_scales_ + k0, cols, packed.col_scales.get());
+      for (int64_t i = 0; i < cols; ++i) inverse_[i] = 1.0f / column_scales_[k0 + i];
+    }
+    if (w.scheme.weight_bits == 8 && column_scales_ == nullptr) {
+      const auto* q = reinterpret_cast<const int8_t*>(w.qweight) + k0;
+      kernels.interleave_across(q, w.row_bytes, w.n, cols, packed.panels.get(), panel);
+    } else {
+      for (int64_t n0 = 0; n0 < w.n; n0 += kChunk) {
+        const int64_t rows = std::min(kChunk, w.n - n0);
+        for (int64_t r = 0; r < rows; ++r) {
+          __builtin_prefetch(w.row(std::min(n0 + r + kAhead, w.n - 1)) + w.scheme.packed_features(k0));
+          read(n0 + r, k0, cols, &chunk_[r * width_]);
+        }
+        uint32_t* units = &packed.panels[n0 / plan_.unit * plan_.nr];
+        kernels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
+      }
+    }
+    for (int64_t p = 0; p * plan_.nr < cols; ++p) {
+      int32_t* start = &packed.start[p * plan_.nr];
+      if (kernels.column_sums == nullptr) {
+        std::fill_n(start, plan_.nr, 0);
+      } else {
+        kernels.column_sums(plan_.units, &packed.panels[p * panel], start);
+        for (int j = 0; j < plan_.nr; ++j) start[j] *= -kernels.a_shift;
+      }
+    }
+  }
+
+ private:
+  // Columns [k0, k0 + cols) of row n as they are multiplied.
+  void read(int64_t n, int64_t k0, int64_t cols, int8_t* out) {
+    const Kernels& kernels = plan_.kernels;
+    const Weight& w = plan_.w;
+    if (column_scales_ == nullptr) {
+      integer_row(kernels, w, n, k0, cols, out);
+      return;
+    }
+    const int8_t* q = integer_row(kernels, w, n, k0, cols, integers_.get());
+    const float* scale = w.scales + n * w.groups + k0 / w.group;
+    for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + cols; k = end, ++scale) {
+      end = std::min(end + w.group, k0 + cols);
+      kernels.requantize(q + (k - k0), end - k, *scale, &inverse_[k - k0], out + (k - k0));
+    }
+  }
+
+  const Plan& plan_;
+  const float* column_scales_;  // or null: the integers are multiplied as they are
+  int64_t width_;
+  Buffer<float> inverse_;    // [width]
+  Buffer<int8_t> integers_;  // [width]
+  Buffer<int8_t> chunk_;     // [kChunk, width]
+};
+
 // One tile of the output, through the integer panels or the nibbles.
 class Multiply {
  public:
   Multiply(const Plan& plan, const PackedA& a, const PackedB& b)
       : plan_(plan), a_(a), b_(b), int_tile_(plan.mr * plan.nr), float_tile_(plan.mr * plan.nr) {}
 
-  void operator()(int64_t panel, const TileOutput& output) {
+  // Panel p of the weight, and a panel of A.
+  void operator()(int64_t p, int64_t panel, const TileOutput& output) {
     const Kernels& kernels = plan_.kernels;
+    const uint32_t* b = &b_.panels[p * plan_.units * plan_.nr];
+    const int32_t* start = &b_.start[p * plan_.groups * plan_.nr];
     const uint32_t* a = &a_.panels[panel * plan_.units * plan_.mr];
     const float* x_scales = plan_.x_grouped ? &a_.group_scales[panel * plan_.groups * plan_.mr] : nullptr;
     if (plan_.nibbles != nullptr) {
@@ -224,8 +359,8 @@ class Multiply {
           .group_steps = plan_.group / kNibbleStep,
           .a = a,
           .sums = &a_.sums[panel * plan_.steps * plan_.mr],
-          .b = b_.panel.get(),
-          .zeros = b_.start.get(),
+          .b = b,
+          .zeros = start,
       };
       if (plan_.grouped) {
         plan_.nibbles->tile_grouped(args, b_.group_scales.get(), x_scales, float_tile_.get());
@@ -237,14 +372,14 @@ class Multiply {
           .units = plan_.units,
           .group_units = plan_.group_units,
           .a = a,
-          .b = b_.panel.get(),
-          .start = b_.start.get(),
+          .b = b,
+          .start = start,
           .w_scales = b_.group_scales.get(),
           .x_scales = x_scales,
           .tile = float_tile_.get(),
       });
     } else {
-      kernels.int_tile(plan_.units, a, b_.panel.get(), b_.start.get(), int_tile_.get());
+      kernels.int_tile(plan_.units, a, b, start, int_tile_.get());
     }
     if (plan_.grouped) {
       kernels.store_float(float_tile_.get(), output);
@@ -261,40 +396,61 @@ class Multiply {
   Buffer<float> float_tile_;
 };
 
-}  // namespace
-
-void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Plan plan(w);
-  const int64_t panels = div_up(x.rows, plan.mr);
-  const Split split(panels, div_up(w.n, plan.nr), parallel.num_threads);
-
-  PackedA a(plan, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x, begin, end, a); });
+// The product of `rows` packed rows with the weight, which `Pack` packs: PackAlong with the bias, or PackAcross with
+// the scales of the columns.
+template <class Pack>
+void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const float* pack_argument, Output out,
+                     const Parallel& parallel) {
+  const int64_t width = plan.panels * plan.nr;
+  const Split split(div_up(rows, plan.mr), div_up(plan.cols, width), parallel.num_threads);
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
-    PackB pack_b(plan, bias);
+    Pack pack(plan, pack_argument);
     PackedB b(plan);
     Multiply multiply(plan, a, b);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n0 = split.column(task) * plan.nr;
-      if (n0 != packed) pack_b(n0, b);
-      packed = n0;
-      for (int64_t panel = split.row_begin(task); panel < split.row_end(task); ++panel) {
-        const int64_t m0 = panel * plan.mr;
-        multiply(panel, {
-                            .row_scales = &a.row_scales[m0],
-                            .col_scales = b.col_scales.get(),
-                            .bias = bias != nullptr ? b.bias.get() : nullptr,
-                            .rows = static_cast<int>(std::min<int64_t>(plan.mr, x.rows - m0)),
-                            .cols = static_cast<int>(std::min<int64_t>(plan.nr, w.n - n0)),
-                            .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
-                            .stride = w.n,
-                            .dtype = out.dtype,
-                        });
+      const int64_t c0 = split.column(task) * width;
+      if (c0 != packed) pack(c0, b);
+      packed = c0;
+      for (int64_t p = 0, n0 = c0; p < plan.panels && n0 < plan.cols; ++p, n0 += plan.nr) {
+        for (int64_t panel = split.row_begin(task); panel < split.row_end(task); ++panel) {
+          const int64_t m0 = panel * plan.mr;
+          multiply(p, panel,
+                   {
+                       .row_scales = &a.row_scales[m0],
+                       .col_scales = &b.col_scales[p * plan.nr],
+                       .bias = pack.bias(b),
+                       .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
+                       .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
+                       .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
+                       .stride = plan.cols,
+                       .dtype = out.dtype,
+                   });
+        }
       }
     }
   });
+}
+
+}  // namespace
+
+void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  const Plan plan(w, false);
+  const int64_t panels = div_up(x.rows, plan.mr);
+  PackedA a(plan, panels);
+  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), begin, end, a); });
+  multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
+}
+
+void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,
+                           const Parallel& parallel) {
+  const Plan plan(w, true);
+  const int64_t panels = div_up(grad_out.rows, plan.mr);
+  PackedA a(plan, panels);
+  parallel(panels,
+           [&](int64_t begin, int64_t end) { pack_a(plan, grad_out.rows, StoredRows(grad_out), begin, end, a); });
+  multiply_panels<PackAcross>(plan, grad_out.rows, a, column_scales, out, parallel);
 }
 
 }  // namespace qk

@@ -7,6 +7,9 @@
 // every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
 // units that starts at a multiple of kGroupStep / unit stays one range of the panel.
 //
+// In the forward product depth runs along the stored rows of the weight; in the gradient with respect to x it runs
+// across them: a unit then holds `unit` consecutive rows of one column (`interleave_across`).
+//
 // NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
 // panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
 // depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
@@ -114,6 +117,8 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);       // clamp(rne(x * inverse), -127, 127)
   void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
+  // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
+  void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
   int32_t (*sum)(const int8_t* q, int64_t n);
 
   // Panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
@@ -124,6 +129,14 @@ struct Kernels {
   // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
   void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+
+  // Depth across rows, `stride` bytes apart: unit u of column c goes to row c % nr of panel c / nr, of which the next
+  // begins `panel` units later. Rows are padded with zeros to a whole unit, columns to a whole panel; the rest of the
+  // panels that cover 32 columns may be written too.
+  void (*interleave_across)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, uint32_t* panels,
+                            int64_t panel);
+  // sums[j] = the sum of row j of a panel of B. Null where a_shift is 0: only start values need it.
+  void (*column_sums)(int64_t units, const uint32_t* panel, int32_t* sums);
 
   // Matrix tiles. Panels and tiles are aligned to 64 bytes.
   int mr, mr_grouped, nr;

@@ -7,22 +7,27 @@
 
 namespace qk {
 
+namespace {
+
+constexpr uint32_t kInf = 0x7f800000;
+constexpr uint32_t kTiny = std::bit_cast<uint32_t>(0x1p-96f);
+
+}  // namespace
+
+float int8_scale(uint32_t absmax_bits) {
+  if (absmax_bits >= kInf) return std::numeric_limits<float>::quiet_NaN();
+  return absmax_bits < kTiny ? 1.0f : std::bit_cast<float>(absmax_bits) / 127.0f;
+}
+
 void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
-  constexpr uint32_t kInf = 0x7f800000;
-  constexpr float kTiny = 0x1p-96f;
   for (int64_t begin = 0; begin < k; begin += group, ++scales) {
     const int64_t count = std::min(group, k - begin);
     const uint32_t bits = kernels.absmax_bits(x + begin, count);
-    const float absmax = std::bit_cast<float>(bits);
-    if (bits >= kInf) {
-      *scales = std::numeric_limits<float>::quiet_NaN();
-      std::memset(q + begin, 0, count);
-    } else if (absmax < kTiny) {
-      *scales = 1.0f;
+    *scales = int8_scale(bits);
+    if (bits < kTiny || bits >= kInf) {
       std::memset(q + begin, 0, count);
     } else {
-      *scales = absmax / 127.0f;
-      kernels.quantize(x + begin, count, 127.0f / absmax, q + begin);
+      kernels.quantize(x + begin, count, 127.0f / std::bit_cast<float>(bits), q + begin);
     }
   }
 }

@@ -42,11 +42,21 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = half_of_float(src[i]);
 }
 
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
+
 void quantize(const float* x, int64_t n, float inverse, int8_t* q) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
   for (int64_t i = 0; i < n; ++i) {
     const float rounded = (x[i] * inverse + kRound) - kRound;
     q[i] = static_cast<int8_t>(rounded < -127.0f ? -127.0f : rounded > 127.0f ? 127.0f : rounded);
+  }
+}
+
+void requantize(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8) {
+  for (int64_t i = 0; i < n; ++i) {
+    float w = (static_cast<float>(q[i]) * scale) * inverse[i];
+    w = w > -127.0f ? w : -127.0f;
+    w = w < 127.0f ? w : 127.0f;
+    w8[i] = static_cast<int8_t>((w + kRound) - kRound);
   }
 }
 
@@ -63,6 +73,14 @@ void encode(const int8_t* q, int64_t k, uint32_t* units) {
 void interleave(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) {
   for (int64_t u = 0; u < units; ++u) {
     for (int r = 0; r < rows; ++r) panel[u * rows + r] = sources[r][u];
+  }
+}
+
+void interleave_across(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, uint32_t* panels, int64_t panel) {
+  for (int64_t n = 0; n < rows; ++n, q += stride, panels += kNr) {
+    for (int64_t c = 0; c < round_up(cols, kNr); ++c) {
+      panels[c / kNr * panel + c % kNr] = c < cols ? static_cast<uint32_t>(static_cast<int32_t>(q[c])) : 0;
+    }
   }
 }
 
@@ -174,6 +192,7 @@ const Kernels& scalar_kernels() {
       .quantize = quantize,
       .unpack_int4 = unpack_int4,
       .dequantize = dequantize,
+      .requantize = requantize,
       .sum = sum,
       .unit = 1,
       .a_shift = 0,
@@ -181,6 +200,8 @@ const Kernels& scalar_kernels() {
       .encode_b = encode,
       .interleave = interleave,
       .interleave_int = interleave,
+      .interleave_across = interleave_across,
+      .column_sums = nullptr,
       .mr = kMr,
       .mr_grouped = kMr,
       .nr = kNr,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import ops, reference
 from ..nn import QuantLinear
-from ..quantize import QuantizedWeight, quantize_weight
+from ..quantize import QuantizedWeight, quantize_activation, quantize_weight
 from ..schemes import QuantScheme
 from .candidate import FORWARD, GRAD_INPUT, OVERHEAD, Candidate, Case
 from .roofline import Product
@@ -66,10 +68,7 @@ class Operator(Candidate):
         else:
             expected = reference.linear(x, *stored, bias, name)
         if case.direction != GRAD_INPUT and self.scheme.int_activations:
-            differing = int((out != expected).sum())
-            if differing or out.dtype != expected.dtype:
-                raise WrongResult(f"{self.name}, {case}: {differing} of {out.numel()} values differ from the reference")
-            return "equal to the reference"
+            return self._expect_equal(out, expected)
         expected = expected.to(torch.float32)
         worst = ((out.to(torch.float32) - expected).abs().max() / expected.square().mean().sqrt()).item()
         if not worst <= FLOAT_TOLERANCE[self.dtype]:
@@ -78,6 +77,49 @@ class Operator(Candidate):
                 f"allowed {FLOAT_TOLERANCE[self.dtype]:g}"
             )
         return f"within {FLOAT_TOLERANCE[self.dtype]:g} of the reference"
+
+    def _expect_equal(self, out: Tensor, expected: Tensor) -> str:
+        differing = int((out != expected).sum())
+        if differing or out.dtype != expected.dtype:
+            raise WrongResult(
+                f"{self.name}, {self.case}: {differing} of {out.numel()} values differ from the reference"
+            )
+        return "equal to the reference"
+
+
+class IntGradient(Operator):
+    """`ops.int_grad_input` of an a8 scheme, on a gradient that was quantized before."""
+
+    directions = (GRAD_INPUT,)
+
+    def __init__(self, case: Case, scheme: str):
+        super().__init__(case, scheme)
+        self.name = f"{scheme} int8"
+
+    def product(self) -> Product:
+        case = self.case
+        product = Product.of(case.m, case.n, case.k, self.scheme.name, case.dtype)
+        return replace(product, activation_bytes=case.m * (case.n + case.k * self.dtype.itemsize))
+
+    def convert_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 rows and their scales; those of an ungrouped weight, which `prepare` stored, are folded in."""
+        if self.scheme.group_size is None:
+            x = x * self._stored.scales.t()
+        q, scales = quantize_activation(x, "w8a8")
+        return q, scales[:, 0]
+
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+        arguments = self._arguments(ops, weight)
+        return lambda grad: ops.int_grad_input(*grad, *arguments, out_dtype=self.dtype)
+
+    def verify(self, x: tuple[Tensor, Tensor], out: Tensor, weight: Tensor, bias: Tensor) -> str:
+        expected = reference.int_grad_input(*x, *self._arguments(reference, weight), out_dtype=self.dtype)
+        return self._expect_equal(out, expected)
+
+    def _arguments(self, backend: ModuleType, weight: Tensor) -> tuple:
+        stored = (None if tensor is None else tensor.clone() for tensor in self.stored(weight))
+        arguments = (*stored, self.case.k, self.scheme.name)
+        return *arguments, None if self.scheme.group_size is None else backend.column_scales(*arguments)
 
 
 class Module(Operator):

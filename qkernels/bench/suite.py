@@ -89,9 +89,13 @@ class Plan:
 
     def candidates(self, case: Case) -> list[Candidate]:
         """All that compute a case; whether they can on this machine is asked later."""
+        from ..schemes import QuantScheme
         from . import torch_baselines
 
         found: list[Candidate] = [ours.Operator(case, scheme) for scheme in self.schemes]
+        found += [
+            ours.IntGradient(case, scheme) for scheme in self.schemes if QuantScheme.parse(scheme).int_activations
+        ]
         if case.direction == OVERHEAD:
             found += [ours.Module(case, scheme) for scheme in self.schemes]
         found += torch_baselines.baselines(case, compiled=self.compiled)
@@ -248,8 +252,8 @@ class Inputs:
             WrongResult: for a kernel of ours that does not compute what the reference does.
             ValueError: for a wrong shape, and for any other candidate whose error is beyond its tolerance.
         """
-        x = candidate.convert_input(self.x)
         call = candidate.prepare(self.weight, self.bias)
+        x = candidate.convert_input(self.x)
         with candidate.scope():
             out = candidate.convert_output(call(x))
         expected = [self.case.m, self.case.columns[1]]
@@ -258,7 +262,7 @@ class Inputs:
         rows = out[self.rows]
         error = relative_error(rows, self.exact)
         if isinstance(candidate, ours.Operator):
-            check = candidate.verify(x[self.rows], rows, self.weight, self.bias)
+            check = candidate.verify(candidate.convert_input(self.x[self.rows]), rows, self.weight, self.bias)
         elif error <= candidate.tolerance:
             check = f"relative error at most {candidate.tolerance:g}"
         else:

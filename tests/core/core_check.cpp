@@ -384,6 +384,28 @@ void check_scheme(Checker& checker, const std::string& scheme_name, const Shape&
                  [&](void* out) { qk::linear_grad_input(grad_out.matrix(), weight, out, DType::float32, kOneThread); });
 }
 
+// The gradient from integers.
+void check_int_gradient(Checker& checker, const std::string& scheme_name, const Shape& shape) {
+  const auto [m, n, k, x_dtype, out_dtype] = shape;
+  const std::string sizes = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
+  Random random("gradient " + scheme_name + sizes);
+  const StoredWeight stored(qk::parse_scheme(scheme_name), n, k, random);
+  const qk::Weight weight = stored.weight();
+  Guarded<int8_t> q(m * n);
+  Guarded<float> scales(m), column_scales(k);
+  for (int64_t i = 0; i < m * n; ++i) q[i] = static_cast<int8_t>(random.integer(-127, 127));
+  for (int64_t i = 0; i < m; ++i) scales[i] = i % 7 == 5 ? NAN : random.unit(DType::float32);
+
+  const auto columns = [&](void* out) { qk::column_scales(weight, static_cast<float*>(out), kOneThread); };
+  checker.exact(scheme_name + " column_scales " + sizes, k, DType::float32, columns);
+  columns(column_scales.get());
+  const float* const used = stored.scheme.group_size != 0 ? column_scales.get() : nullptr;
+  checker.exact(scheme_name + " int_grad_input " + sizes + " -> " + name_of(out_dtype), m * k, out_dtype,
+                [&, out_dtype = out_dtype](void* out) {
+                  qk::int_grad_input({q.get(), scales.get(), m, n}, weight, used, out, out_dtype, kOneThread);
+                });
+}
+
 void check_activations(Checker& checker, const std::string& scheme_name, const Shape& shape) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   Random random("activations");
@@ -414,6 +436,22 @@ void check_longest_sum(Checker& checker, int64_t m) {
   });
 }
 
+// The same for the gradient.
+void check_longest_gradient_sum(Checker& checker) {
+  constexpr int64_t m = 3, n = qk::kMaxReduction, k = 3;
+  Random random("longest gradient sum");
+  StoredWeight stored(qk::parse_scheme("w8a8"), n, k, random);
+  for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i % k == 1 ? -127 : 127);
+  Guarded<int8_t> q(m * n);
+  Guarded<float> scales(m);
+  for (int64_t i = 0; i < m * n; ++i) q[i] = i / n == 1 ? -127 : 127;
+  for (int64_t i = 0; i < m; ++i) scales[i] = 1.0f;
+  const qk::Weight weight = stored.weight();
+  checker.exact("w8a8 int_grad_input, longest sum", m * k, DType::float32, [&](void* out) {
+    qk::int_grad_input({q.get(), scales.get(), m, n}, weight, nullptr, out, DType::float32, kOneThread);
+  });
+}
+
 int check() {
   const std::string isa = qk::current_isa();
   std::printf("isa %s\n", isa.c_str());
@@ -423,8 +461,10 @@ int check() {
   }
   for (const std::string& scheme : scheme_names()) {
     for (const Shape& shape : kShapes) check_scheme(checker, scheme, shape);
+    for (const Shape& shape : kShapes) check_int_gradient(checker, scheme, shape);
   }
   for (const int64_t rows : {2, 6}) check_longest_sum(checker, rows);
+  check_longest_gradient_sum(checker);
   return checker.failed() ? 1 : 0;
 }
 

@@ -66,6 +66,13 @@ inline Float add_ps(const Float& a, const Float& b) {
 inline Float mul_ps(const Float& a, const Float& b) {
   return floats([&](int i) { return a.lane[i] * b.lane[i]; });
 }
+// MINPS, MAXPS: the second operand if either is NaN.
+inline Float min_ps(const Float& a, const Float& b) {
+  return floats([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Float max_ps(const Float& a, const Float& b) {
+  return floats([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 inline Float fmadd_ps(const Float& a, const Float& b, const Float& c) {
   return floats([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
@@ -261,6 +268,8 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_maddubs_epi16(a, b) emulated::maddubs_epi16(a, b)
 #define _mm512_add_ps(a, b) emulated::add_ps(a, b)
 #define _mm512_mul_ps(a, b) emulated::mul_ps(a, b)
+#define _mm512_min_ps(a, b) emulated::min_ps(a, b)
+#define _mm512_max_ps(a, b) emulated::max_ps(a, b)
 #define _mm512_fmadd_ps(a, b, c) emulated::fmadd_ps(a, b, c)
 #define _mm512_cvtepi32_ps(a) emulated::cvtepi32_ps(a)
 #define _mm512_cvtps_epi32(a) emulated::cvtps_epi32(a)
