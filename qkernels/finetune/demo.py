@@ -46,7 +46,7 @@ class Budget:
     lr: float = 5e-4
     lora_rank: int = 16
     timing_steps: int = 3  # for the float dtype that is only timed
-    calibration_blocks: int = 32  # for 4 bits
+    calibration_blocks: int = 32
 
 
 FULL = Budget(steps=40, eval_blocks=16, new_tokens=40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import hashlib
 import importlib
 import inspect
@@ -188,9 +189,17 @@ def quantize(model: nn.Module, scheme: str, calibration: Sequence[Tensor] = ()) 
 
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
-        return quantize_(model, scheme, calibration=tqdm(batches, desc=f"calibrating {scheme}") if batches else None)
+        report = quantize_(model, scheme, calibration=tqdm(batches, desc=f"calibrating {scheme}") if batches else None)
     except ValueError as error:
         raise InputError(str(error)) from error
+    _return_free_memory()
+    return report
+
+
+def _return_free_memory() -> None:
+    """Give freed blocks back to the system where the C library (glibc) can: float weights and moments were large."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def check_length(model: nn.Module, tokens: int) -> None:
