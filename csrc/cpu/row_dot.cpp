@@ -42,7 +42,7 @@ struct Activations {
     }
   }
 
-  // Whether blocks of rows take dot_int8_x4, and with int16 values.
+  // Whether blocks of kXRows rows of x take dot_int8_x4.
   static bool takes_x4(const Kernels& kernels, const Scheme& scheme) {
     return kernels.dot_int8_x4 != nullptr && scheme.weight_bits == 8 && !scheme.grouped();
   }
