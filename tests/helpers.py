@@ -19,7 +19,7 @@ UNIT_ROUNDOFF = 2.0**-24  # of float32
 EXTRA_ROUNDINGS = 4
 
 # Products of a bfloat16 matrix on these instruction sets (docs/numerics.md).
-BFLOAT16_ISAS = ("scalar", "avx512bf16")
+BFLOAT16_ISAS = ("scalar", "avx512bf16", "amx")
 BFLOAT16_ROUNDOFF = 2.0**-8  # of a weight in the gradient
 # vdpbf16ps adds the exact products of a pair to the sum in one or two steps; taking each for faithful (either
 # neighbour) covers every way to do it.

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -50,6 +52,26 @@ bool has_avx512() {
 }
 
 bool has_avx512vnni() { return has_avx512() && QK_CPU_HAS("avx512vnni"); }
+
+bool has_avx512bf16() { return has_avx512vnni() && QK_CPU_HAS("avx512bf16"); }
+
+// Linux hands out the tile registers, 8 KB of state for each thread, only to processes that ask for them.
+bool has_amx() {
+#if defined(QK_EMULATED)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;  // CPUID leaf 7, EDX
+  constexpr unsigned kNeeded = kTile | kInt8 | kBf16;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!has_avx512bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  static const bool permitted =
+      (edx & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__)
 // Old kernel headers lack these names, so the bits are given as numbers.
 bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
@@ -64,7 +86,8 @@ const Isa kIsas[] = {
     {avx512_kernels, has_avx512},
     {avxvnni_kernels, [] { return has_avx2() && has_avxvnni(); }},
     {avx512vnni_kernels, has_avx512vnni},
-    {avx512bf16_kernels, [] { return has_avx512vnni() && QK_CPU_HAS("avx512bf16"); }},
+    {avx512bf16_kernels, has_avx512bf16},
+    {amx_kernels, has_amx},
 #elif defined(__aarch64__)
     {neon_dotprod_kernels, has_dotprod},
     {neon_i8mm_kernels, [] { return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }},  // HWCAP2_I8MM

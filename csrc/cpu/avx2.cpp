@@ -182,6 +182,7 @@ const Kernels& avx2_kernels() {
       .column_sums = nullptr,
       .mr = kMr,
       .mr_grouped = kMr,
+      .mr_float = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,

@@ -56,6 +56,7 @@ const Kernels& avx512_kernels() {
       .column_sums = nullptr,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
+      .mr_float = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,

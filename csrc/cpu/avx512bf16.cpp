@@ -97,7 +97,8 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
 QK_END_TARGET
 
 const Kernels& avx512bf16_kernels() {
-  static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
+  static const Bf16Kernels bf16 = {
+      .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = [] {
     Kernels kernels = avx512vnni_kernels();
     kernels.name = "avx512bf16";

@@ -61,6 +61,7 @@ const Kernels& avx512vnni_kernels() {
       .column_sums = column_sums,
       .mr = kMr,
       .mr_grouped = kMrGrouped,
+      .mr_float = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,

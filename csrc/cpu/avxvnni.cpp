@@ -59,6 +59,7 @@ const Kernels& avxvnni_kernels() {
       .column_sums = column_sums,
       .mr = kMr,
       .mr_grouped = kMr,
+      .mr_float = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,

@@ -13,11 +13,11 @@ namespace qk {
 namespace {
 
 // A packed block of the weight is kBlockUnits units deep (a multiple of every group size) and kPanels panels wide. It
-// stays in L2, and the panel in use in L1, while up to kRowPanels panels of A of the same depth, also in L2, stream by.
+// stays in L2, and the panel in use in L1, while up to kBlockRows rows of A of the same depth, also in L2, stream by.
 // Several panels make the segments of a stored row long enough to be read at speed when depth runs over the rows.
 constexpr int64_t kBlockUnits = 256;
 constexpr int64_t kPanels = 4;
-constexpr int64_t kRowPanels = 32;
+constexpr int64_t kBlockRows = 384;
 // Rows to be transposed together lie a line further apart than their length, so as not to share the same sets of L1.
 constexpr int64_t kLineUnits = 16;
 
@@ -27,6 +27,10 @@ constexpr int64_t kLineUnits = 16;
 class Float32 {
  public:
   static constexpr int64_t kUnit = 1;  // depth of a unit
+
+  static int mr(const Kernels& kernels) { return kernels.mr_float; }
+  static int64_t depth_step(const Kernels&) { return 1; }
+  static auto interleave_a(const Kernels& kernels) { return kernels.interleave; }
 
   Float32(const Kernels& kernels, const Weight& w, bool) : kernels_(kernels), w_(w) {}
 
@@ -62,6 +66,12 @@ class Float32 {
 class Bfloat16 {
  public:
   static constexpr int64_t kUnit = 2;
+
+  static int mr(const Kernels& kernels) { return kernels.bf16->mr; }
+  static int64_t depth_step(const Kernels& kernels) { return kernels.bf16->depth_step; }
+  static auto interleave_a(const Kernels& kernels) {
+    return kernels.bf16->interleave_a != nullptr ? kernels.bf16->interleave_a : kernels.interleave;
+  }
 
   Bfloat16(const Kernels& kernels, const Weight& w, bool grad_input)
       : kernels_(kernels),
@@ -101,10 +111,10 @@ class Bfloat16 {
   }
 
   void multiply(int64_t p, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
-    const int64_t group = grad_input_ ? units : std::min(div_up(w_.group, kUnit), units);
+    const int64_t group = grad_input_ || w_.groups == 1 ? units : std::min(w_.group / kUnit, units);
     const float* scales = &scales_[p * kMaxGroups * kernels_.nr];
     for (int64_t u = 0; u < units; u += group, scales += kernels_.nr) {
-      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.mr, b + u * kernels_.nr, scales, tile);
+      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.bf16->mr, b + u * kernels_.nr, scales, tile);
     }
   }
 
@@ -152,16 +162,17 @@ class PackedB {
 
   uint32_t* panel(int64_t p) { return &panels_[p * kBlockUnits * kernels_.nr]; }
 
+  // Units past the end of the depth are zero, see NOTE [tiles].
+  int64_t padded(int64_t units) const { return round_up(units, Format::depth_step(kernels_)); }
+
   void pack_along(int64_t d0, int64_t count, int64_t n0, uint32_t* panel) {
-    const int64_t units = div_up(count, Format::kUnit);
+    const int64_t used = div_up(count, Format::kUnit), units = padded(used);
     for (int64_t j = 0; j < kernels_.nr; ++j) {
       uint32_t* row = &encoded_[j * kRowUnits];
       rows_[j] = row;
-      if (n0 + j < w_.n) {
-        format_.along(n0 + j, d0, count, integers_.get(), row);
-      } else {
-        std::fill_n(row, units, 0u);
-      }
+      const bool valid = n0 + j < w_.n;
+      if (valid) format_.along(n0 + j, d0, count, integers_.get(), row);
+      std::fill(row + (valid ? used : 0), row + units, 0u);
     }
     kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
   }
@@ -170,7 +181,8 @@ class PackedB {
     constexpr int64_t kUnit = Format::kUnit;
     const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
     const int64_t first_group = k0 / w_.group, first_end = (first_group + 1) * w_.group - k0;
-    if (cols < width) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
+    const int64_t used = div_up(count, kUnit);
+    if (cols < width || padded(used) > used) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
     for (int64_t d = 0; d < count; d += kUnit) {
       const int8_t* q[kUnit];
       const float* scales[kUnit];
@@ -209,19 +221,21 @@ class PackedB {
 // Packs panels of x into [blocks, panels, kBlockUnits, mr].
 template <class Format>
 void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, uint32_t* packed) {
-  const int64_t mr = kernels.mr, panels = div_up(x.rows, mr), units = div_up(x.cols, Format::kUnit);
+  const int64_t mr = Format::mr(kernels), panels = div_up(x.rows, mr), used = div_up(x.cols, Format::kUnit);
+  const int64_t units = round_up(used, Format::depth_step(kernels));
   Buffer<uint32_t> encoded(mr * (units + kLineUnits));
   std::vector<const uint32_t*> rows(mr);
+  const auto interleave = Format::interleave_a(kernels);
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t i = 0; i < mr; ++i) {
       uint32_t* scratch = &encoded[i * (units + kLineUnits)];
       const int64_t m = panel * mr + i;
-      if (m >= x.rows) std::fill_n(scratch, units, 0u);
+      std::fill(scratch + (m < x.rows ? used : 0), scratch + units, 0u);
       rows[i] = m < x.rows ? Format::x_row(kernels, x, m, scratch) : scratch;
     }
     for (int64_t u = 0; u < units; u += kBlockUnits) {
       const int64_t count = std::min(kBlockUnits, units - u);
-      kernels.interleave(rows.data(), kernels.mr, count, packed + (u * panels + panel * count) * mr);
+      interleave(rows.data(), mr, count, packed + (u * panels + panel * count) * mr);
       for (const uint32_t*& row : rows) row += count;
     }
   }
@@ -230,15 +244,18 @@ void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end,
 template <class Format>
 void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
             const Parallel& parallel) {
-  const int mr = kernels.mr, nr = kernels.nr;
-  const int64_t units = div_up(x.cols, Format::kUnit), panels = div_up(x.rows, mr);
+  const int mr = Format::mr(kernels), nr = kernels.nr;
+  const int64_t units = round_up(div_up(x.cols, Format::kUnit), Format::depth_step(kernels)),
+                panels = div_up(x.rows, mr);
   const int64_t cols = grad_input ? w.k : w.n, width = kPanels * nr;
   const Split split(panels, div_up(cols, width), parallel.num_threads);
 
   Buffer<uint32_t> a(panels * mr * units);
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a<Format>(kernels, x, begin, end, a.get()); });
 
+  const int64_t row_panels = kBlockRows / mr;
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
+    const TileState state(kernels, Format::kUnit * kGroupStep);
     PackedB<Format> b(kernels, w, grad_input);
     Buffer<float> tiles(panels * mr * width), ones(std::max(mr, nr)), bias_panel(nr);
     std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
@@ -252,9 +269,9 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
       for (int64_t u = 0; u < units; u += kBlockUnits) {
         const int64_t count = std::min(kBlockUnits, units - u), d0 = u * Format::kUnit;
         b.pack(d0, std::min(count * Format::kUnit, x.cols - d0), c0);
-        for (int64_t block = first; block < last; block += kRowPanels) {
+        for (int64_t block = first; block < last; block += row_panels) {
           for (int64_t p = 0; p < used; ++p) {
-            for (int64_t panel = block; panel < std::min(block + kRowPanels, last); ++panel) {
+            for (int64_t panel = block; panel < std::min(block + row_panels, last); ++panel) {
               b.multiply(p, count, &a[(u * panels + panel * count) * mr], tile(p, panel));
             }
           }

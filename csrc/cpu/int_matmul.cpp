@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/cache.h"
 #include "cpu/drivers.h"
 #include "cpu/rows.h"
 #include "cpu/split.h"
@@ -13,9 +14,14 @@
 namespace qk {
 namespace {
 
-// Where depth runs across the stored rows, so many panels are packed together that the segment of a row has at least
-// this many columns: with one cache line a row, packing took up to 1.6 times as long.
+// So many panels of the weight are packed together that they fill this part of L2, and so many rows of A meet them
+// before the next rows that these do, too: the slower memories send each of them once to each block of the other.
+constexpr int64_t kL2Share = 4;
+// Where depth runs across the stored rows, the segment of a row has at least this many columns: with one cache line a
+// row, packing took up to 1.6 times as long.
 constexpr int64_t kSegment = 128;
+// Blocks of the weight are small enough that each thread has some of them.
+constexpr int64_t kBlocksPerThread = 4;
 // Rows that are unpacked or requantized at a time there; their segments stay in L1.
 constexpr int64_t kChunk = 64;
 static_assert(kChunk % kGroupStep == 0);
@@ -30,11 +36,11 @@ struct Plan {
   int64_t depth, cols;  // of the product
   bool grouped, x_grouped, w_grouped;
   int mr, nr, unit;
-  int64_t panels;                     // of the weight, packed together
   int64_t group, groups;              // summed in integers
   int64_t units, group_units, steps;  // along the depth
+  int64_t panels, row_panels;         // of the weight, packed together, and of A, multiplied with them
 
-  Plan(const Weight& weight, bool grad_input)
+  Plan(const Weight& weight, bool grad_input, int threads)
       : kernels(qk::kernels()),
         nibbles(weight.scheme.weight_bits == 4 && !grad_input ? kernels.nibbles : nullptr),
         w(weight),
@@ -46,18 +52,33 @@ struct Plan {
         mr(grouped || nibbles != nullptr ? kernels.mr_grouped : kernels.mr),
         nr(kernels.nr),
         unit(nibbles != nullptr ? 4 : kernels.unit),
-        panels(grad_input ? div_up(kSegment, nr) : 1),
         group(grouped ? weight.scheme.acc_group(depth) : depth),
         groups(grouped ? div_up(depth, group) : 1),
-        units((grouped || nibbles != nullptr ? round_up(depth, kGroupStep) : round_up(depth, unit)) / unit),
+        units(padded_units()),
         group_units(grouped ? group / unit : units),
-        steps(nibbles != nullptr ? div_up(depth, kNibbleStep) : 0) {}
+        steps(nibbles != nullptr ? div_up(depth, kNibbleStep) : 0) {
+    const int64_t l2_units =
+        l2_bytes() / kL2Share / static_cast<int64_t>(sizeof(uint32_t)) / std::max<int64_t>(units, 1);
+    const int64_t fair = div_up(cols, kBlocksPerThread * threads * nr);
+    const int64_t segment = grad_input ? div_up(kSegment, nr) : 1;
+    panels = round_up(std::max<int64_t>(std::min(l2_units / nr, fair), 1), segment);
+    row_panels = std::max<int64_t>(l2_units / mr, 1);
+  }
 
   // The group of the weight that the sums' group g belongs to.
   int64_t weight_group(int64_t g) const { return group == w.group ? g : g * group / w.group; }
 
+  // Bytes of a row that are multiplied before scales are applied.
+  int64_t group_bytes() const { return group_units * static_cast<int64_t>(sizeof(uint32_t)); }
+
   // Units past the end of an encoded row are zero.
   void pad(uint32_t* encoded) const { std::fill(encoded + div_up(depth, unit), encoded + units, 0u); }
+
+ private:
+  int64_t padded_units() const {
+    const int64_t step = grouped || nibbles != nullptr ? kGroupStep : unit;
+    return round_up(round_up(depth, step) / unit, nibbles != nullptr ? 1 : kernels.depth_step);
+  }
 };
 
 // Quantized and packed rows of x.
@@ -121,6 +142,8 @@ void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t 
   Buffer<float> scales(read.scales());
   Buffer<int8_t> zeros(k);
   Buffer<uint32_t> encoded(plan.mr * plan.units), sums(plan.steps);
+  const bool own_order = kernels.interleave_a != nullptr && plan.nibbles == nullptr;
+  const auto interleave = own_order ? kernels.interleave_a : kernels.interleave_int;
   std::vector<const uint32_t*> sources(plan.mr);
   std::fill_n(zeros.get(), k, int8_t{0});
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -148,26 +171,25 @@ void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t 
         }
       }
     }
-    kernels.interleave_int(sources.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    interleave(sources.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
   }
 }
 
-// Panels of the weight, from a column of the product on; columns past the end are zero. The forward packs one panel at
-// a time: groups and the bias are its own.
+// Panels of the weight, from a column of the product on; columns past the end are zero.
 struct PackedB {
   Buffer<uint32_t> panels;     // [panels, units, nr]
   Buffer<int32_t> start;       // [panels, groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
-  Buffer<float> group_scales;  // [groups, nr], grouped schemes only
+  Buffer<float> group_scales;  // [panels, groups, nr], grouped schemes only
   Buffer<float> col_scales;    // [panels, nr]: for the epilogue; 1 where the group scales hold it
-  Buffer<float> bias;          // [nr]
+  Buffer<float> bias;          // [panels, nr], forward only
 
   explicit PackedB(const Plan& plan)
       : panels(plan.panels * plan.units * plan.nr),
         start(plan.panels * plan.groups * plan.nr),
-        group_scales(plan.grouped ? plan.groups * plan.nr : 0),
+        group_scales(plan.grouped ? plan.panels * plan.groups * plan.nr : 0),
         col_scales(plan.panels * plan.nr),
-        bias(plan.nr) {
-    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.groups * plan.nr, 1.0f);
+        bias(plan.panels * plan.nr) {
+    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.panels * plan.groups * plan.nr, 1.0f);
   }
 };
 
@@ -183,19 +205,28 @@ class PackAlong {
         start_(plan.nr * plan.groups),
         scales_(plan.w_grouped ? plan.nr * plan.groups : 0) {}
 
-  const float* bias(const PackedB& packed) const { return bias_ != nullptr ? packed.bias.get() : nullptr; }
+  const float* bias(const PackedB& packed, int64_t p) const {
+    return bias_ != nullptr ? &packed.bias[p * plan_.nr] : nullptr;
+  }
 
   void operator()(int64_t n0, PackedB& packed) {
+    for (int64_t p = 0; p < plan_.panels && n0 < plan_.cols; ++p, n0 += plan_.nr) pack(n0, p, packed);
+  }
+
+ private:
+  // Panel p, from column n0 on.
+  void pack(int64_t n0, int64_t p, PackedB& packed) {
     const Weight& w = plan_.w;
     const int nr = plan_.nr;
     std::vector<const uint32_t*> rows(nr), start(nr), scales(nr);
+    float *bias = &packed.bias[p * nr], *col_scales = &packed.col_scales[p * nr];
     for (int j = 0; j < nr; ++j) {
       const int64_t n = n0 + j;
       const bool valid = n < w.n;
       rows[j] = &encoded_[j * plan_.units];
       start[j] = reinterpret_cast<const uint32_t*>(&start_[j * plan_.groups]);
-      packed.bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
-      packed.col_scales[j] = valid && !plan_.w_grouped ? w.scales[n] : 1.0f;
+      bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
+      col_scales[j] = valid && !plan_.w_grouped ? w.scales[n] : 1.0f;
       if (valid) {
         rows[j] = encode(n, &encoded_[j * plan_.units], &start_[j * plan_.groups]);
       } else {
@@ -207,12 +238,11 @@ class PackAlong {
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
       plan_.kernels.interleave(sources.data(), nr, plan_.groups, static_cast<uint32_t*>(panel));
     };
-    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, packed.panels.get());
-    interleave(start, packed.start.get());
-    if (plan_.w_grouped) interleave(scales, packed.group_scales.get());
+    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, &packed.panels[p * plan_.units * nr]);
+    interleave(start, &packed.start[p * plan_.groups * nr]);
+    if (plan_.w_grouped) interleave(scales, &packed.group_scales[p * plan_.groups * nr]);
   }
 
- private:
   // Row n of the weight as units, in place or in `encoded`, and its terms of `start`.
   const uint32_t* encode(int64_t n, uint32_t* encoded, int32_t* start) {
     const Kernels& kernels = plan_.kernels;
@@ -279,7 +309,7 @@ class PackAcross {
         integers_(width_),
         chunk_(kChunk * width_) {}
 
-  static const float* bias(const PackedB&) { return nullptr; }
+  static const float* bias(const PackedB&, int64_t) { return nullptr; }
 
   void operator()(int64_t k0, PackedB& packed) {
     const Kernels& kernels = plan_.kernels;
@@ -304,7 +334,9 @@ class PackAcross {
         kernels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
       }
     }
+    const int64_t used = div_up(plan_.depth, plan_.unit) * plan_.nr;
     for (int64_t p = 0; p * plan_.nr < cols; ++p) {
+      std::fill(&packed.panels[p * panel + used], &packed.panels[(p + 1) * panel], 0u);
       int32_t* start = &packed.start[p * plan_.nr];
       if (kernels.column_sums == nullptr) {
         std::fill_n(start, plan_.nr, 0);
@@ -352,6 +384,7 @@ class Multiply {
     const uint32_t* b = &b_.panels[p * plan_.units * plan_.nr];
     const int32_t* start = &b_.start[p * plan_.groups * plan_.nr];
     const uint32_t* a = &a_.panels[panel * plan_.units * plan_.mr];
+    const float* w_scales = &b_.group_scales[plan_.grouped ? p * plan_.groups * plan_.nr : 0];
     const float* x_scales = plan_.x_grouped ? &a_.group_scales[panel * plan_.groups * plan_.mr] : nullptr;
     if (plan_.nibbles != nullptr) {
       const NibbleTile args = {
@@ -363,18 +396,18 @@ class Multiply {
           .zeros = start,
       };
       if (plan_.grouped) {
-        plan_.nibbles->tile_grouped(args, b_.group_scales.get(), x_scales, float_tile_.get());
+        plan_.nibbles->tile_grouped(args, w_scales, x_scales, float_tile_.get());
       } else {
         plan_.nibbles->tile(args, int_tile_.get());
       }
     } else if (plan_.grouped) {
       kernels.int_tile_grouped({
-          .units = plan_.units,
+          .units = std::min(plan_.units, plan_.groups * plan_.group_units),
           .group_units = plan_.group_units,
           .a = a,
           .b = b,
           .start = start,
-          .w_scales = b_.group_scales.get(),
+          .w_scales = w_scales,
           .x_scales = x_scales,
           .tile = float_tile_.get(),
       });
@@ -405,28 +438,31 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
   const Split split(div_up(rows, plan.mr), div_up(plan.cols, width), parallel.num_threads);
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
+    const TileState state(plan.kernels, plan.group_bytes());
     Pack pack(plan, pack_argument);
     PackedB b(plan);
     Multiply multiply(plan, a, b);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = split.column(task) * width;
+      const int64_t c0 = split.column(task) * width, last = split.row_end(task);
       if (c0 != packed) pack(c0, b);
       packed = c0;
-      for (int64_t p = 0, n0 = c0; p < plan.panels && n0 < plan.cols; ++p, n0 += plan.nr) {
-        for (int64_t panel = split.row_begin(task); panel < split.row_end(task); ++panel) {
-          const int64_t m0 = panel * plan.mr;
-          multiply(p, panel,
-                   {
-                       .row_scales = &a.row_scales[m0],
-                       .col_scales = &b.col_scales[p * plan.nr],
-                       .bias = pack.bias(b),
-                       .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
-                       .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
-                       .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
-                       .stride = plan.cols,
-                       .dtype = out.dtype,
-                   });
+      for (int64_t block = split.row_begin(task); block < last; block += plan.row_panels) {
+        for (int64_t p = 0, n0 = c0; p < plan.panels && n0 < plan.cols; ++p, n0 += plan.nr) {
+          for (int64_t panel = block; panel < std::min(block + plan.row_panels, last); ++panel) {
+            const int64_t m0 = panel * plan.mr;
+            multiply(p, panel,
+                     {
+                         .row_scales = &a.row_scales[m0],
+                         .col_scales = &b.col_scales[p * plan.nr],
+                         .bias = pack.bias(b, p),
+                         .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
+                         .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
+                         .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
+                         .stride = plan.cols,
+                         .dtype = out.dtype,
+                     });
+          }
         }
       }
     }
@@ -436,7 +472,7 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
 }  // namespace
 
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Plan plan(w, false);
+  const Plan plan(w, false, parallel.num_threads);
   const int64_t panels = div_up(x.rows, plan.mr);
   PackedA a(plan, panels);
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), begin, end, a); });
@@ -445,7 +481,7 @@ void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out,
 
 void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,
                            const Parallel& parallel) {
-  const Plan plan(w, true);
+  const Plan plan(w, true, parallel.num_threads);
   const int64_t panels = div_up(grad_out.rows, plan.mr);
   PackedA a(plan, panels);
   parallel(panels,

@@ -5,7 +5,8 @@
 // of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
 // 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
 // every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
-// units that starts at a multiple of kGroupStep / unit stays one range of the panel.
+// units that starts at a multiple of kGroupStep / unit stays one range of the panel, and so may it those of A
+// (`interleave_a`), with ranges that start at a multiple of `depth_step`.
 //
 // In the forward product depth runs along the stored rows of the weight; in the gradient with respect to x it runs
 // across them: a unit then holds `unit` consecutive rows of one column (`interleave_across`).
@@ -31,6 +32,10 @@
 #include "core/types.h"
 
 namespace qk {
+
+// NOTE [tiles]. Some CPUs multiply matrices held in tile registers (AMX), whose shape is a state of the thread: a
+// thread calls `begin_tiles` before it multiplies and `end_tiles` when it is done. Tiles are loaded whole, so the depth
+// of the panels is padded with zeros to a multiple of `depth_step`.
 
 // Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
 constexpr int64_t kGroupStep = 32;
@@ -100,11 +105,14 @@ struct DotRows {
 
 // Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
 struct Bf16Kernels {
+  int mr;
+  int depth_step = 1;  // in units, see NOTE [tiles]
   void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
   // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
   void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
   // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
   void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
+  void (*interleave_a)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) = nullptr;  // or null
 };
 
 struct Kernels {
@@ -129,6 +137,7 @@ struct Kernels {
   // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
   void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
+  void (*interleave_a)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) = nullptr;  // or null
 
   // Depth across rows, `stride` bytes apart: unit u of column c goes to row c % nr of panel c / nr, of which the next
   // begins `panel` units later. Rows are padded with zeros to a whole unit, columns to a whole panel; the rest of the
@@ -138,12 +147,15 @@ struct Kernels {
   // sums[j] = the sum of row j of a panel of B. Null where a_shift is 0: only start values need it.
   void (*column_sums)(int64_t units, const uint32_t* panel, int32_t* sums);
 
-  // Matrix tiles. Panels and tiles are aligned to 64 bytes.
-  int mr, mr_grouped, nr;
+  // Matrix tiles. Panels and tiles are aligned to 64 bytes. NOTE [tiles] tells when the first three are needed.
+  int depth_step = 1;                            // in units of the integer panels
+  void (*begin_tiles)(int64_t bytes) = nullptr;  // of a row of a panel that are multiplied before scales are applied
+  void (*end_tiles)() = nullptr;
+  int mr, mr_grouped, mr_float, nr;
   // int32 tile [mr, nr] = start + A * B^T
   void (*int_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int32_t* tile);
   void (*int_tile_grouped)(const GroupedTile& args);
-  // float tile [mr, nr] += A * B^T
+  // float tile [mr_float, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
   const NibbleKernels* nibbles;       // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
   const Bf16Kernels* bf16 = nullptr;  // bfloat16 is multiplied in float32 without them
@@ -174,8 +186,25 @@ const Kernels& avx512vnni_kernels();
 const Kernels& neon_dotprod_kernels();
 const Kernels& neon_i8mm_kernels();
 const Kernels& avx512bf16_kernels();
+const Kernels& amx_kernels();
 
 // The table in use; see core/isa.h.
 const Kernels& kernels();
+
+// Tiles can be used while it lives, see NOTE [tiles].
+class TileState {
+ public:
+  TileState(const Kernels& kernels, int64_t bytes) : end_(kernels.end_tiles) {
+    if (kernels.begin_tiles != nullptr) kernels.begin_tiles(bytes);
+  }
+  ~TileState() {
+    if (end_ != nullptr) end_();
+  }
+  TileState(const TileState&) = delete;
+  TileState& operator=(const TileState&) = delete;
+
+ private:
+  void (*end_)();
+};
 
 }  // namespace qk

@@ -8,10 +8,13 @@
 #include <stdexcept>
 #include <thread>
 
+#include "core/isa.h"
 #include "cpu/buffer.h"
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #endif
 
 namespace qk {
@@ -65,6 +68,35 @@ QK_PEAK(fma_avx2, "avx2", 32, "vfmadd231ps %[b], %[a], %[chain]")
 
 #undef QK_PEAK
 
+// The operands have to lie in tiles: 2 x 2 of them, and 4 accumulators.
+#define QK_TILE_PEAK(function, isa, multiply)                      \
+  __attribute__((target(isa))) void function() {                   \
+    alignas(64) Vector<64> operand[16];                            \
+    for (Vector<64>& row : operand) row = Vector<64>{} + kOperand; \
+    const TileState state(amx_kernels(), sizeof operand[0]);       \
+    asm volatile("" : : "r"(operand) : "memory");                  \
+    _tile_loadd(4, operand, 64);                                   \
+    _tile_loadd(5, operand, 64);                                   \
+    _tile_loadd(6, operand, 64);                                   \
+    _tile_loadd(7, operand, 64);                                   \
+    for (int64_t i = 0; i < kPasses * kChains; i += 4) {           \
+      multiply(0, 4, 6);                                           \
+      multiply(1, 4, 7);                                           \
+      multiply(2, 5, 6);                                           \
+      multiply(3, 5, 7);                                           \
+    }                                                              \
+  }
+
+QK_TILE_PEAK(tdpbssd_amx, "amx-tile,amx-int8,avx512f", _tile_dpbssd)
+QK_TILE_PEAK(tdpbf16ps_amx, "amx-tile,amx-bf16,avx512f", _tile_dpbf16ps)
+
+#undef QK_TILE_PEAK
+
+bool has_amx() {
+  const std::vector<std::string> isas = supported_isas();
+  return std::find(isas.begin(), isas.end(), amx_kernels().name) != isas.end();
+}
+
 // CPUID leaf 7.1, EAX bit 4; older compilers have no name for it.
 bool has_avxvnni() {
   unsigned a = 0, b, c, d;
@@ -72,6 +104,8 @@ bool has_avxvnni() {
 }
 
 const PeakProbe kPeakProbes[] = {
+    {"tdpbssd-amx", has_amx, 2 * 16 * 16 * 64, tdpbssd_amx},
+    {"tdpbf16ps-amx", has_amx, 2 * 16 * 16 * 32, tdpbf16ps_amx},
     {"vpdpbusd-avx512", [] { return __builtin_cpu_supports("avx512vnni") != 0; }, 128, vpdpbusd_avx512},
     {"vpdpbusd-avxvnni", has_avxvnni, 64, vpdpbusd_avxvnni},
     {"vdpbf16ps-avx512", [] { return __builtin_cpu_supports("avx512bf16") != 0; }, 64, vdpbf16ps_avx512},

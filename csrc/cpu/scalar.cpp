@@ -183,7 +183,8 @@ float dot_float(const float* x, const float* w, int64_t n) {
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Bf16Kernels bf16 = {.encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
+  static const Bf16Kernels bf16 = {
+      .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = {
       .name = "scalar",
       .to_float = to_float,
@@ -204,6 +205,7 @@ const Kernels& scalar_kernels() {
       .column_sums = nullptr,
       .mr = kMr,
       .mr_grouped = kMr,
+      .mr_float = kMr,
       .nr = kNr,
       .int_tile = int_tile,
       .int_tile_grouped = int_tile_grouped,

@@ -11,8 +11,8 @@ from ..schemes import QuantScheme
 FLOAT32 = ("fma-avx512", "fma-avx2")
 # The instructions that multiply numbers of a kind, with float32 sums or exact int32 ones.
 INSTRUCTIONS = {
-    "int8": ("vpdpbusd-avx512", "vpdpbusd-avxvnni", "vpmaddwd-avx512", "vpmaddwd-avx2"),
-    "bfloat16": ("vdpbf16ps-avx512", *FLOAT32),
+    "int8": ("tdpbssd-amx", "vpdpbusd-avx512", "vpdpbusd-avxvnni", "vpmaddwd-avx512", "vpmaddwd-avx2"),
+    "bfloat16": ("tdpbf16ps-amx", "vdpbf16ps-avx512", *FLOAT32),
     "float32": FLOAT32,
 }
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

@@ -1,5 +1,5 @@
-// A stand-in for the AVX-512 part of <immintrin.h>: the intrinsics that csrc/cpu uses, computed lane by lane as the
-// Intel SDM defines them, so that the kernels can be compiled and run on a CPU with AVX2 only
+// A stand-in for the AVX-512 and AMX parts of <immintrin.h>: the intrinsics that csrc/cpu uses, computed lane by lane
+// as the Intel SDM defines them, so that the kernels can be compiled and run on a CPU with AVX2 only
 // (tests/test_emulation.py). Everything up to AVX2 is the real thing. Masked loads touch selected lanes only.
 #pragma once
 
@@ -56,6 +56,12 @@ inline Float set1_ps(float x) {
 
 inline Int xor_si(const Int& a, const Int& b) {
   return ints([&](int i) { return a.lane[i] ^ b.lane[i]; });
+}
+inline Int or_si(const Int& a, const Int& b) {
+  return ints([&](int i) { return a.lane[i] | b.lane[i]; });
+}
+inline Int and_si(const Int& a, const Int& b) {
+  return ints([&](int i) { return a.lane[i] & b.lane[i]; });
 }
 inline Int add_epi32(const Int& a, const Int& b) {
   return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + b.lane[i]); });
@@ -202,6 +208,32 @@ inline void mask_store_low8(void* p, uint16_t mask, const Int& v) {
   }
 }
 
+inline void mask_store8(void* p, uint64_t mask, const Int& v) {
+  for (int i = 0; i < 64; ++i) {
+    if (mask >> i & 1) static_cast<char*>(p)[i] = reinterpret_cast<const char*>(&v)[i];
+  }
+}
+inline Int maskz_load32(uint16_t mask, const void* p) {
+  Int r{};
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) std::memcpy(&r.lane[i], static_cast<const int32_t*>(p) + i, 4);
+  }
+  return r;
+}
+
+// 32 bytes, zero-extended to 16 bits.
+inline Int cvtepu8_epi16(__m256i v) {
+  uint8_t bytes[32];
+  std::memcpy(bytes, &v, 32);
+  return ints([&](int i) { return bytes[2 * i] | bytes[2 * i + 1] << 16; });
+}
+inline Int slli_epi16(const Int& v, int count) {
+  return ints([&](int i) {
+    const auto lane = static_cast<uint32_t>(v.lane[i]);
+    return static_cast<int32_t>((lane << count & 0xffff) | ((lane >> 16) << count & 0xffff) << 16);
+  });
+}
+
 // 16 bytes, sign-extended.
 inline Int cvtepi8_epi32(__m128i v) {
   int8_t bytes[16];
@@ -237,6 +269,67 @@ inline Float dpbf16(const Float& acc, const Int& a, const Int& b) {
     return flush(std::fma(bf16(a.lane[i], 0), bf16(b.lane[i], 0), odd));
   });
 }
+
+// The tile registers of a thread and their shapes. What a load does not reach is zero.
+struct Tiles {
+  uint8_t data[8][16][64];
+  int rows[8], row_bytes[8];
+};
+inline thread_local Tiles tiles;
+
+inline void tile_loadconfig(const void* config) {
+  const auto* bytes = static_cast<const uint8_t*>(config);
+  std::memset(&tiles, 0, sizeof tiles);
+  for (int t = 0; t < 8; ++t) {
+    tiles.row_bytes[t] = bytes[16 + 2 * t] | bytes[17 + 2 * t] << 8;
+    tiles.rows[t] = bytes[48 + t];
+  }
+}
+inline void tile_zero(int t) { std::memset(tiles.data[t], 0, sizeof tiles.data[t]); }
+inline void tile_load(int t, const void* p, int64_t stride) {
+  tile_zero(t);
+  for (int r = 0; r < tiles.rows[t]; ++r) {
+    std::memcpy(tiles.data[t][r], static_cast<const char*>(p) + r * stride, tiles.row_bytes[t]);
+  }
+}
+inline void tile_store(int t, void* p, int64_t stride) {
+  for (int r = 0; r < tiles.rows[t]; ++r) {
+    std::memcpy(static_cast<char*>(p) + r * stride, tiles.data[t][r], tiles.row_bytes[t]);
+  }
+}
+template <class T>
+inline T* tile_row(int t, int r) {
+  return reinterpret_cast<T*>(tiles.data[t][r]);
+}
+
+// TDPBSSD: four products of signed bytes, added to the 32-bit element.
+inline void tile_dpbssd(int c, int a, int b) {
+  for (int m = 0; m < tiles.rows[c]; ++m) {
+    for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
+      auto sum = static_cast<uint32_t>(tile_row<int32_t>(c, m)[n]);
+      for (int k = 0; k < tiles.row_bytes[a]; ++k) {
+        sum += static_cast<uint32_t>(tile_row<int8_t>(a, m)[k] * tile_row<int8_t>(b, k / 4)[4 * n + k % 4]);
+      }
+      tile_row<int32_t>(c, m)[n] = static_cast<int32_t>(sum);
+    }
+  }
+}
+// TDPBF16PS: the products of the even and of the odd numbers are summed apart, and their sum is added to the element.
+inline void tile_dpbf16ps(int c, int a, int b) {
+  for (int m = 0; m < tiles.rows[c]; ++m) {
+    for (int n = 0; n < tiles.row_bytes[c] / 4; ++n) {
+      float sums[2] = {};
+      for (int k = 0; k < tiles.row_bytes[a] / 4; ++k) {
+        for (int h = 0; h < 2; ++h) {
+          sums[h] = flush(std::fma(bf16(tile_row<int32_t>(a, m)[k], h), bf16(tile_row<int32_t>(b, k)[n], h), sums[h]));
+        }
+      }
+      float& element = tile_row<float>(c, m)[n];
+      element = flush(flush(element) + flush(sums[0] + sums[1]));
+    }
+  }
+}
+
 inline Int permutexvar_epi16(const Int& index, const Int& a) {
   uint16_t from[32], to[32], indices[32];
   std::memcpy(from, &a, 64);
@@ -251,6 +344,10 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define __m512 emulated::Float
 #define _mm512_loadu_si512(p) emulated::load(p)
 #define _mm512_storeu_si512(p, v) emulated::store(p, v)
+#define _mm512_load_si512(p) emulated::load(p)
+#define _mm512_store_si512(p, v) emulated::store(p, v)
+#define _mm512_load_ps(p) emulated::load_ps(p)
+#define _mm512_store_ps(p, v) emulated::store_ps(p, v)
 #define _mm512_loadu_ps(p) emulated::load_ps(p)
 #define _mm512_storeu_ps(p, v) emulated::store_ps(p, v)
 #define _mm512_setzero_si512() emulated::set1_epi32(0)
@@ -259,10 +356,15 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_set1_epi8(x) emulated::set1_epi8(x)
 #define _mm512_set1_epi16(x) emulated::set1_epi16(x)
 #define _mm512_set1_ps(x) emulated::set1_ps(x)
+#define _mm512_or_si512(a, b) emulated::or_si(a, b)
+#define _mm512_and_si512(a, b) emulated::and_si(a, b)
+#define _mm512_slli_epi16(a, n) emulated::slli_epi16(a, n)
+#define _mm512_cvtepu8_epi16(a) emulated::cvtepu8_epi16(a)
 #define _mm512_xor_si512(a, b) emulated::xor_si(a, b)
 #define _mm512_add_epi32(a, b) emulated::add_epi32(a, b)
 #define _mm512_abs_epi8(a) emulated::abs_epi8(a)
 #define _mm512_movepi8_mask(a) emulated::movepi8_mask(a)
+#define _mm512_sub_epi8(a, b) emulated::mask_sub_epi8(a, ~0ull, a, b)
 #define _mm512_mask_sub_epi8(s, m, a, b) emulated::mask_sub_epi8(s, m, a, b)
 #define _mm512_madd_epi16(a, b) emulated::madd_epi16(a, b)
 #define _mm512_maddubs_epi16(a, b) emulated::maddubs_epi16(a, b)
@@ -289,6 +391,8 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_maskz_loadu_epi8(m, p) emulated::maskz_load8(m, p)
 #define _mm256_maskz_loadu_epi8(m, p) emulated::half(emulated::maskz_load8(static_cast<uint32_t>(m), p), 0)
 #define _mm512_maskz_loadu_ps(m, p) emulated::maskz_load_ps(m, p)
+#define _mm512_maskz_loadu_epi32(m, p) emulated::maskz_load32(m, p)
+#define _mm512_mask_storeu_epi8(p, m, v) emulated::mask_store8(p, m, v)
 #define _mm512_mask_storeu_epi32(p, m, v) emulated::mask_store32(p, m, v)
 #define _mm512_mask_cvtepi32_storeu_epi8(p, m, v) emulated::mask_store_low8(p, m, v)
 
@@ -299,3 +403,11 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_permutexvar_epi16(i, a) emulated::permutexvar_epi16(i, a)
 #define _mm_maskz_loadu_epi8(m, p) \
   _mm256_castsi256_si128(emulated::half(emulated::maskz_load8(static_cast<uint16_t>(m), p), 0))
+
+#define _tile_loadconfig(p) emulated::tile_loadconfig(p)
+#define _tile_release() ((void)0)
+#define _tile_zero(t) emulated::tile_zero(t)
+#define _tile_loadd(t, p, stride) emulated::tile_load(t, p, stride)
+#define _tile_stored(t, p, stride) emulated::tile_store(t, p, stride)
+#define _tile_dpbssd(c, a, b) emulated::tile_dpbssd(c, a, b)
+#define _tile_dpbf16ps(c, a, b) emulated::tile_dpbf16ps(c, a, b)

@@ -1,0 +1,198 @@
+// AMX kernels (Sapphire Rapids and later): tdpbssd multiplies a tile of 16 rows by 64 bytes of A with one of 16 units
+// by 16 columns of B, 8 times as many products a cycle as vpdpbusd; tdpbf16ps does so with pairs of bfloat16 numbers.
+// Both operands are signed. Everything but the matrix tiles is as in avx512bf16.cpp. tdpbf16ps reads and writes
+// subnormal numbers as zeros, whatever the mode of the CPU (docs/numerics.md).
+//
+// A tile of a panel of A is 16 rows of 64 bytes: the panel is ordered as [units / 16, kMr, 16]. A tile of a panel of B
+// is 16 units of 16 columns, as the panels of avx512.inc already have them, a row of the panel apart.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8,amx-bf16,fma")
+
+namespace qk {
+namespace {
+
+constexpr int kMr = 32;  // 2 x 2 accumulators; with 2 tiles of A and 2 of B they are all 8 registers
+constexpr int kNr = 32;
+constexpr int kRows = 16, kRowBytes = 64;  // of a tile
+constexpr int kStep = kRowBytes / 4;       // units that a whole tile is deep
+constexpr int kStrideB = kNr * 4;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Accumulators are registers 0 .. 3, tiles of A 4 and 5, tiles of B 6 and 7.
+  constexpr explicit TileConfig(int depth_bytes) {
+    for (int i = 0; i < 8; ++i) {
+      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth_bytes : kRowBytes);
+      rows[i] = static_cast<uint8_t>(i >= 6 ? depth_bytes / 4 : kRows);
+    }
+  }
+};
+constexpr TileConfig kWhole(kRowBytes), kHalf(kRowBytes / 2);
+
+void begin_tiles(int64_t bytes) { _tile_loadconfig(bytes < kRowBytes ? &kHalf : &kWhole); }
+
+void end_tiles() { _tile_release(); }
+
+void encode_a(const int8_t* q, int64_t k, uint32_t* units) {
+  units[(k - 1) / 4] = 0;
+  __builtin_memcpy(units, q, k);
+}
+
+void interleave_a(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) {
+  for (int64_t u = 0; u < units; u += kStep) {
+    const auto mask = static_cast<__mmask16>(units - u < kStep ? (1u << (units - u)) - 1 : 0xffff);
+    for (int r = 0; r < rows; ++r, panel += kStep)
+      _mm512_store_si512(panel, _mm512_maskz_loadu_epi32(mask, sources[r] + u));
+  }
+}
+
+inline void clear() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void store(void* tile) {
+  auto* bytes = static_cast<char*>(tile);
+  _tile_stored(0, bytes, kStrideB);
+  _tile_stored(1, bytes + kRowBytes, kStrideB);
+  _tile_stored(2, bytes + kRows * kStrideB, kStrideB);
+  _tile_stored(3, bytes + kRows * kStrideB + kRowBytes, kStrideB);
+}
+
+inline void load(const uint32_t* a, const uint32_t* b) {
+  _tile_loadd(4, a, kRowBytes);
+  _tile_loadd(6, b, kStrideB);
+  _tile_loadd(5, a + kRows * kStep, kRowBytes);
+  _tile_loadd(7, b + kStep, kStrideB);
+}
+
+inline void add_int(const uint32_t* a, const uint32_t* b) {
+  load(a, b);
+  _tile_dpbssd(0, 4, 6);
+  _tile_dpbssd(2, 5, 6);
+  _tile_dpbssd(1, 4, 7);
+  _tile_dpbssd(3, 5, 7);
+}
+
+inline void add_bf16(const uint32_t* a, const uint32_t* b) {
+  load(a, b);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t*, int32_t* tile) {
+  clear();
+  for (int64_t u = 0; u < units; u += kStep) add_int(a + u * kMr, b + u * kNr);
+  store(tile);
+}
+
+// tile += float(sums) * (w_scales * x_scales), on rows of two vectors; the first group begins at 0.
+template <bool RowScales>
+inline void add_group(const int32_t* sums, const float* w_scales, const float* x_scales, bool first, float* tile) {
+  const __m512 w[2] = {_mm512_loadu_ps(w_scales), _mm512_loadu_ps(w_scales + 16)};
+  for (int i = 0; i < kMr; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int at = i * kNr + 16 * j;
+      const __m512 scale = RowScales ? _mm512_mul_ps(w[j], _mm512_set1_ps(x_scales[i])) : w[j];
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + at)), scale);
+      const __m512 total = first ? _mm512_setzero_ps() : _mm512_load_ps(tile + at);
+      _mm512_store_ps(tile + at, _mm512_add_ps(total, product));
+    }
+  }
+}
+
+// The sums of a group are scaled while the tiles of the next one multiply, hence two buffers. Groups of 32 begin in
+// the middle of a tile of A, and their tiles are half as deep.
+template <bool RowScales>
+void grouped(const GroupedTile& args) {
+  alignas(64) int32_t sums[2][kMr * kNr];
+  const float *w_scales = args.w_scales, *x_scales = args.x_scales;
+  const int64_t groups = div_up(args.units, args.group_units),
+                step = args.group_units < kStep ? args.group_units : kStep;
+  for (int64_t g = 0; g <= groups; ++g) {
+    if (g < groups) {
+      const int64_t begin = g * args.group_units, rest = args.units - begin;
+      const int64_t end = begin + (rest < args.group_units ? rest : args.group_units);
+      clear();
+      for (int64_t u = begin; u < end; u += step) {
+        add_int(args.a + u / kStep * kStep * kMr + u % kStep, args.b + u * kNr);
+      }
+      store(sums[g % 2]);
+    }
+    if (g > 0) {
+      add_group<RowScales>(sums[(g - 1) % 2], w_scales, x_scales, g == 1, args.tile);
+      w_scales += kNr;
+      if (RowScales) x_scales += kMr;
+    }
+  }
+}
+
+void int_tile_grouped(const GroupedTile& args) {
+  if (args.x_scales != nullptr) {
+    grouped<true>(args);
+  } else {
+    grouped<false>(args);
+  }
+}
+
+void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) {
+  alignas(64) float sums[kMr * kNr];
+  clear();
+  for (int64_t u = 0; u < units; u += kStep) add_bf16(a + u * kMr, b + u * kNr);
+  store(sums);
+  const __m512 scale0 = _mm512_loadu_ps(scales), scale1 = _mm512_loadu_ps(scales + 16);
+  for (float* sum = sums; sum < sums + kMr * kNr; sum += kNr, tile += kNr) {
+    _mm512_store_ps(tile, _mm512_add_ps(_mm512_load_ps(tile), _mm512_mul_ps(_mm512_load_ps(sum), scale0)));
+    _mm512_store_ps(tile + 16,
+                    _mm512_add_ps(_mm512_load_ps(tile + 16), _mm512_mul_ps(_mm512_load_ps(sum + 16), scale1)));
+  }
+}
+
+}  // namespace
+
+QK_END_TARGET
+
+const Kernels& amx_kernels() {
+  static const Bf16Kernels bf16 = [] {
+    Bf16Kernels kernels = *avx512bf16_kernels().bf16;
+    kernels.mr = kMr;
+    kernels.depth_step = kStep;
+    kernels.tile = bf16_tile;
+    kernels.interleave_a = interleave_a;
+    return kernels;
+  }();
+  static const Kernels table = [] {
+    Kernels kernels = avx512bf16_kernels();
+    kernels.name = "amx";
+    kernels.a_shift = 0;
+    kernels.encode_a = encode_a;
+    kernels.interleave_a = interleave_a;
+    kernels.column_sums = nullptr;
+    kernels.depth_step = kStep;
+    kernels.begin_tiles = begin_tiles;
+    kernels.end_tiles = end_tiles;
+    kernels.mr = kernels.mr_grouped = kMr;
+    kernels.int_tile = int_tile;
+    kernels.int_tile_grouped = int_tile_grouped;
+    kernels.bf16 = &bf16;
+    return kernels;
+  }();
+  return table;
+}
+
+}  // namespace qk
+
+#endif  // __x86_64__
