@@ -92,15 +92,23 @@ inline void add_bf16(const uint32_t* a, const uint32_t* b) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t*, int32_t* tile) {
-  clear();
+void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int64_t stride,
+              int32_t* tile) {
+  if (stride == 0) {
+    clear();
+  } else {
+    _tile_loadd(0, start, kStrideB);
+    _tile_loadd(1, start + kStep, kStrideB);
+    _tile_loadd(2, start + kRows * kNr, kStrideB);
+    _tile_loadd(3, start + kRows * kNr + kStep, kStrideB);
+  }
   for (int64_t u = 0; u < units; u += kStep) add_int(a + u * kMr, b + u * kNr);
   store(tile);
 }
 
-// tile += float(sums) * (w_scales * x_scales), on rows of two vectors; the first group begins at 0.
+// tile += float(sums) * (w_scales * x_scales), on rows of two vectors.
 template <bool RowScales>
-inline void add_group(const int32_t* sums, const float* w_scales, const float* x_scales, bool first, float* tile) {
+inline void add_group(const int32_t* sums, const float* w_scales, const float* x_scales, float* tile) {
   const __m512 w[2] = {_mm512_loadu_ps(w_scales), _mm512_loadu_ps(w_scales + 16)};
   for (int i = 0; i < kMr; ++i) {
 #pragma GCC unroll 2
@@ -108,8 +116,7 @@ inline void add_group(const int32_t* sums, const float* w_scales, const float* x
       const int at = i * kNr + 16 * j;
       const __m512 scale = RowScales ? _mm512_mul_ps(w[j], _mm512_set1_ps(x_scales[i])) : w[j];
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + at)), scale);
-      const __m512 total = first ? _mm512_setzero_ps() : _mm512_load_ps(tile + at);
-      _mm512_store_ps(tile + at, _mm512_add_ps(total, product));
+      _mm512_store_ps(tile + at, _mm512_add_ps(_mm512_load_ps(tile + at), product));
     }
   }
 }
@@ -133,7 +140,7 @@ void grouped(const GroupedTile& args) {
       store(sums[g % 2]);
     }
     if (g > 0) {
-      add_group<RowScales>(sums[(g - 1) % 2], w_scales, x_scales, g == 1, args.tile);
+      add_group<RowScales>(sums[(g - 1) % 2], w_scales, x_scales, args.tile);
       w_scales += kNr;
       if (RowScales) x_scales += kMr;
     }

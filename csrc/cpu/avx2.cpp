@@ -102,7 +102,6 @@ void nibble_tile(const NibbleTile& args, int32_t* tile) { nibble_sums(args, 0, a
 void nibble_tile_grouped(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile) {
   alignas(32) int32_t sums[kMr * kNr];
   const int32_t* zeros = args.zeros;
-  __builtin_memset(tile, 0, kMr * kNr * sizeof(float));
   for (int64_t s = 0; s < args.steps; s += args.group_steps, zeros += kNr, w_scales += kNr) {
     nibble_sums(args, s, s + args.group_steps < args.steps ? s + args.group_steps : args.steps, zeros, sums);
     add_scaled(sums, w_scales, x_scales, tile);

@@ -1,6 +1,10 @@
 // The blocked integer matrix driver, for the forward (depth = k) and for the gradient with respect to x (depth = n).
-// All of A is packed once; every task packs panels of the weight, straight from the canonical storage, into scratch and
+// All of A is packed once; every task packs blocks of the weight, straight from the canonical storage, into scratch and
 // runs them against the panels of A.
+//
+// NOTE [blocks]. A packed block of the weight takes half of L2. So many rows of A meet it before the next ones that
+// their sums take another eighth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays in
+// L1. What comes from the slower memories then is: each byte of the weight once, of A once for every block of columns.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -14,9 +18,12 @@
 namespace qk {
 namespace {
 
-// So many panels of the weight are packed together that they fill this part of L2, and so many rows of A meet them
-// before the next rows that these do, too: the slower memories send each of them once to each block of the other.
-constexpr int64_t kL2Share = 4;
+// NOTE [blocks]: a chunk of a panel of B has this many bytes, a block of A this many rows, and the columns of a block
+// of the weight follow from the size of L2.
+constexpr int64_t kChunkBytes = 16 << 10;
+constexpr int64_t kBlockRows = 256;
+constexpr int64_t kL2BytesPerColumn = 16 * kBlockRows * sizeof(int32_t);
+constexpr int64_t kL2PerBlock = 2;
 // Where depth runs across the stored rows, the segment of a row has at least this many columns: with one cache line a
 // row, packing took up to 1.6 times as long.
 constexpr int64_t kSegment = 128;
@@ -25,8 +32,15 @@ constexpr int64_t kBlocksPerThread = 4;
 // Rows that are unpacked or requantized at a time there; their segments stay in L1.
 constexpr int64_t kChunk = 64;
 static_assert(kChunk % kGroupStep == 0);
+constexpr int64_t kMaxGroup = 128;  // of all schemes; the smaller ones divide it
 // A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
 constexpr int64_t kAhead = 16;
+
+// A range of the depth: units [first, first + units), which are steps [k0, k0 + k) and padding, in groups [g0, g0 +
+// groups).
+struct Depth {
+  int64_t first, units, k0, k, g0, groups;
+};
 
 // What follows from the scheme and the shapes, for one call. The sums of the gradient are not grouped.
 struct Plan {
@@ -38,7 +52,8 @@ struct Plan {
   int mr, nr, unit;
   int64_t group, groups;              // summed in integers
   int64_t units, group_units, steps;  // along the depth
-  int64_t panels, row_panels;         // of the weight, packed together, and of A, multiplied with them
+  int64_t panels, row_panels;         // of a block of the weight and of A
+  int64_t block_units, chunk_units;   // along the depth of a block, of a chunk of it
 
   Plan(const Weight& weight, bool grad_input, int threads)
       : kernels(qk::kernels()),
@@ -57,13 +72,27 @@ struct Plan {
         units(padded_units()),
         group_units(grouped ? group / unit : units),
         steps(nibbles != nullptr ? div_up(depth, kNibbleStep) : 0) {
-    const int64_t l2_units =
-        l2_bytes() / kL2Share / static_cast<int64_t>(sizeof(uint32_t)) / std::max<int64_t>(units, 1);
     const int64_t fair = div_up(cols, kBlocksPerThread * threads * nr);
     const int64_t segment = grad_input ? div_up(kSegment, nr) : 1;
-    panels = round_up(std::max<int64_t>(std::min(l2_units / nr, fair), 1), segment);
-    row_panels = std::max<int64_t>(l2_units / mr, 1);
+    panels = round_up(std::clamp<int64_t>(l2_bytes() / kL2BytesPerColumn / nr, 1, std::max<int64_t>(fair, 1)), segment);
+    row_panels = std::max<int64_t>(kBlockRows / mr, 1);
+    chunk_units = block_units = std::max<int64_t>(units, 1);
+    if (nibbles != nullptr || units == 0) return;
+    constexpr int64_t kUnitBytes = sizeof(uint32_t);
+    const int64_t whole_groups = kMaxGroup / unit;
+    chunk_units = kChunkBytes / (nr * kUnitBytes) / whole_groups * whole_groups;
+    block_units = l2_bytes() / kL2PerBlock / (panels * nr * kUnitBytes) / chunk_units * chunk_units;
+    chunk_units = std::min(chunk_units, units);
+    block_units = std::clamp(block_units, chunk_units, units);
   }
+
+  // The part of the depth that a block of the weight holds, from unit `first` on.
+  Depth block_depth(int64_t first) const {
+    const int64_t count = std::min(block_units, units - first), k0 = first * unit, g0 = k0 / group;
+    const int64_t k = std::min(count * unit, depth - k0);
+    return {first, count, k0, k, g0, grouped ? div_up(k, group) : 1};
+  }
+  int64_t block_groups() const { return grouped ? div_up(block_units * unit, group) : 1; }
 
   // The group of the weight that the sums' group g belongs to.
   int64_t weight_group(int64_t g) const { return group == w.group ? g : g * group / w.group; }
@@ -71,8 +100,10 @@ struct Plan {
   // Bytes of a row that are multiplied before scales are applied.
   int64_t group_bytes() const { return group_units * static_cast<int64_t>(sizeof(uint32_t)); }
 
-  // Units past the end of an encoded row are zero.
-  void pad(uint32_t* encoded) const { std::fill(encoded + div_up(depth, unit), encoded + units, 0u); }
+  // Units past the end of an encoded row of k steps are zero.
+  void pad(uint32_t* encoded, int64_t k, int64_t count) const {
+    std::fill(encoded + div_up(k, unit), encoded + count, 0u);
+  }
 
  private:
   int64_t padded_units() const {
@@ -161,7 +192,7 @@ void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t 
         for (int64_t s = 0; s < plan.steps; ++s) packed.sums[(panel * plan.steps + s) * plan.mr + i] = sums[s];
       } else {
         kernels.encode_a(q, k, &encoded[i * plan.units]);
-        plan.pad(&encoded[i * plan.units]);
+        plan.pad(&encoded[i * plan.units], k, plan.units);
       }
       packed.row_scales[panel * plan.mr + i] = plan.x_grouped ? 1.0f : scales[0];
       if (plan.x_grouped) {
@@ -177,19 +208,21 @@ void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t 
 
 // Panels of the weight, from a column of the product on; columns past the end are zero.
 struct PackedB {
-  Buffer<uint32_t> panels;     // [panels, units, nr]
-  Buffer<int32_t> start;       // [panels, groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
-  Buffer<float> group_scales;  // [panels, groups, nr], grouped schemes only
+  int64_t block_groups;
+  Buffer<uint32_t> panels;  // [panels, block_units, nr]
+  Buffer<int32_t> start;    // [panels, block_groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
+  Buffer<float> group_scales;  // [panels, block_groups, nr], grouped schemes only
   Buffer<float> col_scales;    // [panels, nr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> bias;          // [panels, nr], forward only
 
   explicit PackedB(const Plan& plan)
-      : panels(plan.panels * plan.units * plan.nr),
-        start(plan.panels * plan.groups * plan.nr),
-        group_scales(plan.grouped ? plan.panels * plan.groups * plan.nr : 0),
+      : block_groups(plan.block_groups()),
+        panels(plan.panels * plan.block_units * plan.nr),
+        start(plan.panels * block_groups * plan.nr),
+        group_scales(plan.grouped ? plan.panels * block_groups * plan.nr : 0),
         col_scales(plan.panels * plan.nr),
         bias(plan.panels * plan.nr) {
-    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.panels * plan.groups * plan.nr, 1.0f);
+    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.panels * block_groups * plan.nr, 1.0f);
   }
 };
 
@@ -200,22 +233,22 @@ class PackAlong {
   PackAlong(const Plan& plan, const float* bias)
       : plan_(plan),
         bias_(bias),
-        integers_(plan.w.scheme.weight_bits == 4 ? plan.w.k : 0),
-        encoded_(plan.nr * plan.units),
-        start_(plan.nr * plan.groups),
-        scales_(plan.w_grouped ? plan.nr * plan.groups : 0) {}
+        integers_(plan.block_units * plan.unit),
+        encoded_(plan.nr * plan.block_units),
+        start_(plan.nr * plan.block_groups()),
+        scales_(plan.w_grouped ? plan.nr * plan.block_groups() : 0) {}
 
   const float* bias(const PackedB& packed, int64_t p) const {
     return bias_ != nullptr ? &packed.bias[p * plan_.nr] : nullptr;
   }
 
-  void operator()(int64_t n0, PackedB& packed) {
-    for (int64_t p = 0; p < plan_.panels && n0 < plan_.cols; ++p, n0 += plan_.nr) pack(n0, p, packed);
+  void operator()(int64_t n0, const Depth& depth, PackedB& packed) {
+    for (int64_t p = 0; p < plan_.panels && n0 < plan_.cols; ++p, n0 += plan_.nr) pack(n0, depth, p, packed);
   }
 
  private:
   // Panel p, from column n0 on.
-  void pack(int64_t n0, int64_t p, PackedB& packed) {
+  void pack(int64_t n0, const Depth& depth, int64_t p, PackedB& packed) {
     const Weight& w = plan_.w;
     const int nr = plan_.nr;
     std::vector<const uint32_t*> rows(nr), start(nr), scales(nr);
@@ -223,28 +256,30 @@ class PackAlong {
     for (int j = 0; j < nr; ++j) {
       const int64_t n = n0 + j;
       const bool valid = n < w.n;
-      rows[j] = &encoded_[j * plan_.units];
-      start[j] = reinterpret_cast<const uint32_t*>(&start_[j * plan_.groups]);
+      uint32_t* encoded = &encoded_[j * plan_.block_units];
+      int32_t* row_start = &start_[j * packed.block_groups];
+      rows[j] = encoded;
+      start[j] = reinterpret_cast<const uint32_t*>(row_start);
       bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
       col_scales[j] = valid && !plan_.w_grouped ? w.scales[n] : 1.0f;
       if (valid) {
-        rows[j] = encode(n, &encoded_[j * plan_.units], &start_[j * plan_.groups]);
+        rows[j] = encode(n, depth, encoded, row_start);
       } else {
-        std::fill_n(&encoded_[j * plan_.units], plan_.units, 0u);
-        std::fill_n(&start_[j * plan_.groups], plan_.groups, 0);
+        std::fill_n(encoded, depth.units, 0u);
+        std::fill_n(row_start, depth.groups, 0);
       }
-      if (plan_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), &scales_[j * plan_.groups]);
+      if (plan_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), depth, &scales_[j * packed.block_groups]);
     }
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
-      plan_.kernels.interleave(sources.data(), nr, plan_.groups, static_cast<uint32_t*>(panel));
+      plan_.kernels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
     };
-    plan_.kernels.interleave_int(rows.data(), nr, plan_.units, &packed.panels[p * plan_.units * nr]);
-    interleave(start, &packed.start[p * plan_.groups * nr]);
-    if (plan_.w_grouped) interleave(scales, &packed.group_scales[p * plan_.groups * nr]);
+    plan_.kernels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * plan_.block_units * nr]);
+    interleave(start, &packed.start[p * packed.block_groups * nr]);
+    if (plan_.w_grouped) interleave(scales, &packed.group_scales[p * packed.block_groups * nr]);
   }
 
   // Row n of the weight as units, in place or in `encoded`, and its terms of `start`.
-  const uint32_t* encode(int64_t n, uint32_t* encoded, int32_t* start) {
+  const uint32_t* encode(int64_t n, const Depth& depth, uint32_t* encoded, int32_t* start) {
     const Kernels& kernels = plan_.kernels;
     const Weight& w = plan_.w;
     if (plan_.nibbles != nullptr) {
@@ -257,45 +292,40 @@ class PackAlong {
       return encoded;
     }
     // Without an encoder bytes are units: 4-bit rows are unpacked in place, 8-bit ones read where they are stored.
-    encoded[div_up(w.k, plan_.unit) - 1] = 0;
-    plan_.pad(encoded);
+    encoded[div_up(depth.k, plan_.unit) - 1] = 0;
+    plan_.pad(encoded, depth.k, depth.units);
     auto* bytes = reinterpret_cast<int8_t*>(encoded);
-    const int8_t* q = integer_row(kernels, w, n, 0, w.k, kernels.encode_b == nullptr ? bytes : integers_.get());
-    for (int64_t g = 0; g < plan_.groups; ++g) {
-      const int64_t begin = g * plan_.group, count = std::min(plan_.group, w.k - begin);
+    int8_t* scratch = kernels.encode_b == nullptr ? bytes : integers_.get();
+    const int8_t* q = integer_row(kernels, w, n, depth.k0, depth.k, scratch);
+    for (int64_t g = 0, begin = 0; g < depth.groups; ++g, begin += plan_.group) {
+      const int64_t count = std::min(plan_.group, depth.k - begin);
       start[g] = kernels.a_shift != 0 ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
     }
-    if (readable_as_units(q)) return reinterpret_cast<const uint32_t*>(q);
+    const bool whole = depth.k == depth.units * plan_.unit;
     if (kernels.encode_b != nullptr) {
-      kernels.encode_b(q, w.k, encoded);
+      kernels.encode_b(q, depth.k, encoded);
+    } else if (whole && reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0) {
+      return reinterpret_cast<const uint32_t*>(q);
     } else if (q != bytes) {
-      std::memcpy(bytes, q, w.k);
+      std::memcpy(bytes, q, depth.k);
     }
     return encoded;
   }
 
-  // Whether bytes q[0, k) are whole units, without padding, that can be read as such.
-  bool readable_as_units(const int8_t* q) const {
-    return plan_.kernels.encode_b == nullptr && plan_.w.k == plan_.units * plan_.unit &&
-           reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0;
-  }
-
-  // The scale of each group of row n, in place or in `expanded`.
-  const uint32_t* group_scales(int64_t n, float* expanded) const {
+  // The scales of the groups of row n, in place or in `expanded`.
+  const uint32_t* group_scales(int64_t n, const Depth& depth, float* expanded) const {
     const float* scales = plan_.w.scales + n * plan_.w.groups;
-    if (plan_.group != plan_.w.group) {
-      for (int64_t g = 0; g < plan_.groups; ++g) expanded[g] = scales[plan_.weight_group(g)];
-      scales = expanded;
-    }
-    return reinterpret_cast<const uint32_t*>(scales);
+    if (plan_.group == plan_.w.group) return reinterpret_cast<const uint32_t*>(scales + depth.g0);
+    for (int64_t g = 0; g < depth.groups; ++g) expanded[g] = scales[plan_.weight_group(depth.g0 + g)];
+    return reinterpret_cast<const uint32_t*>(expanded);
   }
 
   const Plan& plan_;
   const float* bias_;
-  Buffer<int8_t> integers_;   // [k]
-  Buffer<uint32_t> encoded_;  // [nr, units]
-  Buffer<int32_t> start_;     // [nr, groups]
-  Buffer<float> scales_;      // [nr, groups]
+  Buffer<int8_t> integers_;   // [block_units * unit]
+  Buffer<uint32_t> encoded_;  // [nr, block_units]
+  Buffer<int32_t> start_;     // [nr, block_groups]
+  Buffer<float> scales_;      // [nr, block_groups]
 };
 
 // Depth across the stored rows. Where the scales differ along a row, its integers are made anew for one scale a column.
@@ -311,37 +341,38 @@ class PackAcross {
 
   static const float* bias(const PackedB&, int64_t) { return nullptr; }
 
-  void operator()(int64_t k0, PackedB& packed) {
+  void operator()(int64_t k0, const Depth& depth, PackedB& packed) {
     const Kernels& kernels = plan_.kernels;
     const Weight& w = plan_.w;
-    const int64_t cols = std::min(width_, w.k - k0), panel = plan_.units * plan_.nr;
+    const int64_t cols = std::min(width_, w.k - k0), panel = plan_.block_units * plan_.nr;
+    const int64_t first = depth.k0, last = depth.k0 + depth.k;  // rows of the weight
     std::fill_n(packed.col_scales.get(), width_, 1.0f);
     if (column_scales_ != nullptr) {
       std::copy_n(column_scales_ + k0, cols, packed.col_scales.get());
       for (int64_t i = 0; i < cols; ++i) inverse_[i] = 1.0f / column_scales_[k0 + i];
     }
     if (w.scheme.weight_bits == 8 && column_scales_ == nullptr) {
-      const auto* q = reinterpret_cast<const int8_t*>(w.qweight) + k0;
-      kernels.interleave_across(q, w.row_bytes, w.n, cols, packed.panels.get(), panel);
+      const auto* q = reinterpret_cast<const int8_t*>(w.row(first)) + k0;
+      kernels.interleave_across(q, w.row_bytes, depth.k, cols, packed.panels.get(), panel);
     } else {
-      for (int64_t n0 = 0; n0 < w.n; n0 += kChunk) {
-        const int64_t rows = std::min(kChunk, w.n - n0);
+      for (int64_t n0 = first; n0 < last; n0 += kChunk) {
+        const int64_t rows = std::min(kChunk, last - n0);
         for (int64_t r = 0; r < rows; ++r) {
           __builtin_prefetch(w.row(std::min(n0 + r + kAhead, w.n - 1)) + w.scheme.packed_features(k0));
           read(n0 + r, k0, cols, &chunk_[r * width_]);
         }
-        uint32_t* units = &packed.panels[n0 / plan_.unit * plan_.nr];
+        uint32_t* units = &packed.panels[(n0 - first) / plan_.unit * plan_.nr];
         kernels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
       }
     }
-    const int64_t used = div_up(plan_.depth, plan_.unit) * plan_.nr;
     for (int64_t p = 0; p * plan_.nr < cols; ++p) {
-      std::fill(&packed.panels[p * panel + used], &packed.panels[(p + 1) * panel], 0u);
+      uint32_t* units = &packed.panels[p * panel];
+      std::fill(units + div_up(depth.k, plan_.unit) * plan_.nr, units + depth.units * plan_.nr, 0u);
       int32_t* start = &packed.start[p * plan_.nr];
       if (kernels.column_sums == nullptr) {
         std::fill_n(start, plan_.nr, 0);
       } else {
-        kernels.column_sums(plan_.units, &packed.panels[p * panel], start);
+        kernels.column_sums(depth.units, units, start);
         for (int j = 0; j < plan_.nr; ++j) start[j] *= -kernels.a_shift;
       }
     }
@@ -372,96 +403,142 @@ class PackAcross {
   Buffer<int8_t> chunk_;     // [kChunk, width]
 };
 
-// One tile of the output, through the integer panels or the nibbles.
+// Tiles of the sums, through the integer panels or the nibbles, and where they go.
 class Multiply {
  public:
-  Multiply(const Plan& plan, const PackedA& a, const PackedB& b)
-      : plan_(plan), a_(a), b_(b), int_tile_(plan.mr * plan.nr), float_tile_(plan.mr * plan.nr) {}
+  Multiply(const Plan& plan, const PackedA& a, const PackedB& b) : plan_(plan), a_(a), b_(b) {}
 
-  // Panel p of the weight, and a panel of A.
-  void operator()(int64_t p, int64_t panel, const TileOutput& output) {
+  // Adds the products of panel `panel` of A and panel p of the block of B, which begins with unit `first`, over units
+  // [u, end), to a tile, or sets it where they are the first.
+  void add(int64_t panel, int64_t p, int64_t first, int64_t u, int64_t end, uint32_t* tile) {
     const Kernels& kernels = plan_.kernels;
-    const uint32_t* b = &b_.panels[p * plan_.units * plan_.nr];
-    const int32_t* start = &b_.start[p * plan_.groups * plan_.nr];
-    const uint32_t* a = &a_.panels[panel * plan_.units * plan_.mr];
-    const float* w_scales = &b_.group_scales[plan_.grouped ? p * plan_.groups * plan_.nr : 0];
-    const float* x_scales = plan_.x_grouped ? &a_.group_scales[panel * plan_.groups * plan_.mr] : nullptr;
-    if (plan_.nibbles != nullptr) {
-      const NibbleTile args = {
-          .steps = plan_.steps,
-          .group_steps = plan_.group / kNibbleStep,
-          .a = a,
-          .sums = &a_.sums[panel * plan_.steps * plan_.mr],
-          .b = b,
-          .zeros = start,
-      };
-      if (plan_.grouped) {
-        plan_.nibbles->tile_grouped(args, w_scales, x_scales, float_tile_.get());
-      } else {
-        plan_.nibbles->tile(args, int_tile_.get());
-      }
-    } else if (plan_.grouped) {
-      kernels.int_tile_grouped({
-          .units = std::min(plan_.units, plan_.groups * plan_.group_units),
-          .group_units = plan_.group_units,
-          .a = a,
-          .b = b,
-          .start = start,
-          .w_scales = w_scales,
-          .x_scales = x_scales,
-          .tile = float_tile_.get(),
-      });
-    } else {
-      kernels.int_tile(plan_.units, a, b, start, int_tile_.get());
+    const int64_t size = plan_.mr * plan_.nr, g0 = plan_.grouped ? first / plan_.group_units : 0;
+    const int64_t g = plan_.grouped ? u / plan_.group_units : 0, b_group = (p * b_.block_groups + g - g0) * plan_.nr;
+    const uint32_t* a = &a_.panels[(panel * plan_.units + u) * plan_.mr];
+    const uint32_t* b = &b_.panels[(p * plan_.block_units + u - first) * plan_.nr];
+    const int32_t* start = &b_.start[b_group];
+    if (plan_.nibbles != nullptr || plan_.grouped) {
+      auto* floats = reinterpret_cast<float*>(tile);
+      if (plan_.grouped && u == 0) std::fill_n(floats, size, 0.0f);
+      const float* w_scales = plan_.grouped ? &b_.group_scales[b_group] : nullptr;
+      const float* x_scales = plan_.x_grouped ? &a_.group_scales[(panel * plan_.groups + g) * plan_.mr] : nullptr;
+      plan_.nibbles != nullptr ? add_nibbles(panel, a, b, start, w_scales, x_scales, tile)
+                               : kernels.int_tile_grouped({
+                                     .units = std::min(end, plan_.groups * plan_.group_units) - u,
+                                     .group_units = plan_.group_units,
+                                     .a = a,
+                                     .b = b,
+                                     .start = start,
+                                     .w_scales = w_scales,
+                                     .x_scales = x_scales,
+                                     .tile = floats,
+                                 });
+      return;
     }
+    auto* sums = reinterpret_cast<int32_t*>(tile);
+    if (u == 0) {
+      kernels.int_tile(end - u, a, b, start, 0, sums);
+      return;
+    }
+    if (u == first && kernels.a_shift != 0) {
+      for (int64_t i = 0; i < size; ++i) tile[i] += static_cast<uint32_t>(start[i % plan_.nr]);
+    }
+    kernels.int_tile(end - u, a, b, sums, plan_.nr, sums);
+  }
+
+  // Asks L2 for part p of all `panels` parts of a chunk of A.
+  void prefetch(int64_t panel, int64_t u, int64_t p, int64_t panels) {
+    constexpr int64_t kLineUnits = 64 / sizeof(uint32_t);
+    const int64_t size = std::min(plan_.chunk_units, plan_.units - u) * plan_.mr;
+    const uint32_t* chunk = &a_.panels[(panel * plan_.units + u) * plan_.mr];
+    for (int64_t i = p * size / panels; i < (p + 1) * size / panels; i += kLineUnits)
+      __builtin_prefetch(chunk + i, 0, 2);
+  }
+
+  void store(const uint32_t* tile, const TileOutput& output) {
     if (plan_.grouped) {
-      kernels.store_float(float_tile_.get(), output);
+      plan_.kernels.store_float(reinterpret_cast<const float*>(tile), output);
     } else {
-      kernels.store_int(int_tile_.get(), output);
+      plan_.kernels.store_int(reinterpret_cast<const int32_t*>(tile), output);
     }
   }
 
  private:
+  // The whole depth at once.
+  void add_nibbles(int64_t panel, const uint32_t* a, const uint32_t* b, const int32_t* zeros, const float* w_scales,
+                   const float* x_scales, uint32_t* tile) {
+    const NibbleTile args = {
+        .steps = plan_.steps,
+        .group_steps = plan_.group / kNibbleStep,
+        .a = a,
+        .sums = &a_.sums[panel * plan_.steps * plan_.mr],
+        .b = b,
+        .zeros = zeros,
+    };
+    if (plan_.grouped) {
+      plan_.nibbles->tile_grouped(args, w_scales, x_scales, reinterpret_cast<float*>(tile));
+    } else {
+      plan_.nibbles->tile(args, reinterpret_cast<int32_t*>(tile));
+    }
+  }
+
   const Plan& plan_;
   const PackedA& a_;
   const PackedB& b_;
-  Buffer<int32_t> int_tile_;
-  Buffer<float> float_tile_;
 };
 
 // The product of `rows` packed rows with the weight, which `Pack` packs: PackAlong with the bias, or PackAcross with
-// the scales of the columns.
+// the scales of the columns. See NOTE [blocks].
 template <class Pack>
 void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const float* pack_argument, Output out,
                      const Parallel& parallel) {
-  const int64_t width = plan.panels * plan.nr;
+  const int64_t width = plan.panels * plan.nr, tile_size = plan.mr * plan.nr;
   const Split split(div_up(rows, plan.mr), div_up(plan.cols, width), parallel.num_threads);
+  const bool one_chunk = plan.chunk_units == plan.units;
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
     const TileState state(plan.kernels, plan.group_bytes());
     Pack pack(plan, pack_argument);
     PackedB b(plan);
     Multiply multiply(plan, a, b);
-    int64_t packed = -1;
+    Buffer<uint32_t> tiles(one_chunk ? tile_size : split.max_rows() * plan.panels * tile_size);
+    int64_t packed = -1;  // the first column of a block that holds the whole depth
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = split.column(task) * width, last = split.row_end(task);
-      if (c0 != packed) pack(c0, b);
-      packed = c0;
-      for (int64_t block = split.row_begin(task); block < last; block += plan.row_panels) {
-        for (int64_t p = 0, n0 = c0; p < plan.panels && n0 < plan.cols; ++p, n0 += plan.nr) {
-          for (int64_t panel = block; panel < std::min(block + plan.row_panels, last); ++panel) {
-            const int64_t m0 = panel * plan.mr;
-            multiply(p, panel,
-                     {
-                         .row_scales = &a.row_scales[m0],
-                         .col_scales = &b.col_scales[p * plan.nr],
-                         .bias = pack.bias(b, p),
-                         .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
-                         .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
-                         .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
-                         .stride = plan.cols,
-                         .dtype = out.dtype,
-                     });
+      const int64_t c0 = split.column(task) * width, first_panel = split.row_begin(task), last = split.row_end(task);
+      const int64_t panels = std::min(plan.panels, div_up(plan.cols - c0, plan.nr));
+      for (int64_t first = 0; first == 0 || first < plan.units; first += plan.block_units) {
+        const Depth depth = plan.block_depth(first);
+        if (c0 != packed) pack(c0, depth, b);
+        packed = depth.units == plan.units ? c0 : -1;
+        const int64_t block_end = first + depth.units;
+        for (int64_t block = first_panel; block < last; block += plan.row_panels) {
+          const int64_t block_last = std::min(block + plan.row_panels, last);
+          for (int64_t u = first; u == first || u < block_end; u += plan.chunk_units) {
+            const int64_t chunk_end = std::min(u + plan.chunk_units, block_end);
+            for (int64_t p = 0; p < panels; ++p) {
+              for (int64_t panel = block; panel < block_last; ++panel) {
+                uint32_t* tile = &tiles[one_chunk ? 0 : ((panel - first_panel) * plan.panels + p) * tile_size];
+                if (chunk_end < block_end) {
+                  multiply.prefetch(panel, chunk_end, p, panels);
+                } else if (panel + plan.row_panels < last) {
+                  multiply.prefetch(panel + plan.row_panels, first, p, panels);
+                }
+                multiply.add(panel, p, first, u, chunk_end, tile);
+                if (chunk_end < plan.units) continue;
+                const int64_t m0 = panel * plan.mr, n0 = c0 + p * plan.nr;
+                multiply.store(tile,
+                               {
+                                   .row_scales = &a.row_scales[m0],
+                                   .col_scales = &b.col_scales[p * plan.nr],
+                                   .bias = pack.bias(b, p),
+                                   .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
+                                   .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
+                                   .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
+                                   .stride = plan.cols,
+                                   .dtype = out.dtype,
+                               });
+              }
+            }
           }
         }
       }

@@ -41,7 +41,8 @@ namespace qk {
 constexpr int64_t kGroupStep = 32;
 constexpr int64_t kNibbleStep = 32;
 
-// One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending.
+// One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending, on the
+// tile of the groups before (or zeros).
 struct GroupedTile {
   int64_t units;          // units along k, a multiple of kGroupStep / unit
   int64_t group_units;    // units in a group, a multiple of the same; the last group may be shorter
@@ -50,7 +51,7 @@ struct GroupedTile {
   const int32_t* start;   // [groups, nr]
   const float* w_scales;  // [groups, nr]
   const float* x_scales;  // [groups, mr_grouped], or null for ones
-  float* tile;            // [mr_grouped, nr], written
+  float* tile;            // [mr_grouped, nr]
 };
 
 // One tile on 4-bit weights, see NOTE [nibbles]. `a` and `b` are panels of 4 k a unit.
@@ -152,8 +153,10 @@ struct Kernels {
   void (*begin_tiles)(int64_t bytes) = nullptr;  // of a row of a panel that are multiplied before scales are applied
   void (*end_tiles)() = nullptr;
   int mr, mr_grouped, mr_float, nr;
-  // int32 tile [mr, nr] = start + A * B^T
-  void (*int_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int32_t* tile);
+  // int32 tile [mr, nr] = start + A * B^T, where row i starts from start[i * stride, i * stride + nr): the tile itself
+  // with the sums of other units, or the same for all rows (stride 0), which is zeros where a_shift is 0.
+  void (*int_tile)(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int64_t stride,
+                   int32_t* tile);
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr_float, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);

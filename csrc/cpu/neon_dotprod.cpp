@@ -38,6 +38,8 @@ struct Sdot {
   static inline float32x4_t rows(const float* p) { return vld1q_dup_f32(p); }
   static inline float32x4_t columns(const float* p) { return vld1q_f32(p); }
 
+  static inline float32x4_t block(const float* tile, int i, int j) { return vld1q_f32(tile + i * kNr + 4 * j); }
+
   template <class T, int Rows>
   static inline T row(const T (&acc)[Rows][3], int r, int c) {
     return acc[r][c / 4];

@@ -52,6 +52,11 @@ struct Smmla {
   static inline float32x4_t rows(const float* p) { return vzip1q_f32(columns(p), columns(p)); }
   static inline float32x4_t columns(const float* p) { return vcombine_f32(vld1_f32(p), vld1_f32(p)); }
 
+  static inline float32x4_t block(const float* tile, int i, int j) {
+    const float* first = tile + 2 * i * kNr + 2 * j;
+    return vcombine_f32(vld1_f32(first), vld1_f32(first + kNr));
+  }
+
   template <class T, int Pairs>
   static inline T row(const T (&acc)[Pairs][6], int r, int c) {
     const auto left = (uint64x2_t)acc[r / 2][c / 2], right = (uint64x2_t)acc[r / 2][c / 2 + 1];

@@ -13,6 +13,9 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
 #include "cpu/common.inc"
 
+void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
+void store_float(const float* tile, const TileOutput& output) { store_tile(tile, output); }
+
 float float_of_half(uint16_t half) {
   const uint32_t sign = uint32_t{half & 0x8000u} << 16, magnitude = half & 0x7fff;
   if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // Inf, NaN
@@ -84,10 +87,11 @@ void interleave_across(const int8_t* q, int64_t stride, int64_t rows, int64_t co
   }
 }
 
-void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int32_t* tile) {
+void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t* start, int64_t stride,
+              int32_t* tile) {
   for (int i = 0; i < kMr; ++i) {
     for (int j = 0; j < kNr; ++j) {
-      uint32_t acc = static_cast<uint32_t>(start[j]);
+      uint32_t acc = static_cast<uint32_t>(start[i * stride + j]);
       for (int64_t u = 0; u < units; ++u) acc += a[u * kMr + i] * b[u * kNr + j];
       tile[i * kNr + j] = static_cast<int32_t>(acc);
     }
@@ -95,12 +99,11 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
 }
 
 void int_tile_grouped(const GroupedTile& args) {
-  for (int i = 0; i < kMr * kNr; ++i) args.tile[i] = 0.0f;
   int64_t g = 0;
   for (int64_t u = 0; u < args.units; u += args.group_units, ++g) {
     const int64_t units = args.units - u < args.group_units ? args.units - u : args.group_units;
     int32_t acc[kMr * kNr];
-    int_tile(units, args.a + u * kMr, args.b + u * kNr, args.start + g * kNr, acc);
+    int_tile(units, args.a + u * kMr, args.b + u * kNr, args.start + g * kNr, 0, acc);
     for (int i = 0; i < kMr; ++i) {
       const float x_scale = args.x_scales != nullptr ? args.x_scales[g * kMr + i] : 1.0f;
       for (int j = 0; j < kNr; ++j) {

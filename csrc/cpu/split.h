@@ -19,6 +19,7 @@ class Split {
 
   int64_t tasks() const { return row_panels_ > 0 ? column_panels_ * row_splits_ : 0; }
   int64_t column(int64_t task) const { return task / row_splits_; }
+  int64_t max_rows() const { return div_up(row_panels_, row_splits_); }  // panels of a task
   int64_t row_begin(int64_t task) const { return task % row_splits_ * row_panels_ / row_splits_; }
   int64_t row_end(int64_t task) const { return (task % row_splits_ + 1) * row_panels_ / row_splits_; }
 

@@ -221,6 +221,25 @@ inline Int maskz_load32(uint16_t mask, const void* p) {
   return r;
 }
 
+inline Int bits(const Float& v) { return load(&v); }
+inline Int srli_epi32(const Int& v, int count) {
+  return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> count); });
+}
+inline uint16_t unordered(const Float& a, const Float& b) {
+  uint16_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<uint16_t>((std::isnan(a.lane[i]) || std::isnan(b.lane[i])) << i);
+  return mask;
+}
+inline Int mask_or_epi32(const Int& source, uint16_t mask, const Int& a, const Int& b) {
+  return ints([&](int i) { return mask >> i & 1 ? a.lane[i] | b.lane[i] : source.lane[i]; });
+}
+// The low halves of the lanes.
+inline __m256i cvtepi32_epi16(const Int& v) {
+  uint16_t low[16];
+  for (int i = 0; i < 16; ++i) low[i] = static_cast<uint16_t>(v.lane[i]);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+}
+
 // 32 bytes, zero-extended to 16 bits.
 inline Int cvtepu8_epi16(__m256i v) {
   uint8_t bytes[32];
@@ -356,6 +375,11 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_set1_epi8(x) emulated::set1_epi8(x)
 #define _mm512_set1_epi16(x) emulated::set1_epi16(x)
 #define _mm512_set1_ps(x) emulated::set1_ps(x)
+#define _mm512_castps_si512(a) emulated::bits(a)
+#define _mm512_srli_epi32(a, n) emulated::srli_epi32(a, n)
+#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
+#define _mm512_mask_or_epi32(s, m, a, b) emulated::mask_or_epi32(s, m, a, b)
+#define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
 #define _mm512_or_si512(a, b) emulated::or_si(a, b)
 #define _mm512_and_si512(a, b) emulated::and_si(a, b)
 #define _mm512_slli_epi16(a, n) emulated::slli_epi16(a, n)
