@@ -168,6 +168,32 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
   }
 }
 
+// The weight takes the place of A, so that its rows are tiles as they are stored. They are asked for ahead: 32 streams
+// are more than the hardware follows.
+void dot_tile(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels, int32_t* sums) {
+  constexpr int64_t kAhead = 8 * kRowBytes;
+  const uint32_t* next = x + (panels > 1 ? units * kRows : 0);
+  clear();
+  for (int64_t u = 0; u < units; u += kStep, w += kRowBytes) {
+    for (int r = 0; r < 2 * kRows; ++r) __builtin_prefetch(w + r * stride + kAhead, 0, 2);
+    _tile_loadd(6, x + u * kRows, kRowBytes);
+    _tile_loadd(4, w, stride);
+    _tile_loadd(5, w + kRows * stride, stride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(2, 5, 6);
+    if (panels == 1) continue;
+    _tile_loadd(7, next + u * kRows, kRowBytes);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(3, 5, 7);
+  }
+  constexpr int kTile = kRows * kRows;
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(2, sums + kTile, kRowBytes);
+  if (panels == 1) return;
+  _tile_stored(1, sums + 2 * kTile, kRowBytes);
+  _tile_stored(3, sums + 3 * kTile, kRowBytes);
+}
+
 }  // namespace
 
 QK_END_TARGET
@@ -194,6 +220,9 @@ const Kernels& amx_kernels() {
     kernels.mr = kernels.mr_grouped = kMr;
     kernels.int_tile = int_tile;
     kernels.int_tile_grouped = int_tile_grouped;
+    kernels.dot_tile = dot_tile;
+    kernels.dot_tile_rows = kRows;
+    kernels.dot_rows = {2 * kRows, 4, 2, 2, 4};
     kernels.bf16 = &bf16;
     return kernels;
   }();

@@ -15,6 +15,11 @@ struct Output {
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 
+// The same through kernels that multiply tiles of the stored weight, for at most 2 * dot_tile_rows rows of x; whether
+// int_dot leaves the product to it.
+bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
+void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
 // grad_out [M, n] times the weight's integers, without its scales -> [M, k]. Grouped weights are requantized to one
 // scale a column, column_scales [k]; null for others. Any scheme.
 void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,

@@ -175,6 +175,12 @@ struct Kernels {
   // x4_bytes bytes there (int8 or int16). Null: one row at a time.
   int x4_bytes;
   void (*dot_int8_x4)(const void* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
+  // The same for 2 * dot_tile_rows rows of the weight, `stride` bytes apart and read in whole tiles, and `panels`
+  // panels of dot_tile_rows rows of x (NOTE [panels], each `units` long): int32 sums [panels, 2 * dot_tile_rows,
+  // dot_tile_rows]. Called as NOTE [tiles] says, and faster from a few rows of x on. Null: there are no tiles.
+  void (*dot_tile)(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels,
+                   int32_t* sums) = nullptr;
+  int dot_tile_rows = 0;
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);

@@ -218,6 +218,7 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
 
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
+  if (takes_tile_dot(kernels, w.scheme, x.rows)) return int_tile_dot(x, w, bias, out, parallel);
   const Activations activations(kernels, x, w.scheme, parallel);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {

@@ -1,0 +1,103 @@
+// Few rows of x on CPUs with tile registers: tiles are loaded straight from the stored int8 weight, each byte of which
+// is read once; nothing of it is packed. Bound by memory bandwidth.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/buffer.h"
+#include "cpu/drivers.h"
+#include "cpu/rows.h"
+
+namespace qk {
+namespace {
+
+// Fewer rows of x are faster one by one.
+constexpr int64_t kMinRows = 3;
+
+// Rows of x in panels, quantized.
+struct Panels {
+  int64_t units, panels;
+  Buffer<uint32_t> data;  // [panels, units, tile_rows]
+  Buffer<float> scales;   // [M]
+
+  Panels(const Kernels& kernels, const Matrix& x)
+      : units(round_up(div_up(x.cols, kernels.unit), kernels.depth_step)),
+        panels(div_up(x.rows, kernels.dot_tile_rows)),
+        data(panels * units * kernels.dot_tile_rows),
+        scales(x.rows) {
+    const int tile_rows = kernels.dot_tile_rows;
+    Buffer<float> floats(x.cols);
+    Buffer<uint32_t> rows(tile_rows * units);
+    std::vector<const uint32_t*> sources(tile_rows);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      std::fill_n(rows.get(), tile_rows * units, 0u);
+      for (int64_t i = 0, m = panel * tile_rows; i < tile_rows; ++i, ++m) {
+        sources[i] = &rows[i * units];
+        if (m >= x.rows) continue;
+        auto* q = reinterpret_cast<int8_t*>(&rows[i * units]);
+        quantize_row(kernels, float_row(kernels, x, m, floats.get()), x.cols, x.cols, q, &scales[m]);
+      }
+      kernels.interleave(sources.data(), tile_rows, units, &data[panel * units * tile_rows]);
+    }
+  }
+};
+
+}  // namespace
+
+bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows) {
+  return kernels.dot_tile != nullptr && scheme.weight_bits == 8 && !scheme.grouped() && rows >= kMinRows &&
+         rows <= 2 * kernels.dot_tile_rows;
+}
+
+void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const Panels a(kernels, x);
+  const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
+  const int64_t bytes = a.units * kernels.unit;
+  // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
+  const int64_t inside = w.k % bytes == 0 ? w.n : w.n - 1;
+
+  parallel(div_up(w.n, block), [&](int64_t begin, int64_t end) {
+    const TileState state(kernels, bytes);
+    Buffer<int8_t> copy(block * bytes);
+    Buffer<int32_t> sums(a.panels * block * tile_rows);
+    Buffer<uint32_t> tile(tile_rows * block);
+    Buffer<float> scales(block), bias_block(block);
+    std::vector<const uint32_t*> sources(block);
+    for (int64_t n0 = begin * block; n0 < std::min(end * block, w.n); n0 += block) {
+      const int64_t valid = std::min<int64_t>(block, w.n - n0);
+      const auto* rows = reinterpret_cast<const int8_t*>(w.row(n0));
+      int64_t stride = w.row_bytes;
+      if (n0 + block > inside) {
+        std::memset(copy.get(), 0, block * bytes);
+        for (int64_t j = 0; j < valid; ++j) std::memcpy(&copy[j * bytes], w.row(n0 + j), w.k);
+        rows = copy.get();
+        stride = bytes;
+      }
+      kernels.dot_tile(a.units, rows, stride, a.data.get(), static_cast<int>(a.panels), sums.get());
+      std::fill_n(scales.get(), block, 1.0f);
+      std::copy_n(w.scales + n0, valid, scales.get());
+      if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());
+      for (int64_t panel = 0; panel < a.panels; ++panel) {
+        const int64_t m0 = panel * tile_rows;
+        for (int j = 0; j < block; ++j) {
+          sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * block + j) * tile_rows]);
+        }
+        kernels.interleave(sources.data(), block, tile_rows, tile.get());
+        kernels.store_int(reinterpret_cast<const int32_t*>(tile.get()),
+                          {
+                              .row_scales = &a.scales[m0],
+                              .col_scales = scales.get(),
+                              .bias = bias != nullptr ? bias_block.get() : nullptr,
+                              .rows = static_cast<int>(std::min<int64_t>(tile_rows, x.rows - m0)),
+                              .cols = static_cast<int>(valid),
+                              .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
+                              .stride = w.n,
+                              .dtype = out.dtype,
+                          });
+      }
+    }
+  });
+}
+
+}  // namespace qk
