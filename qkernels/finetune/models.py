@@ -192,11 +192,11 @@ def quantize(model: nn.Module, scheme: str, calibration: Sequence[Tensor] = ()) 
         report = quantize_(model, scheme, calibration=tqdm(batches, desc=f"calibrating {scheme}") if batches else None)
     except ValueError as error:
         raise InputError(str(error)) from error
-    _return_free_memory()
+    return_free_memory()
     return report
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed blocks back to the system where the C library (glibc) can: float weights and moments were large."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
