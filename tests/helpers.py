@@ -10,6 +10,8 @@ import torch
 
 from qkernels import isa
 
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
+
 INTEGER_VIEW = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
 INTEGER_VIEW[torch.float16] = torch.int16
 

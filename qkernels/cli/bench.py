@@ -253,7 +253,7 @@ def _print_training(results) -> None:
                 f"{row.median * 1e3:.1f}",
                 f"{row.quartiles[0] * 1e3:.0f}..{row.quartiles[1] * 1e3:.0f}",
                 f"{base.median / row.median:.2f}" if base else "",
-                f"{row.value:.2g}",
+                f"{row.value:.4g}",
                 *(f"{size / 1e6:.0f}" if size else "" for size in used),
             )
         console.print(f"\n[bold]{first.title}[/bold], {first.threads} threads")

@@ -117,9 +117,12 @@ class Ours(Contender):
     def convert(self, model: nn.Module) -> nn.Module:
         import qkernels
 
-        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad)
-        if self.fused:
-            qkernels.patch_loss(model)
+        if not self.fused:
+            qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad)
+            return model
+        # A head that is trained is tied to a float embedding and stays as it is.
+        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=self.mode == "frozen")
+        qkernels.patch_loss(model)
         return model
 
 
