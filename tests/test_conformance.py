@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from helpers import layer_kinds
 from torch import nn
 
 import qkernels as qk
-from qkernels.nn import GRADS, MODES
 from qkernels.testing import FAILED, OK, SKIPPED, conformance
 
 IN_FEATURES, OUT_FEATURES = 101, 87  # odd, and no multiple of a group
@@ -19,9 +19,10 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("grad", GRADS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w8a16", "w4a16-g32"])
+@pytest.mark.parametrize(
+    ("scheme", "mode", "grad"),
+    layer_kinds("w8a8", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w8a16", "w4a16-g32"),
+)
 def test_quant_linear_conforms(scheme, mode, grad, dtype):
     layer = qk.QuantLinear.from_float(linear(dtype), scheme, mode=mode, grad=grad)
     report = conformance(layer)

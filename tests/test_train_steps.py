@@ -3,12 +3,11 @@
 import op_samples
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, layer_kinds
 from op_samples import OP_SCHEMES, SAMPLERS
 from torch import nn
 
 import qkernels as qk
-from qkernels.nn import GRADS, MODES
 
 STEPS = 12
 # One of each class: per row, groups on both sides, 4 bits in groups with zero points, float activations.
@@ -55,9 +54,7 @@ def run(scheme: str | None, mode: str, grad: str, seed: int = 0):
     return torch.stack(losses), model.state_dict()
 
 
-@pytest.mark.parametrize("grad", GRADS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "mode", "grad"), layer_kinds(*SCHEMES))
 def test_two_runs_are_bit_identical(scheme, mode, grad):
     (losses, state), (losses_again, state_again) = (run(scheme, mode, grad) for _ in range(2))
     assert_same_bits(losses_again, losses, f"losses of {scheme} {mode} {grad}")
@@ -66,9 +63,7 @@ def test_two_runs_are_bit_identical(scheme, mode, grad):
     assert not torch.equal(run(scheme, mode, grad, seed=1)[0], losses)
 
 
-@pytest.mark.parametrize("grad", GRADS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
+@pytest.mark.parametrize(("scheme", "mode", "grad"), layer_kinds("w8a8", "w4a8-g32-asym"))
 def test_the_loss_falls_as_in_float(scheme, mode, grad):
     expected, losses = run(None, mode, grad)[0], run(scheme, mode, grad)[0]
     fallen = (expected[0] - expected[-1]).item()
