@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, assert_refused, invoke
+from helpers import TEXT, assert_refused, invoke, layer_kinds
 
 from qkernels import __version__, isa
 from qkernels.finetune import InputError, read_texts, token_blocks
@@ -170,10 +170,26 @@ class TestFinetune:
         assert json.loads(again.stdout)["perplexity"] > 1
 
     @pytest.mark.parametrize(
+        ("scheme", "mode", "grad"), [kind for kind in layer_kinds("w8a8", "w4a8-g32") if kind[1] != "frozen"]
+    )
+    def test_weights_of_quantized_layers_are_trained(self, llama, text, tmp_path, scheme, mode, grad):
+        options = ("--method", "full", "--scheme", scheme, "--mode", mode, "--grad", grad)
+        result = small_run(llama, text, tmp_path / "run", *options, "--lr", "1e-2", "--warmup-steps", 0)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["losses"][-1] < report["losses"][0]
+        evaluated = invoke(
+            "eval", tmp_path / "run", text, "--seq-len", 16, "--eval-blocks", 64, "--dtype", "float32", "--json"
+        )
+        assert evaluated.exit_code == 0, evaluated.output
+        assert json.loads(evaluated.stdout)["perplexity"] < report["perplexity"]["quantized"]
+
+    @pytest.mark.parametrize(
         ("more", "words"),
         [
             (["--scheme", "w8a9"], ["w8a9", "did you mean", "w8a8"]),
             (["--method", "full"], ["--scheme none"]),
+            (["--mode", "qat"], ["--method lora", "--mode qat"]),
             (["--steps", 0], ["--steps", "at least 1"]),
             (["--lr", 0], ["--lr", "positive"]),
             (["--seq-len", 4], ["at least 8"]),
