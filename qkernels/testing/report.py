@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
@@ -19,7 +20,8 @@ class Check:
     Attributes:
         name: of the property.
         status: "ok", "failed", or "skipped" (it does not apply; `detail` says why).
-        error: what was measured, where the property is a number: the largest deviation relative to its bound.
+        error: what was measured, where the property is a number: the deviation of the element closest to its bound, or
+            beyond it; of a stochastic gradient the relative error of the mean.
         bound: the most that `error` may be; 0 asks for equal bits.
         detail: what was seen.
     """
@@ -67,11 +69,13 @@ class ConformanceReport:
         lines += [(c.name, c.status, number(c.error), number(c.bound), c.detail) for c in self.checks]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        verdict = f"{len(self.checks) - len(self.failed)} of {len(self.checks)} checks without a finding"
-        return "\n".join([self.layer, *table, verdict])
+        summary = f"{len(self.checks) - len(self.failed)} of {len(self.checks)} checks without a finding"
+        return "\n".join([self.layer, *table, summary])
 
 
 class Outcome(NamedTuple):
+    """What a check says: a `Check` without its name."""
+
     status: str
     error: float | None = None
     bound: float | None = None
@@ -95,21 +99,30 @@ def compare(actual: Tensor, exact: Tensor, bound: Tensor) -> Outcome:
     return Outcome(OK if e <= b else FAILED, e, b, f"relative error {relative:.2g}")
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise, by bits; NaN equals NaN."""
+    view = _INTEGERS[a.element_size()]
+    return (a.contiguous().view(view) != b.contiguous().view(view)) & ~(a.isnan() & b.isnan())
+
+
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both hold the same; None is equal to None only."""
     if a is None or b is None:
         return a is b
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return a.dtype == b.dtype and a.shape == b.shape and not _differs(a, b).any()
 
 
 def equal(actual: Tensor, expected: Tensor) -> Outcome:
+    """Equal bits, or how many elements differ and by how much."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         found = [f"{t.dtype} of shape {list(t.shape)}" for t in (actual, expected)]
         return Outcome(FAILED, detail=f"{found[0]}, expected {found[1]}")
-    if same_bits(actual, expected):
+    differs = _differs(actual, expected)
+    if not differs.any():
         return Outcome(OK, 0.0, 0.0, "bit-identical")
-    differs = ~((actual == expected) | (actual.isnan() & expected.isnan()))
     error = (actual.double() - expected.double()).abs().nan_to_num(math.inf).max().item()
     return Outcome(FAILED, error, 0.0, f"{int(differs.sum())} of {differs.numel()} elements differ")
 
@@ -121,4 +134,5 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def all_equal(results: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> Outcome:
+    """`equal` for each pair."""
     return worst([equal(a, b) for a, b in zip(results, expected, strict=True) if a is not None or b is not None])
