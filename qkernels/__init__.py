@@ -1,6 +1,6 @@
 """qkernels: int8 and int4 linear layers for PyTorch, with straight-through gradients."""
 
-from . import integrations
+from . import integrations, testing
 from .convert import QuantizationReport, quantize_
 from .nn import QuantLinear
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
@@ -17,6 +17,7 @@ __all__ = [
     "quantize_",
     "quantize_activation",
     "quantize_weight",
+    "testing",
 ]
 
 integrations.register()

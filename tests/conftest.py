@@ -1,6 +1,8 @@
 """Shared settings: deterministic data, two threads, and one fixture that runs a test on every instruction set."""
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,6 +10,7 @@ import core_driver
 import hypothesis
 import pytest
 import torch
+from helpers import TEXT
 
 from qkernels import isa
 
@@ -38,3 +41,35 @@ def core_check(tmp_path_factory):
 def native_checksums(core_check):
     """What the best instruction set of this CPU computes."""
     return core_driver.run(core_check)[1]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer trained on a few words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"])
+    tokenizer.save(str(folder / "bpe.json"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "bpe.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, tokenizer_folder) -> Path:
+    """A causal language model of two small layers, with its tokenizer."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -1,5 +1,6 @@
 """Comparison to the bit, error bounds of float sums, Python in a process of its own, and the console script."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
-from qkernels import isa
+from qkernels import QuantLinear, isa
+from qkernels.nn import GRADS, MODES
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 
 INTEGER_VIEW = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
 INTEGER_VIEW[torch.float16] = torch.int16
@@ -46,6 +50,19 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, label: str = 
             f"{label}: {len(differing)} of {actual.numel()} elements differ; first at {first}: "
             f"{actual[first].item()!r} instead of {expected[first].item()!r}"
         )
+
+
+def layer_kinds(*schemes: str) -> list[tuple[str, str, str]]:
+    """(scheme, mode, grad) of all quantized layers that exist; not every scheme can be trained in every mode."""
+    kinds = []
+    for scheme, mode, grad in itertools.product(schemes, MODES, GRADS):
+        try:
+            QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")
+        except ValueError:
+            assert mode != "frozen"
+        else:
+            kinds.append((scheme, mode, grad))
+    return kinds
 
 
 @contextmanager

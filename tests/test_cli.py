@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, invoke
+from helpers import TEXT, assert_refused, invoke, layer_kinds
 
 from qkernels import __version__, isa
 from qkernels.finetune import InputError, read_texts, token_blocks
@@ -22,8 +22,6 @@ from qkernels.finetune.text import split_blocks
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -32,34 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    """A byte-level BPE tokenizer trained on a few words."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"])
-    tokenizer.save(str(folder / "bpe.json"))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "bpe.json"), bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, tokenizer_folder) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    shutil.copytree(tokenizer_folder, folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +170,26 @@ class TestFinetune:
         assert json.loads(again.stdout)["perplexity"] > 1
 
     @pytest.mark.parametrize(
+        ("scheme", "mode", "grad"), [kind for kind in layer_kinds("w8a8", "w4a8-g32") if kind[1] != "frozen"]
+    )
+    def test_weights_of_quantized_layers_are_trained(self, llama, text, tmp_path, scheme, mode, grad):
+        options = ("--method", "full", "--scheme", scheme, "--mode", mode, "--grad", grad)
+        result = small_run(llama, text, tmp_path / "run", *options, "--lr", "1e-2", "--warmup-steps", 0)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["losses"][-1] < report["losses"][0]
+        evaluated = invoke(
+            "eval", tmp_path / "run", text, "--seq-len", 16, "--eval-blocks", 64, "--dtype", "float32", "--json"
+        )
+        assert evaluated.exit_code == 0, evaluated.output
+        assert json.loads(evaluated.stdout)["perplexity"] < report["perplexity"]["quantized"]
+
+    @pytest.mark.parametrize(
         ("more", "words"),
         [
             (["--scheme", "w8a9"], ["w8a9", "did you mean", "w8a8"]),
             (["--method", "full"], ["--scheme none"]),
+            (["--mode", "qat"], ["--method lora", "--mode qat"]),
             (["--steps", 0], ["--steps", "at least 1"]),
             (["--lr", 0], ["--lr", "positive"]),
             (["--seq-len", 4], ["at least 8"]),

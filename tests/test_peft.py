@@ -8,6 +8,7 @@ import torch
 import transformers
 from helpers import assert_same_bits
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -326,3 +327,74 @@ def test_float_layers_get_the_lora_layer_of_peft():
     separate = logits(plain)
     plain.merge_adapter()
     assert (logits(plain) - separate).norm() < 1e-4 * separate.norm()
+
+
+class TestForward:
+    """Adapters are multiplied in the dtype of the activations; what that computes is what PEFT's own layer does."""
+
+    def layer(self, dtype=torch.float32, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 40, dtype=dtype))
+        model.config = {}
+        qk.quantize_(model, "w8a8")
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], **options))
+        (layer,) = (module for module in model.modules() if isinstance(module, QuantLoraLinear))
+        with_effect(layer)
+        return layer
+
+    def gradients(self, forward, layer, x):
+        x = x.detach().requires_grad_()
+        out = forward(layer, x)
+        parameters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        torch.manual_seed(2)
+        return [out, *torch.autograd.grad(out, [x, *parameters], torch.randn_like(out))]
+
+    @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,), (0, 48)])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+    def test_equals_the_layer_of_peft(self, dtype, tolerance, shape):
+        layer, x = self.layer(dtype), torch.randn(shape).to(dtype)
+        for own, theirs in zip(
+            self.gradients(QuantLoraLinear.forward, layer, x), self.gradients(LoraLinear.forward, layer, x), strict=True
+        ):
+            assert own.dtype == theirs.dtype and own.shape == theirs.shape
+            assert (own - theirs).norm() <= tolerance * theirs.norm()
+
+    def test_activations_keep_their_dtype(self):
+        layer, seen = self.layer(torch.bfloat16), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            layer(torch.randn(64, 48).bfloat16().requires_grad_())
+        assert layer.lora_A["default"].weight.dtype == torch.float32
+        assert not [t for t in seen if t.dtype == torch.float32 and 64 in t.shape]
+
+    def test_autocast(self):
+        layer, x = self.layer(), torch.randn(5, 48)
+        with torch.autocast("cpu", torch.bfloat16):
+            own, theirs = (self.gradients(kind.forward, layer, x) for kind in (QuantLoraLinear, LoraLinear))
+        assert own[0].dtype == torch.bfloat16 and own[2].dtype == torch.float32
+        for a, b in zip(own, theirs, strict=True):
+            assert (a.float() - b.float()).norm() <= 0.02 * b.float().norm()
+
+    @pytest.mark.parametrize("options", [{"lora_bias": True}, {"lora_dropout": 0.5}])
+    def test_options(self, options):
+        layer, x = self.layer(**options), torch.randn(5, 48)
+        if "lora_bias" in options:
+            nn.init.normal_(layer.lora_B["default"].bias)
+        layer.train()
+        results = []
+        for kind in (QuantLoraLinear, LoraLinear):
+            torch.manual_seed(3)
+            results.append(kind.forward(layer, x))
+        torch.testing.assert_close(*results)
+
+    def test_float16_and_several_adapters(self):
+        layer, x = self.layer(torch.float16), torch.randn(5, 48).half()
+        assert_same_bits(layer(x), LoraLinear.forward(layer, x))
+        layer = self.layer()
+        layer.update_layer("second", 3, lora_alpha=6, config=LoraConfig(r=3))
+        with_effect(layer)
+        layer.set_adapter(["default", "second"])
+        torch.testing.assert_close(layer(x.float()), LoraLinear.forward(layer, x.float()))
+        names = ["default", "second", "__base__", "default", "second"]
+        torch.testing.assert_close(
+            layer(x.float(), adapter_names=names), LoraLinear.forward(layer, x.float(), adapter_names=names)
+        )

@@ -17,7 +17,8 @@ from .roofline import Roofline, cache_bytes
 
 FORMAT = 1
 PACKAGES = (
-    "torch", "numpy", "torchao", "bitsandbytes", "onnxruntime", "openvino", "llama-cpp-python", "auto-round-lib",
+    "torch", "numpy", "transformers", "peft", "torchao", "bitsandbytes", "sdnq", "onnxruntime", "openvino",
+    "llama-cpp-python", "auto-round-lib",
 )  # fmt: skip
 FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 

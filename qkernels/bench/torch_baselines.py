@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -27,21 +27,26 @@ class Float32(Candidate):
         return lambda x: linear(x, weight, bias)
 
 
+@contextmanager
+def onednn_float32() -> Iterator[None]:
+    """Products of float32 go to oneDNN."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class OneDnn(Float32):
     """float32 through oneDNN: allowing bfloat16 inside moves the product there, where the CPU may or may not use it."""
 
     name, tolerance = "torch float32 oneDNN", 1e-2
     directions = (FORWARD, GRAD_INPUT)
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        matmul = torch.backends.mkldnn.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+    def scope(self) -> AbstractContextManager[None]:
+        return onednn_float32()
 
 
 class BFloat16(Float32):

@@ -1,4 +1,4 @@
-"""`qkernels bench`: the limits of this CPU, linear layers beside those of others, and two runs side by side."""
+"""`qkernels bench`: the limits of this CPU, layers and training steps beside those of others, two runs side by side."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 
 from ..bench.candidate import FORWARD, WARM
 from ..bench.suite import Plan
+from ..bench.training.cases import NAMES
+from ..bench.training.run import TrainPlan
 from .common import one_line_errors
 
 bench = typer.Typer(help="Time linear layers against the limits of this CPU and against others.", no_args_is_help=True)
@@ -91,6 +93,44 @@ def linear(
     _print_rooflines(results.rooflines)
     _print_rows(results)
     print(f"written to {output}: {', '.join(path.name for path in paths)}")
+
+
+@bench.command()
+@one_line_errors
+def train(
+    cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(NAMES),
+    schemes: Schemes = "w8a8,w4a8-g128",
+    grads: Annotated[str, typer.Option(help="float, int8 or both (of ours), comma-separated.")] = "float,int8",
+    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = TrainPlan.rounds,
+    only: Annotated[str | None, typer.Option(help="Contenders, fnmatch patterns, comma-separated.")] = None,
+    peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = TrainPlan.peers,
+    memory: Annotated[bool, typer.Option(help="Also memory, in a process for each contender.")] = TrainPlan.memory,
+    output: Annotated[Path, typer.Option(help="Folder for train.json.")] = Path("bench"),
+) -> None:
+    """Time whole training steps: float, our layers, and other libraries, in turn in one process."""
+    from rich.console import Console
+
+    from ..bench.training.run import run
+    from ..finetune import InputError
+
+    try:
+        plan = TrainPlan(
+            cases=tuple(cases.split(",")),
+            schemes=tuple(schemes.split(",")),
+            grads=tuple(grads.split(",")),
+            rounds=rounds,
+            only=tuple(only.split(",")) if only else (),
+            peers=peers,
+            memory=memory,
+        )
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    with Console(stderr=True).status("loading") as status:
+        results = run(plan, status.update)
+    path = results.save(output)
+    _print_training(results)
+    print(f"written to {path}")
 
 
 @bench.command()
@@ -189,3 +229,34 @@ def _print_rows(results) -> None:
         console.print(table)
     for item in results.skipped:
         console.print(f"not timed in {item.cells} cells: {item.name}: {item.reason}", markup=False)
+
+
+def _print_training(results) -> None:
+    """A table for each case; ratios are of speed, against bfloat16 or, where it was not timed, float32."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(f"{results.machine['cpu']}, {results.machine['isa']}", markup=False)
+    for _, cell in groupby(results.rows, key=lambda row: row.case):
+        rows = {row.name: row for row in cell}
+        first = next(iter(rows.values()))
+        base = rows.get("torch bfloat16") or rows.get("torch float32")
+        table = Table(box=None, pad_edge=False)
+        for column in ("", "ms", "quartiles", f"x {base.dtype}" if base else "", first.metric, "MB", "peak MB"):
+            table.add_column(column, no_wrap=True)
+        for row in rows.values():
+            used = ("", "") if row.memory is None else (row.memory.loaded, row.memory.peak)
+            table.add_row(
+                Text(row.name, style="bold" if row.ours else ""),
+                f"{row.median * 1e3:.1f}",
+                f"{row.quartiles[0] * 1e3:.0f}..{row.quartiles[1] * 1e3:.0f}",
+                f"{base.median / row.median:.2f}" if base else "",
+                f"{row.value:.4g}",
+                *(f"{size / 1e6:.0f}" if size else "" for size in used),
+            )
+        console.print(f"\n[bold]{first.title}[/bold], {first.threads} threads")
+        console.print(table)
+    for item in results.skipped:
+        console.print(f"left out: {item.name}: {item.reason}", markup=False)

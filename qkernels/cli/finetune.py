@@ -19,8 +19,13 @@ def finetune(
         list[Path] | None, typer.Option(help="Held-out text file; without one, the last tenth of the text is held out.")
     ] = None,
     scheme: Scheme = "w8a8",
+    mode: Annotated[
+        Literal["frozen", "qat", "int8"],
+        typer.Option(help="Of quantized layers: frozen (lora); or trained with float weights behind (qat) or without."),
+    ] = "frozen",
+    grad: Annotated[Literal["float", "int8"], typer.Option(help="Gradient products of quantized layers.")] = "float",
     method: Annotated[
-        Literal["lora", "full"], typer.Option(help="lora: adapters on the (quantized) model; full: all float weights.")
+        Literal["lora", "full"], typer.Option(help="lora: adapters on the (quantized) model; full: all weights.")
     ] = "lora",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Blocks in a step.")] = 1,
@@ -59,6 +64,8 @@ def finetune(
         output=output,
         eval_text=eval_text or [],
         scheme=scheme,
+        mode=mode,
+        grad=grad,
         method=method,
         steps=steps,
         batch_size=batch_size,

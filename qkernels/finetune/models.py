@@ -172,11 +172,13 @@ def check_scheme(scheme: str) -> None:
             raise InputError(str(error)) from error
 
 
-def quantize(model: nn.Module, scheme: str, calibration: Sequence[Tensor] = ()) -> QuantizationReport:
+def quantize(
+    model: nn.Module, scheme: str, calibration: Sequence[Tensor] = (), mode: str = "frozen", grad: str = "float"
+) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
     Args:
-        model, scheme: as in `quantize_`.
+        model, scheme, mode, grad: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
 
     Raises:
@@ -189,14 +191,15 @@ def quantize(model: nn.Module, scheme: str, calibration: Sequence[Tensor] = ()) 
 
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
-        report = quantize_(model, scheme, calibration=tqdm(batches, desc=f"calibrating {scheme}") if batches else None)
+        samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
+        report = quantize_(model, scheme, mode, grad=grad, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
-    _return_free_memory()
+    return_free_memory()
     return report
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed blocks back to the system where the C library (glibc) can: float weights and moments were large."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

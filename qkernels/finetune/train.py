@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import calibrate
+from .. import calibrate, convert
 from ..schemes import QuantScheme
 from .errors import InputError
 from .measure import PeakMemory, environment, perplexity
@@ -43,6 +43,8 @@ class FinetuneSettings:
     output: Path
     eval_text: list[Path] = field(default_factory=list)
     scheme: str = "w8a8"
+    mode: str = "frozen"
+    grad: str = "float"
     method: str = "lora"
     steps: int = 100
     batch_size: int = 1
@@ -63,8 +65,9 @@ class FinetuneSettings:
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     """Fine-tune a causal language model and write the adapter (or model), the reports and the plot to a folder.
 
-    The base of `method="lora"` is quantized by `scheme` ("none": left in float). `method="full"` trains all weights
-    in float32, under bfloat16 autocast for dtype bfloat16.
+    The base of `method="lora"` is quantized by `scheme` ("none": left in float) and frozen. `method="full"` trains all
+    weights in float32, under bfloat16 autocast for dtype bfloat16; quantized layers as their `mode` says, and they are
+    frozen when the model is written.
 
     Returns:
         The report, as in `report.json`.
@@ -87,7 +90,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     if eval_blocks and settings.baseline:
         measured["float"] = perplexity(model, eval_blocks, label="held-out, float")
     if settings.scheme != "none":
-        quantized = quantize(model, settings.scheme, _calibration_blocks(settings, train_blocks))
+        quantized = quantize(
+            model, settings.scheme, _calibration_blocks(settings, train_blocks), settings.mode, settings.grad
+        )
         report["quantization"] = quantized.to_dict()
         if eval_blocks:
             measured["quantized"] = perplexity(model, eval_blocks, label=f"held-out, {settings.scheme}")
@@ -101,6 +106,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     report["held_out_curve"] = [[0, before], [settings.steps, measured.get("finetuned")]]
 
     settings.output.mkdir(parents=True, exist_ok=True)
+    if settings.mode != "frozen":
+        convert.freeze_(model)
     model.save_pretrained(settings.output)
     if settings.method == "full":
         tokenizer.save_pretrained(settings.output)
@@ -124,10 +131,10 @@ def _check(settings: FinetuneSettings) -> None:
         settings.scheme == "none" or not calibrate.applies(QuantScheme.parse(settings.scheme))
     ):
         raise InputError(f"--calibration-blocks is for w4 and a8 schemes, and the scheme is {settings.scheme!r}")
-    if settings.method == "full" and settings.scheme != "none":
+    if settings.scheme != "none" and (settings.method == "full") == (settings.mode == "frozen"):
         raise InputError(
-            f"full fine-tuning trains float weights, but the scheme is {settings.scheme!r}: "
-            "use --method lora, or --scheme none"
+            f"--method {settings.method} does not go with --mode {settings.mode} (scheme {settings.scheme}): lora "
+            "trains adapters on a frozen model, full trains weights, quantized (qat, int8) or not (--scheme none)"
         )
     if settings.eval_seq_len is not None and not settings.eval_text:
         raise InputError("--eval-seq-len needs --eval-text: blocks held out of the training text have its --seq-len")

@@ -1,8 +1,8 @@
 """PEFT: LoRA over `QuantLinear`, with a merge that re-quantizes and says what that cost.
 
-Forward and training need nothing from here: PEFT's own LoRA layer accepts a `QuantLinear`, which is an `nn.Linear`.
-Its `merge` would write to a float weight that does not exist, so PEFT's last dispatcher, the one for `nn.Linear`, is
-preceded by one that puts `QuantLoraLinear` on a `QuantLinear`.
+Nothing here is needed to train: PEFT's own LoRA layer accepts a `QuantLinear`, which is an `nn.Linear`. But its `merge`
+would write to a float weight that does not exist, and its forward converts activations to the adapters' dtype and back.
+So PEFT's last dispatcher, the one for `nn.Linear`, is preceded by one that puts `QuantLoraLinear` on a `QuantLinear`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ from ..quantize import quantize_weight
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")
+_ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class QuantLoraLinear(LoraLinear):
     """LoRA over a `QuantLinear`.
+
+    Adapters are multiplied in the dtype of the layer's output, bfloat16 or float32, whatever dtype they are kept in:
+    casting the adapters is cheap, casting the activations is not (PEFT makes float32 copies of input and output for
+    float32 adapters on a bfloat16 model). Their gradients have the dtype of the adapters.
 
     `merge` adds the adapters to the dequantized weight and quantizes the sum; the relative error of that rounding is
     kept as `merge_error` on the `QuantLinear` (see `merge_errors`). The quantized weight from before is kept until
@@ -45,6 +50,34 @@ class QuantLoraLinear(LoraLinear):
             raise ValueError(
                 "plain LoRA is the only variant for a quantized layer; use_dora and the like read the float weight"
             )
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapters = self._fast_adapters() if not args and not any(kwargs.values()) else None
+        if adapters is None:
+            return super().forward(x, *args, **kwargs)
+        out = self.base_layer(x)
+        if out.dtype not in _ADAPTER_DTYPES:
+            return super().forward(x)
+        result, x = out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]).to(out.dtype)
+        for name in adapters:
+            down, up = (matrices[name].weight.to(out.dtype) for matrices in (self.lora_A, self.lora_B))
+            # The scaling goes to the r columns in the middle, and the sum into the product.
+            middle = nn.functional.linear(self.lora_dropout[name](x), down) * self.scaling[name]
+            result = torch.addmm(result, middle, up.t())
+        return result.reshape(out.shape)
+
+    def _fast_adapters(self) -> list[str] | None:
+        """The active adapters, or None if one of them is more than two matrices, or is not to be applied."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        for name in names:
+            modules = (self.lora_A[name], self.lora_B[name])
+            # A wrapper, such as FSDP's, gathers the weight in its forward.
+            plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+            if not plain or name in self.lora_variant:
+                return None
+        return names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the quantized weight.

@@ -1,0 +1,81 @@
+"""Memory of one contender, in a process of its own: `python -m qkernels.bench.training.memory` with JSON on stdin."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes of the process.
+
+    Attributes:
+        libraries: with everything imported, before there is a model.
+        loaded: with the converted model.
+        peak: the most during `STEPS` steps.
+    """
+
+    libraries: int
+    loaded: int
+    peak: int
+
+    @property
+    def growth(self) -> int:
+        """What training adds to the loaded model."""
+        return self.peak - self.loaded
+
+
+def measure(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
+    """Load, convert and train in a new process.
+
+    Args:
+        case, contender: by name.
+        schemes, grads: what `contenders` was given.
+
+    Raises:
+        RuntimeError: if the process fails, with the end of what it wrote.
+    """
+    request = {"case": case, "contender": contender, "schemes": list(schemes), "grads": list(grads)}
+    done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{contender} on {case}: exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
+    import psutil
+
+    from ...finetune.measure import PeakMemory
+    from ...finetune.models import return_free_memory
+    from .cases import CASES
+    from .contenders import contenders
+
+    def resident() -> int:
+        gc.collect()
+        return_free_memory()
+        return psutil.Process().memory_info().rss
+
+    found, chosen = CASES[case], contenders(CASES[case], schemes, grads, peers=True)
+    trainer = next(item for item in chosen if item.name == contender)
+    for reason in (found.unavailable(), trainer.unavailable()):  # imports what is needed
+        if reason is not None:
+            raise RuntimeError(reason)
+    with trainer.scope():
+        libraries = resident()
+        training = found.start(trainer.convert(found.model(trainer.dtype)), trainer.dtype)
+        loaded = resident()
+        with PeakMemory() as peak:
+            for _ in range(STEPS):
+                training.step()
+    return Memory(libraries, loaded, peak.bytes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure_here(**json.load(sys.stdin)))))
