@@ -2,6 +2,8 @@
 
 from . import integrations
 from .convert import QuantizationReport, quantize_
+from .embedding import QuantEmbedding
+from .loss import linear_cross_entropy
 from .nn import QuantLinear
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
@@ -9,11 +11,13 @@ from .schemes import QuantScheme
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuantEmbedding",
     "QuantLinear",
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",
     "dequantize_weight",
+    "linear_cross_entropy",
     "quantize_",
     "quantize_activation",
     "quantize_weight",
