@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import ops, quantize
 from .nn import QuantLinear
@@ -26,8 +27,8 @@ class QuantEmbedding(nn.Embedding):
     """An embedding whose rows are dequantized as they are looked up.
 
     The weight is frozen and gets no gradient. `weight` is None; the state dict holds `qweight`, `scales` and `zeros`
-    (asymmetric schemes) as that of a `QuantLinear` with num_embeddings output features does, which can share them:
-    `tie(head)`. Only the format of the scheme's weight matters.
+    (asymmetric schemes) as that of a `QuantLinear` with num_embeddings output features does, and a tied head shares
+    the parameters (`quantize_` with `embeddings=True`). Only the format of the scheme's weight matters.
 
     Shape: input int64 or int32 [...] of indices; output [..., embedding_dim] of `compute_dtype`.
 
@@ -64,13 +65,18 @@ class QuantEmbedding(nn.Embedding):
         if self.compute_dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         self.register_parameter("weight", None)
-        head = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
-        self.tie(head)
+        empty = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
+        self.set_weight(QuantizedWeight(empty.qweight, empty.scales, empty.zeros))
 
     @property
     def in_features(self) -> int:
-        """K, the name it has in a linear layer on the same storage."""
+        """K, by the name it has in a linear layer on the same storage."""
         return self.embedding_dim
+
+    @property
+    def out_features(self) -> int:
+        """N, by the name it has in a linear layer on the same storage."""
+        return self.num_embeddings
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding, scheme: str | QuantScheme) -> QuantEmbedding:
@@ -78,34 +84,46 @@ class QuantEmbedding(nn.Embedding):
 
         Raises:
             TypeError: for another module.
-            ValueError: for `max_norm`, or a weight that is not finite.
+            ValueError: if the weight holds NaN or Inf.
+        """
+        layer = cls.like(embedding, scheme)
+        layer.set_weight(quantize.quantize_weight(embedding.weight.detach(), layer.scheme))
+        return layer
+
+    @classmethod
+    def like(cls, embedding: nn.Module, scheme: str | QuantScheme) -> QuantEmbedding:
+        """An embedding of that shape and dtype on the meta device; `set_weight` gives it a weight.
+
+        Raises:
+            TypeError: for a module that is not an embedding, or does more than looking up rows.
         """
         if not is_embedding(embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        if embedding.max_norm is not None:
-            raise ValueError(f"embedding must not have max_norm, got {embedding.max_norm}")
-        weight = embedding.weight.detach()
+        if (reason := embedding_reason(embedding)) is not None:
+            raise TypeError(f"embedding cannot be quantized: {reason}")
         layer = cls(
-            *weight.shape,
+            embedding.num_embeddings,
+            embedding.embedding_dim,
             scheme,
             padding_idx=embedding.padding_idx,
             embed_scale=embed_scale(embedding),
             device="meta",
-            dtype=weight.dtype,
+            dtype=embedding.weight.dtype,
         )
-        layer.set_weight(quantize.quantize_weight(weight, layer.scheme))
-        return layer
+        return layer.train(embedding.training)
 
     def set_weight(self, weight: QuantizedWeight) -> None:
-        """Take over the storage of a quantized weight [num_embeddings, embedding_dim]."""
+        """Take over the storage of a quantized weight [N, K]; parameters are shared with the layer that owns them.
+
+        Raises:
+            RuntimeError: naming the tensor that does not fit.
+        """
+        if weight.qweight.shape[0] != self.num_embeddings:
+            raise RuntimeError(f"qweight must have {self.num_embeddings} rows, got shape {list(weight.qweight.shape)}")
         ops.check_weight(*weight, self.embedding_dim, self.scheme)
         for name, tensor in zip(_STORAGE, weight, strict=True):
-            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-
-    def tie(self, head: QuantLinear | QuantEmbedding) -> None:
-        """Share the parameters of `head`, whose weight [N, K] has the same format."""
-        for name in _STORAGE:
-            self.register_parameter(name, getattr(head, name))
+            shared = tensor is None or isinstance(tensor, nn.Parameter)
+            self.register_parameter(name, tensor if shared else nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
         indices = input.reshape(-1)
@@ -153,6 +171,21 @@ class QuantEmbedding(nn.Embedding):
         )
 
     _problem = QuantLinear._problem
+
+
+def embedding_reason(embedding: nn.Embedding) -> str | None:
+    """Why the embedding must stay in float; None: it need not."""
+    if not is_embedding(embedding):
+        return f"{type(embedding).__name__} is a subclass of nn.Embedding"
+    if parametrize.is_parametrized(embedding) or set(embedding._parameters) != {"weight"}:
+        return "parametrized weight"
+    if "forward" in vars(embedding):
+        return "forward is replaced on the instance"
+    if embedding.max_norm is not None:
+        return "max_norm changes the weight"
+    if embedding.weight.dtype not in FLOAT_DTYPES:
+        return f"{embedding.weight.dtype} weight"
+    return "no columns" if embedding.embedding_dim == 0 else None
 
 
 def embed_scale(embedding: nn.Module) -> float | None:
