@@ -5,6 +5,7 @@ from .convert import QuantizationReport, quantize_
 from .embedding import QuantEmbedding
 from .loss import linear_cross_entropy
 from .nn import QuantLinear
+from .patch import patch_loss
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
 
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizedWeight",
     "dequantize_weight",
     "linear_cross_entropy",
+    "patch_loss",
     "quantize_",
     "quantize_activation",
     "quantize_weight",

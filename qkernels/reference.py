@@ -249,7 +249,9 @@ def linear_cross_entropy(
                 t = y * quantize.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
                 slope = 1.0 - t * t
                 e = torch.where(slope > 0, e * slope, 0.0)
-            e = e if parsed.group_size else e * weight[1].t()
+            if not parsed.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
+                zero = (weight_integers(weight[0], weight[2], in_features, parsed) == 0).all(dim=1)
+                e = e * torch.where(zero, 0.0, weight[1][:, 0])
             q, scale = _quantize_dithered(e.masked_fill(is_target, 0.0), dither[valid], first)
             columns = column_scales(*weight, in_features, scheme) if parsed.group_size else None
             product = int_grad_input(q, (scale * own)[:, 0], *weight, in_features, scheme, columns)

@@ -233,6 +233,23 @@ def test_non_finite_rows_are_nan_and_leave_the_others_alone():
         assert a[~rows].isnan().all()
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-asym"])
+def test_classes_without_weight_do_not_coarsen_the_gradient(each_isa, scheme):
+    """The row of a padding token is zero, and a zero row has a scale of 1."""
+    float_weight = torch.randn(500, 64) * 0.02
+    float_weight[0], float_weight[77] = 0.0, 0.0
+    storage = qk.quantize_weight(float_weight, scheme)
+    hidden, target = torch.randn(20, 64), torch.randint(1, 500, (20,))
+    arguments = (hidden, target, *storage, None, scheme, torch.randint(2**32, (20,)))
+    results = ops.linear_cross_entropy(*arguments)
+    for a, b in zip(results, reference.linear_cross_entropy(*arguments), strict=True):
+        assert_same_bits(a, b, each_isa)
+    logits = ops.linear(hidden, *storage, None, scheme).double().requires_grad_()
+    exact(logits, target)[0].sum().backward()
+    expected = logits.grad @ qk.dequantize_weight(*storage, 64, scheme).double()
+    assert (results[2] - expected).norm() < 0.01 * expected.norm()
+
+
 def test_a_class_can_be_masked_by_the_bias():
     hidden, target, storage, bias = case("w8a8")
     bias[:CHUNK], target[:] = -torch.inf, CHUNK + 1

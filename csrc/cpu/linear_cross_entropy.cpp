@@ -76,6 +76,7 @@ class CrossEntropy {
     if (valid_.empty()) return;
     const bool gradient = result_.grad_hidden != nullptr;
     if (gradient && w_.scheme.group_size != 0) column_scales_of_chunks();
+    if (gradient && w_.scheme.group_size == 0) scales_of_rows();
     if (gradient && args_.label_smoothing != 0.0) sum_columns();
     const int64_t blocks = div_up(parallel_.num_threads, kRanges), step = blocks * kRows;
     const int64_t most = std::min<int64_t>(step, valid_.size());
@@ -116,6 +117,24 @@ class CrossEntropy {
     column_scales_ = Buffer<float>(chunks_ * w_.k);
     parallel_(chunks_, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) column_scales(chunk(c), &column_scales_[c * w_.k], kSerial);
+    });
+  }
+
+  // The scales to fold into the gradient. A row of zeros has a scale of 1, which would make its class, whose gradient
+  // meets zeros only, set the scale for all others.
+  void scales_of_rows() {
+    constexpr int64_t kWidth = 64;
+    row_scales_ = Buffer<float>(w_.n);
+    parallel_(w_.n, [&](int64_t begin, int64_t end) {
+      int8_t scratch[kWidth];
+      for (int64_t n = begin; n < end; ++n) {
+        row_scales_[n] = 0.0f;
+        for (int64_t k0 = 0; k0 < w_.k && row_scales_[n] == 0.0f; k0 += kWidth) {
+          const int64_t count = std::min(kWidth, w_.k - k0);
+          const int8_t* q = integer_row(kernels_, w_, n, k0, count, scratch);
+          if (std::any_of(q, q + count, [](int8_t value) { return value != 0; })) row_scales_[n] = w_.scales[n];
+        }
+      }
     });
   }
 
@@ -161,7 +180,7 @@ class CrossEntropy {
         const LogitRow row = {
             .logits = &logits[i * w.n],
             .n = w.n,
-            .w_scales = w_.scheme.group_size == 0 ? w.scales : nullptr,
+            .w_scales = gradient && w_.scheme.group_size == 0 ? &row_scales_[n0] : nullptr,
             .softcap = args_.softcap,
             .target = args_.target[m] - n0,
             .dither = gradient ? static_cast<uint32_t>(args_.dither[m]) + static_cast<uint32_t>(n0) * kDitherStep : 0,
@@ -238,6 +257,7 @@ class CrossEntropy {
   Buffer<char> rows_{0};              // [count, k] of hidden
   std::vector<SoftmaxState> states_;  // [count, kRanges]
   Buffer<float> sums_{0};             // [kRanges, count, k]
+  Buffer<float> row_scales_{0};       // [n], for ungrouped weights
   Buffer<float> column_scales_{0};    // [chunks, k], grouped weights only
   Buffer<double> column_sums_{0};     // [k], with label smoothing only
 };
