@@ -11,6 +11,7 @@ constexpr int kNr = 8;
 void half_to_floats(const uint16_t* src, int64_t n, float* dst);
 void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
+constexpr int kVector = 4;  // lanes of 32 bits
 #include "cpu/common.inc"
 
 float float_of_half(uint16_t half) {
