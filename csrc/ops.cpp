@@ -97,6 +97,13 @@ void check_vector(const char* name, const Tensor& t, int64_t size) {
           " must be torch.float32 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
+// A contiguous float vector of `size`.
+qk::Bias float_vector(const char* name, const Tensor& t, int64_t size) {
+  const qk::DType dtype = dtype_of(name, t.scalar_type());
+  require(t.dim() == 1 && t.size(0) == size, name, " must be a float vector of ", size, ", got shape ", shape_of(t));
+  return {t.const_data_ptr(), dtype};
+}
+
 // The canonical storage of a weight, contiguous; keeps the tensors alive.
 class CanonicalWeight {
  public:
@@ -169,9 +176,7 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
   qk::Bias bias{nullptr, qk::DType::float32};
   if (bias_arg.has_value()) {
     bias_tensor = as_contiguous(*bias_arg);
-    bias = {bias_tensor->const_data_ptr(), dtype_of("bias", bias_tensor->scalar_type())};
-    require(bias_tensor->dim() == 1 && bias_tensor->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
-            shape_of(*bias_tensor));
+    bias = float_vector("bias", *bias_tensor, n);
   }
   Tensor out = torch::stable::new_empty(x, {view.rows, n}, dtype);
   qk::linear(view, weight.get(), bias, out.mutable_data_ptr(), out_type, parallel());
@@ -229,6 +234,56 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   return out;
 }
 
+// The int64 data of a contiguous vector of `size`.
+const int64_t* int64_vector(const char* name, const Tensor& t, int64_t size) {
+  require(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == size, name,
+          " must be torch.int64 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg, const Tensor& target_arg,
+                                                        const Tensor& qweight, const Tensor& scales,
+                                                        std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
+                                                        std::string scheme, std::optional<Tensor> dither_arg,
+                                                        double softcap, double z_loss, double label_smoothing,
+                                                        int64_t ignore_index) {
+  const Tensor hidden = as_contiguous(hidden_arg), target = as_contiguous(target_arg);
+  const qk::Matrix view = matrix("hidden", hidden, -1);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  const int64_t n = weight.get().n;
+  require(softcap == 0 || label_smoothing == 0, "softcap must be 0 with label_smoothing, got ", softcap, " and ",
+          label_smoothing);
+  qk::CrossEntropyArgs args{.hidden = view,
+                            .target = int64_vector("target", target, view.rows),
+                            .bias = {nullptr, qk::DType::float32},
+                            .dither = nullptr,
+                            .softcap = static_cast<float>(softcap),
+                            .z_loss = z_loss,
+                            .label_smoothing = label_smoothing,
+                            .ignore_index = ignore_index};
+  for (int64_t m = 0; m < view.rows; ++m) {
+    const int64_t t = args.target[m];
+    require((t >= 0 && t < n) || t == ignore_index, "target must be in [0, ", n, ") or ", ignore_index,
+            " (ignore_index), got ", t, " at position ", m);
+  }
+  std::optional<Tensor> bias, dither;
+  if (bias_arg.has_value()) {
+    bias = as_contiguous(*bias_arg);
+    args.bias = float_vector("bias", *bias, n);
+  }
+  if (dither_arg.has_value()) {
+    dither = as_contiguous(*dither_arg);
+    args.dither = int64_vector("dither", *dither, view.rows);
+  }
+  Tensor loss = torch::stable::new_empty(hidden, {view.rows}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(hidden, {view.rows}, ScalarType::Float);
+  Tensor grad = torch::stable::new_empty(hidden, {dither ? view.rows : 0, view.cols}, ScalarType::Float);
+  const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  qk::linear_cross_entropy(args, weight.get(), {floats(loss), floats(lse), dither ? floats(grad) : nullptr},
+                           parallel());
+  return {loss, lse, grad};
+}
+
 STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
@@ -242,6 +297,10 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
       "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor target, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
+      "str scheme, Tensor? dither=None, *, float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, "
+      "int ignore_index=-100) -> (Tensor loss, Tensor lse, Tensor grad_hidden)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
@@ -251,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("column_scales", TORCH_BOX(&column_scales));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
+  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
 }
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -2,18 +2,24 @@
 
 from . import integrations, testing
 from .convert import QuantizationReport, quantize_
+from .embedding import QuantEmbedding
+from .loss import linear_cross_entropy
 from .nn import QuantLinear
+from .patch import patch_loss
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuantEmbedding",
     "QuantLinear",
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",
     "dequantize_weight",
+    "linear_cross_entropy",
+    "patch_loss",
     "quantize_",
     "quantize_activation",
     "quantize_weight",

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import calibrate
+from .embedding import QuantEmbedding, embedding_reason
 from .nn import QuantLinear, float_weight, is_conv1d, relative_error
-from .quantize import FLOAT_DTYPES, MAX_REDUCTION
+from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .schemes import QuantScheme
 
 # Why a layer stays in float although it could be quantized: the reasons that `strict` accepts.
@@ -26,14 +27,14 @@ SLOWER = "float is faster"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one linear layer.
+    """What happened to one linear layer, or embedding.
 
     Attributes:
         name: its first name in the model.
         kind: the class of the layer before the conversion.
         shape: (N, K) = (out_features, in_features).
         scheme: name of the scheme it is quantized with; None: it is in float.
-        bytes_before, bytes_after: of the weight, without the bias.
+        bytes_before, bytes_after: of the weight, without the bias; 0 if it is shared with an earlier row.
         weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call.
         reason: why this call left it as it was; None: it was quantized.
     """
@@ -50,7 +51,7 @@ class LayerReport:
 
 @dataclass
 class QuantizationReport:
-    """One row for each linear layer of the model; `str()` is a plain-text table.
+    """One row for each linear layer, and each embedding if they were asked for; `str()` is a plain-text table.
 
     Attributes:
         scheme, mode, grad: what the call asked for.
@@ -128,6 +129,7 @@ def quantize_(
     strict: bool = False,
     *,
     grad: str = "float",
+    embeddings: bool = False,
     calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
     never_slower: bool = False,
 ) -> QuantizationReport:
@@ -150,9 +152,12 @@ def quantize_(
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
             matches no linear layer (which is otherwise a warning).
+        embeddings: also swap every embedding for a `QuantEmbedding` with the weight format of `scheme`. A head that is
+            tied to an embedding is quantized with it, and both share one storage.
         calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
             weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
             which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
+            Embeddings, and heads that share their weight, are rounded to nearest.
         never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in `explain.ROWS`, and
             leave those in float that would be slower quantized at any of them (`qkernels.explain` shows the times).
 
@@ -177,7 +182,7 @@ def quantize_(
     if calibration is not None and not calibrate.applies(scheme):
         raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
     report = QuantizationReport(scheme.name, mode, grad)
-    layers = plan(model, scheme, skip, include, report)
+    layers = plan(model, scheme, skip, include, report, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and layer.module.weight.is_meta:
             layer.reason = "weight on the meta device"
@@ -201,12 +206,14 @@ def quantize_(
 
 @dataclass
 class Layer:
-    """A linear layer found in a model, every place it is registered at, and why it stays in float if it does."""
+    """A linear layer or embedding found in a model, every place it is registered at, and why it stays if it does."""
 
     names: list[str]
     module: nn.Module
     slots: list[tuple[nn.Module, str]]  # (parent, name in the parent)
     reason: str | None = None
+    peers: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
+    converted: LayerReport | None = None
 
     @property
     def name(self) -> str:
@@ -217,6 +224,10 @@ class Layer:
         module, scheme = self.module, None
         if isinstance(module, QuantLinear):
             shape, size, scheme = (module.out_features, module.in_features), module.storage_bytes(), module.scheme.name
+        elif isinstance(module, nn.Embedding):
+            shape, size = (module.num_embeddings, module.embedding_dim), _weight_bytes(module)
+            if isinstance(module, QuantEmbedding):
+                size, scheme = module.storage_bytes(), module.scheme.name
         elif is_conv1d(module):
             shape, size = (module.nf, module.nx), _weight_bytes(module)
         else:
@@ -231,34 +242,60 @@ class Layer:
         Args:
             moments: of the layer's inputs, for calibration; see `calibrate.quantize_weight`.
         """
-        before = self.row()
-        quantized = QuantLinear.from_float(self.module, scheme, mode=mode, grad=grad)
-        if moments is not None:
-            quantized.set_weight(calibrate.quantize_weight(float_weight(self.module), scheme, moments))
-        error = relative_error(float_weight(self.module), quantized)
-        self.replace(quantized)
-        size = quantized.storage_bytes()
-        return LayerReport(self.name, before.kind, before.shape, scheme.name, before.bytes_before, size, error)
+        before, weight = self.row(), _weight(self.module)
+        owner = next((peer for peer in self.peers if peer.converted is not None), None)
+        if owner is not None:
+            self.replace(self._on_storage_of(owner.module, mode, grad))
+            sizes, error = (0, 0), owner.converted.weight_error
+        else:
+            if isinstance(self.module, nn.Embedding):
+                quantized = QuantEmbedding.from_float(self.module, scheme)
+            else:
+                quantized = QuantLinear.from_float(self.module, scheme, mode=mode, grad=grad)
+            if moments is not None:
+                quantized.set_weight(calibrate.quantize_weight(weight, scheme, moments))
+            error = relative_error(weight, quantized)
+            self.replace(quantized)
+            sizes = (before.bytes_before, quantized.storage_bytes())
+        self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error)
+        return self.converted
 
-    def replace(self, quantized: QuantLinear) -> None:
+    def _on_storage_of(self, owner: QuantLinear | QuantEmbedding, mode: str, grad: str) -> QuantLinear | QuantEmbedding:
+        """A quantized twin of this layer that shares the parameters of `owner`."""
+        if isinstance(self.module, nn.Embedding):
+            twin = QuantEmbedding.like(self.module, owner.scheme)
+        else:
+            out_features, in_features = self.module.weight.shape
+            kind = {"mode": mode, "grad": grad, "device": "meta", "dtype": self.module.weight.dtype}
+            twin = QuantLinear(in_features, out_features, False, owner.scheme, **kind)
+            twin.bias = self.module.bias
+        twin.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
+        return twin
+
+    def replace(self, quantized: QuantLinear | QuantEmbedding) -> None:
         """Register `quantized` wherever the layer is, with the layer's hooks and instance attributes."""
         own = vars(quantized)
         for key, value in vars(self.module).items():
             is_hook = key.startswith(("_forward", "_backward", "_is_full_backward"))
             if is_hook or (key not in own and key != "_compiled_call_impl"):
                 own[key] = value
-        quantized._buffers.update(self.module._buffers)
+        if not isinstance(quantized, QuantEmbedding):  # whose number it holds itself
+            quantized._buffers.update(self.module._buffers)
         quantized.train(self.module.training)
         for parent, key in self.slots:
             setattr(parent, key, quantized)
         self.module = quantized
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Every linear layer below `model` (also `QuantLinear`), each once, in the order of `named_modules`."""
+def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
+    """Every linear layer below `model` (also `QuantLinear`), each once, in the order of `named_modules`.
+
+    Args:
+        embeddings: list the embeddings too.
+    """
     layers: dict[int, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module) or (embeddings and isinstance(module, nn.Embedding)):
             layers.setdefault(id(module), Layer([], module, [])).names.append(name)
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -274,26 +311,43 @@ def plan(
     include: Sequence[str] | None,
     report: QuantizationReport,
     tied: Mapping[str, str] | None = None,
+    *,
+    embeddings: bool = False,
 ) -> list[Layer]:
     """The linear layers of `model`; those that must stay in float carry the reason. Nothing is changed.
 
     Args:
-        model, scheme, skip, include: as in `quantize_`.
+        model, scheme, skip, include, embeddings: as in `quantize_`.
         report: receives a warning for each pattern that matches no layer.
         tied: full names of parameters that will share one storage, for a model whose weights are not tied yet.
     """
     for argument, patterns in (("skip", skip), ("include", include)):
         if isinstance(patterns, str):
             raise TypeError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
-    layers = find_layers(model)
+    layers = find_layers(model, embeddings)
     _match_patterns(layers, skip, include, report)
     structure = _structure_reasons(model)
-    owners = _tied_owners(model, tied or {})
+    groups = _tied_groups(model, tied or {})
     for layer in layers:
         if layer.reason is None:
-            key = id(layer.module)
-            layer.reason = structure.get(key) or _layer_reason(layer.module, scheme) or owners.get(key)
+            layer.reason = structure.get(id(layer.module)) or _layer_reason(layer.module, scheme)
+    for group in groups:
+        _settle_tied(group, {id(layer.module): layer for layer in layers}, embeddings)
     return layers
+
+
+def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, Layer], share: bool) -> None:
+    """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise."""
+    members = [layers.get(id(module)) if key == "weight" else None for _, module, key in group]
+    if share and all(member is not None and member.reason is None for member in members):
+        if not any(is_conv1d(member.module) for member in members):  # which holds the weight transposed
+            for member in members:
+                member.peers = members
+            return
+    for member, (_, module, _) in zip(members, group, strict=True):
+        if member is not None and member.reason is None:
+            other = next((name for name, other, _ in group if other is not module), "itself")
+            member.reason = f"tied to {other}"
 
 
 def _match_patterns(
@@ -347,8 +401,10 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
 
 def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
     """The reason the layer itself gives for leaving it as it is."""
-    if isinstance(module, QuantLinear):
+    if isinstance(module, QuantLinear | QuantEmbedding):
         return "already quantized"
+    if isinstance(module, nn.Embedding):
+        return embedding_reason(module)
     if parametrize.is_parametrized(module) or set(module._parameters) != {"weight", "bias"}:
         return "parametrized weight"
     if type(module) is not nn.Linear and not is_conv1d(module):
@@ -363,8 +419,8 @@ def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
     return None
 
 
-def _tied_owners(model: nn.Module, tied: Mapping[str, str]) -> dict[int, str]:
-    """By id of a module whose weight another module also owns: "tied to" that module's name."""
+def _tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[tuple[str, nn.Module, str]]]:
+    """The weights that several modules own: for each, (module's name, module, its name in the module)."""
     owners: dict[object, list[tuple[str, nn.Module, str]]] = {}
     sources = set(tied.values())
     for module_name, module in model.named_modules():
@@ -373,14 +429,7 @@ def _tied_owners(model: nn.Module, tied: Mapping[str, str]) -> dict[int, str]:
                 full_name = f"{module_name}.{key}" if module_name else key
                 owner = tied.get(full_name) or (full_name if full_name in sources else id(parameter))
                 owners.setdefault(owner, []).append((module_name or "the model", module, key))
-    reasons: dict[int, str] = {}
-    for group in owners.values():
-        if len(group) > 1:
-            for _, module, key in group:
-                if key == "weight":
-                    other = next((name for name, other, _ in group if other is not module), "itself")
-                    reasons[id(module)] = f"tied to {other}"
-    return reasons
+    return [group for group in owners.values() if len(group) > 1]
 
 
 def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
@@ -401,7 +450,11 @@ def _calibrate(
     report: QuantizationReport,
 ) -> dict[int, calibrate.Moments]:
     """The input moments of the layers to quantize, by id of the module; a warning for each layer that saw no input."""
-    chosen = [layer for layer in layers if layer.reason is None]
+    chosen = [
+        layer
+        for layer in layers
+        if layer.reason is None and not layer.peers and not isinstance(layer.module, nn.Embedding)
+    ]
     moments = calibrate.second_moments(model, [layer.module for layer in chosen], batches, scheme)
     for layer in chosen:
         seen = moments.get(id(layer.module))
@@ -416,7 +469,11 @@ def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
     """Give the layers that are faster in float that reason to stay."""
     from . import explain
 
-    chosen = [(layer.names, layer.module) for layer in layers if layer.reason is None]
+    chosen = [
+        (layer.names, layer.module)
+        for layer in layers
+        if layer.reason is None and not layer.peers and not isinstance(layer.module, nn.Embedding)
+    ]
     timings = explain.time_layers(chosen, scheme, explain.ROWS, explain.SECONDS) if chosen else []
     slower = {name: timing for timing in timings if timing.slower for name in timing.layers}
     for layer in layers:
@@ -435,6 +492,11 @@ def _check_strict(layers: list[Layer], report: QuantizationReport) -> None:
     problems += report.warnings
     if problems:
         raise ValueError("strict=True, and nothing was changed: " + "; ".join(problems))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight [N, K] of a float layer, detached."""
+    return module.weight.detach() if isinstance(module, nn.Embedding) else float_weight(module)
 
 
 def _weight_bytes(module: nn.Module) -> int:

@@ -133,8 +133,9 @@ class QuantLinear(nn.Linear):
             raise RuntimeError(f"qweight must have shape {expected} for {self.scheme}, got {got}")
         ops.check_weight(*weight, self.in_features, self.scheme)
         for name, tensor in zip(_STORAGE, weight, strict=True):
-            if tensor is not None:
-                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+            if tensor is not None:  # a parameter is shared with the layer that owns it
+                shared = isinstance(tensor, nn.Parameter)
+                setattr(self, name, tensor if shared else nn.Parameter(tensor, requires_grad=False))
 
     def reset_parameters(self) -> None:
         """Set the layer to the zero weight; a quantized layer has no random initialization."""
@@ -230,11 +231,12 @@ class QuantLinear(nn.Linear):
         return None
 
 
-def relative_error(weight: Tensor, quantized: QuantLinear) -> float:
+def relative_error(weight: Tensor, quantized: nn.Module) -> float:
     """Frobenius norm of (dequantized - weight) over that of the weight; 0 for a zero weight.
 
     Args:
         weight: float [out_features, in_features].
+        quantized: a `QuantLinear` or `QuantEmbedding`.
     """
     squares = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of the error, of the weight
     rows = quantize.rows_per_block(quantized.in_features)
@@ -242,7 +244,7 @@ def relative_error(weight: Tensor, quantized: QuantLinear) -> float:
     for start in range(0, quantized.out_features, rows):
         block = weight[start : start + rows].to(torch.float32)
         canonical = (None if tensor is None else tensor[start : start + rows] for tensor in stored)
-        dequantized = ops.dequantize_weight(*canonical, quantized.in_features, quantized._scheme_name)
+        dequantized = ops.dequantize_weight(*canonical, quantized.in_features, quantized.scheme.name)
         for i, part in enumerate((dequantized - block, block)):
             squares[i] += torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
     error, norm = squares.sqrt().tolist()

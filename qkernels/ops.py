@@ -157,6 +157,48 @@ def int_grad_input(
     )
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    target: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dither: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross entropy of each row of `linear(hidden)`, and its gradient to that row, without holding the logits.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [M, K].
+        target: int64 [M], in [0, N) or `ignore_index`.
+        qweight, scales, zeros: the canonical storage of a weight [N, K].
+        bias: float [N] or None.
+        scheme: the canonical scheme name.
+        dither: int64 [M] in [0, 2^32), where the gradient's rounding starts in each row (docs/numerics.md, rule 7);
+            uniform random numbers make the rounding unbiased. None: no gradient.
+        softcap: c of `c * tanh(logit / c)`; 0: none. Not together with `label_smoothing`.
+        z_loss: weight of the squared log-sum-exp.
+        label_smoothing: share of the target that is spread over all classes.
+        ignore_index: rows with this target have loss 0 and gradient 0.
+
+    Returns:
+        float32: loss [M], log-sum-exp [M] (0 in ignored rows), gradient [M, K] of each row's loss ([0, K] without
+        dither).
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    options = {"softcap": softcap, "z_loss": z_loss, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    return _ops.linear_cross_entropy.default(hidden, target, qweight, scales, zeros, bias, scheme, dither, **options)
+
+
 @torch.library.register_fake("qkernels::quantize_activation")
 def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     parsed = QuantScheme.parse(scheme)
@@ -265,6 +307,42 @@ def _int_grad_input_fake(
     return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
 
 
+@torch.library.register_fake("qkernels::linear_cross_entropy")
+def _linear_cross_entropy_fake(
+    hidden: Tensor,
+    target: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dither: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _linear_fake(hidden, qweight, scales, zeros, bias, scheme)
+    rows, columns = hidden.shape
+    for name, tensor in (("target", target), ("dither", dither)):
+        if tensor is not None:
+            torch._check(
+                tensor.dtype == torch.int64 and tensor.shape == (rows,),
+                lambda name=name, tensor=tensor: (
+                    f"{name} must be torch.int64 of shape [{rows}], got {tensor.dtype} of shape {list(tensor.shape)}"
+                ),
+            )
+            _check_device(name, tensor, hidden.device)
+    torch._check(
+        softcap == 0 or label_smoothing == 0,
+        lambda: f"softcap must be 0 with label_smoothing, got {softcap} and {label_smoothing}",
+    )
+    float32 = {"dtype": torch.float32}
+    grad = hidden.new_empty((0 if dither is None else rows, columns), **float32)
+    return hidden.new_empty((rows,), **float32), hidden.new_empty((rows,), **float32), grad
+
+
 def _register_reference(name: str) -> None:
     """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
     check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
@@ -283,5 +361,6 @@ for _name in (
     "linear_grad_input",
     "column_scales",
     "int_grad_input",
+    "linear_cross_entropy",
 ):
     _register_reference(_name)

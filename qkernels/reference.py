@@ -6,6 +6,8 @@ result does not depend on the device or its BLAS. Signatures match the op schema
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -117,3 +119,166 @@ def linear_grad_input(
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
     weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
     return (grad_out.to(torch.float32) @ weight).to(out_dtype or grad_out.dtype)
+
+
+# Columns of the vocabulary that share a scale of the gradient, and the ranges of such chunks that are summed apart.
+LOSS_CHUNK = 1024
+_LOSS_RANGES = 8
+_LANES = 16
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def exp_nonpositive(x: Tensor) -> Tensor:
+    """exp of float32 x <= 0 within 2^-22, 0 below -87: single operations that are each rounded (`exp.inc`)."""
+    shifted = x * 1.44269504088896341 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    power = (shifted.view(torch.int32) << 23) + (127 << 23)
+    y = ((r * r * p + r) + 1.0) * power.view(torch.float32)
+    return torch.where(x < -87.0, 0.0, y)
+
+
+def _natural_log(x: Tensor) -> Tensor:
+    """log of float64 x >= 0 in operations that are each rounded."""
+    mantissa, exponent = torch.frexp(x)
+    low = mantissa < 0.70710678118654752
+    f = torch.where(low, mantissa * 2.0, mantissa)
+    s = (f - 1.0) / (f + 1.0)
+    series = torch.zeros_like(s)
+    for k in range(19, 0, -2):
+        series = series * (s * s) + 1.0 / k
+    log = 2.0 * (s * series) + (exponent.to(torch.float64) - low.to(torch.float64)) * 0.69314718055994531
+    return torch.where(x == 0, -torch.inf, torch.where(x == torch.inf, torch.inf, log))
+
+
+def _lane_sum(x: Tensor) -> Tensor:
+    """Row sums [M]: lane i adds columns i, i + 16, ... in order, then the 16 lanes are added by halves."""
+    steps = -(-x.shape[1] // _LANES)
+    lanes = pad(x, (0, steps * _LANES - x.shape[1])).view(len(x), steps, _LANES)
+    total = torch.zeros_like(lanes[:, 0])
+    for step in range(steps):
+        total = total + lanes[:, step]
+    while total.shape[1] > 1:
+        low, high = total.chunk(2, dim=1)
+        total = low + high
+    return total[:, 0]
+
+
+class _Softmax:
+    """The softmax of rows of logits over the columns seen so far, and its product with the weight."""
+
+    def __init__(self, rows: int, in_features: int, device: torch.device) -> None:
+        self.max = torch.full((rows,), _LOWEST, device=device)
+        self.sum = torch.zeros(rows, device=device)
+        self.total = torch.zeros(rows, dtype=torch.float64, device=device)  # of the logits
+        self.target = torch.zeros(rows, device=device)  # the target's logit
+        self.product = torch.zeros(rows, in_features, device=device)
+
+    def fold(self, largest: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a part; the factors of what was there before and of the part."""
+        highest = torch.where(largest > self.max, largest, self.max)
+        before, own = exp_nonpositive(self.max - highest), exp_nonpositive(largest - highest)
+        self.max, self.sum = highest, self.sum * before + total * own
+        self.total = self.total + logits
+        return before[:, None], own[:, None]
+
+
+def _soft_cap(logits: Tensor, cap: float) -> Tensor:
+    if cap == 0:
+        return logits
+    u = logits * quantize.divide(1.0, torch.tensor(cap, dtype=torch.float32, device=logits.device))
+    t = exp_nonpositive(u.abs() * -2.0)
+    return torch.copysign((1.0 - t) / (1.0 + t) * cap, u)
+
+
+def _quantize_dithered(x: Tensor, dither: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """int8 of x with a scale for each row, rounded up where a fraction exceeds what the dither says."""
+    bits = (x.view(torch.int32) & 0x7FFFFFFF).amax(dim=1, keepdim=True)
+    absmax = bits.view(torch.float32)
+    broken, tiny = bits >= 0x7F800000, bits < 0x0F800000  # Inf or NaN, below 2^-96
+    v = x * quantize.divide(127.0, torch.where(broken | tiny, 1.0, absmax))
+    columns = torch.arange(first, first + x.shape[1], device=x.device)
+    u = ((dither[:, None] + columns * 0x9E3779B9) % 2**32 >> 8).to(torch.float32) * 2.0**-24
+    q = (v.floor() + (u < v - v.floor())).clamp(-127, 127)
+    scale = torch.where(broken, torch.nan, torch.where(tiny, 1.0, quantize.divide(absmax, 127.0)))
+    return torch.where(broken | tiny, 0.0, q).to(torch.int8), scale
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    target: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dither: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 7: losses [M], log-sum-exps [M] and gradients [M, K] of the losses (none without dither), float32."""
+    parsed, (out_features, in_features) = QuantScheme.parse(scheme), (qweight.shape[0], hidden.shape[1])
+    valid = target != ignore_index
+    hidden, picked = hidden[valid].to(torch.float32), target[valid]
+    chunks = -(-out_features // LOSS_CHUNK)
+    edges = [i * chunks // _LOSS_RANGES for i in range(_LOSS_RANGES + 1)]
+    state = _Softmax(len(hidden), in_features, hidden.device)
+    for begin, end in pairwise(edges):
+        part = _Softmax(len(hidden), in_features, hidden.device)
+        for first in range(begin * LOSS_CHUNK, min(end * LOSS_CHUNK, out_features), LOSS_CHUNK):
+            rows = slice(first, first + LOSS_CHUNK)
+            weight = (qweight[rows], scales[rows], None if zeros is None else zeros[rows])
+            logits = linear(hidden, *weight, None if bias is None else bias[rows], scheme)
+            y = _soft_cap(logits, softcap)
+            largest = torch.where(y.isnan(), _LOWEST, y).amax(dim=1).clamp(min=_LOWEST)
+            e = exp_nonpositive(y - largest[:, None])
+            before, own = part.fold(largest, _lane_sum(e), _lane_sum(y))
+            is_target = picked[:, None] == torch.arange(first, first + y.shape[1], device=y.device)
+            part.target = torch.where(
+                is_target.any(dim=1), y.gather(1, is_target.int().argmax(1, True))[:, 0], part.target
+            )
+            if dither is None:
+                continue
+            if softcap != 0:
+                t = y * quantize.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
+                slope = 1.0 - t * t
+                e = torch.where(slope > 0, e * slope, 0.0)
+            if not parsed.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
+                zero = (weight_integers(weight[0], weight[2], in_features, parsed) == 0).all(dim=1)
+                e = e * torch.where(zero, 0.0, weight[1][:, 0])
+            q, scale = _quantize_dithered(e.masked_fill(is_target, 0.0), dither[valid], first)
+            columns = column_scales(*weight, in_features, scheme) if parsed.group_size else None
+            product = int_grad_input(q, (scale * own)[:, 0], *weight, in_features, scheme, columns)
+            part.product = part.product * before + product
+        before, own = state.fold(part.max, part.sum, part.total)
+        state.target = state.target + part.target
+        state.product = state.product * before + part.product * own
+    lse = state.max + _natural_log(state.sum.to(torch.float64))
+    expected = (1.0 - label_smoothing) * state.target.to(torch.float64)
+    if label_smoothing != 0:
+        expected = expected + label_smoothing * (state.total / out_features)
+    out = [target.new_zeros(len(target), dtype=torch.float32) for _ in range(2)]
+    out[0][valid] = ((lse - expected) + z_loss * (lse * lse)).to(torch.float32)
+    out[1][valid] = lse.to(torch.float32)
+    grad = target.new_zeros((0 if dither is None else len(target), in_features), dtype=torch.float32)
+    if dither is not None:
+        slope = 1.0 + 2.0 * z_loss * lse
+        at_target = slope * (exp_nonpositive(state.target - state.max).double() / state.sum) - (1.0 - label_smoothing)
+        if softcap != 0:
+            at_target = at_target * (1.0 - (state.target.double() / softcap) ** 2)
+        factor = (slope / state.sum.double()).to(torch.float32)
+        row = quantize.dequantize_weight(
+            qweight[picked], scales[picked], None if zeros is None else zeros[picked], in_features, parsed
+        )
+        result = state.product * factor[:, None] + row * at_target.to(torch.float32)[:, None]
+        if label_smoothing != 0:
+            weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, parsed)
+            result = result - label_smoothing / out_features * weight.sum(dim=0, dtype=torch.float64)
+        grad[valid] = result.to(torch.float32)
+    return *out, grad

@@ -181,11 +181,26 @@ def int_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
         yield Sample(args, label + (", a row of NaN" if special else ""))
 
 
+def linear_cross_entropy(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    """The last sample's vocabulary has several chunks."""
+    for i, (rows, out_features, in_features) in enumerate(draw.shapes(count)):
+        if i == count:
+            rows, out_features = 9, 2 * reference.LOSS_CHUNK + 17
+        hidden, words = draw.matrix(rows, in_features, draw.kind(scheme))
+        weight, bias = draw.weight(out_features, in_features, scheme), draw.bias(out_features)
+        target = torch.randint(0, out_features, (rows,), generator=draw.generator)
+        target[: rows // 4] = -100
+        dither = torch.randint(2**32, (rows,), generator=draw.generator) if draw.choose.random() < 0.8 else None
+        label = f"hidden {words}, N {out_features}, bias {bias is not None}, dither {dither is not None}"
+        yield Sample((hidden, target, *weight, bias, scheme.name, dither), label)
+
+
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "column_scales": column_scales,
     "dequantize_weight": dequantize_weight,
     "int_grad_input": int_grad_input,
     "linear": linear,
+    "linear_cross_entropy": linear_cross_entropy,
     "linear_grad_input": linear_grad_input,
     "quantize_activation": quantize_activation,
 }

@@ -92,6 +92,11 @@ def test_int_grad_input_equals_reference(each_isa, scheme):
     assert_equals_reference("int_grad_input", scheme, 8, each_isa)
 
 
+@pytest.mark.parametrize("scheme", INT_SCHEMES)
+def test_linear_cross_entropy_equals_reference(each_isa, scheme):
+    assert_equals_reference("linear_cross_entropy", scheme, 5, each_isa)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_int_grad_input_rounds_to_any_dtype(each_isa, scheme, dtype):

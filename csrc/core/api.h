@@ -43,4 +43,25 @@ QK_API void column_scales(const Weight& w, float* out, const Parallel& parallel)
 QK_API void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
                            DType out_dtype, const Parallel& parallel);
 
+struct CrossEntropyArgs {
+  Matrix hidden;
+  const int64_t* target;  // [M], in [0, n) or ignore_index
+  Bias bias;              // of the logits
+  const int64_t* dither;  // [M], in [0, 2^32): see docs/numerics.md; not read without a gradient
+  float softcap;          // 0: none
+  double z_loss, label_smoothing;
+  int64_t ignore_index;
+};
+
+struct CrossEntropyResult {
+  float* loss;         // [M]
+  float* lse;          // [M]: log of the sum of the exponentials of the logits
+  float* grad_hidden;  // [M, k]: of each row's loss, or null: not wanted
+};
+
+// The cross entropy of the logits of each row of hidden, 0 for ignored rows. n <= 2^31; no softcap together with
+// label smoothing.
+QK_API void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
+                                 const Parallel& parallel);
+
 }  // namespace qk

@@ -75,6 +75,8 @@ const Kernels& avxvnni_kernels() {
       .dot_int4 = dot_int4,
       .combine = combine,
       .dot_float = dot_float,
+      .softmax_row = softmax_row,
+      .scale_and_add = scale_and_add,
   };
   return table;
 }

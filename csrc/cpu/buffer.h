@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <new>
+#include <utility>
 
 namespace qk {
 
@@ -13,6 +14,10 @@ class Buffer {
   ~Buffer() { ::operator delete(data_, std::align_val_t{kLine}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
 
   T* get() { return data_; }
   const T* get() const { return data_; }

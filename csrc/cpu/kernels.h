@@ -104,6 +104,31 @@ struct DotRows {
   int int8, int8_grouped, int4, int4_grouped, floats;
 };
 
+// A chunk of a row of logits, for softmax_row.
+struct LogitRow {
+  const float* logits;  // [n]
+  int64_t n;
+  const float* w_scales;  // [n]: multiplied into the gradient, or null: ones
+  float softcap;          // c: the logits become c * tanh(logit / c); 0: they stay
+  int64_t target;         // the column of the target, if it is in [0, n)
+  uint32_t dither;        // of the first column
+  int8_t* q;              // [n], or null: no gradient
+};
+
+// The softmax of a row as far as it has been seen.
+struct SoftmaxState {
+  float max = -3.402823466e38f;
+  float sum = 0.0f;     // of exp(logit - max)
+  double total = 0.0;   // of the logits
+  float target = 0.0f;  // the target's logit
+};
+
+// What a chunk makes of the sums before it, and of its own gradient q, which belongs to exp(logit - its own max).
+struct SoftmaxFactors {
+  float before, own;
+  uint32_t absmax_bits;  // of the gradient before it was quantized
+};
+
 // Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
 struct Bf16Kernels {
   int mr;
@@ -185,6 +210,11 @@ struct Kernels {
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
+
+  // Adds a chunk to the softmax of its row and quantizes its gradient (docs/numerics.md, rule 7). `scratch` holds the
+  // chunk's columns, rounded up to 16.
+  void (*softmax_row)(const LogitRow& row, float* scratch, SoftmaxState& state, SoftmaxFactors& factors);
+  void (*scale_and_add)(float* acc, int64_t n, float factor, const float* x);  // acc = acc * factor + x
 };
 
 const Kernels& scalar_kernels();

@@ -11,6 +11,7 @@ constexpr int kNr = 8;
 void half_to_floats(const uint16_t* src, int64_t n, float* dst);
 void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
+constexpr int kVector = 4;  // lanes of 32 bits
 #include "cpu/common.inc"
 
 void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
@@ -225,6 +226,8 @@ const Kernels& scalar_kernels() {
       .dot_int4 = dot_int4,
       .combine = combine,
       .dot_float = dot_float,
+      .softmax_row = softmax_row,
+      .scale_and_add = scale_and_add,
   };
   return table;
 }

@@ -20,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
 from ..convert import AFTER_QUANTIZE, Layer, QuantizationReport, find_layers, plan
+from ..embedding import QuantEmbedding
 from ..nn import QuantLinear, float_weight
+from ..quantize import QuantizedWeight
 from ..schemes import QuantScheme
 
 METHOD = "qkernels"
@@ -35,6 +37,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
             (such as a head tied to the embedding) is left here too.
         mode, grad: of the layers; see `QuantLinear`.
+        embeddings: quantize embeddings too, and the head that is tied to one; see `quantize_`.
         layers: name -> scheme of the quantized layers of a saved model; filled in when a model is quantized.
 
     Raises:
@@ -49,6 +52,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         mode: str = "frozen",
         grad: str = "float",
         *,
+        embeddings: bool = False,
         layers: dict[str, str] | None = None,
     ) -> None:
         if isinstance(skip, str):
@@ -56,7 +60,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.scheme = QuantScheme.parse(scheme).name
         self.skip = list(skip or ())
-        self.mode, self.grad = mode, grad
+        self.mode, self.grad, self.embeddings = mode, grad, embeddings
         self.layers = dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, mode=mode, grad=grad, device="meta")  # refuses unknown values
 
@@ -91,7 +95,6 @@ class QKernelsHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: list[Layer] = []
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
-        self._rows: dict[int, object] = {}  # by id of the layer: its row in the report
 
     @property
     def scheme(self) -> QuantScheme:
@@ -124,12 +127,16 @@ class QKernelsHfQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        self._model = model
         if self.pre_quantized:
             self._restore_layers(model)
             return
         config = self.quantization_config
         self._report = QuantizationReport(config.scheme, config.mode, config.grad)
-        self._layers = plan(model, self.scheme, config.skip, None, self._report, tied=model.all_tied_weights_keys)
+        ties = model.all_tied_weights_keys
+        self._layers = plan(
+            model, self.scheme, config.skip, None, self._report, tied=ties, embeddings=config.embeddings
+        )
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
         self._pending = {
@@ -145,22 +152,30 @@ class QKernelsHfQuantizer(HfQuantizer):
         layer = self._pending.get(name)
         if layer is None:
             return []
-        keys = [f"{alias}.weight" for alias in layer.names]
-        for key in keys:
-            del self._pending[key]
+        peers = [layer, *(peer for peer in layer.peers if peer is not layer)]
+        keys = [f"{alias}.weight" for peer in peers for alias in peer.names]
+        if layer.converted is not None:  # from the weight of a layer that it is tied to
+            return keys
         if tensor.shape != layer.module.weight.shape:
-            layer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
+            for key in keys:
+                del self._pending[key]
+            for peer in peers:
+                peer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
             return []
         layer.module.weight = nn.Parameter(tensor, requires_grad=False)
         config = self.quantization_config
         try:
-            self._rows[id(layer)] = layer.convert(self.scheme, config.mode, config.grad)
+            for peer in peers:
+                peer.convert(self.scheme, config.mode, config.grad)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         for parameter in (layer.module.qweight, layer.module.scales, layer.module.zeros):
             if parameter is not None:
                 parameter._is_hf_initialized = True
-        _guard_from_initialization(layer.module)
+        for peer in peers:
+            _guard_from_initialization(peer.module)
+        if layer.peers:
+            _tie_storage(self._model)
         return keys
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
@@ -169,40 +184,35 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._check_restored()
             return
         for layer in self._pending.values():
-            layer.reason = "has no weight of its own in the checkpoint"
+            if layer.converted is None:
+                layer.reason = "has no weight of its own in the checkpoint"
         for layer in self._layers:
             if isinstance(layer.module, QuantLinear) and not _is_loaded(layer.module.bias):
                 layer.module.bias.data.zero_()
-        self._report.rows = [self._rows.get(id(layer)) or layer.row() for layer in self._layers]
+        self._report.rows = [layer.converted or layer.row() for layer in self._layers]
         model.quantization_report = self._report
         self.quantization_config.layers = _scheme_by_name(self._report, "")
-        self._layers, self._pending, self._rows = [], {}, {}
+        self._layers, self._pending = [], {}
 
     def _restore_layers(self, model) -> None:
         """Swap the layers that the saved model says are quantized, before their tensors are read."""
         config = self.quantization_config
         prefix = f"{model.base_model_prefix}."
-        by_name = {name: layer for layer in find_layers(model) for name in layer.names}
+        by_name = {name: layer for layer in find_layers(model, embeddings=True) for name in layer.names}
         for name, scheme in config.layers.items():
             # The folder may have been saved from the model with a head and be loaded without, or the reverse.
             names = (name, prefix + name, name.removeprefix(prefix))
             layer = next((by_name[candidate] for candidate in names if candidate in by_name), None)
-            if layer is None or isinstance(layer.module, QuantLinear):
+            if layer is None or isinstance(layer.module, QuantLinear | QuantEmbedding):
                 continue  # the layer belongs to another head, or is known by a second name
-            weight = float_weight(layer.module)
-            quantized = QuantLinear(
-                weight.shape[1],
-                weight.shape[0],
-                layer.module.bias is not None,
-                scheme,
-                mode=config.mode,
-                grad=config.grad,
-                device="meta",
-                dtype=weight.dtype,
-            )
-            layer.replace(quantized)
-            _guard_from_initialization(quantized)
+            layer.replace(self._empty_like(layer.module, scheme))
+            _guard_from_initialization(layer.module)
             self._layers.append(layer)
+        for target, source in model.all_tied_weights_keys.items():
+            owner, other = (_module_of(model, key) for key in (source, target))
+            if _same_format(owner, other):
+                other.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
+        _tie_storage(model)
         if not self._layers:
             raise ValueError(
                 f"quantization_config.layers must name linear layers of {type(model).__name__}, got "
@@ -210,6 +220,22 @@ class QKernelsHfQuantizer(HfQuantizer):
                 "quantization_config=QKernelsConfig(...) to from_pretrained"
             )
         config.layers = {layer.name: layer.module.scheme.name for layer in self._layers}
+
+    def _empty_like(self, module: nn.Module, scheme: str) -> QuantLinear | QuantEmbedding:
+        """The quantized twin of a float layer, on the meta device."""
+        if isinstance(module, nn.Embedding):
+            return QuantEmbedding.like(module, scheme)
+        weight, config = float_weight(module), self.quantization_config
+        return QuantLinear(
+            weight.shape[1],
+            weight.shape[0],
+            module.bias is not None,
+            scheme,
+            mode=config.mode,
+            grad=config.grad,
+            device="meta",
+            dtype=weight.dtype,
+        )
 
     def _check_restored(self) -> None:
         for layer in self._layers:
@@ -221,7 +247,33 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._layers = []
 
 
-def _guard_from_initialization(module: QuantLinear) -> None:
+def _module_of(model: nn.Module, key: str) -> nn.Module | None:
+    """The module that owns the parameter called `key`, if it is a weight."""
+    name, _, parameter = key.rpartition(".")
+    return model.get_submodule(name) if parameter == "weight" else None
+
+
+def _same_format(a: nn.Module | None, b: nn.Module | None) -> bool:
+    quantized = isinstance(a, QuantLinear | QuantEmbedding) and isinstance(b, QuantLinear | QuantEmbedding)
+    return quantized and a.scheme == b.scheme and (a.out_features, a.in_features) == (b.out_features, b.in_features)
+
+
+def _tie_storage(model: transformers.PreTrainedModel) -> None:
+    """Replace the ties of float weights in the model's mappings by those of the storage that quantized layers share."""
+    ties: dict[str, str] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        owner, other = (_module_of(model, key) for key in (source, target))
+        if _same_format(owner, other) and owner.qweight is other.qweight:
+            names = [name for name in ("qweight", "scales", "zeros") if getattr(owner, name) is not None]
+            source, target = (key.removesuffix("weight") for key in (source, target))
+            ties.update((target + name, source + name) for name in names)
+        else:
+            ties[target] = source
+    if ties != model.all_tied_weights_keys:
+        model.all_tied_weights_keys, model._tied_weights_keys = ties, dict(ties)
+
+
+def _guard_from_initialization(module: QuantLinear | QuantEmbedding) -> None:
     """Until `_unguard`, show code that initializes weights (of the layer, or from its parent) one not to be touched."""
     weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
     weight._is_hf_initialized = module._is_hf_initialized = True
@@ -253,6 +305,7 @@ def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
         if not isinstance(module, transformers.PreTrainedModel) or id(module) in covered:
             continue
         covered.update(id(submodule) for submodule in module.modules())
+        _tie_storage(module)
         layers = _scheme_by_name(report, f"{name}." if name else "")
         config = getattr(module.config, "quantization_config", None)
         if isinstance(config, dict) and config.get("quant_method") == METHOD:

@@ -452,6 +452,33 @@ void check_longest_gradient_sum(Checker& checker) {
   });
 }
 
+// Three chunks of the vocabulary, the last one ragged; with and without soft-capping.
+void check_cross_entropy(Checker& checker, const std::string& scheme_name) {
+  constexpr int64_t m = 5, n = 2100, k = 70;
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  if (!scheme.int_activations()) return;
+  Random random("cross entropy " + scheme_name);
+  const Input x(m, k, DType::float32, random, false);
+  StoredWeight stored(scheme, n, k, random);
+  const qk::Weight weight = stored.weight();
+  const std::vector<int64_t> target = {0, 1023, -100, 1024, n - 1}, dither = {0, 1, 2, 0xffffffff, 0x12345678};
+  for (const float softcap : {0.0f, 3.0f}) {
+    const qk::CrossEntropyArgs args{.hidden = x.matrix(),
+                                    .target = target.data(),
+                                    .bias = {nullptr, DType::float32},
+                                    .dither = dither.data(),
+                                    .softcap = softcap,
+                                    .z_loss = 0.01,
+                                    .label_smoothing = softcap == 0.0f ? 0.1 : 0.0,
+                                    .ignore_index = -100};
+    const std::string label = scheme_name + " linear_cross_entropy" + (softcap == 0.0f ? "" : ", soft-capped");
+    checker.exact(label, m * (k + 2), DType::float32, [&](void* out) {
+      auto* floats = static_cast<float*>(out);
+      qk::linear_cross_entropy(args, weight, {floats, floats + m, floats + 2 * m}, kOneThread);
+    });
+  }
+}
+
 int check() {
   const std::string isa = qk::current_isa();
   std::printf("isa %s\n", isa.c_str());
@@ -462,6 +489,7 @@ int check() {
   for (const std::string& scheme : scheme_names()) {
     for (const Shape& shape : kShapes) check_scheme(checker, scheme, shape);
     for (const Shape& shape : kShapes) check_int_gradient(checker, scheme, shape);
+    check_cross_entropy(checker, scheme);
   }
   for (const int64_t rows : {2, 6}) check_longest_sum(checker, rows);
   check_longest_gradient_sum(checker);
