@@ -229,6 +229,44 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   return out;
 }
 
+qk::Random random_of(const Tensor& seed, int64_t stream) {
+  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
+          name_of(seed.scalar_type()), " of shape ", shape_of(seed));
+  require(stream >= 0 && stream <= UINT32_MAX, "stream must be between 0 and 2^32 - 1, got ", stream);
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), static_cast<uint32_t>(stream)};
+}
+
+const float* factors_of(const char* name, std::optional<Tensor>& factors, int64_t size) {
+  if (!factors.has_value()) return nullptr;
+  check_vector(name, *factors, size);
+  factors = as_contiguous(*factors);
+  return static_cast<const float*>(factors->const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
+                                         int64_t stream) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const float* const factors = factors_of("column_factors", column_factors, view.cols);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
+  qk::quantize_rows(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+                    static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  return {q, scales};
+}
+
+std::tuple<Tensor, Tensor> quantize_columns(const Tensor& x_arg, std::optional<Tensor> row_factors, const Tensor& seed,
+                                            int64_t stream) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const float* const factors = factors_of("row_factors", row_factors, view.rows);
+  Tensor q = torch::stable::new_empty(x, {view.cols, view.rows}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.cols}, ScalarType::Float);
+  qk::quantize_columns(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+                       static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  return {q, scales};
+}
+
 STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
@@ -238,6 +276,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
+  m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def("quantize_columns(Tensor x, Tensor? row_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
   m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
@@ -249,6 +289,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_columns", TORCH_BOX(&quantize_columns));
   m.impl("column_scales", TORCH_BOX(&column_scales));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
 }

@@ -157,6 +157,41 @@ def int_grad_input(
     )
 
 
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8 with stochastic rounding: the mean over seeds is what is quantized.
+
+    Args:
+        x: float [M, N].
+        column_factors: float32 [N] that the columns are multiplied with before; None: ones.
+        seed: int64 of shape [], see `stochastic.draw_seed`.
+        stream: which of the seed's independent random numbers, see `stochastic`.
+
+    Returns:
+        int8 [M, N] and float32 scales [M]. A row that holds Inf or NaN has q = 0 and scale NaN.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _ops.quantize_rows.default(x, column_factors, seed, stream)
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Quantize each column to int8 with stochastic rounding, transposed; see `quantize_rows`.
+
+    Args:
+        x: float [M, N].
+        row_factors: float32 [M] that the rows are multiplied with before; None: ones.
+        seed, stream: as in `quantize_rows`.
+
+    Returns:
+        int8 [N, M] and float32 scales [N].
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _ops.quantize_columns.default(x, row_factors, seed, stream)
+
+
 @torch.library.register_fake("qkernels::quantize_activation")
 def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     parsed = QuantScheme.parse(scheme)
@@ -265,6 +300,31 @@ def _int_grad_input_fake(
     return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
 
 
+def _check_random(x: Tensor, name: str, factors: Tensor | None, size: int, seed: Tensor, stream: int) -> None:
+    _check_matrix("x", x)
+    torch._check(x.shape[1] >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
+    if factors is not None:
+        _check_vector(name, factors, size, x.device)
+    torch._check(
+        seed.dtype == torch.int64 and seed.dim() == 0,
+        lambda: f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}",
+    )
+    torch._check(0 <= stream < 2**32, lambda: f"stream must be between 0 and 2^32 - 1, got {stream}")
+
+
+@torch.library.register_fake("qkernels::quantize_rows")
+def _quantize_rows_fake(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    _check_random(x, "column_factors", column_factors, x.shape[-1], seed, stream)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::quantize_columns")
+def _quantize_columns_fake(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    _check_random(x, "row_factors", row_factors, x.shape[0], seed, stream)
+    rows, columns = x.shape
+    return x.new_empty((columns, rows), dtype=torch.int8), x.new_empty(columns, dtype=torch.float32)
+
+
 def _register_reference(name: str) -> None:
     """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
     check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
@@ -283,5 +343,7 @@ for _name in (
     "linear_grad_input",
     "column_scales",
     "int_grad_input",
+    "quantize_rows",
+    "quantize_columns",
 ):
     _register_reference(_name)

@@ -60,16 +60,21 @@ def _grouped(x: Tensor, group_size: int | None) -> Tensor:
     return pad(x, (0, -columns % group_size)).unflatten(-1, (-1, group_size))
 
 
-def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
+def int8_scaled(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Rule 1 and the product of rule 2: float32 [R, groups, G] -> what is rounded, and float32 scales [R, groups]."""
     bits = (groups.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
     absmax = bits.view(torch.float32)
     finite, usable = bits < _INF_BITS, (bits < _INF_BITS) & (absmax >= TINY)
     safe = torch.where(usable, absmax, 1.0)
     scales = torch.where(usable, divide(safe, 127.0), torch.where(finite, 1.0, torch.nan))
     inverse = torch.where(usable, divide(127.0, safe), 0.0).unsqueeze(-1)
-    scaled = torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse
-    return scaled.round().clamp(-127, 127).to(torch.int8), scales.to(torch.float32)
+    return torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse, scales.to(torch.float32)
+
+
+def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
+    scaled, scales = int8_scaled(groups)
+    return scaled.round().clamp(-127, 127).to(torch.int8), scales
 
 
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import quantize
+from . import quantize, stochastic
 from .quantize import weight_integers
 from .schemes import QuantScheme
 
@@ -117,3 +117,19 @@ def linear_grad_input(
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
     weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
     return (grad_out.to(torch.float32) @ weight).to(out_dtype or grad_out.dtype)
+
+
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Rule 7: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
+    folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
+    scaled, scales = quantize.int8_scaled(folded.unsqueeze(1))
+    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device)
+    return stochastic.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Rule 7 on the columns of `x`, transposed; the random bits are those of the places in x."""
+    folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
+    scaled, scales = quantize.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
+    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device).t()
+    return stochastic.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

@@ -181,6 +181,24 @@ def int_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
         yield Sample(args, label + (", a row of NaN" if special else ""))
 
 
+def quantize_randomly(draw: Draw, count: int, of_rows: bool) -> Iterator[Sample]:
+    for rows, _, columns in draw.shapes(count):
+        x, words = draw.matrix(rows, columns, draw.choose.choice(("normal", "extremes", "ties", "special")))
+        factors = None if draw.choose.random() < 0.3 else draw.floats(columns if of_rows else rows)
+        seed = torch.tensor(draw.choose.choice((0, -1, draw.choose.getrandbits(63))))
+        stream = draw.choose.choice((0, 1, 2, 2**32 - 1))
+        label = f"x {words}, {'no ' if factors is None else ''}factors, seed {seed}, stream {stream}"
+        yield Sample((x, factors, seed, stream), label)
+
+
+def quantize_rows(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    return quantize_randomly(draw, count, of_rows=True)
+
+
+def quantize_columns(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    return quantize_randomly(draw, count, of_rows=False)
+
+
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "column_scales": column_scales,
     "dequantize_weight": dequantize_weight,
@@ -188,11 +206,15 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "linear": linear,
     "linear_grad_input": linear_grad_input,
     "quantize_activation": quantize_activation,
+    "quantize_columns": quantize_columns,
+    "quantize_rows": quantize_rows,
 }
 # What activations become does not depend on the weight format.
 OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
     "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
 }
+# These know no schemes at all; the names tell their sets of samples apart.
+OP_SCHEMES |= dict.fromkeys(("quantize_columns", "quantize_rows"), ("w8a8", "w8a16", "w4a8", "w4a16"))
 
 
 def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:

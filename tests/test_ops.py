@@ -92,6 +92,12 @@ def test_int_grad_input_equals_reference(each_isa, scheme):
     assert_equals_reference("int_grad_input", scheme, 8, each_isa)
 
 
+@pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
+def test_stochastic_rounding_equals_reference(each_isa, op):
+    for scheme in OP_SCHEMES[op]:
+        assert_equals_reference(op, scheme, 20, each_isa)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_int_grad_input_rounds_to_any_dtype(each_isa, scheme, dtype):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "core/threads.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers.h"
 #include "cpu/kernels.h"
@@ -11,19 +12,8 @@
 namespace qk {
 namespace {
 
-// Below this many multiply-adds a thread, starting it costs more than it saves.
-constexpr int64_t kMinWorkPerThread = int64_t{1} << 18;
-
 // Columns that column_scales reads at a time.
 constexpr int64_t kScaleColumns = 256;
-
-int useful_threads(int threads, int64_t work) {
-  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
-}
-
-Parallel limit(const Parallel& parallel, int64_t work) {
-  return {useful_threads(parallel.num_threads, work), parallel.run};
-}
 
 }  // namespace
 

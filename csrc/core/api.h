@@ -43,4 +43,13 @@ QK_API void column_scales(const Weight& w, float* out, const Parallel& parallel)
 QK_API void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
                            DType out_dtype, const Parallel& parallel);
 
+// Stochastic rounding of x [rows, cols] to int8 with a scale for each row: q [rows, cols], scales [rows]. Column c is
+// multiplied by column_factors[c] before; null: by nothing.
+QK_API void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
+                          const Parallel& parallel);
+
+// The same for each column: q [cols, rows], scales [cols]. Row r is multiplied by row_factors[r] before, or null.
+QK_API void quantize_columns(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
+                             const Parallel& parallel);
+
 }  // namespace qk

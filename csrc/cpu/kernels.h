@@ -30,6 +30,7 @@
 #pragma once
 
 #include "core/types.h"
+#include "cpu/philox.h"
 
 namespace qk {
 
@@ -129,6 +130,15 @@ struct Kernels {
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
   void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
   int32_t (*sum)(const int8_t* q, int64_t n);
+  void (*scale)(const float* x, int64_t n, float factor, float* out);         // x * factor
+  void (*scale_each)(const float* x, const float* y, int64_t n, float* out);  // x * y
+  void (*max_bits)(const float* x, int64_t n, uint32_t* max);                 // max[i] = max(max[i], bits of |x[i]|)
+  // v = x * inverse; clamp(floor(v) + (u < v - floor(v)), -127, 127), where u = (word >> 8) * 2^-24 and value i takes a
+  // word of the random row at column + i; column is a multiple of kPhiloxWords. NaN becomes -127.
+  void (*round_stochastic)(const float* x, int64_t n, float inverse, const PhiloxRow& random, int64_t column,
+                           int8_t* q);
+  // out[c * out_stride + r] = q[r * stride + c]
+  void (*transpose)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, int8_t* out, int64_t out_stride);
 
   // Panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
   int unit;     // k per unit of the integer panels

@@ -13,6 +13,8 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
 #include "cpu/common.inc"
 
+#include "cpu/plain.inc"
+
 void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
 void store_float(const float* tile, const TileOutput& output) { store_tile(tile, output); }
 
@@ -198,6 +200,11 @@ const Kernels& scalar_kernels() {
       .dequantize = dequantize,
       .requantize = requantize,
       .sum = sum,
+      .scale = scale,
+      .scale_each = scale_each,
+      .max_bits = max_bits,
+      .round_stochastic = round_stochastic,
+      .transpose = transpose,
       .unit = 1,
       .a_shift = 0,
       .encode_a = encode,
