@@ -53,7 +53,7 @@ def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
     return like.new_full((), a) / b if like is b else a / like.new_full((), b)
 
 
-def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+def grouped(x: Tensor, group_size: int | None) -> Tensor:
     """float32 [R, K] -> [R, groups, group_size], zero-padded (a zero never changes a range that contains 0)."""
     columns = x.shape[-1]
     group_size = group_size or columns
@@ -94,7 +94,7 @@ def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, T
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
     _check_float_matrix("x", x)
-    q, scales = int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
+    q, scales = int8_groups(grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
 
 
@@ -136,7 +136,7 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or Inf values")
     in_features = weight.shape[1]
-    groups = _grouped(weight, scheme.group_size)
+    groups = grouped(weight, scheme.group_size)
     if scheme.weight_bits == 8:
         q, scales = int8_groups(groups)
         return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)

@@ -75,6 +75,46 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     return total if scheme.act_group_size else total * x_scales
 
 
+def linear_saving(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear`, and x quantized with one scale a row (rule 8): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
+    parsed = QuantScheme.parse(scheme)
+    qx, x_scales = quantize.quantize_activation(x, parsed)
+    out = linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    if parsed.act_group_size is None:
+        return out, qx, x_scales.flatten()
+    groups = quantize.grouped(qx.to(torch.float32), parsed.act_group_size)
+    counts = (groups != 0).any(dim=-1) | x_scales.isnan()
+    row_scales = torch.where(counts, x_scales, 0.0).amax(dim=1)
+    row_scales = torch.where(row_scales == 0, 1.0, row_scales)
+    merged = (groups * (x_scales / row_scales[:, None]).unsqueeze(-1)).round()
+    merged = torch.where(row_scales.isnan()[:, None, None], 0.0, merged)
+    return out, merged.to(torch.int8).flatten(1)[:, : x.shape[1]].contiguous(), row_scales
+
+
+def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The canonical storage; zeros is [N, 0] for symmetric schemes."""
+    qweight, scales, zeros = quantize.quantize_weight(weight, scheme)
+    return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
+
+
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+    """`grad [N, K]` where the integer of the weight lies in 0..15 before it is clamped, and 0 elsewhere."""
+    parsed = QuantScheme.parse(scheme)
+    groups = quantize.grouped(weight.to(torch.float32), parsed.group_size)
+    _, inverse, zeros = quantize.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), parsed.symmetric)
+    integers = (groups * inverse.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    inside = ((integers >= 0) & (integers <= 15)).flatten(1)[:, : weight.shape[1]]
+    return torch.where(inside, grad, 0.0)
+
+
 def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
     """float32 [in_features]: rule 1 on each column of the dequantized weight."""
     weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)

@@ -1,5 +1,6 @@
-// What training quantizes: gradients and weights, with stochastic rounding.
+// What training quantizes: weights anew in each step, and gradients, with stochastic rounding.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -21,7 +22,81 @@ constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 256;
 static_assert(kColumns % kPhiloxWords == 0);
 
+constexpr float kTinyRange = 0x1p-96f;  // the range of a group of zeros
+
+// Rule 3 for a group.
+struct Int4Group {
+  float scale = 1.0f, inverse = 0.0f;
+  int zero;
+  bool finite;
+
+  Int4Group(const Kernels& kernels, const float* w, int64_t count, bool symmetric) : zero(symmetric ? 8 : 0) {
+    float low, high;
+    kernels.range(w, count, &low, &high);
+    if (!symmetric) {
+      low = std::min(low, 0.0f);
+      high = std::max(high, 0.0f);
+    }
+    const float levels = symmetric ? -8.0f : 15.0f, span = !symmetric ? high - low : -low > high ? low : high;
+    finite = std::isfinite(low) && std::isfinite(high) && std::isfinite(span);
+    if (!finite || std::fabs(span) < kTinyRange) return;
+    scale = span / levels;
+    inverse = levels / span;
+    if (!symmetric) zero = static_cast<int>(std::clamp(std::nearbyint(-low * inverse), 0.0f, 15.0f));
+  }
+};
+
 }  // namespace
+
+bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
+                     const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
+  std::atomic<bool> finite{true};
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols);
+    Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
+      float* row_scales = scales + n * groups;
+      if (scheme.weight_bits == 8) {
+        quantize_row(kernels, row, w.cols, group, reinterpret_cast<int8_t*>(out), row_scales);
+        if (std::any_of(row_scales, row_scales + groups, [](float s) { return std::isnan(s); })) finite = false;
+        continue;
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
+        const Int4Group range(kernels, row + k0, count, scheme.symmetric);
+        if (!range.finite) finite = false;
+        kernels.quantize_int4(row + k0, count, range.inverse, range.zero, &nibbles[k0]);
+        row_scales[g] = range.scale;
+        if (zeros != nullptr) zeros[n * groups + g] = static_cast<uint8_t>(range.zero);
+      }
+      kernels.pack_int4(nibbles.get(), w.cols, out);
+    }
+  });
+  return finite;
+}
+
+void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, void* out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols);
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols), masked(w.cols);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      kernels.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
+      for (int64_t k = 0; k < w.cols; k += group) {
+        const int64_t count = std::min(group, w.cols - k);
+        const Int4Group range(kernels, row + k, count, scheme.symmetric);
+        kernels.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
+      }
+      kernels.from_float(masked.get(), grad.cols, grad.dtype,
+                         static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
+    }
+  });
+}
 
 void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
                    const Parallel& parallel) {

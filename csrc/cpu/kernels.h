@@ -137,6 +137,13 @@ struct Kernels {
   // word of the random row at column + i; column is a multiple of kPhiloxWords. NaN becomes -127.
   void (*round_stochastic)(const float* x, int64_t n, float inverse, const PhiloxRow& random, int64_t column,
                            int8_t* q);
+  // Quantizing a weight to 4 bits. range: of finite values; otherwise one of the two is not finite.
+  void (*range)(const float* w, int64_t n, float* low, float* high);
+  // clamp(rne(w * inverse) + zero, 0, 15), a byte each; even ones into the low nibbles, the pad nibble 0.
+  void (*quantize_int4)(const float* w, int64_t n, float inverse, int zero, uint8_t* nibbles);
+  void (*pack_int4)(const uint8_t* nibbles, int64_t n, uint8_t* packed);
+  // The gradient of what that gives: 0 where clamping changed it.
+  void (*mask_clipped)(const float* w, int64_t n, float inverse, int zero, float* grad);
   // out[c * out_stride + r] = q[r * stride + c]
   void (*transpose)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, int8_t* out, int64_t out_stride);
 
