@@ -1,7 +1,7 @@
 """qkernels: int8 and int4 linear layers for PyTorch, with straight-through gradients."""
 
 from . import integrations
-from .convert import QuantizationReport, quantize_
+from .convert import QuantizationReport, freeze_, quantize_
 from .nn import QuantLinear
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
@@ -14,6 +14,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedWeight",
     "dequantize_weight",
+    "freeze_",
     "quantize_",
     "quantize_activation",
     "quantize_weight",
