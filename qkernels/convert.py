@@ -164,8 +164,8 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for w8a16 or mode "qat", `never_slower` for layers on another device, or a violation of `strict`. The
-            model is then as it was.
+            `calibration` for w8a16 or mode "qat", `never_slower` for layers on another device, or a violation of
+            `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

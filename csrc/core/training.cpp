@@ -22,6 +22,7 @@ constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 256;
 static_assert(kColumns % kPhiloxWords == 0);
 
+constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
 constexpr float kTinyRange = 0x1p-96f;  // the range of a group of zeros
 
 // Rule 3 for a group.
@@ -42,7 +43,7 @@ struct Int4Group {
     if (!finite || std::fabs(span) < kTinyRange) return;
     scale = span / levels;
     inverse = levels / span;
-    if (!symmetric) zero = static_cast<int>(std::clamp(std::nearbyint(-low * inverse), 0.0f, 15.0f));
+    if (!symmetric) zero = static_cast<int>(std::clamp((-low * inverse + kRound) - kRound, 0.0f, 15.0f));
   }
 };
 
