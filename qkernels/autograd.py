@@ -140,20 +140,19 @@ class _TrainedLinear(torch.autograd.Function):
         if isinstance(weight, Int8Weight):
             quantized = QuantizedWeight(weight.qweight, weight.scales, None)
         else:
-            quantized = QuantizedWeight(*ops.quantize_weight(weight, scheme))
-        parsed = QuantScheme.parse(scheme)
-        if parsed.symmetric:
+            quantized = QuantizedWeight(*ops.quantize_weight(weight, scheme.name))
+        if scheme.symmetric:
             quantized = quantized._replace(zeros=None)
         saved_x = x_scales = None
-        if needs_weight and parsed.int_activations:
-            out, saved_x, x_scales = ops.linear_saving(x, *quantized, bias, scheme, out_dtype)
+        if needs_weight and scheme.int_activations:
+            out, saved_x, x_scales = ops.linear_saving(x, *quantized, bias, scheme.name, out_dtype)
         else:
-            out = ops.linear(x, *quantized, bias, scheme, out_dtype)
+            out = ops.linear(x, *quantized, bias, scheme.name, out_dtype)
             saved_x = x if needs_weight else None
         kept = quantized if needs_x else (None, None, None)
-        master = weight if needs_weight and parsed.weight_bits == 4 else None
+        master = weight if needs_weight and scheme.weight_bits == 4 else None
         ctx.save_for_backward(*kept, saved_x, x_scales, master, seed)
-        ctx.scheme, ctx.in_features, ctx.x_dtype, ctx.weight_dtype = parsed, x.shape[1], x.dtype, weight.dtype
+        ctx.scheme, ctx.in_features, ctx.x_dtype, ctx.weight_dtype = scheme, x.shape[1], x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
@@ -223,7 +222,7 @@ def trained_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    scheme: str,
+    scheme: QuantScheme,
     out_dtype: torch.dtype | None = None,
     grad: str = "float",
 ) -> Tensor:
@@ -232,7 +231,8 @@ def trained_linear(
     Args:
         x: float [..., K].
         weight: float [N, K], or an `Int8Weight`, which is multiplied as it is.
-        bias, scheme, out_dtype: as in `ops.linear`.
+        bias, out_dtype: as in `ops.linear`.
+        scheme: the format and the activations.
         grad: "int8" rounds the gradient of the output stochastically to int8 for both products.
 
     Returns:

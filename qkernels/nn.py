@@ -243,7 +243,7 @@ class QuantLinear(nn.Linear):
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
             return quant_linear(x, weight, self.bias, self._scheme_name, out_dtype, self.grad, self.column_scales)
-        return trained_linear(x, self.weight, self.bias, self._scheme_name, out_dtype, self.grad)
+        return trained_linear(x, self.weight, self.bias, self.scheme, out_dtype, self.grad)
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""
