@@ -210,8 +210,9 @@ class QuantLinear(nn.Linear):
     def update_column_scales(self) -> None:
         """Derive `column_scales` from the weight. `set_weight` and `load_state_dict` do so by themselves."""
         if self.column_scales is not None and not self.qweight.is_meta:
-            weight = self.quantized_weight()
-            self.column_scales = ops.column_scales(*weight, self.in_features, self._scheme_name)
+            with torch.no_grad():
+                weight = self.quantized_weight()
+                self.column_scales = ops.column_scales(*weight, self.in_features, self._scheme_name)
 
     def reset_parameters(self) -> None:
         """Set the layer to the zero weight; only in mode "qat" is there a random initialization, `nn.Linear`'s."""

@@ -155,8 +155,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         if tensor.shape != layer.module.weight.shape:
             layer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
             return []
-        layer.module.weight = nn.Parameter(tensor, requires_grad=False)
         config = self.quantization_config
+        layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
         try:
             self._rows[id(layer)] = layer.convert(self.scheme, config.mode, config.grad)
         except ValueError as error:
