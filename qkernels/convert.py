@@ -147,7 +147,7 @@ def quantize_(
         model: the module that contains the layers. A transformers model can be saved with `save_pretrained` after
             the call and loaded again; call it on the model, not on a part of it, for that.
         scheme: scheme name or `QuantScheme`.
-        mode, grad: of the new layers; see `QuantLinear`.
+        mode, grad: what is trained, and how gradients are computed; see `QuantLinear`.
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern

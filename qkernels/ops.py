@@ -393,11 +393,11 @@ def _int_grad_input_fake(
     return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
 
 
-def _check_random(x: Tensor, name: str, factors: Tensor | None, size: int, seed: Tensor, stream: int) -> None:
+def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
     _check_matrix("x", x)
     torch._check(x.shape[1] >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
     if factors is not None:
-        _check_vector(name, factors, size, x.device)
+        _check_vector(name, factors, x.shape[dim], x.device)
     torch._check(
         seed.dtype == torch.int64 and seed.dim() == 0,
         lambda: f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}",
@@ -407,13 +407,13 @@ def _check_random(x: Tensor, name: str, factors: Tensor | None, size: int, seed:
 
 @torch.library.register_fake("qkernels::quantize_rows")
 def _quantize_rows_fake(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    _check_random(x, "column_factors", column_factors, x.shape[-1], seed, stream)
+    _check_random(x, "column_factors", column_factors, 1, seed, stream)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("qkernels::quantize_columns")
 def _quantize_columns_fake(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    _check_random(x, "row_factors", row_factors, x.shape[0], seed, stream)
+    _check_random(x, "row_factors", row_factors, 0, seed, stream)
     rows, columns = x.shape
     return x.new_empty((columns, rows), dtype=torch.int8), x.new_empty(columns, dtype=torch.float32)
 
