@@ -118,7 +118,8 @@ class QuantLinear(nn.Linear):
             weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
         elif mode == "int8":
             qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-            weight = nn.Parameter(Int8Weight(qweight, torch.empty(out_features, 1, device=device), dtype))
+            scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
+            weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
         self.register_parameter("weight", weight)
         # Of a grouped weight, for its int8 gradient: derived from it, never saved.
         needs_columns = mode == "frozen" and grad == "int8" and self.scheme.group_size is not None

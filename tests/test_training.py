@@ -475,6 +475,14 @@ class TestInt8Weight:
             assert_same_bits(a, b)
         assert layer(torch.randn(3, K).bfloat16()).dtype == torch.bfloat16
 
+    def test_scales_are_float32_whatever_the_default_dtype(self):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            layer = QuantLinear(K, N, scheme="w8a8", mode="int8")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert layer.weight.dtype == torch.bfloat16 and layer.weight.scales.dtype == torch.float32
+
     @pytest.mark.parametrize("scheme", ["w8a8-g32", "w4a8", "w4a16-g32-asym"])
     def test_other_formats_are_refused(self, scheme):
         with pytest.raises(ValueError, match="scheme must have 8-bit weights with one scale a row for mode='int8'"):
