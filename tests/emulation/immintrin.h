@@ -267,9 +267,6 @@ inline Int mul_epu32(const Int& a, const Int& b) {
     return static_cast<int32_t>(product >> (i % 2 * 32));
   });
 }
-inline Int srli_epi32(const Int& a, int count) {
-  return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) >> count); });
-}
 inline Int high_halves(const Int& a) {  // VPSRLQ by 32
   return ints([&](int i) { return i % 2 == 0 ? a.lane[i + 1] : 0; });
 }
@@ -415,7 +412,6 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_set1_ps(x) emulated::set1_ps(x)
 #define _mm512_castps_si512(a) emulated::bits(a)
 #define _mm512_srli_epi32(a, n) emulated::srli_epi32(a, n)
-#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
 #define _mm512_mask_or_epi32(s, m, a, b) emulated::mask_or_epi32(s, m, a, b)
 #define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
 #define _mm512_or_si512(a, b) emulated::or_si(a, b)
@@ -458,11 +454,11 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_mask_storeu_epi32(p, m, v) emulated::mask_store32(p, m, v)
 #define _mm512_mask_cvtepi32_storeu_epi8(p, m, v) emulated::mask_store_low8(p, m, v)
 
-// VRNDSCALEPS, VCMPPS and VPSRLQ as they are used: towards minus infinity, less than, by 32.
+// VRNDSCALEPS, VCMPPS and VPSRLQ as they are used: towards minus infinity, unordered or less than, by 32.
 #define _mm512_roundscale_ps(a, control) emulated::floor_ps(a)
-#define _mm512_cmp_ps_mask(a, b, predicate) emulated::less_mask(a, b)
+#define _mm512_cmp_ps_mask(a, b, predicate) \
+  ((predicate) == _CMP_UNORD_Q ? emulated::unordered(a, b) : emulated::less_mask(a, b))
 #define _mm512_srli_epi64(a, count) emulated::high_halves(a)
-#define _mm512_srli_epi32(a, count) emulated::srli_epi32(a, count)
 #define _mm512_mul_epu32(a, b) emulated::mul_epu32(a, b)
 #define _mm512_mask_shuffle_epi32(s, m, a, c) emulated::mask_shuffle_epi32(s, m, a, c)
 #define _mm512_min_epi32(a, b) emulated::min_epi32(a, b)
