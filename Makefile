@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*) $(wildcard tests/emulation/*.h tests/core/*.cpp)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*) $(wildcard tests/emulation/*.h tests/core/*)
 
 .PHONY: demo demo-quick test lint format bench bench-peers wheel clean
 

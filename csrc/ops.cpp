@@ -164,23 +164,54 @@ Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optio
   return out;
 }
 
+// A bias argument of `n` values, contiguous; keeps the tensor alive.
+class BiasVector {
+ public:
+  BiasVector(const std::optional<Tensor>& bias, int64_t n) {
+    if (!bias.has_value()) return;
+    tensor_ = as_contiguous(*bias);
+    bias_ = {tensor_->const_data_ptr(), dtype_of("bias", tensor_->scalar_type())};
+    require(tensor_->dim() == 1 && tensor_->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
+            shape_of(*tensor_));
+  }
+
+  const qk::Bias& get() const { return bias_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  qk::Bias bias_{nullptr, qk::DType::float32};
+};
+
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
               std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
   const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
-  const int64_t n = weight.get().n;
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  std::optional<Tensor> bias_tensor;
-  qk::Bias bias{nullptr, qk::DType::float32};
-  if (bias_arg.has_value()) {
-    bias_tensor = as_contiguous(*bias_arg);
-    bias = float_vector("bias", *bias_tensor, n);
-  }
-  Tensor out = torch::stable::new_empty(x, {view.rows, n}, dtype);
-  qk::linear(view, weight.get(), bias, out.mutable_data_ptr(), out_type, parallel());
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
+  qk::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
+                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
+                                                 std::string scheme, std::optional<ScalarType> out_dtype) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
+  Tensor qx = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor x_scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
+  qk::linear_saving(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+                    static_cast<int8_t*>(qx.mutable_data_ptr()), static_cast<float*>(x_scales.mutable_data_ptr()),
+                    parallel());
+  return {out, qx, x_scales};
 }
 
 Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Tensor& scales,
@@ -284,6 +315,71 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   return {loss, lse, grad};
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, std::string scheme_name) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  const Tensor weight = as_contiguous(weight_arg);
+  const qk::Matrix view = matrix("weight", weight, -1);
+  const int64_t n = view.rows, groups = scheme.weight_groups(view.cols);
+  Tensor qweight = torch::stable::new_empty(weight, {n, scheme.packed_features(view.cols)},
+                                            scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  Tensor scales = torch::stable::new_empty(weight, {n, groups}, ScalarType::Float);
+  Tensor zeros = torch::stable::new_empty(weight, {n, scheme.symmetric ? 0 : groups}, ScalarType::Byte);
+  auto* zero_data = scheme.symmetric ? nullptr : static_cast<uint8_t*>(zeros.mutable_data_ptr());
+  const bool finite = qk::quantize_weight(view, scheme, qweight.mutable_data_ptr(),
+                                          static_cast<float*>(scales.mutable_data_ptr()), zero_data, parallel());
+  require(finite, "weight must be finite, and so must be the range of each group, got NaN or Inf");
+  return {qweight, scales, zeros};
+}
+
+Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, std::string scheme_name) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  require(scheme.weight_bits == 4, "scheme must be a w4 scheme, got ", scheme_name);
+  const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
+  const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
+  require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
+  Tensor out = torch::stable::new_empty(grad, {view.rows, view.cols}, grad.scalar_type());
+  qk::mask_clipped(grad_view, view, scheme, out.mutable_data_ptr(), parallel());
+  return out;
+}
+
+qk::Random random_of(const Tensor& seed, int64_t stream) {
+  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
+          name_of(seed.scalar_type()), " of shape ", shape_of(seed));
+  require(stream >= 0 && stream <= UINT32_MAX, "stream must be between 0 and 2^32 - 1, got ", stream);
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), static_cast<uint32_t>(stream)};
+}
+
+const float* factors_of(const char* name, std::optional<Tensor>& factors, int64_t size) {
+  if (!factors.has_value()) return nullptr;
+  check_vector(name, *factors, size);
+  factors = as_contiguous(*factors);
+  return static_cast<const float*>(factors->const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
+                                         int64_t stream) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const float* const factors = factors_of("column_factors", column_factors, view.cols);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
+  qk::quantize_rows(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+                    static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  return {q, scales};
+}
+
+std::tuple<Tensor, Tensor> quantize_columns(const Tensor& x_arg, std::optional<Tensor> row_factors, const Tensor& seed,
+                                            int64_t stream) {
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const float* const factors = factors_of("row_factors", row_factors, view.rows);
+  Tensor q = torch::stable::new_empty(x, {view.cols, view.rows}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.cols}, ScalarType::Float);
+  qk::quantize_columns(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+                       static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  return {q, scales};
+}
+
 STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
@@ -291,8 +387,15 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
+      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
+  m.def("quantize_weight(Tensor weight, str scheme) -> (Tensor, Tensor, Tensor)");
+  m.def("mask_clipped(Tensor grad, Tensor weight, str scheme) -> Tensor");
+  m.def(
       "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
+  m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def("quantize_columns(Tensor x, Tensor? row_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
   m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
@@ -308,6 +411,11 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  m.impl("linear_saving", TORCH_BOX(&linear_saving));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_columns", TORCH_BOX(&quantize_columns));
   m.impl("column_scales", TORCH_BOX(&column_scales));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
   m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));

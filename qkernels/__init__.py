@@ -1,7 +1,7 @@
 """qkernels: int8 and int4 linear layers for PyTorch, with straight-through gradients."""
 
 from . import integrations, testing
-from .convert import QuantizationReport, quantize_
+from .convert import QuantizationReport, freeze_, quantize_
 from .embedding import QuantEmbedding
 from .loss import linear_cross_entropy
 from .nn import QuantLinear
@@ -18,6 +18,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedWeight",
     "dequantize_weight",
+    "freeze_",
     "linear_cross_entropy",
     "patch_loss",
     "quantize_",

@@ -118,6 +118,8 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
 
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
+# Called as f(model) after each `freeze_`, likewise.
+AFTER_FREEZE: list[Callable[[nn.Module], None]] = []
 
 
 def quantize_(
@@ -147,7 +149,7 @@ def quantize_(
         model: the module that contains the layers. A transformers model can be saved with `save_pretrained` after
             the call and loaded again; call it on the model, not on a part of it, for that.
         scheme: scheme name or `QuantScheme`.
-        mode, grad: of the new layers; see `QuantLinear`.
+        mode, grad: what is trained, and how gradients are computed; see `QuantLinear`.
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
@@ -167,8 +169,8 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for w8a16, `never_slower` for layers on another device, or a violation of `strict`. The
-            model is then as it was.
+            `calibration` for w8a16 or mode "qat", `never_slower` for layers on another device, or a violation of
+            `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -179,6 +181,8 @@ def quantize_(
         )
     scheme = QuantScheme.parse(scheme)
     QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")  # an unknown mode or grad is refused here
+    if calibration is not None and mode == "qat":
+        raise ValueError("calibration must be None for mode='qat', whose weights stay in float")
     if calibration is not None and not calibrate.applies(scheme):
         raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
     report = QuantizationReport(scheme.name, mode, grad)
@@ -202,6 +206,26 @@ def quantize_(
     for callback in AFTER_QUANTIZE:
         callback(model, report)
     return report
+
+
+def freeze_(model: nn.Module) -> nn.Module:
+    """Make every `QuantLinear` of `model` frozen, in place, with the weight that it multiplies now.
+
+    For the end of a training in mode "qat" or "int8": outputs keep their bits, the state dict becomes that of a
+    quantized model, and float weights are freed.
+
+    Returns:
+        `model`.
+
+    Raises:
+        RuntimeError: if a weight holds NaN or Inf.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.freeze_()
+    for callback in AFTER_FREEZE:
+        callback(model)
+    return model
 
 
 @dataclass

@@ -159,7 +159,7 @@ def time_layers(
     shapes: dict[tuple, tuple[list[str], nn.Module]] = {}
     for names, module in layers:
         quantized = isinstance(module, QuantLinear)
-        weight = module.qweight if quantized else module.weight
+        weight = next(module.parameters())
         if weight.device.type != "cpu":
             raise ValueError(f"layer {names[0]!r} is on {weight.device}; only layers on the CPU can be timed")
         own = module.scheme if quantized else scheme
@@ -183,7 +183,7 @@ def _time(
 ) -> Timing:
     dtype = _dtype(module)
     if isinstance(module, QuantLinear):
-        stored, weight = (module.qweight, module.scales, module.zeros), module.dequantize().to(dtype)
+        stored, weight = module.quantized_weight(), module.dequantize().to(dtype)
     else:
         weight = float_weight(module)
         stored = quantize_weight(weight, scheme)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, quantize
-from .autograd import quant_linear
+from .autograd import quant_linear, trained_linear
+from .int8_weight import Int8Weight
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .schemes import QuantScheme
 
-MODES = ("frozen",)
-GRADS = ("float",)
+MODES = ("frozen", "qat", "int8")
+GRADS = ("float", "int8")
 _STORAGE = ("qweight", "scales", "zeros")
 
 
@@ -33,12 +34,23 @@ def float_weight(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
 
 
+def _check_trainable(scheme: QuantScheme) -> None:
+    if scheme.weight_bits != 8 or scheme.group_size is not None:
+        raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
+
+
 class QuantLinear(nn.Linear):
     """A linear layer on an int8 or int4 weight.
 
-    The weight is frozen: gradients flow to the input (straight through the rounding) and to the bias, which is what
-    adapters such as LoRA need. `weight` is None; the state dict holds `qweight`, `scales`, `zeros` (asymmetric
-    schemes) and `bias`, all plain tensors in the canonical storage that the kernels read directly.
+    Gradients pass straight through every rounding. What is trained, and stored, is a matter of the mode:
+
+    - "frozen": the bias, and the input that adapters such as LoRA need. `weight` is None; the state dict holds
+      `qweight`, `scales`, `zeros` (asymmetric schemes) and `bias`, all plain tensors in the canonical storage that the
+      kernels read directly.
+    - "qat": a float `weight`, which is quantized in each forward; its gradient is 0 where clamping changed a 4-bit
+      integer. The state dict is that of an `nn.Linear`; `freeze_()` makes the layer frozen, with the same outputs.
+    - "int8": a `weight` that is int8 itself (see `Int8Weight`) and is updated with stochastic rounding, for schemes
+      with 8-bit weights of one scale a row. The state dict is that of the frozen layer.
 
     Shape: input float32, bfloat16 or float16 [..., in_features]; output [..., out_features] of the input's dtype, or
     of the autocast dtype under autocast. Any leading shape, also empty.
@@ -48,13 +60,15 @@ class QuantLinear(nn.Linear):
         out_features: N.
         bias: whether there is a bias [N].
         scheme: scheme name or `QuantScheme`.
-        mode: "frozen".
-        grad: "float": the gradient is computed with grad_out in float.
+        mode: "frozen", "qat" or "int8".
+        grad: "float": gradients are computed with the gradient of the output in float. "int8": that is rounded
+            stochastically to int8, with a seed from torch's default CPU generator, and multiplied in integers.
         device, dtype: of the parameters; `dtype` applies to the bias and is the layer's `compute_dtype`. The scales
             are float32 always.
 
     Raises:
-        ValueError: for an unknown scheme, mode or grad, or a shape that cannot be computed exactly.
+        ValueError: for an unknown scheme, mode or grad, a scheme that the mode cannot train, or a shape that cannot be
+            computed exactly.
     """
 
     def __init__(
@@ -75,6 +89,8 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if grad not in GRADS:
             raise ValueError(f"grad must be one of {GRADS}, got {grad!r}")
+        if mode == "int8":
+            _check_trainable(self.scheme)
         if in_features < 1:
             raise ValueError(f"in_features must be at least 1, got {in_features}")
         if self.scheme.int_activations and in_features > MAX_REDUCTION:
@@ -89,7 +105,7 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = dtype
         self._scheme_name = self.scheme.name
-        shapes = self.scheme.storage_shapes(in_features, out_features)
+        shapes = self.scheme.storage_shapes(in_features, out_features) if mode == "frozen" else {}
         integer = torch.int8 if self.scheme.weight_bits == 8 else torch.uint8
         for name, storage_dtype in (("qweight", integer), ("scales", torch.float32), ("zeros", torch.uint8)):
             tensor = None
@@ -97,7 +113,18 @@ class QuantLinear(nn.Linear):
                 tensor = torch.empty(shapes[name], dtype=storage_dtype, device=device)
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
-        self.register_parameter("weight", None)
+        weight = None
+        if mode == "qat":
+            weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        elif mode == "int8":
+            qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+            scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
+            weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
+        self.register_parameter("weight", weight)
+        # Of a grouped weight, for its int8 gradient: derived from it, never saved.
+        needs_columns = mode == "frozen" and grad == "int8" and self.scheme.group_size is not None
+        columns = torch.empty(in_features, dtype=torch.float32, device=device) if needs_columns else None
+        self.register_buffer("column_scales", columns, persistent=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -109,6 +136,8 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Quantize an `nn.Linear` or a transformers `Conv1D`; the bias parameter is shared with `layer`.
 
+        So is, for mode "qat", the weight of an `nn.Linear`.
+
         Raises:
             TypeError: for another kind of module.
             ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
@@ -118,7 +147,11 @@ class QuantLinear(nn.Linear):
         quantized = cls(
             in_features, out_features, False, scheme, mode=mode, grad=grad, device="meta", dtype=weight.dtype
         )
-        quantized.set_weight(quantize.quantize_weight(weight, quantized.scheme))
+        if mode == "qat":
+            shared = not is_conv1d(layer)
+            quantized.weight = layer.weight if shared else nn.Parameter(weight.contiguous())
+        else:
+            quantized.set_weight(quantize.quantize_weight(weight, quantized.scheme))
         quantized.bias = layer.bias
         return quantized.train(layer.training)
 
@@ -126,20 +159,77 @@ class QuantLinear(nn.Linear):
         """Replace the quantized weight, which must be the canonical storage of this layer's scheme and shape.
 
         Raises:
-            RuntimeError: naming the tensor that does not fit; the layer is left as it was.
+            RuntimeError: naming the tensor that does not fit, or in mode "qat"; the layer is left as it was.
         """
-        if weight.qweight.shape != self.qweight.shape:
-            expected, got = list(self.qweight.shape), list(weight.qweight.shape)
-            raise RuntimeError(f"qweight must have shape {expected} for {self.scheme}, got {got}")
+        if self.mode == "qat":
+            raise RuntimeError("a layer in mode 'qat' has a float weight: call freeze_() first")
+        expected = self.scheme.storage_shapes(self.in_features, self.out_features)["qweight"]
+        if weight.qweight.shape != expected:
+            got = list(weight.qweight.shape)
+            raise RuntimeError(f"qweight must have shape {list(expected)} for {self.scheme}, got {got}")
         ops.check_weight(*weight, self.in_features, self.scheme)
+        if self.mode == "int8":
+            self.weight = nn.Parameter(Int8Weight(weight.qweight, weight.scales, self.compute_dtype))
+            return
         for name, tensor in zip(_STORAGE, weight, strict=True):
             if tensor is not None:  # a parameter is shared with the layer that owns it
                 shared = isinstance(tensor, nn.Parameter)
                 setattr(self, name, tensor if shared else nn.Parameter(tensor, requires_grad=False))
+        self.update_column_scales()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as it is multiplied, in the canonical storage; in mode "qat" it is quantized for this call."""
+        if self.mode == "frozen":
+            return QuantizedWeight(self.qweight, self.scales, self.zeros)
+        if self.mode == "int8":
+            return QuantizedWeight(self.weight.qweight, self.weight.scales, None)
+        qweight, scales, zeros = ops.quantize_weight(self.weight.detach(), self._scheme_name)
+        return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
+
+    def freeze_(self) -> QuantLinear:
+        """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits."""
+        if self.mode == "frozen":
+            return self
+        weight = self.quantized_weight()
+        self.mode, self.weight = "frozen", None
+        if self.grad == "int8" and self.scheme.group_size is not None:
+            self.column_scales = torch.empty(self.in_features, dtype=torch.float32, device=weight.scales.device)
+        self.set_weight(weight)
+        return self
+
+    def thaw_int8_(self) -> QuantLinear:
+        """Make a frozen layer one of mode "int8", in place; its weight stays as it is.
+
+        Raises:
+            ValueError: if the scheme has 4-bit or grouped weights.
+        """
+        _check_trainable(self.scheme)
+        weight = self.quantized_weight()
+        self.mode, self.qweight, self.scales = "int8", None, None
+        self.set_weight(weight)
+        return self
+
+    def update_column_scales(self) -> None:
+        """Derive `column_scales` from the weight. `set_weight` and `load_state_dict` do so by themselves."""
+        if self.column_scales is not None and not self.qweight.is_meta:
+            with torch.no_grad():
+                weight = self.quantized_weight()
+                self.column_scales = ops.column_scales(*weight, self.in_features, self._scheme_name)
 
     def reset_parameters(self) -> None:
-        """Set the layer to the zero weight; a quantized layer has no random initialization."""
+        """Set the layer to the zero weight; only in mode "qat" is there a random initialization, `nn.Linear`'s."""
+        if self.mode == "qat":
+            super().reset_parameters()
+            return
         with torch.no_grad():
+            if self.mode == "int8":
+                self.weight.qweight.zero_()
+                self.weight.scales.fill_(1.0)
+                if self.bias is not None:
+                    self.bias.zero_()
+                return
+            if self.column_scales is not None:
+                self.column_scales.fill_(1.0)
             if self.zeros is not None:
                 self.zeros.zero_()
             self.qweight.fill_(0x88 if self.scheme.weight_bits == 4 and self.scheme.symmetric else 0)
@@ -153,16 +243,19 @@ class QuantLinear(nn.Linear):
         device_type = x.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         out_dtype = torch.get_autocast_dtype(device_type) if autocast else None
-        return quant_linear(x, self.qweight, self.scales, self.zeros, self.bias, self._scheme_name, out_dtype)
+        if self.mode == "frozen":
+            weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
+            return quant_linear(x, weight, self.bias, self._scheme_name, out_dtype, self.grad, self.column_scales)
+        return trained_linear(x, self.weight, self.bias, self.scheme, out_dtype, self.grad)
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""
-        return ops.dequantize_weight(self.qweight, self.scales, self.zeros, self.in_features, self._scheme_name)
+        return ops.dequantize_weight(*self.quantized_weight(), self.in_features, self._scheme_name)
 
     def storage_bytes(self) -> int:
-        """Bytes of the quantized weight (without the bias)."""
-        tensors = (getattr(self, name) for name in _STORAGE)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        """Bytes of the weight that the layer keeps (without the bias)."""
+        stored = (self.weight,) if self.mode == "qat" else self.quantized_weight()
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def extra_repr(self) -> str:
         return (
@@ -172,29 +265,46 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         """Move everything, but keep the scales float32 when `fn` casts (`.half()`, `.to(torch.bfloat16)`)."""
-        scales = self.scales.detach()
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scales.device)).dtype
+        device = next(tensor for tensor in (self.scales, self.weight) if tensor is not None).device
+        kept = [tensor for tensor in (self.scales, self.column_scales) if tensor is not None]
+        before = [tensor.detach() for tensor in kept]
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float32:
-            # The cast lost bits: take the values from before it, on the device it moved to.
-            self.scales.data = scales.to(self.scales.device)
+        kept = [tensor for tensor in (self.scales, self.column_scales) if tensor is not None]
+        for tensor, values in zip(kept, before, strict=True):
+            if tensor.dtype != torch.float32:
+                # The cast lost bits: take the values from before it, on the device it moved to.
+                tensor.data = values.to(tensor.device)
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """In mode "int8" the state dict is that of a frozen layer."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.mode == "int8":
+            del destination[prefix + "weight"]
+            for name, tensor in zip(("qweight", "scales"), self.quantized_weight(), strict=False):
+                destination[prefix + name] = tensor
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Check the whole layer before anything is copied, so that a bad tensor leaves the layer as it was."""
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.mode == "qat":
+            super()._load_from_state_dict(*args)
+            return
         given = {name: state_dict.get(prefix + name) for name in (*_STORAGE, "bias")}
         # Only together do the three mean a weight; with none of them torch reports what is missing.
-        expected = [name for name in _STORAGE if getattr(self, name) is not None]
+        own = dict(zip(_STORAGE, self.quantized_weight(), strict=True))
+        expected = [name for name, tensor in own.items() if tensor is not None]
         some = any(given[name] is not None for name in _STORAGE)
         errors = [f"{prefix}{name} is missing for {self.scheme}" for name in expected if some and given[name] is None]
-        if self.zeros is None and given["zeros"] is not None:
+        if own["zeros"] is None and given["zeros"] is not None:
             errors.append(f"{prefix}zeros is given, but {self.scheme} has no zero points")
         errors += [
             f"{prefix}{name} {problem}"
             for name, tensor in given.items()
-            if (problem := self._problem(name, tensor)) is not None
+            if (problem := self._problem(name, tensor, own.get(name, self.bias))) is not None
         ]
         if prefix + "weight" in state_dict and prefix + "qweight" not in state_dict:
             errors.append(
@@ -204,13 +314,26 @@ class QuantLinear(nn.Linear):
         if errors:
             error_msgs.extend(errors)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if self.mode == "int8":
+            self._load_int8(given, prefix, *args)
+        else:
+            super()._load_from_state_dict(*args)
+            self.update_column_scales()
 
-    def _problem(self, name: str, tensor: Tensor | None) -> str | None:
-        """Why `tensor` cannot be this layer's `name`; None if it can, or either is absent."""
-        own = getattr(self, name)
+    def _load_int8(self, given, prefix, state_dict, _, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Copy `qweight` and `scales`, which are no parameters here, and leave the bias to torch."""
+        with torch.no_grad():
+            for name, tensor in zip(("qweight", "scales"), self.quantized_weight(), strict=False):
+                if given[name] is None:
+                    missing_keys.append(prefix + name)
+                else:
+                    tensor.copy_(given[name])
+        others = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in _STORAGE}
+        others[prefix + "weight"] = self.weight.detach()
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+    def _problem(self, name: str, tensor: Tensor | None, own: Tensor | None) -> str | None:
+        """Why `tensor` cannot take the place of `own`, this layer's `name`; None if it can, or either is absent."""
         if tensor is None or own is None:
             return None
         if name == "bias":
@@ -240,7 +363,7 @@ def relative_error(weight: Tensor, quantized: nn.Module) -> float:
     """
     squares = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of the error, of the weight
     rows = quantize.rows_per_block(quantized.in_features)
-    stored = (quantized.qweight, quantized.scales, quantized.zeros)
+    stored = quantized.quantized_weight()
     for start in range(0, quantized.out_features, rows):
         block = weight[start : start + rows].to(torch.float32)
         canonical = (None if tensor is None else tensor[start : start + rows] for tensor in stored)

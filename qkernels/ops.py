@@ -103,6 +103,59 @@ def linear(
     return _ops.linear.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
 
 
+def linear_saving(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear` of an `a8` scheme, and x as the gradient of the weight needs it.
+
+    Args:
+        As in `linear`.
+
+    Returns:
+        The result of `linear`, int8 [M, K] and float32 [M]: x with one scale a row. Under `-ag` its integers are made
+        anew for the largest scale of the row.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    return _ops.linear_saving.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
+
+
+def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize.quantize_weight` by the kernels; zeros is uint8 [N, 0] for symmetric schemes.
+
+    Raises:
+        RuntimeError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
+        ValueError: for an unknown scheme.
+    """
+    return _ops.quantize_weight.default(weight, scheme)
+
+
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+    """Straight-through gradient of quantizing a weight to 4 bits.
+
+    Args:
+        grad: float [N, K] with respect to the quantized weight.
+        weight: float [N, K] that was quantized.
+        scheme: a `w4` scheme.
+
+    Returns:
+        grad where the rounded integer was in range, and 0 where clamping changed it.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    return _ops.mask_clipped.default(grad, weight, scheme)
+
+
 def linear_grad_input(
     grad_out: Tensor,
     qweight: Tensor,
@@ -199,6 +252,41 @@ def linear_cross_entropy(
     return _ops.linear_cross_entropy.default(hidden, target, qweight, scales, zeros, bias, scheme, dither, **options)
 
 
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8 with stochastic rounding: the mean over seeds is what is quantized.
+
+    Args:
+        x: float [M, N].
+        column_factors: float32 [N] that the columns are multiplied with before; None: ones.
+        seed: int64 of shape [], see `stochastic.draw_seed`.
+        stream: which of the seed's independent random numbers, see `stochastic`.
+
+    Returns:
+        int8 [M, N] and float32 scales [M]. A row that holds Inf or NaN has q = 0 and scale NaN.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _ops.quantize_rows.default(x, column_factors, seed, stream)
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Quantize each column to int8 with stochastic rounding, transposed; see `quantize_rows`.
+
+    Args:
+        x: float [M, N].
+        row_factors: float32 [M] that the rows are multiplied with before; None: ones.
+        seed, stream: as in `quantize_rows`.
+
+    Returns:
+        int8 [N, M] and float32 scales [N].
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _ops.quantize_columns.default(x, row_factors, seed, stream)
+
+
 @torch.library.register_fake("qkernels::quantize_activation")
 def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     parsed = QuantScheme.parse(scheme)
@@ -245,6 +333,46 @@ def _linear_fake(
         )
         _check_device("bias", bias, x.device)
     return x.new_empty((x.shape[0], out_features), dtype=out_dtype or x.dtype)
+
+
+@torch.library.register_fake("qkernels::linear_saving")
+def _linear_saving_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _linear_fake(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    torch._check(QuantScheme.parse(scheme).int_activations, lambda: f"scheme must be an a8 scheme, got {scheme}")
+    return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::quantize_weight")
+def _quantize_weight_fake(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrix("weight", weight)
+    rows, columns = weight.shape
+    torch._check(columns >= 1, lambda: f"weight must have at least 1 column, got shape {list(weight.shape)}")
+    parsed = QuantScheme.parse(scheme)
+    shapes = parsed.storage_shapes(columns, rows)
+    qweight = weight.new_empty(shapes["qweight"], dtype=torch.int8 if parsed.weight_bits == 8 else torch.uint8)
+    zeros = weight.new_empty(shapes.get("zeros", (rows, 0)), dtype=torch.uint8)
+    return qweight, weight.new_empty(shapes["scales"], dtype=torch.float32), zeros
+
+
+@torch.library.register_fake("qkernels::mask_clipped")
+def _mask_clipped_fake(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+    torch._check(QuantScheme.parse(scheme).weight_bits == 4, lambda: f"scheme must be a w4 scheme, got {scheme}")
+    _check_matrix("weight", weight)
+    _check_matrix("grad", grad, columns=weight.shape[1])
+    torch._check(
+        grad.shape[0] == weight.shape[0],
+        lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
+    )
+    _check_device("weight", weight, grad.device)
+    return grad.new_empty(grad.shape)
 
 
 @torch.library.register_fake("qkernels::linear_grad_input")
@@ -343,6 +471,31 @@ def _linear_cross_entropy_fake(
     return hidden.new_empty((rows,), **float32), hidden.new_empty((rows,), **float32), grad
 
 
+def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
+    _check_matrix("x", x)
+    torch._check(x.shape[1] >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
+    if factors is not None:
+        _check_vector(name, factors, x.shape[dim], x.device)
+    torch._check(
+        seed.dtype == torch.int64 and seed.dim() == 0,
+        lambda: f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}",
+    )
+    torch._check(0 <= stream < 2**32, lambda: f"stream must be between 0 and 2^32 - 1, got {stream}")
+
+
+@torch.library.register_fake("qkernels::quantize_rows")
+def _quantize_rows_fake(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    _check_random(x, "column_factors", column_factors, 1, seed, stream)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::quantize_columns")
+def _quantize_columns_fake(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    _check_random(x, "row_factors", row_factors, 0, seed, stream)
+    rows, columns = x.shape
+    return x.new_empty((columns, rows), dtype=torch.int8), x.new_empty(columns, dtype=torch.float32)
+
+
 def _register_reference(name: str) -> None:
     """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
     check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
@@ -362,5 +515,10 @@ for _name in (
     "column_scales",
     "int_grad_input",
     "linear_cross_entropy",
+    "linear_saving",
+    "mask_clipped",
+    "quantize_weight",
+    "quantize_rows",
+    "quantize_columns",
 ):
     _register_reference(_name)

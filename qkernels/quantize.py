@@ -53,23 +53,28 @@ def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
     return like.new_full((), a) / b if like is b else a / like.new_full((), b)
 
 
-def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+def grouped(x: Tensor, group_size: int | None) -> Tensor:
     """float32 [R, K] -> [R, groups, group_size], zero-padded (a zero never changes a range that contains 0)."""
     columns = x.shape[-1]
     group_size = group_size or columns
     return pad(x, (0, -columns % group_size)).unflatten(-1, (-1, group_size))
 
 
-def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
+def int8_scaled(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Rule 1 and the product of rule 2: float32 [R, groups, G] -> what is rounded, and float32 scales [R, groups]."""
     bits = (groups.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)
     absmax = bits.view(torch.float32)
     finite, usable = bits < _INF_BITS, (bits < _INF_BITS) & (absmax >= TINY)
     safe = torch.where(usable, absmax, 1.0)
     scales = torch.where(usable, divide(safe, 127.0), torch.where(finite, 1.0, torch.nan))
     inverse = torch.where(usable, divide(127.0, safe), 0.0).unsqueeze(-1)
-    scaled = torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse
-    return scaled.round().clamp(-127, 127).to(torch.int8), scales.to(torch.float32)
+    return torch.where(usable.unsqueeze(-1), groups, 0.0) * inverse, scales.to(torch.float32)
+
+
+def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Rules 1 and 2: float32 [R, groups, G] -> int8 of that shape and float32 scales [R, groups]."""
+    scaled, scales = int8_scaled(groups)
+    return scaled.round().clamp(-127, 127).to(torch.int8), scales
 
 
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
@@ -89,7 +94,7 @@ def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, T
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
     _check_float_matrix("x", x)
-    q, scales = int8_groups(_grouped(x.to(torch.float32), scheme.act_group_size))
+    q, scales = int8_groups(grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
 
 
@@ -131,7 +136,7 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or Inf values")
     in_features = weight.shape[1]
-    groups = _grouped(weight, scheme.group_size)
+    groups = grouped(weight, scheme.group_size)
     if scheme.weight_bits == 8:
         q, scales = int8_groups(groups)
         return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import quantize
+from . import quantize, stochastic
 from .quantize import weight_integers
 from .schemes import QuantScheme
 
@@ -75,6 +75,46 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     if scheme.group_size is None:
         return total * w_scales
     return total if scheme.act_group_size else total * x_scales
+
+
+def linear_saving(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear`, and x quantized with one scale a row (rule 9): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
+    parsed = QuantScheme.parse(scheme)
+    qx, x_scales = quantize.quantize_activation(x, parsed)
+    out = linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    if parsed.act_group_size is None:
+        return out, qx, x_scales.flatten()
+    groups = quantize.grouped(qx.to(torch.float32), parsed.act_group_size)
+    counts = (groups != 0).any(dim=-1) | x_scales.isnan()
+    row_scales = torch.where(counts, x_scales, 0.0).amax(dim=1)
+    row_scales = torch.where(row_scales == 0, 1.0, row_scales)
+    merged = (groups * (x_scales / row_scales[:, None]).unsqueeze(-1)).round()
+    merged = torch.where(row_scales.isnan()[:, None, None], 0.0, merged)
+    return out, merged.to(torch.int8).flatten(1)[:, : x.shape[1]].contiguous(), row_scales
+
+
+def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The canonical storage; zeros is [N, 0] for symmetric schemes."""
+    qweight, scales, zeros = quantize.quantize_weight(weight, scheme)
+    return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
+
+
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+    """`grad [N, K]` where the integer of the weight lies in 0..15 before it is clamped, and 0 elsewhere."""
+    parsed = QuantScheme.parse(scheme)
+    groups = quantize.grouped(weight.to(torch.float32), parsed.group_size)
+    _, inverse, zeros = quantize.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), parsed.symmetric)
+    integers = (groups * inverse.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    inside = ((integers >= 0) & (integers <= 15)).flatten(1)[:, : weight.shape[1]]
+    return torch.where(inside, grad, 0.0)
 
 
 def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
@@ -282,3 +322,19 @@ def linear_cross_entropy(
             result = result - label_smoothing / out_features * weight.sum(dim=0, dtype=torch.float64)
         grad[valid] = result.to(torch.float32)
     return *out, grad
+
+
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
+    folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
+    scaled, scales = quantize.int8_scaled(folded.unsqueeze(1))
+    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device)
+    return stochastic.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
+    folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
+    scaled, scales = quantize.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
+    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device).t()
+    return stochastic.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

@@ -130,3 +130,29 @@ def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
+    """Philox4x32-10 on Python's integers: the four words of one block."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [second >> 32 ^ c[1] ^ k[0], second & 0xFFFFFFFF, first >> 32 ^ c[3] ^ k[1], first & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def quantize_rows(x: np.ndarray, factors: np.ndarray | None, seed: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rule 8, value by value: int8 of x's shape and a scale for each row."""
+    q, scales = np.zeros(x.shape, np.int8), np.zeros(len(x), F)
+    key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    for r, row in enumerate(x if factors is None else x * factors):
+        scales[r] = int8_group(np.ascontiguousarray(row))[1]
+        top = np.uint32((row.view(np.uint32) & 0x7FFFFFFF).max()).view(F)
+        if not np.isfinite(top) or top < TINY:
+            continue
+        for c, v in enumerate(row * (F(127) / top)):
+            u = F(philox((c // 4, r, stream, 0), key)[c % 4] >> 8) * F(2.0**-24)
+            down = np.floor(v)
+            q[r, c] = np.clip(down + F(u < F(v - down)), -127, 127)
+    return q, scales

@@ -195,6 +195,52 @@ def linear_cross_entropy(draw: Draw, scheme: QuantScheme, count: int) -> Iterato
         yield Sample((hidden, target, *weight, bias, scheme.name, dither), label)
 
 
+def float_weight(draw: Draw, out_features: int, in_features: int) -> tuple[Tensor, str]:
+    """A weight to quantize, with groups of zeros and rows of one sign."""
+    weight, words = draw.matrix(out_features, in_features, draw.choose.choice(("normal", "extremes", "ties")))
+    weight = weight.clone()
+    for row in range(0, out_features, 3):
+        kind = draw.choose.choice(("zeros", "positive", "tiny", "start"))
+        if kind == "positive":
+            weight[row] = weight[row].abs()
+        elif kind == "start":
+            weight[row, : in_features // 2] = 0
+        else:
+            weight[row] = 0.0 if kind == "zeros" else -(2.0**-98)
+    return weight, words
+
+
+def quantize_weight(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        weight, words = float_weight(draw, out_features, in_features)
+        yield Sample((weight, scheme.name), f"w {words}")
+
+
+def mask_clipped(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        weight, words = float_weight(draw, out_features, in_features)
+        grad, grad_words = draw.matrix(out_features, in_features, "normal")
+        yield Sample((grad, weight, scheme.name), f"w {words}, grad {grad_words}")
+
+
+def quantize_randomly(draw: Draw, count: int, of_rows: bool) -> Iterator[Sample]:
+    for rows, _, columns in draw.shapes(count):
+        x, words = draw.matrix(rows, columns, draw.choose.choice(("normal", "extremes", "ties", "special")))
+        factors = None if draw.choose.random() < 0.3 else draw.floats(columns if of_rows else rows)
+        seed = torch.tensor(draw.choose.choice((0, -1, draw.choose.getrandbits(63))))
+        stream = draw.choose.choice((0, 1, 2, 2**32 - 1))
+        label = f"x {words}, {'no ' if factors is None else ''}factors, seed {seed}, stream {stream}"
+        yield Sample((x, factors, seed, stream), label)
+
+
+def quantize_rows(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    return quantize_randomly(draw, count, of_rows=True)
+
+
+def quantize_columns(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    return quantize_randomly(draw, count, of_rows=False)
+
+
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "column_scales": column_scales,
     "dequantize_weight": dequantize_weight,
@@ -202,12 +248,21 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "linear": linear,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_grad_input": linear_grad_input,
+    "linear_saving": linear,
+    "mask_clipped": mask_clipped,
     "quantize_activation": quantize_activation,
+    "quantize_columns": quantize_columns,
+    "quantize_rows": quantize_rows,
+    "quantize_weight": quantize_weight,
 }
 # What activations become does not depend on the weight format.
 OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
     "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
 }
+OP_SCHEMES["linear_saving"] = INT_SCHEMES
+OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
+# These know no schemes at all; the names tell their sets of samples apart.
+OP_SCHEMES |= dict.fromkeys(("quantize_columns", "quantize_rows"), ("w8a8", "w8a16", "w4a8", "w4a16"))
 
 
 def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:

@@ -85,3 +85,14 @@ def test_choice_depends_on_the_rows_and_the_work():
         assert dots["kernel"].startswith("float" if scheme.endswith("a16") else "int")
         assert (dots["threads"], panels["threads"]) == (2, 2)
         assert _native.choose_linear(scheme, 1, 8, 8, threads=2)["threads"] == 1
+
+
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_layers_whose_weight_is_trained_are_timed_as_they_multiply(mode):
+    model = Model()
+    qk.quantize_(model, "w8a8", mode=mode)
+    found = explain.explain(model, rows=(2,), seconds=0.001)
+    assert [(t.layers, t.scheme, t.kernel) for t in found.timings] == [
+        (("up", "twin"), "w8a8", "int_dot"),
+        (("down",), "w8a8", "int_dot"),
+    ]

@@ -394,8 +394,8 @@ def test_wrong_input_dtype(dtype):
     ("arguments", "message"),
     [
         ({"scheme": "w8a9"}, "unknown scheme 'w8a9'; did you mean"),
-        ({"mode": "train"}, r"mode must be one of \('frozen',\), got 'train'"),
-        ({"grad": "int4"}, r"grad must be one of \('float',\), got 'int4'"),
+        ({"mode": "train"}, r"mode must be one of \('frozen', 'qat', 'int8'\), got 'train'"),
+        ({"grad": "int4"}, r"grad must be one of \('float', 'int8'\), got 'int4'"),
         ({"in_features": 0}, "in_features must be at least 1, got 0"),
         ({"in_features": 131073}, "in_features must be at most 131072 for w8a8 .* use a w8a16 scheme"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),

@@ -7,6 +7,7 @@ from qkernels import QuantScheme, ops
 
 ROWS, N, K = 3, 6, 40
 SCHEME = "w4a8-g32-asym"
+RANDOMNESS = {"seed": torch.tensor(1), "stream": 0}
 
 
 def arguments(op: str, scheme: str = SCHEME) -> dict:
@@ -38,6 +39,11 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "column_scales": torch.ones(K),
             "out_dtype": None,
         },
+        "linear_saving": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme},
+        "quantize_weight": {"weight": torch.ones(N, K), "scheme": scheme},
+        "mask_clipped": {"grad": torch.ones(N, K), "weight": torch.ones(N, K), "scheme": scheme},
+        "quantize_rows": {"x": torch.ones(ROWS, K), "column_factors": torch.ones(K), **RANDOMNESS},
+        "quantize_columns": {"x": torch.ones(ROWS, K), "row_factors": torch.ones(ROWS), **RANDOMNESS},
     }[op]
 
 
@@ -59,7 +65,8 @@ WEIGHT = [
     ("zeros", torch.zeros(N, 1, dtype=torch.uint8)),
     ("zeros", torch.zeros(N, dtype=torch.uint8)),
 ]
-WEIGHT_OPS = ["dequantize_weight", "linear", "linear_grad_input", "column_scales", "int_grad_input"]
+WEIGHT_OPS = ["dequantize_weight", "linear", "linear_saving", "linear_grad_input", "column_scales", "int_grad_input"]
+SCHEME_NAMES = ["w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"]
 SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8s")]
 IN_FEATURES = [("in_features", 0), ("in_features", -40), ("in_features", 42)]
 OUT_DTYPES = [("out_dtype", torch.float64), ("out_dtype", torch.int8), ("out_dtype", torch.complex64)]
@@ -70,6 +77,15 @@ def matrix(name: str, columns: int) -> list:
     wrong += [torch.ones(columns), torch.ones(1, ROWS, columns), torch.ones(())]
     return [(name, value) for value in wrong]
 
+
+RANDOM = [
+    ("x", torch.ones(3, 0)),
+    ("seed", torch.tensor(1, dtype=torch.int32)),
+    ("seed", torch.tensor([1])),
+    ("seed", torch.tensor(1.0)),
+    ("stream", -1),
+    ("stream", 2**32),
+]
 
 CASES = {
     "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
@@ -94,6 +110,28 @@ CASES = {
         ("grad_out", torch.ones(ROWS, N + 1)),
     ],
     "column_scales": [*WEIGHT, *SCHEMES, *IN_FEATURES],
+    "linear_saving": [*matrix("x", K), *WEIGHT, *SCHEMES, ("scheme", "w4a16-g32-asym"), ("bias", torch.ones(N + 1))],
+    "quantize_weight": [*matrix("weight", K), *SCHEMES, ("weight", torch.ones(3, 0))],
+    "mask_clipped": [
+        *matrix("weight", K),
+        *matrix("grad", K),
+        *SCHEMES,
+        ("scheme", "w8a8"),
+        ("grad", torch.ones(N + 1, K)),
+        ("grad", torch.ones(N, K + 1)),
+    ],
+    "quantize_rows": [
+        *matrix("x", K),
+        *RANDOM,
+        *(("column_factors", torch.ones(shape)) for shape in ((), (K + 1,), (1, K))),
+        ("column_factors", torch.ones(K, dtype=torch.bfloat16)),
+    ],
+    "quantize_columns": [
+        *matrix("x", K),
+        *RANDOM,
+        *(("row_factors", torch.ones(shape)) for shape in ((), (ROWS + 1,), (1, ROWS))),
+        ("row_factors", torch.ones(ROWS, dtype=torch.float64)),
+    ],
     "int_grad_input": [
         ("q_grad", torch.ones(ROWS, N)),
         ("q_grad", torch.ones(ROWS, N, dtype=torch.uint8)),
@@ -164,6 +202,23 @@ def test_missing_columns_of_linear_are_refused():
         }
         with pytest.raises(RuntimeError, match=r"(x|in_features) must .*at least (1|one)"):
             ops.linear(**given, zeros=None, bias=None, scheme="w8a8")
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weight_that_is_not_finite_is_refused(scheme, value):
+    weight = torch.ones(N, K)
+    weight[N - 1, K - 1] = value
+    with pytest.raises(RuntimeError, match="weight must be finite"):
+        ops.quantize_weight(weight, scheme)
+
+
+def test_range_that_overflows_is_refused():
+    weight = torch.full((2, K), 3e38)
+    weight[1, 1] = -3e38
+    ops.quantize_weight(weight, "w4a8")
+    with pytest.raises(RuntimeError, match="so must be the range of each group"):
+        ops.quantize_weight(weight, "w4a8-asym")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -48,8 +48,9 @@ def test_fake_kernel_predicts_the_result(op):
 
 
 @pytest.mark.parametrize("op", registered_ops())
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym-ag64"])
-def test_opcheck(op, scheme):
+@pytest.mark.parametrize("index", [0, -1])
+def test_opcheck(op, index):
+    scheme = OP_SCHEMES[op][index]
     finite = [
         args
         for args, _ in samples(op, scheme)
@@ -95,6 +96,27 @@ def test_int_grad_input_equals_reference(each_isa, scheme):
 @pytest.mark.parametrize("scheme", INT_SCHEMES)
 def test_linear_cross_entropy_equals_reference(each_isa, scheme):
     assert_equals_reference("linear_cross_entropy", scheme, 5, each_isa)
+
+
+@pytest.mark.parametrize("scheme", INT_SCHEMES)
+def test_linear_saving_equals_reference(each_isa, scheme):
+    assert_equals_reference("linear_saving", scheme, 6, each_isa)
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_quantize_weight_equals_reference(each_isa, scheme):
+    assert_equals_reference("quantize_weight", scheme, 12, each_isa)
+
+
+@pytest.mark.parametrize("scheme", OP_SCHEMES["mask_clipped"])
+def test_mask_clipped_equals_reference(each_isa, scheme):
+    assert_equals_reference("mask_clipped", scheme, 12, each_isa)
+
+
+@pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
+def test_stochastic_rounding_equals_reference(each_isa, op):
+    for scheme in OP_SCHEMES[op]:
+        assert_equals_reference(op, scheme, 20, each_isa)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same_bits, assert_within_float_bound, one_thread
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES
 
-from qkernels import QuantScheme, ops, reference
+from qkernels import QuantScheme, ops, reference, stochastic
 from qkernels.quantize import MAX_REDUCTION
 
 
@@ -41,6 +41,48 @@ def test_int_grad_input_follows_the_rules(scheme):
         arrays = [None if t is None else t.contiguous().numpy() for t in tensors]
         expected = rules.int_grad_input(*arrays, in_features, QuantScheme.parse(name))
         assert_same_bits(reference.int_grad_input(*args), torch.from_numpy(expected), label)
+
+
+# From the file kat_vectors of the Random123 library.
+PHILOX_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PHILOX_ANSWERS)
+def test_philox_gives_the_known_answers(counter, key, words):
+    assert tuple(rules.philox(counter, key)) == words
+    result = stochastic.philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert tuple(word.item() for word in result) == words
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, -(2**40) - 5])
+def test_stochastic_rounding_follows_the_rule(each_isa, seed):
+    draw = op_samples.Draw(f"stochastic {seed}")
+    x, factors = draw.floats(9, 70), draw.floats(70)
+    x[1], x[4, 3], x[6] = 0.0, torch.inf, -x[6].abs()
+    x[6, 0] = -127.0000153  # 127 / absmax rounds up: the value lies below -127
+    for given in (None, factors):
+        with np.errstate(invalid="ignore"):
+            expected = rules.quantize_rows(x.numpy(), None if given is None else given.numpy(), seed, 5)
+        expected = [torch.from_numpy(array) for array in expected]
+        for a, b in zip(ops.quantize_rows(x, given, torch.tensor(seed), 5), expected, strict=True):
+            assert_same_bits(a, b, each_isa)
+
+
+def test_columns_use_the_random_numbers_of_their_places(each_isa):
+    """With equal ranges everywhere, transposing is all there is between rows and columns."""
+    x = op_samples.Draw("places").floats(70, 130).clamp(-2, 2)
+    x[:, 0] = x[0] = 2.0
+    seed = torch.tensor(7)
+    rows, columns = ops.quantize_rows(x, None, seed, 1)[0], ops.quantize_columns(x, None, seed, 1)[0]
+    assert_same_bits(columns, rows.t().contiguous(), each_isa)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-g32", "w4a8-g32-asym", "w4a8-g128"])

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
+#include "core/threads.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers.h"
 #include "cpu/kernels.h"
@@ -11,18 +13,52 @@
 namespace qk {
 namespace {
 
-// Below this many multiply-adds a thread, starting it costs more than it saves.
-constexpr int64_t kMinWorkPerThread = int64_t{1} << 18;
-
 // Columns that column_scales reads at a time.
 constexpr int64_t kScaleColumns = 256;
 
-int useful_threads(int threads, int64_t work) {
-  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
-}
+class BiasFloats {
+ public:
+  BiasFloats(const Bias& bias, int64_t n) : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
+    if (given_) kernels().to_float(bias.data, bias.dtype, n, floats_.get());
+  }
 
-Parallel limit(const Parallel& parallel, int64_t work) {
-  return {useful_threads(parallel.num_threads, work), parallel.run};
+  const float* get() const { return given_ ? floats_.get() : nullptr; }
+
+ private:
+  bool given_;
+  Buffer<float> floats_;
+};
+
+// Rows with a scale for each group -> rows with one scale: the largest of those that count (rule 9). In place.
+void ungroup(const QuantizedRows& x, int64_t group, int8_t* q, float* scales, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t groups = div_up(x.cols, group);
+  limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> ones(group);
+    std::fill_n(ones.get(), group, 1.0f);
+    for (int64_t m = begin; m < end; ++m) {
+      const int8_t* row = x.data + m * x.cols;
+      const float* own = x.scales + m * groups;
+      const auto is_zero = [&](int64_t g) {
+        const int8_t* q0 = row + g * group;
+        return !std::isnan(own[g]) &&
+               std::all_of(q0, q0 + std::min(group, x.cols - g * group), [](int8_t v) { return v == 0; });
+      };
+      uint32_t largest = 0;  // as bits, which put NaN above all
+      for (int64_t g = 0; g < groups; ++g) {
+        if (!is_zero(g)) largest = std::max(largest, std::bit_cast<uint32_t>(own[g]));
+      }
+      scales[m] = largest == 0 ? 1.0f : std::bit_cast<float>(largest);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin_k = g * group, count = std::min(group, x.cols - begin_k);
+        if (std::isnan(scales[m])) {
+          std::fill_n(q + m * x.cols + begin_k, count, int8_t{0});
+        } else {
+          kernels.requantize(row + begin_k, count, own[g] / scales[m], ones.get(), q + m * x.cols + begin_k);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -60,13 +96,33 @@ Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int 
 
 void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel) {
   if (x.rows == 0 || w.n == 0) return;
-  Buffer<float> bias_floats(bias.data != nullptr ? w.n : 0);
-  if (bias.data != nullptr) kernels().to_float(bias.data, bias.dtype, w.n, bias_floats.get());
-  const float* bias_data = bias.data != nullptr ? bias_floats.get() : nullptr;
+  const BiasFloats floats(bias, w.n);
+  const float* bias_data = floats.get();
   const Choice choice = choose_linear(w.scheme, x.rows, w.n, w.k, parallel.num_threads);
   const bool integer = w.scheme.int_activations();
   const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
   driver(x, w, bias_data, {out, out_dtype}, {choice.threads, parallel.run});
+}
+
+void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx, float* x_scales,
+                   const Parallel& parallel) {
+  const Scheme& scheme = w.scheme;
+  const int64_t groups = scheme.act_groups(x.cols);
+  const bool grouped = scheme.act_group_size != 0;
+  Buffer<float> group_scales(grouped ? x.rows * groups : 0);
+  float* const scales = grouped ? group_scales.get() : x_scales;
+  quantize_activation(x, scheme, qx, scales, parallel);
+  if (x.rows > 0 && w.n > 0) {
+    const Choice choice = choose_linear(scheme, x.rows, w.n, w.k, parallel.num_threads);
+    if (choice.dots) {  // so few rows that quantizing them once more does not matter
+      linear(x, w, bias, out, out_dtype, parallel);
+    } else {
+      const BiasFloats floats(bias, w.n);
+      int_matmul_stored({qx, scales, x.rows, x.cols}, w, floats.get(), {out, out_dtype},
+                        {choice.threads, parallel.run});
+    }
+  }
+  if (grouped) ungroup({qx, scales, x.rows, x.cols}, scheme.act_group_size, qx, x_scales, parallel);
 }
 
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {

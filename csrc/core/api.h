@@ -31,6 +31,11 @@ QK_API Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t 
 // x [M, k] -> out [M, n].
 QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel);
 
+// The same for an a8 scheme, and x as the gradient of the weight needs it: int8 qx [M, k] with a scale for each row,
+// x_scales [M]. Under an activation group the integers are made anew for one scale a row.
+QK_API void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
+                          float* x_scales, const Parallel& parallel);
+
 // grad_out [M, n] -> out [M, k], in float.
 QK_API void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype,
                               const Parallel& parallel);
@@ -63,5 +68,23 @@ struct CrossEntropyResult {
 // label smoothing.
 QK_API void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
                                  const Parallel& parallel);
+
+// The canonical storage of w [n, k]; zeros [n, groups] for asymmetric schemes, else null. False if w, or the range of a
+// group, is not finite: what was written is then of no use.
+QK_API bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
+                            const Parallel& parallel);
+
+// out [n, k] = grad where quantizing w to 4 bits clamps nothing, else 0. It has the dtype of grad.
+QK_API void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, void* out,
+                         const Parallel& parallel);
+
+// Stochastic rounding of x [rows, cols] to int8 with a scale for each row: q [rows, cols], scales [rows]. Column c is
+// multiplied by column_factors[c] before; null: by nothing.
+QK_API void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
+                          const Parallel& parallel);
+
+// The same for each column: q [cols, rows], scales [cols]. Row r is multiplied by row_factors[r] before, or null.
+QK_API void quantize_columns(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
+                             const Parallel& parallel);
 
 }  // namespace qk

@@ -50,7 +50,10 @@ struct Matrix {
   DType dtype;
   int64_t rows, cols;
 
-  const void* row(int64_t r) const { return static_cast<const char*>(data) + r * cols * size_of(dtype); }
+  const void* at(int64_t r, int64_t c) const {
+    return static_cast<const char*>(data) + (r * cols + c) * size_of(dtype);
+  }
+  const void* row(int64_t r) const { return at(r, 0); }
 };
 
 // A row-major int8 matrix with contiguous rows and a scale for each row.
@@ -58,6 +61,12 @@ struct QuantizedRows {
   const int8_t* data;
   const float* scales;
   int64_t rows, cols;
+};
+
+// Where stochastic rounding takes its bits from (cpu/philox.h): streams of one seed are independent.
+struct Random {
+  uint64_t seed;
+  uint32_t stream;
 };
 
 // The canonical storage of a weight [n, k] (docs/formats.md).

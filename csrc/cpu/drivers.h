@@ -20,6 +20,10 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
 void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 
+// The same for x that is quantized already, as quantize_activation does it: scales [M, act_groups].
+void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
+                       const Parallel& parallel);
+
 // grad_out [M, n] times the weight's integers, without its scales -> [M, k]. Grouped weights are requantized to one
 // scale a column, column_scales [k]; null for others. Any scheme.
 void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,

@@ -149,20 +149,21 @@ class QuantizeRows {
   Buffer<int8_t> q_;
 };
 
-// Rows that are quantized already.
+// Rows that are quantized already, with `groups` scales each.
 class StoredRows {
  public:
-  explicit StoredRows(const QuantizedRows& rows) : rows_(rows) {}
+  explicit StoredRows(const QuantizedRows& rows, int64_t groups = 1) : rows_(rows), groups_(groups) {}
 
-  int64_t scales() const { return 1; }
+  int64_t scales() const { return groups_; }
 
   const int8_t* operator()(int64_t m, float* scales) const {
-    *scales = rows_.scales[m];
+    std::copy_n(rows_.scales + m * groups_, groups_, scales);
     return rows_.data + m * rows_.cols;
   }
 
  private:
   const QuantizedRows& rows_;
+  int64_t groups_;
 };
 
 // Packs panels [begin, end) of the `rows` rows that `read` gives.
@@ -553,6 +554,15 @@ void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out,
   const int64_t panels = div_up(x.rows, plan.mr);
   PackedA a(plan, panels);
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), begin, end, a); });
+  multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
+}
+
+void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
+                       const Parallel& parallel) {
+  const Plan plan(w, false, parallel.num_threads);
+  const int64_t panels = div_up(x.rows, plan.mr), groups = w.scheme.act_groups(x.cols);
+  PackedA a(plan, panels);
+  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, StoredRows(x, groups), begin, end, a); });
   multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
 }
 

@@ -30,6 +30,7 @@
 #pragma once
 
 #include "core/types.h"
+#include "cpu/philox.h"
 
 namespace qk {
 
@@ -154,6 +155,22 @@ struct Kernels {
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
   void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
   int32_t (*sum)(const int8_t* q, int64_t n);
+  void (*scale)(const float* x, int64_t n, float factor, float* out);         // x * factor
+  void (*scale_each)(const float* x, const float* y, int64_t n, float* out);  // x * y
+  void (*max_bits)(const float* x, int64_t n, uint32_t* max);                 // max[i] = max(max[i], bits of |x[i]|)
+  // v = x * inverse; clamp(floor(v) + (u < v - floor(v)), -127, 127), where u = (word >> 8) * 2^-24 and value i takes a
+  // word of the random row at column + i; column is a multiple of kPhiloxWords. NaN becomes -127.
+  void (*round_stochastic)(const float* x, int64_t n, float inverse, const PhiloxRow& random, int64_t column,
+                           int8_t* q);
+  // Quantizing a weight to 4 bits. range: of finite values; otherwise one of the two is not finite.
+  void (*range)(const float* w, int64_t n, float* low, float* high);
+  // clamp(rne(w * inverse) + zero, 0, 15), a byte each; even ones into the low nibbles, the pad nibble 0.
+  void (*quantize_int4)(const float* w, int64_t n, float inverse, int zero, uint8_t* nibbles);
+  void (*pack_int4)(const uint8_t* nibbles, int64_t n, uint8_t* packed);
+  // The gradient of what that gives: 0 where clamping changed it.
+  void (*mask_clipped)(const float* w, int64_t n, float inverse, int zero, float* grad);
+  // out[c * out_stride + r] = q[r * stride + c]
+  void (*transpose)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, int8_t* out, int64_t out_stride);
 
   // Panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
   int unit;     // k per unit of the integer panels

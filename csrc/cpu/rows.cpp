@@ -19,15 +19,19 @@ float int8_scale(uint32_t absmax_bits) {
   return absmax_bits < kTiny ? 1.0f : std::bit_cast<float>(absmax_bits) / 127.0f;
 }
 
+float int8_inverse(uint32_t absmax_bits) {
+  return absmax_bits < kTiny || absmax_bits >= kInf ? 0.0f : 127.0f / std::bit_cast<float>(absmax_bits);
+}
+
 void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
   for (int64_t begin = 0; begin < k; begin += group, ++scales) {
     const int64_t count = std::min(group, k - begin);
     const uint32_t bits = kernels.absmax_bits(x + begin, count);
     *scales = int8_scale(bits);
-    if (bits < kTiny || bits >= kInf) {
-      std::memset(q + begin, 0, count);
+    if (const float inverse = int8_inverse(bits); inverse != 0.0f) {
+      kernels.quantize(x + begin, count, inverse, q + begin);
     } else {
-      kernels.quantize(x + begin, count, 127.0f / std::bit_cast<float>(bits), q + begin);
+      std::memset(q + begin, 0, count);
     }
   }
 }

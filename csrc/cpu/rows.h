@@ -8,6 +8,9 @@ namespace qk {
 // The scale of values whose largest magnitude has these bits (docs/numerics.md, rule 1).
 float int8_scale(uint32_t absmax_bits);
 
+// What they are multiplied with: 127 / absmax, or 0 where all integers are 0.
+float int8_inverse(uint32_t absmax_bits);
+
 // Quantizes a float row x[k] in groups (docs/numerics.md, rules 1 and 2): int8 q[k] and scales[ceil(k / group)].
 void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales);
 

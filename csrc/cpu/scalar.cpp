@@ -14,6 +14,8 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 constexpr int kVector = 4;  // lanes of 32 bits
 #include "cpu/common.inc"
 
+#include "cpu/plain.inc"
+
 void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
 void store_float(const float* tile, const TileOutput& output) { store_tile(tile, output); }
 
@@ -45,8 +47,6 @@ void half_to_floats(const uint16_t* src, int64_t n, float* dst) {
 void floats_to_half(const float* src, int64_t n, uint16_t* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = half_of_float(src[i]);
 }
-
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
 
 void quantize(const float* x, int64_t n, float inverse, int8_t* q) {
   for (int64_t i = 0; i < n; ++i) {
@@ -199,6 +199,15 @@ const Kernels& scalar_kernels() {
       .dequantize = dequantize,
       .requantize = requantize,
       .sum = sum,
+      .scale = scale,
+      .scale_each = scale_each,
+      .max_bits = max_bits,
+      .round_stochastic = round_stochastic,
+      .range = range,
+      .quantize_int4 = quantize_int4,
+      .pack_int4 = pack_int4,
+      .mask_clipped = mask_clipped,
+      .transpose = transpose,
       .unit = 1,
       .a_shift = 0,
       .encode_a = encode,

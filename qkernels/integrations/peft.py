@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..convert import AFTER_QUANTIZE, QuantizationReport
 from ..nn import QuantLinear, relative_error
-from ..quantize import quantize_weight
+from ..quantize import QuantizedWeight, quantize_weight
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")
@@ -118,8 +118,9 @@ class QuantLoraLinear(LoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        for name, tensor in self._original.items():
-            getattr(base, name).data = tensor
+        base.set_weight(QuantizedWeight(*(self._original.get(name) for name in QuantizedWeight._fields)))
+        if base.bias is not None:
+            base.bias.data = self._original["bias"]
         del self._original, base.merge_error
         self.merged_adapters.clear()
 
@@ -155,7 +156,8 @@ def _dispatch_first(dispatch_default):
     @functools.wraps(dispatch_default)
     def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is not None or not isinstance(base, QuantLinear):
+        frozen = isinstance(base, QuantLinear) and base.mode == "frozen"  # the other modes have a weight to merge into
+        if parameter_name is not None or not frozen:
             return dispatch_default(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
         config.fan_in_fan_out = False  # a quantized Conv1D is stored as [N, K] too
         return QuantLoraLinear(target, adapter_name, config=config, **kwargs)

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..convert import AFTER_QUANTIZE, Layer, QuantizationReport, find_layers, plan
+from ..convert import AFTER_FREEZE, AFTER_QUANTIZE, Layer, QuantizationReport, find_layers, plan
 from ..embedding import QuantEmbedding
 from ..nn import QuantLinear, float_weight
 from ..quantize import QuantizedWeight
@@ -123,6 +123,10 @@ class QKernelsHfQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.mode != "frozen"
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
@@ -162,15 +166,15 @@ class QKernelsHfQuantizer(HfQuantizer):
             for peer in peers:
                 peer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
             return []
-        layer.module.weight = nn.Parameter(tensor, requires_grad=False)
         config = self.quantization_config
+        layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
         try:
             for peer in peers:
                 peer.convert(self.scheme, config.mode, config.grad)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
-        for parameter in (layer.module.qweight, layer.module.scales, layer.module.zeros):
-            if parameter is not None:
+        for parameter_name, parameter in layer.module.named_parameters():
+            if parameter_name != "bias":
                 parameter._is_hf_initialized = True
         for peer in peers:
             _guard_from_initialization(peer.module)
@@ -189,6 +193,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         for layer in self._layers:
             if isinstance(layer.module, QuantLinear) and not _is_loaded(layer.module.bias):
                 layer.module.bias.data.zero_()
+            if isinstance(layer.module, QuantLinear):
+                layer.module.update_column_scales()
         self._report.rows = [layer.converted or layer.row() for layer in self._layers]
         model.quantization_report = self._report
         self.quantization_config.layers = _scheme_by_name(self._report, "")
@@ -231,7 +237,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             weight.shape[0],
             module.bias is not None,
             scheme,
-            mode=config.mode,
+            mode="frozen" if config.mode == "int8" else config.mode,  # which is stored like that
             grad=config.grad,
             device="meta",
             dtype=weight.dtype,
@@ -243,7 +249,11 @@ class QKernelsHfQuantizer(HfQuantizer):
             for name, parameter in module.named_parameters():
                 if not _is_loaded(parameter):
                     raise ValueError(f"{layer.name}.{name} is missing in the checkpoint or does not fit {module}")
-            ops.check_weight(module.qweight, module.scales, module.zeros, module.in_features, module.scheme)
+            if module.mode == "frozen":
+                ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
+                module.update_column_scales()
+            if self.quantization_config.mode == "int8":
+                module.thaw_int8_()
         self._layers = []
 
 
@@ -324,4 +334,16 @@ def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
             )
 
 
+def _record_frozen(model: nn.Module) -> None:
+    """After `freeze_`: a saved folder is that of frozen layers."""
+    for module in model.modules():
+        config = getattr(getattr(module, "config", None), "quantization_config", None)
+        if isinstance(config, QKernelsConfig):
+            config.mode = "frozen"
+        quantizer = getattr(module, "hf_quantizer", None)
+        if isinstance(quantizer, QKernelsHfQuantizer):
+            quantizer.quantization_config.mode = "frozen"
+
+
 AFTER_QUANTIZE.append(_attach_config)
+AFTER_FREEZE.append(_record_frozen)

@@ -7,9 +7,6 @@
 // Every case is computed by the scalar kernels too. Results that do not depend on the ISA must have the same bits;
 // their line ends with "= <checksum>", which is the same on every machine. Results summed in float must lie within the
 // bound of two such sums; their line tells how much of it was used. Exits with 1 if any case fails.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,13 +14,13 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "core/api.h"
 #include "core/isa.h"
+#include "guarded.h"
 
 namespace {
 
@@ -46,42 +43,6 @@ std::vector<std::string> scheme_names() {
   }
   return names;
 }
-
-// At least `size` bytes, up to where unreadable memory begins.
-class Pages {
- public:
-  explicit Pages(int64_t size) {
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    bytes_ = qk::round_up(size, page) + page;
-    memory_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (memory_ == MAP_FAILED || mprotect(end(), page, PROT_NONE) != 0) throw std::bad_alloc();
-  }
-  ~Pages() { munmap(memory_, bytes_); }
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-
-  char* end() const { return memory_ + bytes_ - sysconf(_SC_PAGESIZE); }
-
- private:
-  char* memory_;
-  int64_t bytes_;
-};
-
-// An array that ends there.
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(int64_t count) : pages_(count * sizeof(T)), data_(reinterpret_cast<T*>(pages_.end()) - count) {}
-
-  T* get() { return data_; }
-  const T* get() const { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  Pages pages_;
-  T* data_;
-};
 
 // The scratch of the core ends there too, but for its alignment: the bytes that are left must keep their value.
 class Scratch {
@@ -422,6 +383,66 @@ void check_activations(Checker& checker, const std::string& scheme_name, const S
   });
 }
 
+// What training quantizes; integers follow the scales as floats.
+void check_stochastic(Checker& checker, const Shape& shape, bool columns) {
+  const int64_t rows = shape.m, cols = shape.k, results = columns ? cols : rows;
+  Random random("stochastic");
+  const Input x(rows, cols, shape.x, random, true);
+  Guarded<float> factors(columns ? rows : cols);
+  for (int64_t i = 0; i < (columns ? rows : cols); ++i) factors[i] = random.unit(DType::float32);
+  const std::string label = std::string(columns ? "quantize_columns " : "quantize_rows ") + std::to_string(rows) + "x" +
+                            std::to_string(cols) + " " + name_of(shape.x);
+  checker.exact(label, results + rows * cols, DType::float32, [&](void* out) {
+    Guarded<int8_t> q(rows * cols);
+    auto* floats = static_cast<float*>(out);
+    const auto quantize = columns ? qk::quantize_columns : qk::quantize_rows;
+    quantize(x.matrix(), factors.get(), {0x123456789abcdef0, 7}, q.get(), floats, kOneThread);
+    for (int64_t i = 0; i < rows * cols; ++i) floats[results + i] = q[i];
+  });
+}
+
+// Scales, zero points, bytes, and, of 4 bits, the gradient that is not masked.
+void check_quantized_weight(Checker& checker, const std::string& scheme_name, const Shape& shape) {
+  const int64_t n = shape.n, k = shape.k;
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  Random random("weight");
+  const Input w(n, k, shape.x, random, false);
+  const int64_t groups = n * scheme.weight_groups(k), bytes = n * scheme.packed_features(k);
+  const bool masked = scheme.weight_bits == 4;
+  const std::string label = scheme_name + " quantize_weight " + std::to_string(n) + "x" + std::to_string(k);
+  checker.exact(label, 2 * groups + bytes + (masked ? n * k : 0), DType::float32, [&](void* out) {
+    Guarded<uint8_t> q(bytes), zeros(groups);
+    auto* floats = static_cast<float*>(out);
+    for (int64_t g = 0; g < groups; ++g) zeros[g] = 0;
+    qk::quantize_weight(w.matrix(), scheme, q.get(), floats, scheme.symmetric ? nullptr : zeros.get(), kOneThread);
+    for (int64_t g = 0; g < groups; ++g) floats[groups + g] = zeros[g];
+    for (int64_t i = 0; i < bytes; ++i) floats[2 * groups + i] = q[i];
+    if (!masked) return;
+    Guarded<float> grad(n * k), clipped(n * k);
+    for (int64_t i = 0; i < n * k; ++i) grad[i] = 1.0f;
+    qk::mask_clipped({grad.get(), DType::float32, n, k}, w.matrix(), scheme, clipped.get(), kOneThread);
+    std::memcpy(floats + 2 * groups + bytes, clipped.get(), n * k * sizeof(float));
+  });
+}
+
+// linear_saving: its result, the scales and the integers of x.
+void check_saving(Checker& checker, const std::string& scheme_name, const Shape& shape) {
+  const auto [m, n, k, x_dtype, out_dtype] = shape;
+  Random random("saving " + scheme_name);
+  const Input x(m, k, x_dtype, random, true);
+  const StoredWeight stored(qk::parse_scheme(scheme_name), n, k, random);
+  const qk::Weight weight = stored.weight();
+  const std::string label =
+      scheme_name + " linear_saving " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
+  checker.exact(label, m * n + m + m * k, DType::float32, [&, m = m, n = n, k = k](void* out) {
+    Guarded<int8_t> q(m * k);
+    auto* floats = static_cast<float*>(out);
+    qk::linear_saving(x.matrix(), weight, {nullptr, DType::float32}, floats, DType::float32, q.get(), floats + m * n,
+                      kOneThread);
+    for (int64_t i = 0; i < m * k; ++i) floats[m * n + m + i] = q[i];
+  });
+}
+
 // The longest sum there is, of the largest products: 131072 * 127 * 127 < 2^31, with any shift in between.
 void check_longest_sum(Checker& checker, int64_t m) {
   constexpr int64_t n = 3, k = qk::kMaxReduction;
@@ -490,6 +511,13 @@ int check() {
     for (const Shape& shape : kShapes) check_scheme(checker, scheme, shape);
     for (const Shape& shape : kShapes) check_int_gradient(checker, scheme, shape);
     check_cross_entropy(checker, scheme);
+  }
+  for (const Shape& shape : kShapes) {
+    for (const bool columns : {false, true}) check_stochastic(checker, shape, columns);
+    for (const char* scheme : {"w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"}) {
+      check_quantized_weight(checker, scheme, shape);
+    }
+    for (const char* scheme : {"w8a8", "w4a8-asym-ag32", "w4a8-g64"}) check_saving(checker, scheme, shape);
   }
   for (const int64_t rows : {2, 6}) check_longest_sum(checker, rows);
   check_longest_gradient_sum(checker);

@@ -260,6 +260,41 @@ inline Int cvtepi8_epi32(__m128i v) {
   return ints([&](int i) { return bytes[i]; });
 }
 
+// VPMULUDQ: 64-bit products of the even (low) lanes.
+inline Int mul_epu32(const Int& a, const Int& b) {
+  return ints([&](int i) {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(a.lane[i & ~1])} * static_cast<uint32_t>(b.lane[i & ~1]);
+    return static_cast<int32_t>(product >> (i % 2 * 32));
+  });
+}
+inline Int high_halves(const Int& a) {  // VPSRLQ by 32
+  return ints([&](int i) { return i % 2 == 0 ? a.lane[i + 1] : 0; });
+}
+inline Int mask_shuffle_epi32(const Int& source, uint16_t mask, const Int& a, int control) {
+  return ints([&](int i) { return mask >> i & 1 ? a.lane[i / 4 * 4 + (control >> (i % 4 * 2) & 3)] : source.lane[i]; });
+}
+inline Int min_epi32(const Int& a, const Int& b) {
+  return ints([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Int max_epi32(const Int& a, const Int& b) {
+  return ints([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Int mask_add_epi32(const Int& source, uint16_t mask, const Int& a, const Int& b) {
+  const Int sum = add_epi32(a, b);
+  return ints([&](int i) { return mask >> i & 1 ? sum.lane[i] : source.lane[i]; });
+}
+inline Float sub_ps(const Float& a, const Float& b) {
+  return floats([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Float floor_ps(const Float& a) {
+  return floats([&](int i) { return std::floor(a.lane[i]); });
+}
+inline uint16_t less_mask(const Float& a, const Float& b) {
+  uint16_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask = static_cast<uint16_t>(mask | (a.lane[i] < b.lane[i]) << i);
+  return mask;
+}
+
 // A bfloat16 number as float, and the instructions on them: subnormal numbers are read and written as zeros.
 inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 inline float bf16(int32_t lane, int half) {
@@ -377,7 +412,6 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_set1_ps(x) emulated::set1_ps(x)
 #define _mm512_castps_si512(a) emulated::bits(a)
 #define _mm512_srli_epi32(a, n) emulated::srli_epi32(a, n)
-#define _mm512_cmp_ps_mask(a, b, predicate) emulated::unordered(a, b)
 #define _mm512_mask_or_epi32(s, m, a, b) emulated::mask_or_epi32(s, m, a, b)
 #define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
 #define _mm512_or_si512(a, b) emulated::or_si(a, b)
@@ -419,6 +453,18 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_mask_storeu_epi8(p, m, v) emulated::mask_store8(p, m, v)
 #define _mm512_mask_storeu_epi32(p, m, v) emulated::mask_store32(p, m, v)
 #define _mm512_mask_cvtepi32_storeu_epi8(p, m, v) emulated::mask_store_low8(p, m, v)
+
+// VRNDSCALEPS, VCMPPS and VPSRLQ as they are used: towards minus infinity, unordered or less than, by 32.
+#define _mm512_roundscale_ps(a, control) emulated::floor_ps(a)
+#define _mm512_cmp_ps_mask(a, b, predicate) \
+  ((predicate) == _CMP_UNORD_Q ? emulated::unordered(a, b) : emulated::less_mask(a, b))
+#define _mm512_srli_epi64(a, count) emulated::high_halves(a)
+#define _mm512_mul_epu32(a, b) emulated::mul_epu32(a, b)
+#define _mm512_mask_shuffle_epi32(s, m, a, c) emulated::mask_shuffle_epi32(s, m, a, c)
+#define _mm512_min_epi32(a, b) emulated::min_epi32(a, b)
+#define _mm512_max_epi32(a, b) emulated::max_epi32(a, b)
+#define _mm512_mask_add_epi32(s, m, a, b) emulated::mask_add_epi32(s, m, a, b)
+#define _mm512_sub_ps(a, b) emulated::sub_ps(a, b)
 
 #define __m512bh emulated::Int
 #define _mm512_cvtepi8_epi32(a) emulated::cvtepi8_epi32(a)

@@ -1,0 +1,172 @@
+// What training quantizes: weights anew in each step, and gradients, with stochastic rounding.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "core/api.h"
+#include "core/threads.h"
+#include "cpu/buffer.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace qk {
+namespace {
+
+// Random bits cost about this many multiply-adds a value.
+constexpr int64_t kRandomWork = 16;
+
+// Rows that are rounded and then transposed together, in blocks of so many columns: a block stays in L1, and each row
+// of the result gets a whole cache line of it.
+constexpr int64_t kRows = 64;
+constexpr int64_t kColumns = 256;
+static_assert(kColumns % kPhiloxWords == 0);
+
+constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
+constexpr float kTinyRange = 0x1p-96f;  // the range of a group of zeros
+
+// Rule 3 for a group.
+struct Int4Group {
+  float scale = 1.0f, inverse = 0.0f;
+  int zero;
+  bool finite;
+
+  Int4Group(const Kernels& kernels, const float* w, int64_t count, bool symmetric) : zero(symmetric ? 8 : 0) {
+    float low, high;
+    kernels.range(w, count, &low, &high);
+    if (!symmetric) {
+      low = std::min(low, 0.0f);
+      high = std::max(high, 0.0f);
+    }
+    const float levels = symmetric ? -8.0f : 15.0f, span = !symmetric ? high - low : -low > high ? low : high;
+    finite = std::isfinite(low) && std::isfinite(high) && std::isfinite(span);
+    if (!finite || std::fabs(span) < kTinyRange) return;
+    scale = span / levels;
+    inverse = levels / span;
+    if (!symmetric) zero = static_cast<int>(std::clamp((-low * inverse + kRound) - kRound, 0.0f, 15.0f));
+  }
+};
+
+}  // namespace
+
+bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
+                     const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
+  std::atomic<bool> finite{true};
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols);
+    Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
+      float* row_scales = scales + n * groups;
+      if (scheme.weight_bits == 8) {
+        quantize_row(kernels, row, w.cols, group, reinterpret_cast<int8_t*>(out), row_scales);
+        if (std::any_of(row_scales, row_scales + groups, [](float s) { return std::isnan(s); })) finite = false;
+        continue;
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
+        const Int4Group range(kernels, row + k0, count, scheme.symmetric);
+        if (!range.finite) finite = false;
+        kernels.quantize_int4(row + k0, count, range.inverse, range.zero, &nibbles[k0]);
+        row_scales[g] = range.scale;
+        if (zeros != nullptr) zeros[n * groups + g] = static_cast<uint8_t>(range.zero);
+      }
+      kernels.pack_int4(nibbles.get(), w.cols, out);
+    }
+  });
+  return finite;
+}
+
+void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, void* out, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols);
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols), masked(w.cols);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      kernels.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
+      for (int64_t k = 0; k < w.cols; k += group) {
+        const int64_t count = std::min(group, w.cols - k);
+        const Int4Group range(kernels, row + k, count, scheme.symmetric);
+        kernels.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
+      }
+      kernels.from_float(masked.get(), grad.cols, grad.dtype,
+                         static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
+    }
+  });
+}
+
+void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
+                   const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  limit(parallel, kRandomWork * x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(x.cols), folded(x.cols);
+    for (int64_t m = begin; m < end; ++m) {
+      const float* row = float_row(kernels, x, m, floats.get());
+      if (column_factors != nullptr) {
+        kernels.scale_each(row, column_factors, x.cols, folded.get());
+        row = folded.get();
+      }
+      const uint32_t bits = kernels.absmax_bits(row, x.cols);
+      scales[m] = int8_scale(bits);
+      int8_t* out = q + m * x.cols;
+      if (const float inverse = int8_inverse(bits); inverse != 0.0f) {
+        kernels.round_stochastic(row, x.cols, inverse, PhiloxRow(random, m), 0, out);
+      } else {
+        std::memset(out, 0, x.cols);
+      }
+    }
+  });
+}
+
+void quantize_columns(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
+                      const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const Parallel limited = limit(parallel, kRandomWork * x.rows * x.cols);
+  const auto folded = [&](int64_t m, int64_t c0, int64_t count, float* out) {
+    kernels.to_float(x.at(m, c0), x.dtype, count, out);
+    if (row_factors != nullptr) kernels.scale(out, count, row_factors[m], out);
+  };
+
+  const int64_t blocks = div_up(x.cols, kColumns);
+  Buffer<float> inverse(x.cols);
+  limited(blocks, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns, last = std::min(end * kColumns, x.cols);
+    Buffer<float> floats(last - first);
+    Buffer<uint32_t> max(last - first);
+    std::fill_n(max.get(), last - first, 0u);
+    for (int64_t m = 0; m < x.rows; ++m) {
+      folded(m, first, last - first, floats.get());
+      kernels.max_bits(floats.get(), last - first, max.get());
+    }
+    for (int64_t c = first; c < last; ++c) {
+      scales[c] = int8_scale(max[c - first]);
+      inverse[c] = int8_inverse(max[c - first]);
+    }
+  });
+
+  limited(div_up(x.rows, kRows), [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(kColumns);
+    Buffer<int8_t> rounded(kRows * kColumns);
+    for (int64_t m0 = begin * kRows; m0 < std::min(end * kRows, x.rows); m0 += kRows) {
+      const int64_t rows = std::min(kRows, x.rows - m0);
+      for (int64_t c0 = 0; c0 < x.cols; c0 += kColumns) {
+        const int64_t count = std::min(kColumns, x.cols - c0);
+        for (int64_t r = 0; r < rows; ++r) {
+          folded(m0 + r, c0, count, floats.get());
+          kernels.scale_each(floats.get(), &inverse[c0], count, floats.get());
+          kernels.round_stochastic(floats.get(), count, 1.0f, PhiloxRow(random, m0 + r), c0, &rounded[r * kColumns]);
+        }
+        kernels.transpose(rounded.get(), kColumns, rows, count, q + c0 * x.rows + m0, x.rows);
+      }
+    }
+  });
+  for (int64_t c = 0; c < x.cols; ++c) {
+    if (std::isnan(scales[c])) std::memset(q + c * x.rows, 0, x.rows);
+  }
+}
+
+}  // namespace qk
