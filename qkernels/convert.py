@@ -169,8 +169,8 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for w8a16 or mode "qat", `never_slower` for layers on another device, or a violation of
-            `strict`. The model is then as it was.
+            `calibration` for w8a16 or mode "qat", `embeddings` for another mode than "frozen", `never_slower` for
+            layers on another device, or a violation of `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -181,6 +181,8 @@ def quantize_(
         )
     scheme = QuantScheme.parse(scheme)
     QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")  # an unknown mode or grad is refused here
+    if embeddings and mode != "frozen":
+        raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     if calibration is not None and mode == "qat":
         raise ValueError("calibration must be None for mode='qat', whose weights stay in float")
     if calibration is not None and not calibrate.applies(scheme):

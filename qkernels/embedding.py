@@ -68,6 +68,10 @@ class QuantEmbedding(nn.Embedding):
         empty = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
         self.set_weight(QuantizedWeight(empty.qweight, empty.scales, empty.zeros))
 
+    def quantized_weight(self) -> QuantizedWeight:
+        """The canonical storage."""
+        return QuantizedWeight(self.qweight, self.scales, self.zeros)
+
     @property
     def in_features(self) -> int:
         """K, by the name it has in a linear layer on the same storage."""
@@ -161,7 +165,7 @@ class QuantEmbedding(nn.Embedding):
         errors = [
             f"{prefix}{name} {problem}"
             for name in _STORAGE
-            if (problem := self._problem(name, state_dict.get(prefix + name))) is not None
+            if (problem := self._problem(name, state_dict.get(prefix + name), getattr(self, name))) is not None
         ]
         if errors:
             error_msgs.extend(errors)

@@ -26,7 +26,7 @@ constexpr int64_t kL2BytesPerColumn = 16 * kBlockRows * sizeof(int32_t);
 constexpr int64_t kL2PerBlock = 2;
 // Where depth runs across the stored rows, the segment of a row has at least this many columns: with one cache line a
 // row, packing took up to 1.6 times as long.
-constexpr int64_t kSegment = 128;
+constexpr int64_t kSegment = 256;
 // Blocks of the weight are small enough that each thread has some of them.
 constexpr int64_t kBlocksPerThread = 4;
 // Rows that are unpacked or requantized at a time there; their segments stay in L1.
