@@ -133,3 +133,13 @@ def test_scheme_is_parsed():
     assert qk.QuantEmbedding(5, 4, "w8a8").scheme == QuantScheme.parse("w8a8")
     with pytest.raises(ValueError, match="w8a9"):
         qk.QuantEmbedding(5, 4, "w8a9")
+
+
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_embeddings_are_refused_where_weights_are_trained(mode):
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 8))
+    with pytest.raises(ValueError, match=f"embeddings must be False for mode='{mode}'"):
+        qk.quantize_(model, "w8a8", mode, embeddings=True)
+    assert type(model[0]) is nn.Embedding
+    with pytest.raises(ValueError, match="embeddings must be False"):
+        qk.QKernelsConfig("w8a8", mode=mode, embeddings=True)

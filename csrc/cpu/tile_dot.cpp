@@ -55,7 +55,7 @@ void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output ou
   const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
   const int64_t bytes = a.units * kernels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
-  const int64_t inside = w.k % bytes == 0 ? w.n : w.n - 1;
+  const auto is_inside = [&](int64_t n0) { return (n0 + block - 1) * w.row_bytes + bytes <= w.n * w.row_bytes; };
 
   parallel(div_up(w.n, block), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
@@ -68,7 +68,7 @@ void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output ou
       const int64_t valid = std::min<int64_t>(block, w.n - n0);
       const auto* rows = reinterpret_cast<const int8_t*>(w.row(n0));
       int64_t stride = w.row_bytes;
-      if (n0 + block > inside) {
+      if (!is_inside(n0)) {
         std::memset(copy.get(), 0, block * bytes);
         for (int64_t j = 0; j < valid; ++j) std::memcpy(&copy[j * bytes], w.row(n0 + j), w.k);
         rows = copy.get();

@@ -63,6 +63,8 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.mode, self.grad, self.embeddings = mode, grad, embeddings
         self.layers = dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, mode=mode, grad=grad, device="meta")  # refuses unknown values
+        if embeddings and mode != "frozen":
+            raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
@@ -251,9 +253,10 @@ class QKernelsHfQuantizer(HfQuantizer):
                     raise ValueError(f"{layer.name}.{name} is missing in the checkpoint or does not fit {module}")
             if module.mode == "frozen":
                 ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
+            if isinstance(module, QuantLinear):
                 module.update_column_scales()
-            if self.quantization_config.mode == "int8":
-                module.thaw_int8_()
+                if self.quantization_config.mode == "int8":
+                    module.thaw_int8_()
         self._layers = []
 
 
