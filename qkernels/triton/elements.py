@@ -65,28 +65,27 @@ def load_integers(
     N = shape[0]
     K = shape[1]
     inside = rows[:, None] < N
+    columns = first + tl.arange(0, COLUMNS)
     if BITS == 8:
-        columns = first + tl.arange(0, COLUMNS)
         start = rows.to(tl.int64)[:, None] * K
-        return tl.load(qweight + start + columns[None, :], mask=inside & (columns[None, :] < K), other=0)
-    packed = (K + 1) // 2
-    places = first // 2 + tl.arange(0, COLUMNS // 2)
-    start = rows.to(tl.int64)[:, None] * packed
-    pairs = tl.load(qweight + start + places[None, :], mask=inside & (places[None, :] < packed), other=0)
-    nibbles = tl.reshape(tl.join(pairs & 15, pairs >> 4), (rows.shape[0], COLUMNS)).to(tl.int8)
-    if zeros is None:
-        return nibbles - 8
-    if GROUP == 0:
-        zero = tl.load(zeros + rows, mask=rows < N, other=0)[:, None]
-    elif COLUMNS <= GROUP:
-        groups = tl.cdiv(K, GROUP)
-        zero = tl.load(zeros + rows * groups + first // GROUP, mask=rows < N, other=0)[:, None]
+        result = tl.load(qweight + start + columns[None, :], mask=inside & (columns[None, :] < K), other=0)
     else:
-        groups = tl.cdiv(K, GROUP)
-        columns = first + tl.arange(0, COLUMNS)
-        at = rows[:, None] * groups + columns[None, :] // GROUP
-        zero = tl.load(zeros + at, mask=inside & (columns[None, :] < K), other=0)
-    return nibbles - zero.to(tl.int8)
+        packed = (K + 1) // 2
+        places = first // 2 + tl.arange(0, COLUMNS // 2)
+        start = rows.to(tl.int64)[:, None] * packed
+        pairs = tl.load(qweight + start + places[None, :], mask=inside & (places[None, :] < packed), other=0)
+        nibbles = tl.reshape(tl.join(pairs & 15, pairs >> 4), (rows.shape[0], COLUMNS)).to(tl.int8)
+        if zeros is None:
+            result = nibbles - 8
+        elif GROUP == 0:
+            result = nibbles - tl.load(zeros + rows, mask=rows < N, other=0).to(tl.int8)[:, None]
+        elif COLUMNS <= GROUP:
+            at = rows * tl.cdiv(K, GROUP) + first // GROUP
+            result = nibbles - tl.load(zeros + at, mask=rows < N, other=0).to(tl.int8)[:, None]
+        else:
+            at = rows[:, None] * tl.cdiv(K, GROUP) + columns[None, :] // GROUP
+            result = nibbles - tl.load(zeros + at, mask=inside & (columns[None, :] < K), other=0).to(tl.int8)
+    return result
 
 
 @triton.jit

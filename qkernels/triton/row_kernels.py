@@ -85,6 +85,6 @@ def column_scales_kernel(
         value = load_weight(qweight, scales, zeros, rows, first, (N, K), BITS, GROUP, BLOCK_K)
         inside = tl.where(rows[:, None] < N, value, 0.0)
         largest = tl.maximum(largest, magnitude_bits(inside))
-    scale, inverse, usable = int8_parameters(tl.max(largest, axis=0))
+    scale = int8_parameters(tl.max(largest, axis=0))[0]
     columns = first + tl.arange(0, BLOCK_K)
     tl.store(out + columns, scale, mask=columns < K)
