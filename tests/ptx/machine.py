@@ -9,7 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .memory import GlobalMemory, SharedMemory, Traffic
-from .program import Address, Discard, Immediate, Instruction, Kernel, PtxError, Register, Special, Symbol, Vector, parse
+from .program import (
+    Address,
+    Discard,
+    Immediate,
+    Instruction,
+    Kernel,
+    PtxError,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+    parse,
+)
 
 WARP = 32
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -252,7 +264,7 @@ def launch(
     *,
     undefined: Sequence[np.ndarray] = (),
     statistics: Statistics | None = None,
-) -> None:
+) -> GlobalMemory:
     """Run a kernel over a grid; arrays are used in place.
 
     Args:
@@ -263,6 +275,9 @@ def launch(
         shared_bytes: dynamic shared memory of a block.
         undefined: those of the arrays that may not be read before they are written.
         statistics: what to count into.
+
+    Returns:
+        The global memory, which knows what was written.
 
     Raises:
         PtxError: for what the ISA leaves undefined: see `memory`.
@@ -291,3 +306,4 @@ def launch(
                 for x in range(sizes[0]):
                     shape = (sizes, (threads, 1, 1), (x, y, z))
                     Block(kernel, memory, named, shape, shared_bytes, statistics).run()
+    return memory

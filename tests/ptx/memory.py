@@ -65,13 +65,13 @@ class GlobalMemory:
         self.traffic = Traffic()
 
     def add(self, array: np.ndarray, defined: bool = True) -> int:
-        """The address of a contiguous array, whose bytes are used in place."""
-        data = array.reshape(-1).view(np.uint8)
-        if not np.shares_memory(data, array) and array.size:
+        """The address of a contiguous array, as far from a multiple of 16 as in this process; used in place."""
+        if not array.flags.c_contiguous:
             raise ValueError("array must be contiguous")
-        buffer = Buffer(self.next, data, None if defined else np.zeros(len(data), bool))
+        data = array.reshape(-1).view(np.uint8)
+        buffer = Buffer(self.next + array.ctypes.data % 16, data, None if defined else np.zeros(len(data), bool))
         self.buffers.append(buffer)
-        self.next += -(-len(data) // self.GAP) * self.GAP + self.GAP
+        self.next += -(-(len(data) + 16) // self.GAP) * self.GAP + self.GAP
         return buffer.base
 
     def _pieces(self, address: np.ndarray, size: int):

@@ -12,6 +12,10 @@ from qkernels.triton.aot import Compiled, compile_launch
 from qkernels.triton.launch import Launch
 
 
+# Parameters a kernel fills.
+OUTPUTS = {"quantize_rows_kernel": ("q", "scales"), "quantize_groups_kernel": ("q", "scales")}
+
+
 @cache
 def parsed(ptx: str) -> program.Kernel:
     (kernel,) = program.parse(ptx).values()
@@ -19,25 +23,36 @@ def parsed(ptx: str) -> program.Kernel:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory."""
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """The tensor's own memory, from its first element to its last."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((extent if tensor.numel() else 0,), (1,))
+    return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
 
 
-def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> Compiled:
+def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> None:
     """Fill the outputs of `launch` as `target` would."""
     compiled = compile_launch(launch, target)
     execute_ptx(launch, compiled, compiled.asm["ptx"], statistics)
-    return compiled
 
 
 def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machine.Statistics | None = None) -> None:
-    """The same with other PTX than the compiler's."""
+    """The same with PTX that need not be the compiler's. Every byte of the outputs must be written, and none read before."""
     if 0 in launch.grid:
         return
-    arguments = [array(value) if isinstance(value, Tensor) else value for value in launch.args if value is not None]
-    machine.launch(
-        parsed(ptx), launch.grid, compiled.threads, arguments, compiled.shared, statistics=statistics
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    arguments, outputs = [], []
+    for name, value in zip(names, launch.args, strict=True):
+        if value is None:
+            continue
+        arguments.append(array(value) if isinstance(value, Tensor) else value)
+        if name in OUTPUTS.get(launch.kernel.__name__, ("out",)):
+            outputs.append(arguments[-1])
+    memory = machine.launch(
+        parsed(ptx), launch.grid, compiled.threads, arguments, compiled.shared, undefined=outputs, statistics=statistics
     )
+    for buffer in memory.buffers:
+        if buffer.defined is not None and not buffer.defined.all():
+            raise machine.PtxError(f"{int((~buffer.defined).sum())} bytes of an output were not written")
 
 
 def execute_all(launches: Sequence[Launch], target: str) -> None:

@@ -1,0 +1,107 @@
+"""The code Triton compiles, executed without a GPU: equal bits for integer products, on ragged shapes.
+
+sm_80, sm_89 and sm_120 are executed; what the other targets get is inspected in test_targets.py.
+"""
+
+import op_samples
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
+
+from checks import check, plan
+from executor import execute_all
+from helpers import assert_same_bits
+
+from qkernels import quantize_weight, reference
+from qkernels.triton import matmul_kernels, plans
+from qkernels.triton.aot import TARGETS
+from qkernels.triton.launch import Target
+
+EXECUTED = ("sm_80", "sm_89", "sm_120")
+SAMPLES = 6
+LINEAR = (
+    "w8a8",
+    "w8a8-g64",
+    "w8a8-ag32",
+    "w8a8-g32-ag128",
+    "w4a8-asym",
+    "w4a8-g128",
+    "w4a8-g32-asym",
+    "w4a8-g64-ag32",
+    "w8a16",
+    "w4a16-g128",
+    "w4a16-g32-asym",
+)
+CASES = [
+    *(("linear", scheme) for scheme in LINEAR),
+    *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128")),
+    *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
+    *(("column_scales", scheme) for scheme in ("w8a8-g64", "w4a8-g32-asym")),
+    *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym")),
+    *(("linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
+]
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize(("op", "scheme"), CASES)
+def test_operator(op, scheme, target):
+    for sample in op_samples.samples(op, scheme, SAMPLES):
+        if max(sample.args[0].shape) > 400:
+            continue  # large: what they would add are more blocks of the same code
+        results, launches = plan(op, sample.args, TARGETS[target])
+        execute_all(launches, target)
+        check(op, scheme, sample, results)
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8-g128", "w4a8-g32-asym", "w4a16-g64"])
+def test_tiles_of_many_rows(scheme, target):
+    """Shapes too small for them, for a device with a single processor."""
+    few = Target("cuda", TARGETS[target].capability, 1, TARGETS[target].shared_bytes)
+    x, bias = torch.randn(140, 336).to(torch.bfloat16), torch.randn(144)
+    weight = quantize_weight(torch.randn(144, 336), scheme)
+    (out,), launches = plan("linear", (x, *weight, bias, scheme, torch.float32), few)
+    assert launches[-1].constants["BLOCK_N"] == 128
+    execute_all(launches, target)
+    args = (x, *weight, bias, scheme, torch.float32)
+    check("linear", scheme, op_samples.Sample(args, f"{scheme} {target}"), (out,))
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag64", "w4a8-g128", "w4a16-g128", "w8a16"])
+def test_sliced_depth(scheme, target):
+    """Few rows of a deep product: its slices are added in a fixed order."""
+    x, bias = torch.randn(3, 1040).to(torch.bfloat16), torch.randn(80).to(torch.bfloat16)
+    args = (x, *quantize_weight(torch.randn(80, 1040), scheme), bias, scheme, None)
+    (out,), launches = plan("linear", args, TARGETS[target])
+    assert launches[-1].kernel is matmul_kernels.reduce_slices_kernel
+    execute_all(launches, target)
+    check("linear", scheme, op_samples.Sample(args, f"{scheme} {target}"), (out,))
+    first = out.clone()
+    execute_all(launches, target)
+    assert_same_bits(out, first)
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (33, 17, 50), (64, 64, 64), (130, 70, 33), (200, 48, 144), (257, 5, 129)]
+)
+def test_int_grad_weight(shape, target, monkeypatch):
+    monkeypatch.setattr(plans, "TOKENS", 128)
+    m, n, k = shape
+    q_grad, qx = (torch.randint(-127, 128, (m, columns), dtype=torch.int8) for columns in (n, k))
+    scales = torch.rand(n)
+    total = torch.zeros(n, k)
+    for start in range(0, m, 128):
+        block = slice(start, start + 128)
+        total = total + (q_grad[block].double().t() @ qx[block].double()).float()
+    out, launches = plans.int_grad_weight(q_grad, scales, qx, torch.bfloat16, TARGETS[target])
+    execute_all(launches, target)
+    assert_same_bits(out, (total * scales[:, None]).to(torch.bfloat16), str(shape))
+
+
+def test_all_kernels_are_executed():
+    """Every operator with a plan is among the cases above."""
+    assert {op for op, _ in CASES} == set(op_samples.SAMPLERS)
+    assert all(hasattr(reference, op) for op, _ in CASES)
