@@ -62,11 +62,11 @@ def _divide(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
         raise PtxError("integer division by zero")
     if a.dtype.kind == "u":
         return a // b if name == "div" else a % b
-    if a.dtype.itemsize == 8 and ((a == np.iinfo(a.dtype).min) & (b == -1)).any():
+    if ((a == np.iinfo(a.dtype).min) & (b == -1)).any():
         raise PtxError("integer division overflows")
-    wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
-    quotient = np.abs(wide_a) // np.abs(wide_b) * (np.sign(wide_a) * np.sign(wide_b))
-    return (quotient if name == "div" else wide_a - quotient * wide_b).astype(a.dtype)
+    floor = a // b
+    quotient = floor + ((floor * b != a) & ((a < 0) != (b < 0)))
+    return (quotient if name == "div" else a - quotient * b).astype(a.dtype)
 
 
 def _check_rounding(instruction: Instruction) -> None:

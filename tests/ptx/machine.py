@@ -83,7 +83,10 @@ class Block:
         traffic = statistics.traffic if statistics else Traffic()
         self.shared = SharedMemory(-(-kernel.shared_bytes // 16) * 16 + shared_bytes, traffic)
         self.registers: dict[str, np.ndarray] = {}
+        self.at = 0  # the instruction that is executed
+        self.together: int | None = 0  # the next one, while all threads are at the same; else see pc
         self.pc = np.zeros(self.size, np.int64)
+        self.waiting = np.zeros(self.size, bool)
         self.threads = np.arange(self.size)
         self.active: slice | np.ndarray = slice(None)
         self.copies: list[list] = []  # pending cp.async: threads, their groups, addresses, data
@@ -179,7 +182,9 @@ class Block:
     def _store(self, register: Register, values: np.ndarray) -> None:
         dtype = bool if register.width == 1 else UNSIGNED[register.width]
         if isinstance(self.active, slice):
-            self.registers[register.name] = np.array(np.broadcast_to(values, (self.size,)), dtype)
+            held = np.empty(self.size, dtype)
+            held[:] = values
+            self.registers[register.name] = held
             return
         self._held(register)[self.active] = values
 
@@ -197,32 +202,50 @@ class Block:
 
     def run(self) -> None:
         """Execute until all threads have returned. Of threads at different places the one furthest back goes first."""
-        end, waiting = len(self.kernel.code), np.zeros(self.size, bool)
-        while True:
-            running = self.pc < end
-            if not running.any():
-                break
-            ready = running & ~waiting
-            if not ready.any():
-                waiting[:] = False
-                self.shared.barrier()
-                continue
-            at = int(self.pc[ready].min())
-            chosen = ready & (self.pc == at)
-            self.active = slice(None) if chosen.all() else np.flatnonzero(chosen)
-            instruction = self.kernel.code[at]
-            self.pc[self.active] += 1
+        while self._choose_threads():
+            instruction = self.kernel.code[self.at]
             if not self._apply_guard(instruction):
                 continue
             try:
-                if instruction.parts[0] in ("bar", "barrier"):
-                    self._barrier(instruction, waiting)
-                else:
-                    self._execute(instruction)
+                self._execute(instruction)
             except PtxError as error:
                 raise PtxError(f"{error}\nin `{instruction.text}` of {self.kernel.name}, block {self.number}") from None
         if self.copies:
             raise PtxError(f"{self.kernel.name} ends before its cp.async were waited for")
+
+    def _choose_threads(self) -> bool:
+        """Make active those that execute instruction `at` next, and move them on; False if none is left."""
+        end = len(self.kernel.code)
+        if self.together is None:
+            running = self.pc < end
+            ready = running & ~self.waiting
+            if not ready.any():
+                self.waiting[:] = False
+                self.shared.barrier()
+                ready = running
+            if ready.any():
+                self.at = int(self.pc[ready].min())
+                chosen = ready & (self.pc == self.at)
+                if not chosen.all():
+                    self.active = np.flatnonzero(chosen)
+                    self.pc[self.active] += 1
+                    return True
+            self.together = self.at if running.any() else end
+        if self.together >= end:
+            return False
+        self.at, self.together = self.together, self.together + 1
+        self.active = slice(None)
+        return True
+
+    def _jump(self, target: int) -> None:
+        """Send the active threads to an instruction."""
+        if isinstance(self.active, slice):
+            self.together = target
+            return
+        if self.together is not None:
+            self.pc[:] = self.together
+            self.together = None
+        self.pc[self.active] = target
 
     def _apply_guard(self, instruction: Instruction) -> bool:
         """Narrow the active threads to those whose predicate holds; whether any is left."""
@@ -233,22 +256,28 @@ class Block:
             self.active = self.lanes[holds]
         return bool(holds.any())
 
-    def _barrier(self, instruction: Instruction, waiting: np.ndarray) -> None:
+    def _barrier(self, instruction: Instruction) -> None:
         if instruction.parts[:2] == ("bar", "warp"):
             return  # races are told apart by warp only
         name, *count = (operand.bits for operand in instruction.operands)
         if name != 0 or any(number != self.size for number in count):
             raise PtxError("only barrier 0 for the whole block is known")
-        waiting[self.active] = True
+        if isinstance(self.active, slice):
+            self.shared.barrier()
+            return
+        self._jump(self.at + 1)
+        self.waiting[self.active] = True
 
     def _execute(self, instruction: Instruction) -> None:
         name = instruction.parts[0]
         if self.statistics is not None:
             self.statistics.instructions[".".join(instruction.parts)] += len(np.unique(self.warps))
         if name == "bra":
-            self.pc[self.active] = self.kernel.labels[instruction.operands[0].name]
+            self._jump(self.kernel.labels[instruction.operands[0].name])
         elif name in ("ret", "exit"):
-            self.pc[self.active] = len(self.kernel.code)
+            self._jump(len(self.kernel.code))
+        elif name in ("bar", "barrier"):
+            self._barrier(instruction)
         elif name in HANDLERS:
             HANDLERS[name](self, instruction)
         else:

@@ -11,7 +11,6 @@ from torch import Tensor
 from qkernels.triton.aot import Compiled, compile_launch
 from qkernels.triton.launch import Launch
 
-
 # Parameters a kernel fills.
 OUTPUTS = {"quantize_rows_kernel": ("q", "scales"), "quantize_groups_kernel": ("q", "scales")}
 
