@@ -53,7 +53,8 @@ class Compiled:
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
     """The kernel of `launch` for the target of this name, specialized for arguments that are multiples of 16 as triton
-    does at run time."""
+    does at run time.
+    """
     names = launch.kernel.arg_names
     signature, divisible = {}, []
     runtime = [name for name in names if name not in launch.constants]
@@ -67,7 +68,12 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             divisible.append(name)
     ordered = tuple((name, signature.get(name, "constexpr")) for name in names)
     return _compile(
-        launch.kernel, ordered, tuple(constants.items()), tuple(divisible), (launch.num_warps, launch.num_stages), target
+        launch.kernel,
+        ordered,
+        tuple(constants.items()),
+        tuple(divisible),
+        (launch.num_warps, launch.num_stages),
+        target,
     )
 
 

@@ -1,4 +1,4 @@
-"""`Launch`: one call of a Triton kernel as data, so that it can be run, compiled ahead of time or executed by a test."""
+"""`Launch`: one call of a Triton kernel as data, to be run, compiled ahead of time or executed by a test."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def linear_float_kernel(
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
 ):
-    """The forward of `a16` schemes: float x [M, K] times the integers of the weight, which any float dtype holds exactly.
+    """The forward of `a16` schemes: float x [M, K] times the weight's integers, which any float dtype holds exactly.
 
     The sum of each group is scaled in float32. SLICE as in `linear_int_kernel`, except that out holds one float32 sum a
     slice, groups scaled.
@@ -203,7 +203,7 @@ def grad_input_kernel(
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
 ):
-    """out [M, K] = float grad_out [M, N] times the dequantized weight, rounded to the dtype of grad_out tile by tile."""
+    """out [M, K] = float grad_out [M, N] times the dequantized weight, which is rounded to the dtype of grad_out."""
     tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_k * BLOCK_K

@@ -1,4 +1,4 @@
-"""The operators on GPU tensors: plan, then run. Signatures are those of the schemas; `qkernels/dispatch.py` calls these."""
+"""The operators on GPU tensors: plan, then run. Signatures are those of the schemas; `dispatch.run` calls these."""
 
 from __future__ import annotations
 

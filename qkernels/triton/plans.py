@@ -1,7 +1,7 @@
 """What each operator launches: outputs, kernels, grids and constants, decided without running anything.
 
-Arguments are those of the operators in `ops.py`, checked there; `target` is what to configure for. Each function returns
-the results and the launches that fill them.
+Arguments are those of the operators in `ops.py`, checked there; `target` is what to configure for. Each function
+returns the results and the launches that fill them.
 """
 
 from __future__ import annotations

@@ -269,8 +269,8 @@ def dot_product(block: Block, instruction: Instruction) -> None:
 def compare(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The comparisons of setp; those of floats that end in u hold for NaN."""
     ordered = {
-        "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-        "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+        "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+        "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
     }  # fmt: skip
     if a.dtype.kind != "f":
         return ordered[name](a, b)

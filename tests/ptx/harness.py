@@ -20,7 +20,8 @@ def kernel(body: str, parameters: int, shared: int = 0) -> str:
     declared = ", ".join(f".param .u64 p{i}" for i in range(parameters))
     loads = "".join(f"ld.param.u64 %rd{30 + i}, [p{i}];\n" for i in range(parameters))
     memory = f".shared .align 16 .b8 buffer[{shared}];\n" if shared else ""
-    return f"{HEADER}.visible .entry test({declared})\n{{\n{REGISTERS}{memory}{loads}mov.u32 %r70, %tid.x;\n{body}\nret;\n}}\n"
+    code = f"{REGISTERS}{memory}{loads}mov.u32 %r70, %tid.x;\n{body}\nret;\n"
+    return f"{HEADER}.visible .entry test({declared})\n{{\n{code}}}\n"
 
 
 def run(body: str, arrays: Sequence[np.ndarray], threads: int = 32, shared: int = 0, grid=(1,), **keywords) -> None:

@@ -328,7 +328,7 @@ def launch(
             values.append(argument)
     values += [0] * (len(kernel.parameters) - len(values))
     named = {name: value for (name, _), value in zip(kernel.parameters, values, strict=True)}
-    sizes = (tuple(grid) + (1, 1, 1))[:3]
+    sizes = (*grid, 1, 1, 1)[:3]
     with np.errstate(all="ignore"):
         for z in range(sizes[2]):
             for y in range(sizes[1]):

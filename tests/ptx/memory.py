@@ -131,8 +131,8 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of a block.
 
-    Between two barriers no byte may be written by one warp and touched by another. A byte that cp.async is still to fill
-    may not be touched at all until the thread that asked for it has waited.
+    Between two barriers no byte may be written by one warp and touched by another. A byte that cp.async is still to
+    fill may not be touched at all until the thread that asked for it has waited.
     """
 
     def __init__(self, size: int, traffic: Traffic) -> None:

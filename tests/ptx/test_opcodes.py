@@ -182,7 +182,8 @@ INTEGER = [  # instruction, types of the operands, type of the result, definitio
     ("lop3.b32 {0}, {1}, {2}, {3}, 0xe2", ("b32",) * 3, "b32", lambda a, b, c: lop3(a, b, c, 0xE2)),
     ("lop3.b32 {0}, {1}, {2}, {3}, 0x1b", ("b32",) * 3, "b32", lambda a, b, c: lop3(a, b, c, 0x1B)),
     *((f"{n}.{t} {{0}}, {{1}}, {{2}}", (t, "amount"), t, lambda a, s, n=n, t=t: shift(n, t, a, s)) for n, t in (
-        ("shl", "b16"), ("shl", "b32"), ("shl", "b64"), ("shr", "s32"), ("shr", "u32"), ("shr", "s16"), ("shr", "u64"))),
+        ("shl", "b16"), ("shl", "b32"), ("shl", "b64"), ("shr", "s32"), ("shr", "u32"), ("shr", "s16"),
+        ("shr", "u64"))),
     ("shf.l.wrap.b32 {0}, {1}, {2}, {3}", ("b32", "b32", "amount"), "b32",
      lambda a, b, n: ((b << 32 | a) << (n & 31)) >> 32),
     ("shf.r.wrap.b32 {0}, {1}, {2}, {3}", ("b32", "b32", "amount"), "b32", lambda a, b, n: (b << 32 | a) >> (n & 31)),

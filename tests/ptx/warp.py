@@ -1,4 +1,4 @@
-"""Instructions in which the threads of a warp work together: shuffles, votes, matrices (PTX ISA 9.7.9, 9.7.13, 9.7.14)."""
+"""What the threads of a warp do together: shuffles, votes, matrices (PTX ISA 9.7.9, 9.7.13, 9.7.14)."""
 
 from __future__ import annotations
 

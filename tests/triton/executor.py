@@ -35,7 +35,7 @@ def execute(launch: Launch, target: str, statistics: machine.Statistics | None =
 
 
 def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machine.Statistics | None = None) -> None:
-    """The same with PTX that need not be the compiler's. Every byte of the outputs must be written, and none read before."""
+    """The same with any PTX. Every byte of the outputs must be written, and none read before."""
     if 0 in launch.grid:
         return
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]

@@ -13,6 +13,7 @@ from helpers import assert_same_bits
 from triton import language as tl
 from triton.runtime import interpreter
 
+from qkernels import dispatch
 from qkernels.triton import ops, plans
 
 COUNT = 2
@@ -70,3 +71,10 @@ def test_int_grad_weight(tokens, shape, monkeypatch):
         block = slice(start, start + tokens)
         total = total + (q_grad[block].double().t() @ qx[block].double()).float()
     assert_same_bits(ops.int_grad_weight(q_grad, scales, qx), total * scales[:, None], str(shape))
+
+
+def test_dispatch_reaches_triton():
+    x = torch.randn(3, 40)
+    choice = dispatch.select(dispatch.Facts("cuda", 80, triton=True))
+    q, scales = dispatch.run("quantize_activation", choice, (x, "w8a8"), {})
+    check("quantize_activation", "w8a8", op_samples.Sample((x, "w8a8"), "dispatched"), (q, scales))

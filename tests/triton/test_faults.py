@@ -19,6 +19,7 @@ from qkernels.triton.aot import TARGETS, Compiled, compile_launch
 from qkernels.triton.launch import Launch
 
 TARGET = "sm_80"
+INT4 = "w4a8-g32-asym"
 
 
 class Case(NamedTuple):
@@ -73,7 +74,9 @@ def test_without_a_fault_nothing_is_reported(name):
 
 # What is planted: kernel, pattern, replacement, how many occurrences (0: all), and how it must show.
 FAULTS = {
-    "load without its mask": ("w8a8", r"selp\.b32 (\s*%r\d+), (%r\d+|16), 0, %p\d+;", r"mov.b32 \1, 16;", 0, "out of bounds"),
+    "load without its mask": (
+        "w8a8", r"selp\.b32 (\s*%r\d+), (%r\d+|16), 0, %p\d+;", r"mov.b32 \1, 16;", 0, "out of bounds"
+    ),
     "store without its mask": ("w8a8", r"@%p\d+ (st\.global)", r"\1", 0, "out of bounds"),
     "row bound off by one": ("w8a8", r"setp\.lt\.s32", "setp.le.s32", 0, "bounds|another|wrong"),
     "one wait too lax": ("w8a8", r"wait_group (\s*)4", r"wait_group \g<1>6", 1, "not delivered"),
@@ -92,11 +95,13 @@ FAULTS = {
     "bias left out": ("w8a8", r"add\.rn\.f32 (\s*%r\d+), (%r\d+), %r\d+;", r"mov.b32 \1, \2;", 1, "wrong result"),
     "bfloat16 truncated": ("w8a8", r", 32767;", ", 0;", 0, "wrong result"),
     "shared address off": ("w8a8", r"(ldmatrix[^\[]*\[%r\d+\+?)(\d*)\]", r"\g<1>+16]", 1, "wrong|cannot|written"),
-    "nibble cut": ("w4a8-g32-asym", r"and\.b16 (\s*%rs\d+), (%rs\d+), 15;", r"and.b16 \1, \2, 7;", 0, "wrong result"),
-    "high nibble lost": ("w4a8-g32-asym", r"shr\.u16 (\s*%rs\d+), (%rs\d+), 4;", r"shr.u16 \1, \2, 3;", 1, "wrong result"),
-    "zero point left out": ("w4a8-g32-asym", r"sub\.s16 (\s*%rs\d+), (%rs\d+), %rs\d+;", r"mov.b16 \1, \2;", 0, "wrong"),
+    "nibble cut": (INT4, r"and\.b16 (\s*%rs\d+), (%rs\d+), 15;", r"and.b16 \1, \2, 7;", 0, "wrong result"),
+    "high nibble lost": (INT4, r"shr\.u16 (\s*%rs\d+), (%rs\d+), 4;", r"shr.u16 \1, \2, 3;", 1, "wrong result"),
+    "zero point left out": (INT4, r"sub\.s16 (\s*%rs\d+), (%rs\d+), %rs\d+;", r"mov.b16 \1, \2;", 0, "wrong"),
     "rounding of the positive only": ("quantize", r"0f4B400000", "0f4B000000", 0, "wrong result"),
-    "sign kept in the range": ("quantize", r"and\.b32 (\s*%r\d+), (%r\d+), 2147483647;", r"mov.b32 \1, \2;", 0, "wrong"),
+    "sign kept in the range": (
+        "quantize", r"and\.b32 (\s*%r\d+), (%r\d+), 2147483647;", r"mov.b32 \1, \2;", 0, "wrong"
+    ),
     "warp reduced by half": ("quantize", r"redux\.sync\.max", "redux.sync.min", 1, "wrong result"),
 }  # fmt: skip
 
