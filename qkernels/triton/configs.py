@@ -23,6 +23,7 @@ class Product:
         operand: "int8", "float16" (also bfloat16) or "float32": what the factors are when they are multiplied.
         group: columns of the depth that share a scale, 0 for none.
         splittable: whether the kernel can divide the depth among programs.
+        converted: whether the loop makes a factor from other numbers or turns it over, in registers.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Product:
     operand: str
     group: int = 0
     splittable: bool = False
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ def choose(product: Product, target: Target) -> Config:
 
 
 def _tile(product: Product, target: Target) -> Config:
-    # A tile of the loop lies in one group; without groups 128 bytes of each row, a cache line, are read at a time.
-    depth = product.group or 128 // OPERAND_BYTES[product.operand]
+    # 128 bytes of each row, a cache line, are read at a time, or 64 where their conversion takes registers. A tile of
+    # the loop lies in one group, whose sum of integers must be whole.
+    depth = (64 if product.converted else 128) // OPERAND_BYTES[product.operand]
+    if product.group:
+        depth = product.group if product.operand == "int8" else min(product.group, depth)
     if product.operand == "float32":
         size = 16 if product.rows <= FEW_ROWS else 32
         return Config(size, 32, min(depth, 32), 4, 2, "float32 has no tensor-core product that rounds like float32")
@@ -78,8 +83,8 @@ def _tile(product: Product, target: Target) -> Config:
         rows = 32 if product.rows <= 32 else 64
         return Config(rows, 64, depth, 4, 4, "at most 64 rows: one row of tiles, narrow so that more programs run")
     large = Config(128, 128, depth, 8, 3, "many rows: 128 x 128 reads each operand byte for 128 products")
-    if product.group and product.group < 64:
-        large = replace(large, rows=64, reason="small groups: room in registers for a float sum beside the integer one")
+    if product.group or product.converted:
+        large = replace(large, rows=64, reason="many rows, but registers also hold a group's sum or what is converted")
     if tiles(product, large) >= target.processors:
         return large
     return Config(64, 64, depth, 4, 3, "fewer large tiles than processors: smaller ones use more of them")

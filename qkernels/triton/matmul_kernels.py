@@ -1,8 +1,8 @@
 """Matrix products with fused epilogues: the forward of every scheme, both input gradients, the weight gradient.
 
 Names: x [M, K], weight [N, K] in the canonical storage, out [M, N]. BITS is 8 or 4; W_GROUP and A_GROUP are the group
-sizes of weight and activations, 0 for one group per row; where there is a group, BLOCK_K is the finer of the two, so
-that a tile of the loop lies in one group of each.
+sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is the finer one for integers,
+and divides it for floats, so that a tile of the loop lies in one group of each.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def linear_grad_input(
     parsed = QuantScheme.parse(scheme)
     m, n = grad_out.shape
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
-    product = Product(m, in_features, n, _operand(grad_out))
+    product = Product(m, in_features, n, _operand(grad_out), converted=True)
     config = choose(product, target)
     args = (grad_out.contiguous(), *_stored(qweight, scales, zeros), out, m, n, in_features)
     sizes = {**_format(parsed), **_grad_tiles(config)}
@@ -217,7 +217,7 @@ def int_grad_input(
     parsed = QuantScheme.parse(scheme)
     m, n = q_grad.shape
     out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
-    product = Product(m, in_features, n, "int8")
+    product = Product(m, in_features, n, "int8", converted=True)
     config = choose(product, target)
     columns = None if column_scales is None else column_scales.contiguous()
     args = (q_grad.contiguous(), grad_scales.contiguous(), *_stored(*weight), columns, out, m, n, in_features)
@@ -234,7 +234,7 @@ def int_grad_weight(
     """
     (m, n), k = q_grad.shape, qx.shape[1]
     out = torch.empty((n, k), dtype=out_dtype or torch.float32, device=q_grad.device)
-    product = Product(n, k, m, "int8")
+    product = Product(n, k, m, "int8", converted=True)
     config = choose(product, target)
     sizes = {
         "TOKENS": TOKENS,

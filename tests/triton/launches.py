@@ -9,8 +9,11 @@ from qkernels.triton.launch import Launch, Target
 N, K = 4096, 4096
 
 
-def real_launches(target: Target) -> dict[str, Launch]:
-    """By a name that says the operator, the scheme and the rows."""
+SCHEMES = ("w8a8", "w4a8-g32-asym", "w8a16", "w4a16-g128")
+
+
+def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, Launch]:
+    """By a name that says scheme, rows of x and kernel."""
     found = {}
 
     def add(name: str, launches: list[Launch]) -> None:
@@ -21,7 +24,7 @@ def real_launches(target: Target) -> dict[str, Launch]:
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), dtype=dtype)
 
-    for scheme in ("w8a8", "w8a8-ag128", "w4a8-g128", "w4a8-g32-asym", "w8a16", "w4a16-g128", "w4a16-g32-asym"):
+    for scheme in schemes:
         parsed = QuantScheme.parse(scheme)
         dtypes = {"qweight": torch.int8 if parsed.weight_bits == 8 else torch.uint8, "scales": torch.float32}
         shapes = parsed.storage_shapes(K, N)
@@ -29,7 +32,7 @@ def real_launches(target: Target) -> dict[str, Launch]:
             empty(*shapes[name], dtype=dtypes.get(name, torch.uint8)) if name in shapes else None
             for name in ("qweight", "scales", "zeros")
         ]
-        for m in (1, 64, 2048):
+        for m in rows:
             name = f"{scheme} M={m}"
             add(name, plans.linear(empty(m, K), *stored, empty(N), scheme, None, target)[1])
             if m == 1:
