@@ -78,7 +78,9 @@ def _tile(product: Product, target: Target) -> Config:
         size = 16 if product.rows <= FEW_ROWS else 32
         return Config(size, 32, min(depth, 32), 4, 2, "float32 has no tensor-core product that rounds like float32")
     if product.rows <= FEW_ROWS:
-        return Config(16, 64, depth, 4, 4, f"at most {FEW_ROWS} rows: bound by the bytes of the weight, deep pipeline")
+        columns = 128 if product.group == 32 else 64  # 16 bytes of 4-bit weights for each thread
+        reason = f"at most {FEW_ROWS} rows: bound by the bytes of the weight, deep pipeline"
+        return Config(16, columns, product.group or depth, 4, 4, reason)
     if product.rows <= 64:
         rows = 32 if product.rows <= 32 else 64
         return Config(rows, 64, depth, 4, 4, "at most 64 rows: one row of tiles, narrow so that more programs run")

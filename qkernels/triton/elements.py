@@ -59,21 +59,19 @@ def load_integers(
 ):
     """int8 [rows, COLUMNS] from column `first` (a multiple of COLUMNS) on: the integers a weight is multiplied as.
 
-    qweight is the canonical storage of `shape` = (N, K), GROUP its group size along K (0: one group per row), zeros its
-    zero points or None. What lies beyond the shape is any number from -15 to 127.
+    qweight is the canonical storage of a weight of `shape` = (N, K, bytes of a stored row), GROUP its group size along
+    K (0: one group per row), zeros its zero points or None. What lies beyond the shape is any number from -15 to 127.
     """
     N = shape[0]
     K = shape[1]
     inside = rows[:, None] < N
     columns = first + tl.arange(0, COLUMNS)
+    start = rows.to(tl.int64)[:, None] * shape[2]
     if BITS == 8:
-        start = rows.to(tl.int64)[:, None] * K
         result = tl.load(qweight + start + columns[None, :], mask=inside & (columns[None, :] < K), other=0)
     else:
-        packed = (K + 1) // 2
         places = first // 2 + tl.arange(0, COLUMNS // 2)
-        start = rows.to(tl.int64)[:, None] * packed
-        pairs = tl.load(qweight + start + places[None, :], mask=inside & (places[None, :] < packed), other=0)
+        pairs = tl.load(qweight + start + places[None, :], mask=inside & (places[None, :] < shape[2]), other=0)
         nibbles = tl.reshape(tl.join(pairs & 15, pairs >> 4), (rows.shape[0], COLUMNS)).to(tl.int8)
         if zeros is None:
             result = nibbles - 8

@@ -1,8 +1,8 @@
 """Matrix products with fused epilogues: the forward of every scheme, both input gradients, the weight gradient.
 
-Names: x [M, K], weight [N, K] in the canonical storage, out [M, N]. BITS is 8 or 4; W_GROUP and A_GROUP are the group
-sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is the finer one for integers,
-and divides it for floats, so that a tile of the loop lies in one group of each.
+Names: x [M, K], weight [N, K] in the canonical storage, of row_bytes bytes a row, out [M, N]. BITS is 8 or 4; W_GROUP
+and A_GROUP are the group sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is
+the finer one for integers, and divides it for floats, so that a tile of the loop lies in one group of each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def linear_int_kernel(
     M,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     A_GROUP: tl.constexpr,
@@ -55,7 +56,7 @@ def linear_int_kernel(
         ks = first + tl.arange(0, BLOCK_K)
         x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
         x = tl.load(qx + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0)
-        w = tl.trans(load_integers(qweight, zeros, cols, first, (N, K), BITS, W_GROUP, BLOCK_K))
+        w = tl.trans(load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K))
         if W_GROUP == 0 and A_GROUP == 0:
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         else:
@@ -145,6 +146,7 @@ def linear_float_kernel(
     M,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     SLICE: tl.constexpr,
@@ -171,7 +173,7 @@ def linear_float_kernel(
         ks = first + tl.arange(0, BLOCK_K)
         x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
         value = tl.load(x + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
-        integers = load_integers(qweight, zeros, cols, first, (N, K), BITS, W_GROUP, BLOCK_K)
+        integers = load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         w = tl.trans(integers.to(value.dtype))
         if W_GROUP == 0:
             total = tl.dot(value, w, total, input_precision="ieee")
@@ -196,6 +198,7 @@ def grad_input_kernel(
     M,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -212,7 +215,7 @@ def grad_input_kernel(
         ns = start + tl.arange(0, BLOCK_N)
         grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
         grad = tl.load(grad_out + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0.0)
-        w = load_weight(qweight, scales, zeros, ns, first, (N, K), BITS, W_GROUP, BLOCK_K)
+        w = load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         total = tl.dot(grad, w.to(grad.dtype), total, input_precision="ieee")
     columns = first + tl.arange(0, BLOCK_K)
     at = rows.to(tl.int64)[:, None] * K + columns[None, :]
@@ -231,6 +234,7 @@ def int_grad_input_kernel(
     M,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -252,9 +256,12 @@ def int_grad_input_kernel(
         grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
         grad = tl.load(q_grad + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0)
         if W_GROUP == 0:
-            w = load_integers(qweight, zeros, ns, first, (N, K), BITS, W_GROUP, BLOCK_K)
+            w = load_integers(qweight, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         else:
-            scaled = load_weight(qweight, scales, zeros, ns, first, (N, K), BITS, W_GROUP, BLOCK_K) * inverse[None, :]
+            scaled = (
+                load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+                * inverse[None, :]
+            )
             scaled = tl.where(scaled < 127.0, scaled, 127.0)
             w = round_half_even(tl.where(scaled > -127.0, scaled, -127.0)).to(tl.int8)
         acc = tl.dot(grad, w, acc, out_dtype=tl.int32)

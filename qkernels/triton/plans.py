@@ -65,7 +65,7 @@ def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_
     out = torch.empty((n, in_features), dtype=torch.float32, device=qweight.device)
     constants = {"BITS": parsed.weight_bits, "GROUP": parsed.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
     grid = (-(-n // 16), -(-in_features // 128))
-    args = (*_stored(qweight, scales, zeros), out, n, in_features)
+    args = (*_stored(qweight, scales, zeros), out, n, in_features, qweight.shape[1])
     reason = "512 bytes of each row of the result"
     return out, [Launch(row_kernels.dequantize_weight_kernel, grid, args, constants, 4, 1, reason)]
 
@@ -75,7 +75,7 @@ def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_feat
     parsed = QuantScheme.parse(scheme)
     out = torch.empty((in_features,), dtype=torch.float32, device=qweight.device)
     constants = {"BITS": parsed.weight_bits, "GROUP": parsed.group_size or 0, "BLOCK_N": 64, "BLOCK_K": 32}
-    args = (*_stored(qweight, scales, zeros), out, qweight.shape[0], in_features)
+    args = (*_stored(qweight, scales, zeros), out, qweight.shape[0], in_features, qweight.shape[1])
     grid = (-(-in_features // 32),)
     reason = "a sector of each row, so that as many programs as possible run"
     return out, [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)]
@@ -129,7 +129,7 @@ def _linear_int(
         count = -(-product.depth // product.group) if product.group else slices(product, config)
         dtype = torch.float32 if product.group else torch.int32
         parts = torch.empty((count, *out.shape), dtype=dtype, device=out.device)
-    args = (*activation, *weight, bias, parts, *out.shape, product.depth)
+    args = (*activation, *weight, bias, parts, *out.shape, product.depth, weight[0].shape[1])
     launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, product, config)]
     if config.slice_depth:
         launches.append(
@@ -157,7 +157,7 @@ def _linear_float(
     parts = out
     if config.slice_depth:
         parts = torch.empty((slices(product, config), *out.shape), dtype=torch.float32, device=out.device)
-    args = (x, *weight, bias, parts, *out.shape, product.depth)
+    args = (x, *weight, bias, parts, *out.shape, product.depth, weight[0].shape[1])
     launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, product, config)]
     if config.slice_depth:
         launches.append(_reduce(parts, None, weight[1] if scheme.group_size is None else None, bias, out))
@@ -198,7 +198,7 @@ def linear_grad_input(
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
     product = Product(m, in_features, n, _operand(grad_out), converted=True)
     config = choose(product, target)
-    args = (grad_out.contiguous(), *_stored(qweight, scales, zeros), out, m, n, in_features)
+    args = (grad_out.contiguous(), *_stored(qweight, scales, zeros), out, m, n, in_features, qweight.shape[1])
     sizes = {**_format(parsed), **_grad_tiles(config)}
     return out, [_launch(matmul_kernels.grad_input_kernel, args, sizes, product, config)]
 
@@ -220,7 +220,17 @@ def int_grad_input(
     product = Product(m, in_features, n, "int8", converted=True)
     config = choose(product, target)
     columns = None if column_scales is None else column_scales.contiguous()
-    args = (q_grad.contiguous(), grad_scales.contiguous(), *_stored(*weight), columns, out, m, n, in_features)
+    args = (
+        q_grad.contiguous(),
+        grad_scales.contiguous(),
+        *_stored(*weight),
+        columns,
+        out,
+        m,
+        n,
+        in_features,
+        weight[0].shape[1],
+    )
     sizes = {**_format(parsed), **_grad_tiles(config)}
     return out, [_launch(matmul_kernels.int_grad_input_kernel, args, sizes, product, config)]
 

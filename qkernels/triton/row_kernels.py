@@ -50,6 +50,7 @@ def dequantize_weight_kernel(
     out,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,7 +59,7 @@ def dequantize_weight_kernel(
     """float32 out [N, K]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
-    value = load_weight(qweight, scales, zeros, rows, first, (N, K), BITS, GROUP, BLOCK_K)
+    value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
     columns = first + tl.arange(0, BLOCK_K)
     at = rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(out + at, value, mask=(rows[:, None] < N) & (columns[None, :] < K))
@@ -72,6 +73,7 @@ def column_scales_kernel(
     out,
     N,
     K,
+    row_bytes,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,7 +84,7 @@ def column_scales_kernel(
     largest = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     for row in range(0, N, BLOCK_N):
         rows = row + tl.arange(0, BLOCK_N)
-        value = load_weight(qweight, scales, zeros, rows, first, (N, K), BITS, GROUP, BLOCK_K)
+        value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
         inside = tl.where(rows[:, None] < N, value, 0.0)
         largest = tl.maximum(largest, magnitude_bits(inside))
     scale = int8_parameters(tl.max(largest, axis=0))[0]
