@@ -21,8 +21,9 @@ from qkernels.triton.aot import TARGETS
 from qkernels.triton.launch import Target
 
 EXECUTED = ("sm_80", "sm_89", "sm_120")
-SAMPLES = 9
-MOST_BLOCKS = 20
+SAMPLES = 20
+LEAST_EXECUTED = 6
+MOST_BLOCKS = 40
 LINEAR = (
     "w8a8",
     "w8a8-g64",
@@ -52,12 +53,14 @@ def test_operator(op, scheme, target):
     executed = 0
     for sample in op_samples.samples(op, scheme, SAMPLES):
         results, launches = plan(op, sample.args, TARGETS[target])
-        if any(math.prod(launch.grid) > MOST_BLOCKS for launch in launches):
-            continue  # large: more blocks of the same code
+        if not 0 < sum(math.prod(launch.grid) for launch in launches) <= MOST_BLOCKS:
+            continue  # no rows, or many blocks of the same code
         execute_all(launches, target)
         check(op, scheme, sample, results)
-        executed += bool(launches)
-    assert executed >= 6
+        executed += 1
+        if executed == LEAST_EXECUTED:
+            return
+    raise AssertionError(f"only {executed} samples were executed")
 
 
 @pytest.mark.parametrize("target", EXECUTED)
