@@ -99,7 +99,7 @@ def _split(config: Config, product: Product, target: Target) -> Config:
     if not product.splittable or product.rows > FEW_ROWS or possible < 2:
         return config
     if product.operand == "int8" and product.group and 8 * product.rows > product.group // 2:
-        return config  # a float for each group and row is written and read: more than half the bytes of the weight
+        return config  # a float for each group and row is written and read: more bytes than a 4-bit weight has
     step = -(-product.depth // possible)
     step = -(-step // config.depth) * config.depth
     reason = f"{config.reason}; depth in slices of {step}, for {tiles(product, config)} tiles leave processors idle"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Target:
     shared_bytes: int
 
     @classmethod
+    @cache
     def of(cls, device: torch.device) -> Target:
         """The target a GPU is."""
         found = torch.cuda.get_device_properties(device)
