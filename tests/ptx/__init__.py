@@ -3,9 +3,9 @@
     program     text -> instructions
     memory      global buffers and shared memory, with checks
     machine     a block of threads as NumPy vectors: control flow, registers, launch
-    arithmetic, conversion, movement, warp
+    arithmetic, conversion, movement, warp, warpgroup
                 what the instructions do, by the PTX ISA
 
-Covered is what Triton and nvcc emit for sm_80, sm_89 and sm_120: no wgmma, tcgen05, mbarrier, TMA or clusters. Timing,
-caches and the weakness of the memory model between blocks are not modelled.
+Covered is what Triton and nvcc emit for sm_80, sm_89 and sm_120, and of sm_90 the integer wgmma: no tcgen05, mbarrier,
+TMA or clusters. Timing, caches and the weakness of the memory model between blocks are not modelled.
 """

@@ -90,6 +90,7 @@ class Block:
         self.threads = np.arange(self.size)
         self.active: slice | np.ndarray = slice(None)
         self.copies: list[list] = []  # pending cp.async: threads, their groups, addresses, data
+        self.products: list[list] = [[]]  # pending wgmma by group, the last one open
         self.committed = np.zeros(self.size, np.int64)
         self.special = self._special_registers(grid, block, position)
 
@@ -212,6 +213,8 @@ class Block:
                 raise PtxError(f"{error}\nin `{instruction.text}` of {self.kernel.name}, block {self.number}") from None
         if self.copies:
             raise PtxError(f"{self.kernel.name} ends before its cp.async were waited for")
+        if any(self.products):
+            raise PtxError(f"{self.kernel.name} ends before its wgmma were waited for")
 
     def _choose_threads(self) -> bool:
         """Make active those that execute instruction `at` next, and move them on; False if none is left."""
@@ -311,7 +314,7 @@ def launch(
     Raises:
         PtxError: for what the ISA leaves undefined: see `memory`.
     """
-    from . import arithmetic, conversion, movement, warp  # noqa: F401  (they register their instructions)
+    from . import arithmetic, conversion, movement, warp, warpgroup  # noqa: F401  (they register their instructions)
 
     if isinstance(ptx, str):
         (kernel,) = parse(ptx).values()

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from . import arithmetic, conversion, movement, warp  # noqa: F401
+from . import arithmetic, conversion, movement, warp, warpgroup  # noqa: F401
 from .harness import apply
 from .machine import DTYPES, HANDLERS, bits_of
 from .program import PtxError
@@ -400,4 +400,5 @@ def test_what_is_not_known_is_refused():
 def test_every_opcode_has_a_test():
     here = {row[0].split(".")[0] for row in INTEGER} | {"div", "rem", "fma", "cvt", "min", "max"}
     in_test_memory = {"ld", "st", "cp", "atom", "red", "ldmatrix", "stmatrix", "mma", "shfl", "vote", "redux"}
-    assert here | in_test_memory == set(HANDLERS)
+    in_test_warpgroup = {"wgmma", "fence"}
+    assert here | in_test_memory | in_test_warpgroup == set(HANDLERS)

@@ -1,6 +1,7 @@
 """The code Triton compiles, executed without a GPU: equal bits for integer products, on ragged shapes.
 
-sm_80, sm_89 and sm_120 are executed; what the other targets get is inspected in test_targets.py.
+sm_80, sm_89 and sm_120 are executed, and of sm_90 the forward of w8a8; what the other targets get is inspected in
+test_targets.py.
 """
 
 import math
@@ -17,7 +18,7 @@ from helpers import assert_same_bits
 
 from qkernels import quantize_weight, reference
 from qkernels.triton import matmul_kernels, plans
-from qkernels.triton.aot import TARGETS
+from qkernels.triton.aot import TARGETS, compile_launch
 from qkernels.triton.launch import Target
 
 EXECUTED = ("sm_80", "sm_89", "sm_120")
@@ -90,6 +91,22 @@ def test_sliced_depth(scheme, target):
     first = out.clone()
     execute_all(launches, target)
     assert_same_bits(out, first)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(70, 72, 272), (65, 17, 40), (140, 144, 336), (200, 80, 100), (128, 128, 512), (99, 257, 129)]
+)
+def test_warp_groups_of_sm_90(shape, large):
+    """The forward of w8a8 on Hopper's own instruction, whose tiles have 64 rows or more."""
+    m, n, k = shape
+    target = Target("cuda", 90, 1, TARGETS["sm_90"].shared_bytes) if large else TARGETS["sm_90"]
+    weight, bias = quantize_weight(torch.randn(n, k), "w8a8"), torch.randn(n)
+    args = (torch.randn(m, k).to(torch.bfloat16), *weight, bias, "w8a8", torch.bfloat16)
+    (out,), launches = plan("linear", args, target)
+    assert "wgmma.mma_async" in compile_launch(launches[-1], "sm_90").asm["ptx"]
+    execute_all(launches, "sm_90")
+    check("linear", "w8a8", op_samples.Sample(args, f"sm_90 {shape}"), (out,))
 
 
 @pytest.mark.parametrize("target", EXECUTED)
