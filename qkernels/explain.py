@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _native, isa, ops
+from . import _native, dispatch, isa, ops
 from .bench.roofline import Product, Roofline, measure
 from .bench.timing import Turns, interleave
 from .nn import QuantLinear, float_weight
@@ -161,7 +161,10 @@ def time_layers(
         quantized = isinstance(module, QuantLinear)
         weight = next(module.parameters())
         if weight.device.type != "cpu":
-            raise ValueError(f"layer {names[0]!r} is on {weight.device}; only layers on the CPU can be timed")
+            raise ValueError(
+                f"layer {names[0]!r} is on {weight.device}; only layers on the CPU can be timed. There it runs on "
+                f"{_backend(weight.device)}"
+            )
         own = module.scheme if quantized else scheme
         n, k = (module.out_features, module.in_features) if quantized else float_weight(module).shape
         shapes.setdefault((n, k, own, _dtype(module), module.bias is not None), ([], module))[0].append(names[0])
@@ -171,6 +174,11 @@ def time_layers(
         for shape, (names, module) in shapes.items()
         for m in rows
     ]
+
+
+def _backend(device: torch.device) -> str:
+    choice = dispatch.select(dispatch.facts_of(device))
+    return f"{choice.backend}: {choice.reason}"
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The one Python door to `torch.ops.qkernels.*`: wrappers, fake kernels and the reference on every device.
 
-The schemas and the CPU kernels live in `csrc/ops.cpp`. Devices without a kernel of their own run `reference.py`.
+The schemas and the CPU kernels live in `csrc/ops.cpp`. On GPUs `dispatch.py` chooses; devices without a kernel of their
+own run `reference.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  (importing _C registers the schemas and the CPU kernels)
+from . import _C, dispatch, reference  # noqa: F401  (importing _C registers the schemas and the CPU kernels)
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION
 from .schemes import QuantScheme
 
@@ -507,6 +508,18 @@ def _register_reference(name: str) -> None:
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
 
 
+def _register_gpu(name: str) -> None:
+    """On CUDA and ROCm tensors run what `dispatch.select` chooses, after the fake kernel's checks."""
+    check = globals()[f"_{name}_fake"]
+
+    def run(*args, **kwargs):
+        check(*args, **kwargs)
+        choice = dispatch.select(dispatch.facts_of(args[0].device))
+        return dispatch.run(name, choice, args, kwargs)
+
+    _LIBRARY.impl(name, run, "CUDA")
+
+
 for _name in (
     "quantize_activation",
     "dequantize_weight",
@@ -522,3 +535,4 @@ for _name in (
     "quantize_columns",
 ):
     _register_reference(_name)
+    _register_gpu(_name)

@@ -69,7 +69,7 @@ class TestInfo:
         assert facts["isas_supported"] == list(isa.supported())
         assert facts["packages"]["torch"] == torch.__version__
         assert facts["threads"] == torch.get_num_threads()
-        assert facts["gpu"]["kernels"]["next_step"]
+        assert facts["gpu"]["kernels"]["reason"]
 
     def test_table(self):
         result = invoke("info")

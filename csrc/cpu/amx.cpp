@@ -222,7 +222,7 @@ const Kernels& amx_kernels() {
     kernels.int_tile_grouped = int_tile_grouped;
     kernels.dot_tile = dot_tile;
     kernels.dot_tile_rows = kRows;
-    kernels.dot_rows = {2 * kRows, 4, 2, 2, 4};
+    kernels.dot_rows = {4 * kRows, 4, 2, 2, 4};
     kernels.bf16 = &bf16;
     return kernels;
   }();

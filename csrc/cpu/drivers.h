@@ -15,7 +15,7 @@ struct Output {
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 
-// The same through kernels that multiply tiles of the stored weight, for at most 2 * dot_tile_rows rows of x; whether
+// The same through kernels that multiply tiles of the stored weight, for at most 4 * dot_tile_rows rows of x; whether
 // int_dot leaves the product to it.
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
 void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);

@@ -1,5 +1,5 @@
 // Few rows of x on CPUs with tile registers: tiles are loaded straight from the stored int8 weight, each byte of which
-// is read once; nothing of it is packed. Bound by memory bandwidth.
+// is read once from memory; nothing of it is packed. Bound by memory bandwidth.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -11,8 +11,10 @@
 namespace qk {
 namespace {
 
-// Fewer rows of x are faster one by one.
+// Fewer rows of x are faster one by one, and for more it pays to pack the weight.
 constexpr int64_t kMinRows = 3;
+constexpr int64_t kMaxPanels = 4;
+constexpr int64_t kPanelsAtOnce = 2;
 
 // Rows of x in panels, quantized.
 struct Panels {
@@ -46,7 +48,7 @@ struct Panels {
 
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows) {
   return kernels.dot_tile != nullptr && scheme.weight_bits == 8 && !scheme.grouped() && rows >= kMinRows &&
-         rows <= 2 * kernels.dot_tile_rows;
+         rows <= kMaxPanels * kernels.dot_tile_rows;
 }
 
 void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
@@ -74,7 +76,11 @@ void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output ou
         rows = copy.get();
         stride = bytes;
       }
-      kernels.dot_tile(a.units, rows, stride, a.data.get(), static_cast<int>(a.panels), sums.get());
+      for (int64_t panel = 0; panel < a.panels; panel += kPanelsAtOnce) {
+        const auto panels = static_cast<int>(std::min(kPanelsAtOnce, a.panels - panel));
+        kernels.dot_tile(a.units, rows, stride, &a.data[panel * a.units * tile_rows], panels,
+                         &sums[panel * block * tile_rows]);
+      }
       std::fill_n(scales.get(), block, 1.0f);
       std::copy_n(w.scales + n0, valid, scales.get());
       if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());

@@ -50,6 +50,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     """What stands between this installation and each GPU backend."""
     import torch
 
+    from .. import dispatch
     from ..finetune.measure import package_version
 
     if torch.cuda.is_available():
@@ -58,16 +59,18 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
         device, missing = None, "torch finds no GPU; check the driver with nvidia-smi or rocminfo"
     else:
         device, missing = None, "this torch is built for the CPU; install a CUDA or ROCm build from pytorch.org"
-    triton = package_version("triton")
+    installed = dispatch.triton_installed()
+    choice = dispatch.select(dispatch.facts_of(torch.device("cuda" if device else "cpu")))
     return {
         "device": {"name": device, "next_step": missing},
         "triton": {
-            "version": triton,
-            "next_step": None if triton else "pip install 'qkernels[triton]'",
+            "version": package_version("triton") if installed else None,
+            "next_step": None if installed else "pip install 'qkernels[triton]'",
         },
         "kernels": {
-            "available": False,
-            "next_step": "this version has no GPU kernels; on a GPU the layers run on the plain-torch reference",
+            "backend": choice.backend if device else None,
+            "available": bool(device) and choice.backend != "reference",
+            "reason": choice.reason if device else "without a GPU none are used",
         },
     }
 
@@ -86,5 +89,5 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fast bfloat16", "yes" if facts["fast_bfloat16"] else "no: float32 is the faster float dtype here"),
         ("GPU", gpu["device"]["name"] or f"none: {gpu['device']['next_step']}"),
         ("triton", gpu["triton"]["version"] or f"not installed: {gpu['triton']['next_step']}"),
-        ("GPU kernels", gpu["kernels"]["next_step"]),
+        ("GPU kernels", ": ".join(filter(None, (gpu["kernels"]["backend"], gpu["kernels"]["reason"])))),
     ]

@@ -64,7 +64,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.layers = dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, mode=mode, grad=grad, device="meta")  # refuses unknown values
         if embeddings and mode != "frozen":
-            raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
+            raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):

@@ -1,0 +1,156 @@
+"""Writes the tables of docs/gpu.md: `python benchmarks/gpu_roofline.py`. No GPU is used, and no speed is measured.
+
+Predicted times come from data-sheet rates, the use of registers and shared memory from the compiler, the counts of
+instructions and memory transactions from executing the compiled code (`tests/ptx`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "triton")]
+
+import torch  # noqa: E402
+from executor import execute  # noqa: E402
+from launches import real_launches  # noqa: E402
+from ptx.machine import Statistics  # noqa: E402
+
+from qkernels import QuantScheme, quantize_weight  # noqa: E402
+from qkernels.triton import plans  # noqa: E402
+from qkernels.triton.aot import TARGETS, Compiled, compile_launch  # noqa: E402
+from qkernels.triton.inspect import usage  # noqa: E402
+
+PAGE = ROOT / "docs" / "gpu.md"
+LAYER = (14336, 4096)  # N, K: Llama-8B, up_proj
+ROWS = (1, 16, 512, 2048)
+SCHEMES = ("w8a8", "w4a8-g128", "w4a16-g128")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense rates of a data sheet, without sparsity: 10^12 operations and 10^9 bytes a second."""
+
+    name: str
+    target: str
+    int8: float
+    bf16: float
+    bandwidth: float
+
+
+DEVICES = (
+    Device("A100 80 GB", "sm_80", 624, 312, 2039),
+    Device("L4", "sm_89", 242, 121, 300),
+    Device("RTX 4090", "sm_89", 661, 165, 1008),
+    Device("H100 SXM", "sm_90", 1979, 989, 3352),
+    Device("H200", "sm_90", 1979, 989, 4800),
+    Device("B200", "sm_100", 4500, 2250, 8000),
+    Device("RTX 5090", "sm_120", 838, 210, 1792),
+    Device("MI300X", "gfx942", 2615, 1307, 5300),
+)
+# Of one multiprocessor: registers, shared memory in bytes, threads.
+MULTIPROCESSOR = {
+    "sm_80": (65536, 164 * 1024, 2048),
+    "sm_89": (65536, 100 * 1024, 1536),
+    "sm_90": (65536, 228 * 1024, 2048),
+    "sm_100": (65536, 228 * 1024, 2048),
+    "sm_120": (65536, 100 * 1024, 1536),
+}
+
+
+def table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def predict(device: Device, scheme: str | None, m: int) -> tuple[float, str]:
+    """Seconds and what bounds them, for bfloat16 in and out; scheme None is a bfloat16 layer."""
+    n, k = LAYER
+    activations = 2 * m * (n + k)
+    rate = device.bf16
+    if scheme is None:
+        moved = activations + 2 * n * k
+    else:
+        parsed = QuantScheme.parse(scheme)
+        weight = n * parsed.packed_features(k) + 4 * n * parsed.weight_groups(k)
+        moved = activations + weight
+        if parsed.int_activations:
+            moved += 2 * m * k + 8 * m  # int8 rows and their scales, written and read
+            rate = device.int8
+    seconds = {"memory": moved / device.bandwidth / 1e9, "products": 2 * m * n * k / rate / 1e12}
+    bound = max(seconds, key=seconds.get)
+    return seconds[bound], bound
+
+
+def predictions() -> str:
+    rows = []
+    for device in DEVICES:
+        for m in ROWS:
+            base, _ = predict(device, None, m)
+            cells = []
+            for scheme in SCHEMES:
+                seconds, bound = predict(device, scheme, m)
+                cells.append(f"{seconds * 1e6:.1f} ({base / seconds:.1f}x, {bound})")
+            rows.append((device.name, m, f"{base * 1e6:.1f}", *cells))
+    return table(("device", "M", "bfloat16 us", *(f"{scheme} us" for scheme in SCHEMES)), rows)
+
+
+def occupancy(compiled: Compiled, registers: int, target: str) -> str:
+    """Share of a multiprocessor's threads that can be resident."""
+    if target not in MULTIPROCESSOR:
+        return ""
+    total, shared, threads = MULTIPROCESSOR[target]
+    blocks = min(total // (-(-registers // 8) * 8 * compiled.threads), threads // compiled.threads)
+    if compiled.shared:
+        blocks = min(blocks, shared // (compiled.shared + 1024))
+    return f"{blocks * compiled.threads / threads:.0%}"
+
+
+def code_tables() -> str:
+    columns = {}
+    for target in TARGETS:
+        for name, launch in real_launches(TARGETS[target]).items():
+            compiled = compile_launch(launch, target)
+            used = usage(compiled)
+            products = used.int_products + used.float_products
+            cell = f"{used.registers} / {compiled.shared / 1024:.0f}K / {products}"
+            share = occupancy(compiled, used.registers, target)
+            columns.setdefault(name, {})[target] = f"{cell} / {share}" if share else cell
+    rows = [(name, *(found.get(target, "") for target in TARGETS)) for name, found in columns.items()]
+    return table(("kernel", *TARGETS), rows)
+
+
+def counts() -> str:
+    """One launch of each product on sm_80, at a shape small enough to execute."""
+    rows = []
+    for scheme, m in (("w8a8", 128), ("w4a8-g128", 128), ("w4a16-g128", 128), ("w8a8", 16), ("w4a8-g128", 16)):
+        torch.manual_seed(0)
+        x, weight = torch.randn(m, 512).to(torch.bfloat16), quantize_weight(torch.randn(128, 512), scheme)
+        _, launches = plans.linear(x, *weight, None, scheme, None, TARGETS["sm_80"])
+        for launch in launches:
+            statistics = Statistics()
+            execute(launch, "sm_80", statistics)
+            total, traffic = statistics.instructions.total(), statistics.traffic
+            products = sum(count for name, count in statistics.instructions.items() if name.startswith("mma"))
+            rows.append((
+                f"{scheme}, M = {m}: {launch.kernel.__name__.removesuffix('_kernel')}", total, products,
+                f"{traffic.sectors} ({traffic.sectors / max(1, traffic.least_sectors):.2f}x)",
+                f"{traffic.wavefronts} ({traffic.wavefronts / max(1, traffic.least_wavefronts):.2f}x)",
+            ))  # fmt: skip
+    header = ("kernel, N = 128, K = 512", "warp instructions", "of them mma", "32-byte sectors", "shared wavefronts")
+    return table(header, rows)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, content in (("predictions", predictions()), ("code", code_tables()), ("counts", counts())):
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{content}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Matrix products with fused epilogues: the forward of every scheme, both input gradients, the weight gradient.
+
+Names: x [M, K], weight [N, K] in the canonical storage, of row_bytes bytes a row, out [M, N]. BITS is 8 or 4; W_GROUP
+and A_GROUP are the group sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is
+the finer one for integers, and divides it for floats, so that a tile of the loop lies in one group of each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elements import load_integers, load_weight, round_half_even, store_float, tile_of
+
+
+@triton.jit
+def linear_int_kernel(
+    qx,
+    x_scales,
+    qweight,
+    scales,
+    zeros,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    A_GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """Rules 4 and 5 on int8 qx [M, K].
+
+    SLICE 0: the whole product. Otherwise program axis 1 counts slices of SLICE columns, and out holds what
+    `reduce_slices_kernel` adds: int32 sums [slices, M, N], or, with groups, float32 scaled sums [groups, M, N].
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, SWATH)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    begin = 0
+    end = K
+    if SLICE > 0:
+        begin = tl.program_id(1) * SLICE
+        end = tl.minimum(K, begin + SLICE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        ks = first + tl.arange(0, BLOCK_K)
+        x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
+        x = tl.load(qx + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0)
+        w = tl.trans(load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K))
+        if W_GROUP == 0 and A_GROUP == 0:
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        else:
+            part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
+            if A_GROUP > 0:
+                group = rows * tl.cdiv(K, A_GROUP) + first // A_GROUP
+                x_scale = tl.load(x_scales + group, mask=rows < M, other=0.0)[:, None]
+            if W_GROUP > 0:
+                group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
+                w_scale = tl.load(scales + group, mask=cols < N, other=0.0)[None, :]
+            if A_GROUP == 0:
+                part = part * w_scale
+            elif W_GROUP == 0:
+                part = part * x_scale
+            else:
+                part = part * (x_scale * w_scale)
+            if SLICE > 0:
+                group_at = (first // BLOCK_K).to(tl.int64) * M * N
+                tl.store(out + group_at + at, part, mask=inside)
+            else:
+                total = total + part
+    if SLICE > 0:
+        if W_GROUP == 0 and A_GROUP == 0:
+            tl.store(out + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=inside)
+    else:
+        if W_GROUP == 0 and A_GROUP == 0:
+            total = acc.to(tl.float32)
+        _store_scaled(total, x_scales, scales, bias, out, rows, cols, M, N, A_GROUP == 0, W_GROUP == 0)
+
+
+@triton.jit
+def _store_scaled(
+    total, x_scales, scales, bias, out, rows, cols, M, N, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr
+):
+    """The scales that are not grouped, the bias, and one rounding, for a tile of sums."""
+    if SCALE_ROWS:
+        x_scale = tl.load(x_scales + rows, mask=rows < M, other=0.0)[:, None]
+    if SCALE_COLUMNS:
+        w_scale = tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
+    if SCALE_ROWS and SCALE_COLUMNS:
+        total = total * (x_scale * w_scale)
+    elif SCALE_ROWS:
+        total = total * x_scale
+    elif SCALE_COLUMNS:
+        total = total * w_scale
+    if bias is not None:
+        total = total + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    store_float(out + at, total, (rows[:, None] < M) & (cols[None, :] < N))
+
+
+@triton.jit
+def reduce_slices_kernel(
+    parts,
+    x_scales,
+    scales,
+    bias,
+    out,
+    M,
+    N,
+    slices,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds the parts [slices, M, N] in ascending order, which makes split-K deterministic, and finishes the product."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), parts.dtype.element_ty)
+    for _ in range(0, slices):
+        total = total + tl.load(parts + at, mask=inside, other=0)
+        at += M.to(tl.int64) * N
+    _store_scaled(total.to(tl.float32), x_scales, scales, bias, out, rows, cols, M, N, SCALE_ROWS, SCALE_COLUMNS)
+
+
+@triton.jit
+def linear_float_kernel(
+    x,
+    qweight,
+    scales,
+    zeros,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """The forward of `a16` schemes: float x [M, K] times the weight's integers, which any float dtype holds exactly.
+
+    The sum of each group is scaled in float32. SLICE as in `linear_int_kernel`, except that out holds one float32 sum a
+    slice, groups scaled.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, SWATH)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = 0
+    end = K
+    if SLICE > 0:
+        begin = tl.program_id(1) * SLICE
+        end = tl.minimum(K, begin + SLICE)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        ks = first + tl.arange(0, BLOCK_K)
+        x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
+        value = tl.load(x + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+        integers = load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+        w = tl.trans(integers.to(value.dtype))
+        if W_GROUP == 0:
+            total = tl.dot(value, w, total, input_precision="ieee")
+        else:
+            group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
+            scale = tl.load(scales + group, mask=cols < N, other=0.0)
+            total = total + tl.dot(value, w, input_precision="ieee") * scale[None, :]
+    if SLICE > 0:
+        at = tl.program_id(1).to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(out + at, total, mask=(rows[:, None] < M) & (cols[None, :] < N))
+    else:
+        _store_scaled(total, None, scales, bias, out, rows, cols, M, N, False, W_GROUP == 0)
+
+
+@triton.jit
+def grad_input_kernel(
+    grad_out,
+    qweight,
+    scales,
+    zeros,
+    out,
+    M,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """out [M, K] = float grad_out [M, N] times the dequantized weight, which is rounded to the dtype of grad_out."""
+    tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_k * BLOCK_K
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        ns = start + tl.arange(0, BLOCK_N)
+        grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
+        grad = tl.load(grad_out + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0.0)
+        w = load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+        total = tl.dot(grad, w.to(grad.dtype), total, input_precision="ieee")
+    columns = first + tl.arange(0, BLOCK_K)
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    store_float(out + at, total, (rows[:, None] < M) & (columns[None, :] < K))
+
+
+@triton.jit
+def int_grad_input_kernel(
+    q_grad,
+    grad_scales,
+    qweight,
+    scales,
+    zeros,
+    column_scales,
+    out,
+    M,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """Rule 6: out [M, K] from int8 q_grad [M, N]; with W_GROUP the weight is requantized by column on the way."""
+    tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_k * BLOCK_K
+    columns = first + tl.arange(0, BLOCK_K)
+    if W_GROUP > 0:
+        column_scale = tl.load(column_scales + columns, mask=columns < K, other=1.0)
+        inverse = tl.div_rn(1.0, column_scale)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        ns = start + tl.arange(0, BLOCK_N)
+        grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
+        grad = tl.load(q_grad + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0)
+        if W_GROUP == 0:
+            w = load_integers(qweight, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+        else:
+            scaled = (
+                load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+                * inverse[None, :]
+            )
+            scaled = tl.where(scaled < 127.0, scaled, 127.0)
+            w = round_half_even(tl.where(scaled > -127.0, scaled, -127.0)).to(tl.int8)
+        acc = tl.dot(grad, w, acc, out_dtype=tl.int32)
+    scale = tl.load(grad_scales + rows, mask=rows < M, other=0.0)[:, None]
+    if W_GROUP > 0:
+        scale = scale * column_scale[None, :]
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    store_float(out + at, acc.to(tl.float32) * scale, (rows[:, None] < M) & (columns[None, :] < K))
+
+
+@triton.jit
+def int_grad_weight_kernel(
+    q_grad,
+    grad_scales,
+    qx,
+    out,
+    M,
+    N,
+    K,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWATH: tl.constexpr,
+):
+    """out [N, K]: int8 q_grad [M, N] transposed times int8 qx [M, K], scaled by row of the result.
+
+    The exact sums of blocks of TOKENS rows are added in float32, ascending.
+    """
+    tile_n, tile_k = tile_of(tl.program_id(0), N, K, BLOCK_N, BLOCK_K, SWATH)
+    ns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for block in range(0, M, TOKENS):
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
+        for first in range(block, tl.minimum(M, block + TOKENS), BLOCK_M):
+            ms = first + tl.arange(0, BLOCK_M)
+            start = ms.to(tl.int64)[:, None]
+            grad = tl.load(q_grad + start * N + ns[None, :], mask=(ms[:, None] < M) & (ns[None, :] < N), other=0)
+            x = tl.load(qx + start * K + ks[None, :], mask=(ms[:, None] < M) & (ks[None, :] < K), other=0)
+            acc = tl.dot(tl.trans(grad), x, acc, out_dtype=tl.int32)
+        total = total + acc.to(tl.float32)
+    scale = tl.load(grad_scales + ns, mask=ns < N, other=0.0)[:, None]
+    at = ns.to(tl.int64)[:, None] * K + ks[None, :]
+    store_float(out + at, total * scale, (ns[:, None] < N) & (ks[None, :] < K))

@@ -1,0 +1,92 @@
+"""Kernels that touch each element once: quantize activations, dequantize a weight, scales of its columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elements import int8_parameters, load_weight, magnitude_bits, round_half_even
+
+
+@triton.jit
+def quantize_rows_kernel(x, q, scales, K, stride_x, BLOCK: tl.constexpr):
+    """Rules 1 and 2, one row a program: int8 q [M, K] and float32 scales [M] of x [M, K] with row stride `stride_x`."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, K, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, magnitude_bits(value))
+    scale, inverse, usable = int8_parameters(tl.max(largest))
+    tl.store(scales + row, scale)
+    for first in range(0, K, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        # |value * inverse| <= 127 * (1 + 2^-24)^2, so that the clamp of rule 2 never acts.
+        rounded = round_half_even(tl.where(usable, value, 0.0) * inverse)
+        tl.store(q + row * K + columns, rounded.to(tl.int8), mask=columns < K)
+
+
+@triton.jit
+def quantize_groups_kernel(x, q, scales, M, K, stride_x, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rules 1 and 2 on groups of GROUP columns, BLOCK of them a program: scales are [M, ceil(K / GROUP)]."""
+    groups = tl.cdiv(K, GROUP)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = index // groups
+    columns = (index % groups)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (row[:, None] < M) & (columns < K)
+    value = tl.load(x + row[:, None] * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+    scale, inverse, usable = int8_parameters(tl.max(magnitude_bits(value), axis=1))
+    rounded = round_half_even(tl.where(usable[:, None], value, 0.0) * inverse[:, None])
+    tl.store(q + row[:, None] * K + columns, rounded.to(tl.int8), mask=inside)
+    tl.store(scales + index, scale, mask=row < M)
+
+
+@triton.jit
+def dequantize_weight_kernel(
+    qweight,
+    scales,
+    zeros,
+    out,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 out [N, K]."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_K
+    value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
+    columns = first + tl.arange(0, BLOCK_K)
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    tl.store(out + at, value, mask=(rows[:, None] < N) & (columns[None, :] < K))
+
+
+@triton.jit
+def column_scales_kernel(
+    qweight,
+    scales,
+    zeros,
+    out,
+    N,
+    K,
+    row_bytes,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 out [K]: rule 1 on each column of the dequantized weight."""
+    first = tl.program_id(0) * BLOCK_K
+    largest = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
+    for row in range(0, N, BLOCK_N):
+        rows = row + tl.arange(0, BLOCK_N)
+        value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
+        inside = tl.where(rows[:, None] < N, value, 0.0)
+        largest = tl.maximum(largest, magnitude_bits(inside))
+    scale = int8_parameters(tl.max(largest, axis=0))[0]
+    columns = first + tl.arange(0, BLOCK_K)
+    tl.store(out + columns, scale, mask=columns < K)

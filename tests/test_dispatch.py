@@ -1,0 +1,56 @@
+"""The choice of a backend, and that it reaches the operators."""
+
+import pytest
+import torch
+from helpers import run_python
+
+from qkernels import dispatch, reference
+from qkernels.dispatch import Choice, Facts, select
+
+
+@pytest.mark.parametrize(
+    ("facts", "backend", "word"),
+    [
+        (Facts("cpu"), "cpu", "compiled"),
+        (Facts("cpu", triton=True), "cpu", "compiled"),
+        (Facts("cuda", 80, True), "triton", "triton"),
+        (Facts("cuda", 120, True), "triton", "triton"),
+        (Facts("cuda", 75, True), "reference", "7.5 is below 8.0"),
+        (Facts("cuda", 90, False), "reference", "pip install"),
+        (Facts("hip", 0, True), "triton", "triton"),
+        (Facts("hip", 0, False), "reference", "pip install"),
+        (Facts("mps", 0, True), "reference", "mps"),
+    ],
+)
+def test_choice(facts, backend, word):
+    choice = select(facts)
+    assert choice.backend == backend
+    assert word in choice.reason
+
+
+def test_facts_of_devices_that_are_here():
+    assert dispatch.facts_of(torch.device("cpu")) == Facts("cpu")
+    assert dispatch.facts_of(torch.device("meta")) == Facts("meta")
+
+
+def test_reference_is_run():
+    x = torch.randn(3, 40)
+    result = dispatch.run("quantize_activation", Choice("reference", ""), (x, "w8a8"), {})
+    assert all(map(torch.equal, result, reference.quantize_activation(x, "w8a8")))
+
+
+def test_every_operator_has_a_gpu_kernel():
+    import op_samples
+
+    for name in op_samples.SAMPLERS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", "CUDA"), name
+
+
+def test_operators_on_the_cpu_do_not_import_triton():
+    code = """
+import sys, torch, qkernels
+layer = qkernels.QuantLinear.from_float(torch.nn.Linear(40, 8), "w4a8-g32")
+layer(torch.randn(3, 40))
+print("qkernels.triton" in sys.modules)
+"""
+    assert run_python(code).stdout.strip() == "False"

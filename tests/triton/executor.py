@@ -1,0 +1,59 @@
+"""Runs launches by executing the PTX that Triton compiles them to."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from ptx import machine, program
+from torch import Tensor
+
+from qkernels.triton.aot import Compiled, compile_launch
+from qkernels.triton.launch import Launch
+
+# Parameters a kernel fills.
+OUTPUTS = {"quantize_rows_kernel": ("q", "scales"), "quantize_groups_kernel": ("q", "scales")}
+
+
+@cache
+def parsed(ptx: str) -> program.Kernel:
+    (kernel,) = program.parse(ptx).values()
+    return kernel
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The tensor's own memory, from its first element to its last."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((extent if tensor.numel() else 0,), (1,))
+    return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
+
+
+def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> None:
+    """Fill the outputs of `launch` as `target` would."""
+    compiled = compile_launch(launch, target)
+    execute_ptx(launch, compiled, compiled.asm["ptx"], statistics)
+
+
+def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machine.Statistics | None = None) -> None:
+    """The same with any PTX. Every byte of the outputs must be written, and none read before."""
+    if 0 in launch.grid:
+        return
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    arguments, outputs = [], []
+    for name, value in zip(names, launch.args, strict=True):
+        if value is None:
+            continue
+        arguments.append(array(value) if isinstance(value, Tensor) else value)
+        if name in OUTPUTS.get(launch.kernel.__name__, ("out",)):
+            outputs.append(arguments[-1])
+    memory = machine.launch(
+        parsed(ptx), launch.grid, compiled.threads, arguments, compiled.shared, undefined=outputs, statistics=statistics
+    )
+    for buffer in memory.buffers:
+        if buffer.defined is not None and not buffer.defined.all():
+            raise machine.PtxError(f"{int((~buffer.defined).sum())} bytes of an output were not written")
+
+
+def execute_all(launches: Sequence[Launch], target: str) -> None:
+    for launch in launches:
+        execute(launch, target)

@@ -1,0 +1,133 @@
+"""The code Triton compiles, executed without a GPU: equal bits for integer products, on ragged shapes.
+
+sm_80, sm_89 and sm_120 are executed, and of sm_90 the forward of w8a8; what the other targets get is inspected in
+test_targets.py.
+"""
+
+import math
+
+import op_samples
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
+
+from checks import check, plan
+from executor import execute_all
+from helpers import assert_same_bits
+
+from qkernels import quantize_weight, reference
+from qkernels.triton import matmul_kernels, plans
+from qkernels.triton.aot import TARGETS, compile_launch
+from qkernels.triton.launch import Target
+
+EXECUTED = ("sm_80", "sm_89", "sm_120")
+SAMPLES = 20
+LEAST_EXECUTED = 6
+MOST_BLOCKS = 40
+LINEAR = (
+    "w8a8",
+    "w8a8-g64",
+    "w8a8-ag32",
+    "w8a8-g32-ag128",
+    "w4a8-asym",
+    "w4a8-g128",
+    "w4a8-g32-asym",
+    "w4a8-g64-ag32",
+    "w8a16",
+    "w4a16-g128",
+    "w4a16-g32-asym",
+)
+CASES = [
+    *(("linear", scheme) for scheme in LINEAR),
+    *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128")),
+    *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
+    *(("column_scales", scheme) for scheme in ("w8a8-g64", "w4a8-g32-asym")),
+    *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym")),
+    *(("linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
+]
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize(("op", "scheme"), CASES)
+def test_operator(op, scheme, target):
+    executed = 0
+    for sample in op_samples.samples(op, scheme, SAMPLES):
+        results, launches = plan(op, sample.args, TARGETS[target])
+        if not 0 < sum(math.prod(launch.grid) for launch in launches) <= MOST_BLOCKS:
+            continue  # no rows, or many blocks of the same code
+        execute_all(launches, target)
+        check(op, scheme, sample, results)
+        executed += 1
+        if executed == LEAST_EXECUTED:
+            return
+    raise AssertionError(f"only {executed} samples were executed")
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8-g128", "w4a8-g32-asym", "w4a16-g64"])
+def test_tiles_of_many_rows(scheme, target):
+    """Shapes too small for them, for a device with a single processor."""
+    few = Target("cuda", TARGETS[target].capability, 1, TARGETS[target].shared_bytes)
+    x, bias = torch.randn(140, 336).to(torch.bfloat16), torch.randn(144)
+    weight = quantize_weight(torch.randn(144, 336), scheme)
+    (out,), launches = plan("linear", (x, *weight, bias, scheme, torch.float32), few)
+    assert launches[-1].constants["BLOCK_N"] == 128
+    execute_all(launches, target)
+    args = (x, *weight, bias, scheme, torch.float32)
+    check("linear", scheme, op_samples.Sample(args, f"{scheme} {target}"), (out,))
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag64", "w4a8-g128", "w4a16-g128", "w8a16"])
+def test_sliced_depth(scheme, target):
+    """Few rows of a deep product: its slices are added in a fixed order."""
+    x, bias = torch.randn(3, 1040).to(torch.bfloat16), torch.randn(80).to(torch.bfloat16)
+    args = (x, *quantize_weight(torch.randn(80, 1040), scheme), bias, scheme, None)
+    (out,), launches = plan("linear", args, TARGETS[target])
+    assert launches[-1].kernel is matmul_kernels.reduce_slices_kernel
+    execute_all(launches, target)
+    check("linear", scheme, op_samples.Sample(args, f"{scheme} {target}"), (out,))
+    first = out.clone()
+    execute_all(launches, target)
+    assert_same_bits(out, first)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(70, 72, 272), (65, 17, 40), (140, 144, 336), (200, 80, 100), (128, 128, 512), (99, 257, 129)]
+)
+def test_warp_groups_of_sm_90(shape, large):
+    """The forward of w8a8 on Hopper's own instruction, whose tiles have 64 rows or more."""
+    m, n, k = shape
+    target = Target("cuda", 90, 1, TARGETS["sm_90"].shared_bytes) if large else TARGETS["sm_90"]
+    weight, bias = quantize_weight(torch.randn(n, k), "w8a8"), torch.randn(n)
+    args = (torch.randn(m, k).to(torch.bfloat16), *weight, bias, "w8a8", torch.bfloat16)
+    (out,), launches = plan("linear", args, target)
+    assert "wgmma.mma_async" in compile_launch(launches[-1], "sm_90").asm["ptx"]
+    execute_all(launches, "sm_90")
+    check("linear", "w8a8", op_samples.Sample(args, f"sm_90 {shape}"), (out,))
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (33, 17, 50), (64, 64, 64), (130, 70, 33), (200, 48, 144), (257, 5, 129)]
+)
+def test_int_grad_weight(shape, target, monkeypatch):
+    monkeypatch.setattr(plans, "TOKENS", 128)
+    m, n, k = shape
+    q_grad, qx = (torch.randint(-127, 128, (m, columns), dtype=torch.int8) for columns in (n, k))
+    scales = torch.rand(n)
+    total = torch.zeros(n, k)
+    for start in range(0, m, 128):
+        block = slice(start, start + 128)
+        total = total + (q_grad[block].double().t() @ qx[block].double()).float()
+    out, launches = plans.int_grad_weight(q_grad, scales, qx, torch.bfloat16, TARGETS[target])
+    execute_all(launches, target)
+    assert_same_bits(out, (total * scales[:, None]).to(torch.bfloat16), str(shape))
+
+
+def test_all_kernels_are_executed():
+    """Every operator with a plan is among the cases above."""
+    assert {op for op, _ in CASES} == set(op_samples.SAMPLERS)
+    assert all(hasattr(reference, op) for op, _ in CASES)
