@@ -3,8 +3,9 @@
 // runs them against the panels of A.
 //
 // NOTE [blocks]. A packed block of the weight takes half of L2. So many rows of A meet it before the next ones that
-// their sums take another eighth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays in
-// L1. What comes from the slower memories then is: each byte of the weight once, of A once for every block of columns.
+// their sums take another sixteenth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays
+// in L1. What comes from the slower memories then is each byte of the weight once and of A once for every block of
+// columns; the latter is asked for while the chunk before is multiplied.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -67,7 +68,7 @@ struct Plan {
         mr(grouped || nibbles != nullptr ? kernels.mr_grouped : kernels.mr),
         nr(kernels.nr),
         unit(nibbles != nullptr ? 4 : kernels.unit),
-        group(grouped ? weight.scheme.acc_group(depth) : depth),
+        group(grouped ? weight.scheme.acc_group(depth) : std::max<int64_t>(depth, 1)),
         groups(grouped ? div_up(depth, group) : 1),
         units(padded_units()),
         group_units(grouped ? group / unit : units),

@@ -51,7 +51,9 @@ def mended_bfloat16(monkeypatch):
         monkeypatch.setattr(builder, name, cast_impl)
 
 
-@pytest.mark.parametrize(("op", "scheme"), [(op, s) for op, schemes in op_samples.OP_SCHEMES.items() for s in schemes])
+@pytest.mark.parametrize(
+    ("op", "scheme"), [(op, s) for op in sorted(dispatch.TRITON_OPERATORS) for s in op_samples.OP_SCHEMES[op]]
+)
 def test_operator(op, scheme):
     for sample in list(op_samples.samples(op, scheme, COUNT))[:COUNT]:
         actual = getattr(ops, op)(*sample.args)
