@@ -60,7 +60,8 @@ class Operator(Candidate):
         """Compare rows of `out` with the reference on the same rows of x; say how they compare.
 
         Raises:
-            WrongResult: unless they are equal (a8 forward) or within `FLOAT_TOLERANCE`.
+            WrongResult: unless they are equal (a8 forward) or, but for the last place of a value, within
+                `FLOAT_TOLERANCE`.
         """
         stored, case, name = self.stored(weight), self.case, self.scheme.name
         if case.direction == GRAD_INPUT:
@@ -70,7 +71,9 @@ class Operator(Candidate):
         if case.direction != GRAD_INPUT and self.scheme.int_activations:
             return self._expect_equal(out, expected)
         expected = expected.to(torch.float32)
-        worst = ((out.to(torch.float32) - expected).abs().max() / expected.square().mean().sqrt()).item()
+        # Both are rounded to the dtype, for the largest values by more than the tolerance.
+        excess = (out.to(torch.float32) - expected).abs() - torch.finfo(out.dtype).eps * expected.abs()
+        worst = (excess.clamp(min=0).max() / expected.square().mean().sqrt()).item()
         if not worst <= FLOAT_TOLERANCE[self.dtype]:
             raise WrongResult(
                 f"{self.name}, {case}: off by {worst:.3g} times the root mean square, "
