@@ -90,7 +90,8 @@ def int8_grad_weight(grad_out: Tensor, qx: Tensor, x_scales: Tensor, seed: Tenso
 
 
 def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad_out.sum(dim=0, dtype=torch.float32).to(dtype)
+    # torch adds bfloat16 and float16 in float32 and rounds once; with `dtype` it would copy grad_out to float32 first.
+    return grad_out.sum(dim=0, dtype=None if grad_out.dtype == dtype else torch.float32).to(dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -135,17 +135,15 @@ void column_scales(const Weight& w, float* out, const Parallel& parallel) {
   limit(parallel, w.n * w.k)(div_up(w.k, kScaleColumns), [&](int64_t begin, int64_t end) {
     Buffer<int8_t> integers(kScaleColumns);
     Buffer<float> row(kScaleColumns);
-    Buffer<int32_t> absmax(kScaleColumns);
+    Buffer<uint32_t> absmax(kScaleColumns);
     for (int64_t k0 = begin * kScaleColumns; k0 < std::min(end * kScaleColumns, w.k); k0 += kScaleColumns) {
       const int64_t count = std::min(kScaleColumns, w.k - k0);
-      std::fill_n(absmax.get(), count, 0);
+      std::fill_n(absmax.get(), count, 0u);
       for (int64_t n = 0; n < w.n; ++n) {
         dequantize_row(kernels, w, n, k0, count, integers.get(), row.get());
-        for (int64_t i = 0; i < count; ++i) {
-          absmax[i] = std::max(absmax[i], std::bit_cast<int32_t>(row[i]) & 0x7fffffff);
-        }
+        kernels.max_bits(row.get(), count, absmax.get());
       }
-      for (int64_t i = 0; i < count; ++i) out[k0 + i] = int8_scale(static_cast<uint32_t>(absmax[i]));
+      for (int64_t i = 0; i < count; ++i) out[k0 + i] = int8_scale(absmax[i]);
     }
   });
 }

@@ -73,6 +73,7 @@ const Kernels& avx512_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
+      .end_stream = end_stream,
       .dot_rows = {16, 8, 8, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,

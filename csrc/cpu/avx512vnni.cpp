@@ -78,6 +78,7 @@ const Kernels& avx512vnni_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
+      .end_stream = end_stream,
       .dot_rows = {32, 8, 8, 4, 4},
       .dot_shift = 128,
       .dot_int8 = dot_int8,

@@ -8,6 +8,7 @@ namespace qk {
 struct Output {
   void* data;  // row-major, contiguous
   DType dtype;
+  bool stream = false;  // stored past the caches, see NOTE [stream] in int_matmul.cpp
 };
 
 // x is quantized to int8 and multiplied with the weight's integers; bias [n] may be null. a8 schemes. Both drivers

@@ -6,6 +6,11 @@
 // their sums take another sixteenth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays
 // in L1. What comes from the slower memories then is each byte of the weight once and of A once for every block of
 // columns; the latter is asked for while the chunk before is multiplied.
+//
+// NOTE [stream]. The gradient of a weight is larger than the caches and often lies in memory that is fresh from the
+// system, whose pages (of 2 MB, if huge) are cleared when they are first written to. Threads that work on neighbouring
+// columns get to the same pages at the same time, and all clear them. So the pages are touched first, each by one
+// thread, and the result is stored past the caches, which hold the operands.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -36,6 +41,10 @@ static_assert(kChunk % kGroupStep == 0);
 constexpr int64_t kMaxGroup = 128;  // of all schemes; the smaller ones divide it
 // A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
 constexpr int64_t kAhead = 16;
+
+// NOTE [stream]: for results from this size on.
+constexpr int64_t kStreamBytes = 16 << 20;
+constexpr int64_t kHugePage = 2 << 20;
 
 // A range of the depth: units [first, first + units), which are steps [k0, k0 + k) and padding, in groups [g0, g0 +
 // groups).
@@ -538,6 +547,7 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
                                    .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
                                    .stride = plan.cols,
                                    .dtype = out.dtype,
+                                   .stream = out.stream,
                                });
               }
             }
@@ -545,6 +555,14 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
         }
       }
     }
+    if (out.stream) plan.kernels.end_stream();
+  });
+}
+
+// See NOTE [stream].
+void touch_pages(char* data, int64_t bytes, const Parallel& parallel) {
+  parallel(div_up(bytes, kHugePage), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) data[i * kHugePage] = 0;
   });
 }
 
@@ -574,6 +592,9 @@ void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const
   PackedA a(plan, panels);
   parallel(panels,
            [&](int64_t begin, int64_t end) { pack_a(plan, grad_out.rows, StoredRows(grad_out), begin, end, a); });
+  const int64_t bytes = grad_out.rows * plan.cols * static_cast<int64_t>(size_of(out.dtype));
+  out.stream = plan.kernels.end_stream != nullptr && bytes >= kStreamBytes;
+  if (out.stream) touch_pages(static_cast<char*>(out.data), bytes, parallel);
   multiply_panels<PackAcross>(plan, grad_out.rows, a, column_scales, out, parallel);
 }
 

@@ -76,6 +76,7 @@ struct TileOutput {
   void* out;
   int64_t stride;  // elements from one row of out to the next
   DType dtype;
+  bool stream = false;  // past the caches, if the ISA can; see end_stream
 };
 
 // What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
@@ -207,6 +208,8 @@ struct Kernels {
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
+  // Makes what a thread has stored past the caches visible to others. Null: the ISA stores nothing so.
+  void (*end_stream)() = nullptr;
 
   // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
   // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.

@@ -400,6 +400,7 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_storeu_si512(p, v) emulated::store(p, v)
 #define _mm512_load_si512(p) emulated::load(p)
 #define _mm512_store_si512(p, v) emulated::store(p, v)
+#define _mm512_stream_si512(p, v) emulated::store(p, v)
 #define _mm512_load_ps(p) emulated::load_ps(p)
 #define _mm512_store_ps(p, v) emulated::store_ps(p, v)
 #define _mm512_loadu_ps(p) emulated::load_ps(p)
