@@ -342,6 +342,50 @@ Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, std::strin
   return out;
 }
 
+// The scales [N, groups] of a symmetric scheme, contiguous; keeps the tensor alive.
+class GivenScales {
+ public:
+  GivenScales(const Tensor& scales, const qk::Matrix& weight, const std::string& scheme_name)
+      : scheme_(qk::parse_scheme(scheme_name)), scales_(as_contiguous(scales)) {
+    require(scheme_.symmetric, "scheme must be symmetric, got ", scheme_name);
+    check("scales", scales, ScalarType::Float, weight.rows, scheme_.weight_groups(weight.cols), scheme_name,
+          weight.cols);
+  }
+
+  const qk::Scheme& scheme() const { return scheme_; }
+  const float* get() const { return static_cast<const float*>(scales_.const_data_ptr()); }
+
+ private:
+  qk::Scheme scheme_;
+  Tensor scales_;
+};
+
+Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg, std::string scheme_name) {
+  const Tensor weight = as_contiguous(weight_arg);
+  const qk::Matrix view = matrix("weight", weight, -1);
+  const GivenScales scales(scales_arg, view, scheme_name);
+  const qk::Scheme& scheme = scales.scheme();
+  Tensor qweight = torch::stable::new_empty(weight, {view.rows, scheme.packed_features(view.cols)},
+                                            scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  require(qk::quantize_weight_scaled(view, scales.get(), scheme, qweight.mutable_data_ptr(), parallel()),
+          "weight and scales must be finite, got NaN or Inf");
+  return qweight;
+}
+
+std::tuple<Tensor, Tensor> scale_gradient(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& scales_arg,
+                                          std::string scheme_name) {
+  const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
+  const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
+  require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
+  const GivenScales scales(scales_arg, view, scheme_name);
+  Tensor out = torch::stable::new_empty(grad, {view.rows, view.cols}, grad.scalar_type());
+  Tensor grad_scales =
+      torch::stable::new_empty(weight, {view.rows, scales.scheme().weight_groups(view.cols)}, ScalarType::Float);
+  qk::scale_gradient(grad_view, view, scales.get(), scales.scheme(), out.mutable_data_ptr(),
+                     static_cast<float*>(grad_scales.mutable_data_ptr()), parallel());
+  return {out, grad_scales};
+}
+
 qk::Random random_of(const Tensor& seed, int64_t stream) {
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
           name_of(seed.scalar_type()), " of shape ", shape_of(seed));
@@ -391,6 +435,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def("quantize_weight(Tensor weight, str scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, str scheme) -> Tensor");
+  m.def("quantize_weight_scaled(Tensor weight, Tensor scales, str scheme) -> Tensor");
+  m.def("scale_gradient(Tensor grad, Tensor weight, Tensor scales, str scheme) -> (Tensor, Tensor)");
   m.def(
       "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
@@ -414,6 +460,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear_saving", TORCH_BOX(&linear_saving));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
+  m.impl("quantize_weight_scaled", TORCH_BOX(&quantize_weight_scaled));
+  m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("quantize_columns", TORCH_BOX(&quantize_columns));
   m.impl("column_scales", TORCH_BOX(&column_scales));

@@ -140,16 +140,20 @@ class _TrainedLinear(torch.autograd.Function):
     """`linear` with gradients to x, bias and weight: a float master weight, quantized here, or an `Int8Weight`.
 
     With x^ and w^ for what is multiplied, grad_x = grad_out @ w^ and grad_w = grad_out.T @ x^, the latter 0 where
-    clamping changed a 4-bit integer. Saved are, as far as their gradient is asked for: x as int8 (`a16` schemes: x
-    itself) and the quantized weight. With a seed, `grad_out` is rounded to int8 for both products, except for the
-    gradient of the weight under `a16`, whose x is a float.
+    clamping changed an integer. Scales are chosen by the range of the weight or, if they are given, trained with it
+    (learned step size, Esser et al. 2020, arXiv:1902.08153). Saved are, as far as their gradient is asked for: x as
+    int8 (`a16` schemes: x itself) and the quantized weight. With a seed, `grad_out` is rounded to int8 for both
+    products, except for the gradient of the weight under `a16`, whose x is a float.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scheme, out_dtype, seed):
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, x, weight, scales, bias, scheme, out_dtype, seed):
+        needs_x, needs_weight, needs_scales, _ = ctx.needs_input_grad[:4]
+        needs_weight = needs_weight or needs_scales
         if isinstance(weight, Int8Weight):
             quantized = QuantizedWeight(weight.qweight, weight.scales, None)
+        elif scales is not None:
+            quantized = QuantizedWeight(ops.quantize_weight_scaled(weight, scales, scheme.name), scales, None)
         else:
             quantized = QuantizedWeight(*ops.quantize_weight(weight, scheme.name))
         if scheme.symmetric:
@@ -161,8 +165,9 @@ class _TrainedLinear(torch.autograd.Function):
             out = ops.linear(x, *quantized, bias, scheme.name, out_dtype)
             saved_x = x if needs_weight else None
         kept = quantized if needs_x else (None, None, None)
-        master = weight if needs_weight and scheme.weight_bits == 4 else None
-        ctx.save_for_backward(*kept, saved_x, x_scales, master, seed)
+        clips = scheme.weight_bits == 4 or scales is not None
+        master, learned = (weight, scales) if needs_weight and clips else (None, None)
+        ctx.save_for_backward(*kept, saved_x, x_scales, master, learned, seed)
         ctx.scheme, ctx.in_features, ctx.x_dtype, ctx.weight_dtype = scheme, x.shape[1], x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
@@ -170,16 +175,16 @@ class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        *kept, saved_x, x_scales, master, seed = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        *kept, saved_x, x_scales, master, learned, seed = ctx.saved_tensors
+        needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         name, in_features = ctx.scheme.name, ctx.in_features
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_scales = grad_bias = None
         if needs_x and seed is None:
             grad_x = ops.linear_grad_input(grad_out, *kept, in_features, name, ctx.x_dtype)
         elif needs_x:
             columns = ops.column_scales(*kept, in_features, name) if ctx.scheme.group_size else None
             grad_x = int8_grad_input(grad_out, QuantizedWeight(*kept), in_features, name, columns, seed, ctx.x_dtype)
-        if needs_weight:
+        if needs_weight or needs_scales:
             if x_scales is None:
                 grad_weight = (grad_out.t().to(saved_x.dtype) @ saved_x).to(ctx.weight_dtype)
             elif seed is None:
@@ -187,11 +192,13 @@ class _TrainedLinear(torch.autograd.Function):
                 grad_weight = ops.linear_grad_input(grad_out.t(), *x, in_features, "w8a16", ctx.weight_dtype)
             else:
                 grad_weight = int8_grad_weight(grad_out, saved_x, x_scales, seed, ctx.weight_dtype)
-            if master is not None:
+            if learned is not None:
+                grad_weight, grad_scales = ops.scale_gradient(grad_weight, master, learned, name)
+            elif master is not None:
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
         if needs_bias:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None
 
 
 def _over_leading_dimensions(function, x: Tensor, out_features: int, *args) -> Tensor:
@@ -236,6 +243,7 @@ def trained_linear(
     scheme: QuantScheme,
     out_dtype: torch.dtype | None = None,
     grad: str = "float",
+    scales: Tensor | None = None,
 ) -> Tensor:
     """`quant_linear` with a weight that is trained: it is quantized in each call, and gets a gradient.
 
@@ -245,10 +253,13 @@ def trained_linear(
         bias, out_dtype: as in `ops.linear`.
         scheme: the format and the activations.
         grad: "int8" rounds the gradient of the output stochastically to int8 for both products.
+        scales: float32 [N, groups] that a float weight is rounded to, and that are trained; None: those of its range.
 
     Returns:
         [..., N] of `out_dtype` or x.dtype.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    trained = (x, weight) if scales is None else (x, weight, scales)
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     seed = draw_seed() if grad == "int8" and wanted else None
-    return _over_leading_dimensions(_TrainedLinear.apply, x, len(weight), weight, bias, scheme, out_dtype, seed)
+    args = (weight, scales, bias, scheme, out_dtype, seed)
+    return _over_leading_dimensions(_TrainedLinear.apply, x, len(weight), *args)

@@ -54,7 +54,7 @@ class QuantizationReport:
     """One row for each linear layer, and each embedding if they were asked for; `str()` is a plain-text table.
 
     Attributes:
-        scheme, mode, grad: what the call asked for.
+        scheme, mode, grad, weight_scale: what the call asked for.
         rows: in the order of the model's modules.
         warnings: patterns that matched nothing.
     """
@@ -64,6 +64,7 @@ class QuantizationReport:
     grad: str
     rows: list[LayerReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    weight_scale: str = "absmax"
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -131,6 +132,7 @@ def quantize_(
     strict: bool = False,
     *,
     grad: str = "float",
+    weight_scale: str = "absmax",
     embeddings: bool = False,
     calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
     never_slower: bool = False,
@@ -149,7 +151,7 @@ def quantize_(
         model: the module that contains the layers. A transformers model can be saved with `save_pretrained` after
             the call and loaded again; call it on the model, not on a part of it, for that.
         scheme: scheme name or `QuantScheme`.
-        mode, grad: what is trained, and how gradients are computed; see `QuantLinear`.
+        mode, grad, weight_scale: what is trained, and how gradients are computed; see `QuantLinear`.
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
@@ -168,9 +170,9 @@ def quantize_(
 
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
-        ValueError: for an unknown scheme, mode or grad, a NaN or Inf weight or calibration input (naming the layer),
-            `calibration` for w8a16 or mode "qat", `embeddings` for another mode than "frozen", `never_slower` for
-            layers on another device, or a violation of `strict`. The model is then as it was.
+        ValueError: for an unknown scheme, mode, grad or weight_scale, a NaN or Inf weight or calibration input (naming
+            the layer), `calibration` for w8a16 or mode "qat", `embeddings` for another mode than "frozen",
+            `never_slower` for layers on another device, or a violation of `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -180,14 +182,15 @@ def quantize_(
             "use QuantLinear.from_float(layer, scheme)"
         )
     scheme = QuantScheme.parse(scheme)
-    QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")  # an unknown mode or grad is refused here
+    kind = {"mode": mode, "grad": grad, "weight_scale": weight_scale}
+    QuantLinear(1, 1, False, scheme, **kind, device="meta")  # what does not exist is refused here
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     if calibration is not None and mode == "qat":
         raise ValueError("calibration must be None for mode='qat', whose weights stay in float")
     if calibration is not None and not calibrate.applies(scheme):
         raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
-    report = QuantizationReport(scheme.name, mode, grad)
+    report = QuantizationReport(scheme.name, **kind)
     layers = plan(model, scheme, skip, include, report, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and layer.module.weight.is_meta:
@@ -204,7 +207,7 @@ def quantize_(
         warnings.warn(message, stacklevel=2)
     for layer in layers:
         seen = moments.pop(id(layer.module), None)
-        report.rows.append(layer.convert(scheme, mode, grad, seen) if layer.reason is None else layer.row())
+        report.rows.append(layer.convert(scheme, kind, seen) if layer.reason is None else layer.row())
     for callback in AFTER_QUANTIZE:
         callback(model, report)
     return report
@@ -261,23 +264,24 @@ class Layer:
         return LayerReport(self.name, type(module).__name__, shape, scheme, size, size, reason=self.reason)
 
     def convert(
-        self, scheme: QuantScheme, mode: str, grad: str, moments: calibrate.Moments | None = None
+        self, scheme: QuantScheme, kind: Mapping[str, str], moments: calibrate.Moments | None = None
     ) -> LayerReport:
         """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
 
         Args:
+            kind: the keywords mode, grad and weight_scale of `QuantLinear`.
             moments: of the layer's inputs, for calibration; see `calibrate.quantize_weight`.
         """
         before, weight = self.row(), _weight(self.module)
         owner = next((peer for peer in self.peers if peer.converted is not None), None)
         if owner is not None:
-            self.replace(self._on_storage_of(owner.module, mode, grad))
+            self.replace(self._on_storage_of(owner.module, kind))
             sizes, error = (0, 0), owner.converted.weight_error
         else:
             if isinstance(self.module, nn.Embedding):
                 quantized = QuantEmbedding.from_float(self.module, scheme)
             else:
-                quantized = QuantLinear.from_float(self.module, scheme, mode=mode, grad=grad)
+                quantized = QuantLinear.from_float(self.module, scheme, **kind)
             if moments is not None:
                 quantized.set_weight(calibrate.quantize_weight(weight, scheme, moments))
             error = relative_error(weight, quantized)
@@ -286,14 +290,16 @@ class Layer:
         self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error)
         return self.converted
 
-    def _on_storage_of(self, owner: QuantLinear | QuantEmbedding, mode: str, grad: str) -> QuantLinear | QuantEmbedding:
+    def _on_storage_of(
+        self, owner: QuantLinear | QuantEmbedding, kind: Mapping[str, str]
+    ) -> QuantLinear | QuantEmbedding:
         """A quantized twin of this layer that shares the parameters of `owner`."""
         if isinstance(self.module, nn.Embedding):
             twin = QuantEmbedding.like(self.module, owner.scheme)
         else:
             out_features, in_features = self.module.weight.shape
-            kind = {"mode": mode, "grad": grad, "device": "meta", "dtype": self.module.weight.dtype}
-            twin = QuantLinear(in_features, out_features, False, owner.scheme, **kind)
+            like = {"device": "meta", "dtype": self.module.weight.dtype}
+            twin = QuantLinear(in_features, out_features, False, owner.scheme, **kind, **like)
             twin.bias = self.module.bias
         twin.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
         return twin

@@ -13,6 +13,7 @@ from .schemes import QuantScheme
 
 MODES = ("frozen", "qat", "int8")
 GRADS = ("float", "int8")
+WEIGHT_SCALES = ("absmax", "learned")
 _STORAGE = ("qweight", "scales", "zeros")
 
 
@@ -39,6 +40,15 @@ def _check_trainable(scheme: QuantScheme) -> None:
         raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
 
 
+def _check_weight_scale(weight_scale: str, mode: str, scheme: QuantScheme) -> None:
+    if weight_scale not in WEIGHT_SCALES:
+        raise ValueError(f"weight_scale must be one of {WEIGHT_SCALES}, got {weight_scale!r}")
+    if weight_scale == "learned" and (mode != "qat" or not scheme.symmetric):
+        raise ValueError(
+            f"weight_scale='learned' is for mode='qat' and symmetric schemes, got mode={mode!r} and {scheme}"
+        )
+
+
 class QuantLinear(nn.Linear):
     """A linear layer on an int8 or int4 weight.
 
@@ -49,6 +59,7 @@ class QuantLinear(nn.Linear):
       kernels read directly.
     - "qat": a float `weight`, which is quantized in each forward; its gradient is 0 where clamping changed a 4-bit
       integer. The state dict is that of an `nn.Linear`; `freeze_()` makes the layer frozen, with the same outputs.
+      With `weight_scale="learned"` the scales are a parameter too, `scales`, which the state dict holds as well.
     - "int8": a `weight` that is int8 itself (see `Int8Weight`) and is updated with stochastic rounding, for schemes
       with 8-bit weights of one scale a row. The state dict is that of the frozen layer.
 
@@ -63,12 +74,14 @@ class QuantLinear(nn.Linear):
         mode: "frozen", "qat" or "int8".
         grad: "float": gradients are computed with the gradient of the output in float. "int8": that is rounded
             stochastically to int8, with a seed from torch's default CPU generator, and multiplied in integers.
+        weight_scale: how mode "qat" chooses the scales of the weight. "absmax": by its range, in each forward.
+            "learned": they are trained (learned step size), for symmetric schemes, and begin with those of the range.
         device, dtype: of the parameters; `dtype` applies to the bias and is the layer's `compute_dtype`. The scales
             are float32 always.
 
     Raises:
-        ValueError: for an unknown scheme, mode or grad, a scheme that the mode cannot train, or a shape that cannot be
-            computed exactly.
+        ValueError: for an unknown scheme, mode, grad or weight_scale, a scheme that the mode cannot train, learned
+            scales elsewhere than in mode "qat", or a shape that cannot be computed exactly.
     """
 
     def __init__(
@@ -80,6 +93,7 @@ class QuantLinear(nn.Linear):
         *,
         mode: str = "frozen",
         grad: str = "float",
+        weight_scale: str = "absmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,6 +105,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"grad must be one of {GRADS}, got {grad!r}")
         if mode == "int8":
             _check_trainable(self.scheme)
+        _check_weight_scale(weight_scale, mode, self.scheme)
         if in_features < 1:
             raise ValueError(f"in_features must be at least 1, got {in_features}")
         if self.scheme.int_activations and in_features > MAX_REDUCTION:
@@ -101,7 +116,7 @@ class QuantLinear(nn.Linear):
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        self.mode, self.grad = mode, grad
+        self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = dtype
         self._scheme_name = self.scheme.name
@@ -116,6 +131,9 @@ class QuantLinear(nn.Linear):
         weight = None
         if mode == "qat":
             weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+            if weight_scale == "learned":
+                groups = self.scheme.weight_groups(in_features)
+                self.scales = nn.Parameter(torch.empty(out_features, groups, dtype=torch.float32, device=device))
         elif mode == "int8":
             qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
             scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
@@ -132,7 +150,13 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_float(
-        cls, layer: nn.Module, scheme: str | QuantScheme, *, mode: str = "frozen", grad: str = "float"
+        cls,
+        layer: nn.Module,
+        scheme: str | QuantScheme,
+        *,
+        mode: str = "frozen",
+        grad: str = "float",
+        weight_scale: str = "absmax",
     ) -> QuantLinear:
         """Quantize an `nn.Linear` or a transformers `Conv1D`; the bias parameter is shared with `layer`.
 
@@ -144,12 +168,12 @@ class QuantLinear(nn.Linear):
         """
         weight = float_weight(layer)
         out_features, in_features = weight.shape
-        quantized = cls(
-            in_features, out_features, False, scheme, mode=mode, grad=grad, device="meta", dtype=weight.dtype
-        )
+        kind = {"mode": mode, "grad": grad, "weight_scale": weight_scale}
+        quantized = cls(in_features, out_features, False, scheme, **kind, device="meta", dtype=weight.dtype)
         if mode == "qat":
             shared = not is_conv1d(layer)
             quantized.weight = layer.weight if shared else nn.Parameter(weight.contiguous())
+            quantized.reset_scales()
         else:
             quantized.set_weight(quantize.quantize_weight(weight, quantized.scheme))
         quantized.bias = layer.bias
@@ -183,6 +207,9 @@ class QuantLinear(nn.Linear):
             return QuantizedWeight(self.qweight, self.scales, self.zeros)
         if self.mode == "int8":
             return QuantizedWeight(self.weight.qweight, self.weight.scales, None)
+        if self.scales is not None:
+            weight, scales = self.weight.detach(), self.scales.detach()
+            return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
         qweight, scales, zeros = ops.quantize_weight(self.weight.detach(), self._scheme_name)
         return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
 
@@ -191,7 +218,7 @@ class QuantLinear(nn.Linear):
         if self.mode == "frozen":
             return self
         weight = self.quantized_weight()
-        self.mode, self.weight = "frozen", None
+        self.mode, self.weight, self.weight_scale = "frozen", None, "absmax"
         if self.grad == "int8" and self.scheme.group_size is not None:
             self.column_scales = torch.empty(self.in_features, dtype=torch.float32, device=weight.scales.device)
         self.set_weight(weight)
@@ -216,10 +243,18 @@ class QuantLinear(nn.Linear):
                 weight = self.quantized_weight()
                 self.column_scales = ops.column_scales(*weight, self.in_features, self._scheme_name)
 
+    def reset_scales(self) -> None:
+        """Let learned scales begin anew, with those of the weight's range; without learned scales nothing changes."""
+        if self.weight_scale == "learned" and not self.weight.is_meta:
+            with torch.no_grad():
+                _, scales, _ = ops.quantize_weight(self.weight, self._scheme_name)
+                self.scales = nn.Parameter(scales, requires_grad=self.scales.requires_grad)
+
     def reset_parameters(self) -> None:
         """Set the layer to the zero weight; only in mode "qat" is there a random initialization, `nn.Linear`'s."""
         if self.mode == "qat":
             super().reset_parameters()
+            self.reset_scales()
             return
         with torch.no_grad():
             if self.mode == "int8":
@@ -246,7 +281,7 @@ class QuantLinear(nn.Linear):
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
             return quant_linear(x, weight, self.bias, self._scheme_name, out_dtype, self.grad, self.column_scales)
-        return trained_linear(x, self.weight, self.bias, self.scheme, out_dtype, self.grad)
+        return trained_linear(x, self.weight, self.bias, self.scheme, out_dtype, self.grad, self.scales)
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""
@@ -254,13 +289,14 @@ class QuantLinear(nn.Linear):
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
-        stored = (self.weight,) if self.mode == "qat" else self.quantized_weight()
+        stored = (self.weight, self.scales) if self.mode == "qat" else self.quantized_weight()
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}, mode={self.mode}, grad={self.grad}"
+            + (", weight_scale=learned" if self.weight_scale == "learned" else "")
         )
 
     def _apply(self, fn, recurse=True):
@@ -275,6 +311,7 @@ class QuantLinear(nn.Linear):
             if tensor.dtype != torch.float32:
                 # The cast lost bits: take the values from before it, on the device it moved to.
                 tensor.data = values.to(tensor.device)
+                tensor.grad = None  # which was cast as well
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

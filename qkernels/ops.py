@@ -157,6 +157,29 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
     return _ops.mask_clipped.default(grad, weight, scheme)
 
 
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+    """`qweight` of the canonical storage of float `weight [N, K]` for given float32 `scales [N, groups]`.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit; for an asymmetric scheme; for NaN or Inf in either.
+        ValueError: for an unknown scheme.
+    """
+    return _ops.quantize_weight_scaled.default(weight, scales, scheme)
+
+
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """Straight-through gradient of `dequantize(quantize_weight_scaled(weight, scales))`: learned step size.
+
+    Args:
+        grad: float [N, K] with respect to that weight.
+        weight, scales, scheme: as in `quantize_weight_scaled`.
+
+    Returns:
+        grad where nothing was clamped, else 0, of its dtype; and float32 [N, groups] (rule 11 of docs/numerics.md).
+    """
+    return _ops.scale_gradient.default(grad, weight, scales, scheme)
+
+
 def linear_grad_input(
     grad_out: Tensor,
     qweight: Tensor,
@@ -376,6 +399,39 @@ def _mask_clipped_fake(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
+def _check_scaled(weight: Tensor, scales: Tensor, scheme: str) -> QuantScheme:
+    _check_matrix("weight", weight)
+    parsed = QuantScheme.parse(scheme)
+    torch._check(parsed.symmetric, lambda: f"scheme must be symmetric, got {scheme}")
+    expected = (weight.shape[0], parsed.weight_groups(weight.shape[1]))
+    torch._check(weight.shape[1] > 0, lambda: f"weight must have at least one column, got {list(weight.shape)}")
+    torch._check(
+        scales.dtype == torch.float32 and scales.shape == expected,
+        lambda: f"scales must be torch.float32 of shape {list(expected)}, got {scales.dtype} of {list(scales.shape)}",
+    )
+    _check_device("scales", scales, weight.device)
+    return parsed
+
+
+@torch.library.register_fake("qkernels::quantize_weight_scaled")
+def _quantize_weight_scaled_fake(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+    parsed = _check_scaled(weight, scales, scheme)
+    dtype = torch.int8 if parsed.weight_bits == 8 else torch.uint8
+    return weight.new_empty((weight.shape[0], parsed.packed_features(weight.shape[1])), dtype=dtype)
+
+
+@torch.library.register_fake("qkernels::scale_gradient")
+def _scale_gradient_fake(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    _check_scaled(weight, scales, scheme)
+    _check_matrix("grad", grad, columns=weight.shape[1])
+    torch._check(
+        grad.shape[0] == weight.shape[0],
+        lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
+    )
+    _check_device("weight", weight, grad.device)
+    return grad.new_empty(grad.shape), torch.empty_like(scales, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("qkernels::linear_grad_input")
 def _linear_grad_input_fake(
     grad_out: Tensor,
@@ -531,6 +587,8 @@ for _name in (
     "linear_saving",
     "mask_clipped",
     "quantize_weight",
+    "quantize_weight_scaled",
+    "scale_gradient",
     "quantize_rows",
     "quantize_columns",
 ):

@@ -117,6 +117,43 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
     return torch.where(inside, grad, 0.0)
 
 
+def _in_scales(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """float32 [N, groups, G]: the weight divided by its scale, and that rounded and clamped (rule 11)."""
+    usable = scales.abs() >= quantize.TINY
+    inverse = torch.where(usable, quantize.divide(1.0, torch.where(usable, scales, 1.0)), 0.0)
+    values = quantize.grouped(weight.to(torch.float32), scheme.group_size) * inverse.unsqueeze(-1)
+    return values, values.round().clamp(*scheme.weight_range)
+
+
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+    """Rule 11: `qweight` of the canonical storage for given scales."""
+    if not (weight.isfinite().all() and scales.isfinite().all()):
+        raise RuntimeError("weight and scales must be finite, got NaN or Inf")
+    parsed = QuantScheme.parse(scheme)
+    integers = _in_scales(weight, scales, parsed)[1].flatten(1)[:, : weight.shape[1]]
+    return integers.to(torch.int8) if parsed.weight_bits == 8 else quantize.pack_int4((integers + 8).to(torch.uint8))
+
+
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """Rule 11: what a gradient `[N, K]` is for the weight and, [N, groups], for its scales."""
+    parsed = QuantScheme.parse(scheme)
+    in_features = weight.shape[1]
+    values, integers = _in_scales(weight, scales, parsed)
+    inside = values.round() == integers
+    group = parsed.group_size or in_features
+    steps = quantize.grouped(grad.to(torch.float32), group) * torch.where(inside, integers - values, integers)
+    lanes = torch.zeros(*steps.shape[:2], 16, device=grad.device)
+    for part in pad(steps, (0, -group % 16)).unflatten(-1, (-1, 16)).unbind(-2):
+        lanes = lanes + part
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., : lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2 :]
+    counts = torch.full((scales.shape[1],), group, dtype=torch.float64, device=grad.device)
+    counts[-1] = in_features - group * (scales.shape[1] - 1)
+    factors = (1.0 / (counts * parsed.weight_range[1]).sqrt()).to(torch.float32)
+    masked = torch.where(inside.flatten(1)[:, :in_features], grad, 0.0)
+    return masked, lanes.squeeze(-1) * factors
+
+
 def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
     """float32 [in_features]: rule 1 on each column of the dequantized weight."""
     weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)

@@ -100,6 +100,11 @@ class QuantScheme:
     def int_activations(self) -> bool:
         return self.act_bits == 8
 
+    @property
+    def weight_range(self) -> tuple[int, int]:
+        """The least and the greatest integer of a weight with symmetric groups."""
+        return (-127, 127) if self.weight_bits == 8 else (-8, 7)
+
     def weight_groups(self, in_features: int) -> int:
         """Scales per row of a weight with `in_features` columns."""
         return -(-in_features // self.group_size) if self.group_size else 1

@@ -223,6 +223,28 @@ def mask_clipped(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample
         yield Sample((grad, weight, scheme.name), f"w {words}, grad {grad_words}")
 
 
+def given_scales(draw: Draw, out_features: int, in_features: int, scheme: QuantScheme) -> Tensor:
+    """Of any sign, from far too small for the weight to far too large; some count as 0."""
+    shape = (out_features, scheme.weight_groups(in_features))
+    scales = draw.floats(*shape) * torch.exp2(4 * draw.floats(*shape) - 4)
+    return torch.where(draw.floats(*shape) > 1.5, draw.choose.choice((0.0, -(2.0**-97), 2.0**-96, 1e30)), scales)
+
+
+def quantize_weight_scaled(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        weight, words = float_weight(draw, out_features, in_features)
+        scales = given_scales(draw, out_features, in_features, scheme)
+        yield Sample((weight, scales, scheme.name), f"w {words}")
+
+
+def scale_gradient(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for _, out_features, in_features in draw.shapes(count):
+        weight, words = float_weight(draw, out_features, in_features)
+        grad, grad_words = draw.matrix(out_features, in_features, "normal")
+        scales = given_scales(draw, out_features, in_features, scheme)
+        yield Sample((grad, weight, scales, scheme.name), f"w {words}, grad {grad_words}")
+
+
 def quantize_randomly(draw: Draw, count: int, of_rows: bool) -> Iterator[Sample]:
     for rows, _, columns in draw.shapes(count):
         x, words = draw.matrix(rows, columns, draw.choose.choice(("normal", "extremes", "ties", "special")))
@@ -254,6 +276,8 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "quantize_columns": quantize_columns,
     "quantize_rows": quantize_rows,
     "quantize_weight": quantize_weight,
+    "quantize_weight_scaled": quantize_weight_scaled,
+    "scale_gradient": scale_gradient,
 }
 # What activations become does not depend on the weight format.
 OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
@@ -261,6 +285,9 @@ OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
 }
 OP_SCHEMES["linear_saving"] = INT_SCHEMES
 OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
+# Scales that are given have no zero points.
+for _op in ("quantize_weight_scaled", "scale_gradient"):
+    OP_SCHEMES[_op] = [name for name in FLOAT_SCHEMES if QuantScheme.parse(name).symmetric]
 # These know no schemes at all; the names tell their sets of samples apart.
 OP_SCHEMES |= dict.fromkeys(("quantize_columns", "quantize_rows"), ("w8a8", "w8a16", "w4a8", "w4a16"))
 

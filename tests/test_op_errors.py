@@ -6,7 +6,7 @@ import torch
 from qkernels import QuantScheme, ops
 
 ROWS, N, K = 3, 6, 40
-SCHEME = "w4a8-g32-asym"
+SCHEME, SYMMETRIC = "w4a8-g32-asym", "w4a8-g32"
 RANDOMNESS = {"seed": torch.tensor(1), "stream": 0}
 
 
@@ -42,6 +42,13 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
         "linear_saving": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme},
         "quantize_weight": {"weight": torch.ones(N, K), "scheme": scheme},
         "mask_clipped": {"grad": torch.ones(N, K), "weight": torch.ones(N, K), "scheme": scheme},
+        "quantize_weight_scaled": {"weight": torch.ones(N, K), "scales": torch.ones(N, 2), "scheme": SYMMETRIC},
+        "scale_gradient": {
+            "grad": torch.ones(N, K),
+            "weight": torch.ones(N, K),
+            "scales": torch.ones(N, 2),
+            "scheme": SYMMETRIC,
+        },
         "quantize_rows": {"x": torch.ones(ROWS, K), "column_factors": torch.ones(K), **RANDOMNESS},
         "quantize_columns": {"x": torch.ones(ROWS, K), "row_factors": torch.ones(ROWS), **RANDOMNESS},
     }[op]
@@ -87,6 +94,13 @@ RANDOM = [
     ("stream", 2**32),
 ]
 
+GIVEN_SCALES = [
+    *SCHEMES,
+    ("scheme", SCHEME),
+    ("scales", torch.ones(N, 2, dtype=torch.bfloat16)),
+    *(("scales", torch.ones(shape)) for shape in ((N, 1), (N - 1, 2), (2 * N,))),
+]
+
 CASES = {
     "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
     "dequantize_weight": [*WEIGHT, *SCHEMES, *IN_FEATURES],
@@ -120,6 +134,8 @@ CASES = {
         ("grad", torch.ones(N + 1, K)),
         ("grad", torch.ones(N, K + 1)),
     ],
+    "quantize_weight_scaled": [*matrix("weight", K), *GIVEN_SCALES, ("weight", torch.ones(N, 0))],
+    "scale_gradient": [*matrix("weight", K), *matrix("grad", K), *GIVEN_SCALES, ("grad", torch.ones(N + 1, K))],
     "quantize_rows": [
         *matrix("x", K),
         *RANDOM,
@@ -211,6 +227,17 @@ def test_weight_that_is_not_finite_is_refused(scheme, value):
     weight[N - 1, K - 1] = value
     with pytest.raises(RuntimeError, match="weight must be finite"):
         ops.quantize_weight(weight, scheme)
+
+
+@pytest.mark.parametrize("name", ["weight", "scales"])
+def test_given_scales_that_are_not_finite_are_refused(name):
+    for scheme in ("w8a8", "w4a8-g32"):
+        given = arguments("quantize_weight_scaled")
+        given["scheme"], given["scales"] = scheme, torch.ones(N, QuantScheme.parse(scheme).weight_groups(K))
+        for value in (torch.nan, -torch.inf):
+            given[name][N - 1, 0] = value
+            with pytest.raises(RuntimeError, match="weight and scales must be finite"):
+                ops.quantize_weight_scaled(**given)
 
 
 def test_range_that_overflows_is_refused():

@@ -113,6 +113,23 @@ def test_mask_clipped_equals_reference(each_isa, scheme):
     assert_equals_reference("mask_clipped", scheme, 12, each_isa)
 
 
+@pytest.mark.parametrize("op", ["quantize_weight_scaled", "scale_gradient"])
+def test_given_scales_equal_reference(each_isa, op):
+    for scheme in OP_SCHEMES[op]:
+        assert_equals_reference(op, scheme, 12, each_isa)
+
+
+def test_large_results_equal_reference(each_isa):
+    """From 16 MB on results are stored past the caches, in whole lines where they are aligned."""
+    for rows, depth, columns in ((4100, 5, 2112), (2050, 9, 4101)):
+        q_grad = torch.randint(-127, 128, (rows, depth), dtype=torch.int8)
+        qx = torch.randint(-127, 128, (depth, columns), dtype=torch.int8)
+        args = (q_grad, torch.rand(rows), qx, torch.ones(depth, 1), None, columns, "w8a8")
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = reference.int_grad_input(*args, out_dtype=dtype)
+            assert_same_bits(ops.int_grad_input(*args, out_dtype=dtype), expected, f"{each_isa} {rows} x {columns}")
+
+
 @pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
 def test_stochastic_rounding_equals_reference(each_isa, op):
     for scheme in OP_SCHEMES[op]:

@@ -69,8 +69,7 @@ void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float
   limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols);
     for (int64_t m = begin; m < end; ++m) {
-      const float* row = float_row(kernels, x, m, floats.get());
-      quantize_row(kernels, row, x.cols, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups);
+      quantize_row(kernels, x, m, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups, floats.get());
     }
   });
 }

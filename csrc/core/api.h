@@ -78,6 +78,16 @@ QK_API bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight
 QK_API void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, void* out,
                          const Parallel& parallel);
 
+// qweight of w [n, k] for given scales [n, groups]: the rounded quotients, clamped. Symmetric schemes. False if w or a
+// scale is not finite.
+QK_API bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& scheme, void* qweight,
+                                   const Parallel& parallel);
+
+// What a gradient with respect to that weight is for w and for the scales (learned step size): out [n, k], of its
+// dtype, is grad where nothing was clamped, else 0; grad_scales [n, groups] is rule 11.
+QK_API void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, const Scheme& scheme, void* out,
+                           float* grad_scales, const Parallel& parallel);
+
 // Stochastic rounding of x [rows, cols] to int8 with a scale for each row: q [rows, cols], scales [rows]. Column c is
 // multiplied by column_factors[c] before; null: by nothing.
 QK_API void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,

@@ -47,6 +47,9 @@ struct Int4Group {
   }
 };
 
+// What a weight is multiplied with to be rounded to a given scale; 0 where the scale counts as 0.
+float inverse_of(float scale) { return std::fabs(scale) >= kTinyRange ? 1.0f / scale : 0.0f; }
+
 }  // namespace
 
 bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
@@ -58,14 +61,14 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
     Buffer<float> floats(w.cols);
     Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
     for (int64_t n = begin; n < end; ++n) {
-      const float* row = float_row(kernels, w, n, floats.get());
       auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
       float* row_scales = scales + n * groups;
       if (scheme.weight_bits == 8) {
-        quantize_row(kernels, row, w.cols, group, reinterpret_cast<int8_t*>(out), row_scales);
+        quantize_row(kernels, w, n, group, reinterpret_cast<int8_t*>(out), row_scales, floats.get());
         if (std::any_of(row_scales, row_scales + groups, [](float s) { return std::isnan(s); })) finite = false;
         continue;
       }
+      const float* row = float_row(kernels, w, n, floats.get());
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
         const Int4Group range(kernels, row + k0, count, scheme.symmetric);
@@ -92,6 +95,60 @@ void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, voi
         const int64_t count = std::min(group, w.cols - k);
         const Int4Group range(kernels, row + k, count, scheme.symmetric);
         kernels.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
+      }
+      kernels.from_float(masked.get(), grad.cols, grad.dtype,
+                         static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
+    }
+  });
+}
+
+bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& scheme, void* qweight,
+                            const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
+  std::atomic<bool> finite{true};
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols);
+    Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
+      const float* row_scales = scales + n * groups;
+      if (std::isnan(int8_scale(kernels.absmax_bits(row, w.cols))) ||
+          !std::all_of(row_scales, row_scales + groups, [](float s) { return std::isfinite(s); })) {
+        finite = false;
+        continue;
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
+        const float inverse = inverse_of(row_scales[g]);
+        if (scheme.weight_bits == 8) {
+          kernels.quantize_clamped(row + k0, count, inverse, reinterpret_cast<int8_t*>(out) + k0);
+        } else {
+          kernels.quantize_int4(row + k0, count, inverse, 8, &nibbles[k0]);
+        }
+      }
+      if (scheme.weight_bits == 4) kernels.pack_int4(nibbles.get(), w.cols, out);
+    }
+  });
+  return finite;
+}
+
+void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, const Scheme& scheme, void* out,
+                    float* grad_scales, const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
+  const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
+  const int low = scheme.weight_bits == 8 ? -127 : -8, high = scheme.weight_bits == 8 ? 127 : 7;
+  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(w.cols), masked(w.cols);
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = float_row(kernels, w, n, floats.get());
+      kernels.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
+        const float inverse = inverse_of(scales[n * groups + g]);
+        const float sum = kernels.scale_gradient(row + k0, count, inverse, low, high, &masked[k0]);
+        grad_scales[n * groups + g] = sum * static_cast<float>(1.0 / std::sqrt(static_cast<double>(count * high)));
       }
       kernels.from_float(masked.get(), grad.cols, grad.dtype,
                          static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));

@@ -146,8 +146,7 @@ class QuantizeRows {
 
   // The integers of row m, with its scales.
   const int8_t* operator()(int64_t m, float* scales) {
-    const float* row = float_row(plan_.kernels, x_, m, floats_.get());
-    quantize_row(plan_.kernels, row, x_.cols, act_group_, q_.get(), scales);
+    quantize_row(plan_.kernels, x_, m, act_group_, q_.get(), scales, floats_.get());
     return q_.get();
   }
 

@@ -148,9 +148,12 @@ struct Kernels {
 
   // Elementwise, over n contiguous values.
   void (*to_float)(const void* src, DType dtype, int64_t n, float* dst);
-  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);     // round to nearest even
-  uint32_t (*absmax_bits)(const float* x, int64_t n);                          // max of the bits of |x|
-  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);       // clamp(rne(x * inverse), -127, 127)
+  void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);  // round to nearest even
+  uint32_t (*absmax_bits)(const float* x, int64_t n);                       // max of the bits of |x|
+  void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);    // clamp(rne(x * inverse), -127, 127)
+  // The same two for bfloat16 x, as its floats would be. Null: such rows are converted first.
+  uint32_t (*absmax_bits_bf16)(const uint16_t* x, int64_t n) = nullptr;
+  void (*quantize_bf16)(const uint16_t* x, int64_t n, float inverse, int8_t* q) = nullptr;
   void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
@@ -170,6 +173,11 @@ struct Kernels {
   void (*pack_int4)(const uint8_t* nibbles, int64_t n, uint8_t* packed);
   // The gradient of what that gives: 0 where clamping changed it.
   void (*mask_clipped)(const float* w, int64_t n, float inverse, int zero, float* grad);
+  // Of a given scale: clamp(rne(w * inverse), -127, 127).
+  void (*quantize_clamped)(const float* w, int64_t n, float inverse, int8_t* q);
+  // The gradient of that scale (rule 11): the sum of grad * (rounded - v), or of grad * the bound where v = w * inverse
+  // is rounded to more than low or high; there grad becomes 0.
+  float (*scale_gradient)(const float* w, int64_t n, float inverse, int low, int high, float* grad);
   // out[c * out_stride + r] = q[r * stride + c]
   void (*transpose)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, int8_t* out, int64_t out_stride);
 

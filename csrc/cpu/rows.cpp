@@ -23,16 +23,37 @@ float int8_inverse(uint32_t absmax_bits) {
   return absmax_bits < kTiny || absmax_bits >= kInf ? 0.0f : 127.0f / std::bit_cast<float>(absmax_bits);
 }
 
-void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
+namespace {
+
+// `absmax` and `quantize` are the kernels for values of this type.
+template <class Value, class Absmax, class Quantize>
+void quantize_values(const Value* x, int64_t k, int64_t group, int8_t* q, float* scales, Absmax absmax,
+                     Quantize quantize) {
   for (int64_t begin = 0; begin < k; begin += group, ++scales) {
     const int64_t count = std::min(group, k - begin);
-    const uint32_t bits = kernels.absmax_bits(x + begin, count);
+    const uint32_t bits = absmax(x + begin, count);
     *scales = int8_scale(bits);
     if (const float inverse = int8_inverse(bits); inverse != 0.0f) {
-      kernels.quantize(x + begin, count, inverse, q + begin);
+      quantize(x + begin, count, inverse, q + begin);
     } else {
       std::memset(q + begin, 0, count);
     }
+  }
+}
+
+}  // namespace
+
+void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
+  quantize_values(x, k, group, q, scales, kernels.absmax_bits, kernels.quantize);
+}
+
+void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t group, int8_t* q, float* scales,
+                  float* scratch) {
+  if (x.dtype == DType::bfloat16 && kernels.quantize_bf16 != nullptr) {
+    const auto* row = static_cast<const uint16_t*>(x.row(m));
+    quantize_values(row, x.cols, group, q, scales, kernels.absmax_bits_bf16, kernels.quantize_bf16);
+  } else {
+    quantize_row(kernels, float_row(kernels, x, m, scratch), x.cols, group, q, scales);
   }
 }
 

@@ -14,6 +14,10 @@ float int8_inverse(uint32_t absmax_bits);
 // Quantizes a float row x[k] in groups (docs/numerics.md, rules 1 and 2): int8 q[k] and scales[ceil(k / group)].
 void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales);
 
+// The same for row m of x; `scratch` holds a row of floats.
+void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t group, int8_t* q, float* scales,
+                  float* scratch);
+
 // Row m of x as float: x itself, or a conversion into scratch[cols].
 const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch);
 

@@ -207,6 +207,8 @@ const Kernels& scalar_kernels() {
       .quantize_int4 = quantize_int4,
       .pack_int4 = pack_int4,
       .mask_clipped = mask_clipped,
+      .quantize_clamped = quantize_clamped,
+      .scale_gradient = scale_gradient,
       .transpose = transpose,
       .unit = 1,
       .a_shift = 0,

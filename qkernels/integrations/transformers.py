@@ -36,12 +36,12 @@ class QKernelsConfig(QuantizationConfigMixin):
         scheme: scheme name or `QuantScheme`.
         skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
             (such as a head tied to the embedding) is left here too.
-        mode, grad: of the layers; see `QuantLinear`.
+        mode, grad, weight_scale: of the layers; see `QuantLinear`.
         embeddings: quantize embeddings too, and the head that is tied to one; see `quantize_`.
         layers: name -> scheme of the quantized layers of a saved model; filled in when a model is quantized.
 
     Raises:
-        ValueError: for an unknown scheme, mode or grad.
+        ValueError: for an unknown scheme, mode, grad or weight_scale.
         TypeError: if `skip` is a single string.
     """
 
@@ -52,6 +52,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         mode: str = "frozen",
         grad: str = "float",
         *,
+        weight_scale: str = "absmax",
         embeddings: bool = False,
         layers: dict[str, str] | None = None,
     ) -> None:
@@ -60,11 +61,16 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.scheme = QuantScheme.parse(scheme).name
         self.skip = list(skip or ())
-        self.mode, self.grad, self.embeddings = mode, grad, embeddings
+        self.mode, self.grad, self.weight_scale, self.embeddings = mode, grad, weight_scale, embeddings
         self.layers = dict(layers or {})
-        QuantLinear(1, 1, False, self.scheme, mode=mode, grad=grad, device="meta")  # refuses unknown values
+        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta")  # refuses unknown values
         if embeddings and mode != "frozen":
             raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
+
+    @property
+    def kind(self) -> dict[str, str]:
+        """The keywords of `QuantLinear`."""
+        return {"mode": self.mode, "grad": self.grad, "weight_scale": self.weight_scale}
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
@@ -138,7 +144,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._restore_layers(model)
             return
         config = self.quantization_config
-        self._report = QuantizationReport(config.scheme, config.mode, config.grad)
+        self._report = QuantizationReport(config.scheme, **config.kind)
         ties = model.all_tied_weights_keys
         self._layers = plan(
             model, self.scheme, config.skip, None, self._report, tied=ties, embeddings=config.embeddings
@@ -172,7 +178,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
         try:
             for peer in peers:
-                peer.convert(self.scheme, config.mode, config.grad)
+                peer.convert(self.scheme, config.kind)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         for parameter_name, parameter in layer.module.named_parameters():
@@ -233,14 +239,15 @@ class QKernelsHfQuantizer(HfQuantizer):
         """The quantized twin of a float layer, on the meta device."""
         if isinstance(module, nn.Embedding):
             return QuantEmbedding.like(module, scheme)
-        weight, config = float_weight(module), self.quantization_config
+        weight, kind = float_weight(module), self.quantization_config.kind
+        if kind["mode"] == "int8":  # which is stored like that
+            kind["mode"] = "frozen"
         return QuantLinear(
             weight.shape[1],
             weight.shape[0],
             module.bias is not None,
             scheme,
-            mode="frozen" if config.mode == "int8" else config.mode,  # which is stored like that
-            grad=config.grad,
+            **kind,
             device="meta",
             dtype=weight.dtype,
         )
@@ -327,7 +334,11 @@ def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
             config.layers.update(layers)
         elif config is None and layers:
             module.config.quantization_config = QKernelsConfig(
-                report.scheme, mode=report.mode, grad=report.grad, layers=layers
+                report.scheme,
+                mode=report.mode,
+                grad=report.grad,
+                weight_scale=report.weight_scale,
+                layers=layers,
             )
         elif layers:
             warnings.warn(
@@ -342,10 +353,11 @@ def _record_frozen(model: nn.Module) -> None:
     for module in model.modules():
         config = getattr(getattr(module, "config", None), "quantization_config", None)
         if isinstance(config, QKernelsConfig):
-            config.mode = "frozen"
+            config.mode, config.weight_scale = "frozen", "absmax"
         quantizer = getattr(module, "hf_quantizer", None)
         if isinstance(quantizer, QKernelsHfQuantizer):
-            quantizer.quantization_config.mode = "frozen"
+            config = quantizer.quantization_config
+            config.mode, config.weight_scale = "frozen", "absmax"
 
 
 AFTER_QUANTIZE.append(_attach_config)

@@ -57,6 +57,11 @@ inline Float set1_ps(float x) {
 inline Int xor_si(const Int& a, const Int& b) {
   return ints([&](int i) { return a.lane[i] ^ b.lane[i]; });
 }
+inline Float floats_of(const Int& a) {
+  Float r;
+  std::memcpy(&r, &a, sizeof r);
+  return r;
+}
 inline Int or_si(const Int& a, const Int& b) {
   return ints([&](int i) { return a.lane[i] | b.lane[i]; });
 }
@@ -246,6 +251,15 @@ inline Int cvtepu8_epi16(__m256i v) {
   std::memcpy(bytes, &v, 32);
   return ints([&](int i) { return bytes[2 * i] | bytes[2 * i + 1] << 16; });
 }
+// 16 halves, zero-extended to 32 bits.
+inline Int cvtepu16_epi32(__m256i v) {
+  uint16_t halves[16];
+  std::memcpy(halves, &v, 32);
+  return ints([&](int i) { return halves[i]; });
+}
+inline Int slli_epi32(const Int& v, int count) {
+  return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) << count); });
+}
 inline Int slli_epi16(const Int& v, int count) {
   return ints([&](int i) {
     const auto lane = static_cast<uint32_t>(v.lane[i]);
@@ -412,13 +426,16 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_set1_epi16(x) emulated::set1_epi16(x)
 #define _mm512_set1_ps(x) emulated::set1_ps(x)
 #define _mm512_castps_si512(a) emulated::bits(a)
+#define _mm512_castsi512_ps(a) emulated::floats_of(a)
 #define _mm512_srli_epi32(a, n) emulated::srli_epi32(a, n)
 #define _mm512_mask_or_epi32(s, m, a, b) emulated::mask_or_epi32(s, m, a, b)
 #define _mm512_cvtepi32_epi16(a) emulated::cvtepi32_epi16(a)
 #define _mm512_or_si512(a, b) emulated::or_si(a, b)
 #define _mm512_and_si512(a, b) emulated::and_si(a, b)
 #define _mm512_slli_epi16(a, n) emulated::slli_epi16(a, n)
+#define _mm512_slli_epi32(a, n) emulated::slli_epi32(a, n)
 #define _mm512_cvtepu8_epi16(a) emulated::cvtepu8_epi16(a)
+#define _mm512_cvtepu16_epi32(a) emulated::cvtepu16_epi32(a)
 #define _mm512_xor_si512(a, b) emulated::xor_si(a, b)
 #define _mm512_add_epi32(a, b) emulated::add_epi32(a, b)
 #define _mm512_abs_epi8(a) emulated::abs_epi8(a)
