@@ -1,6 +1,8 @@
 // The products, for any ISA: matrix drivers (any number of rows) and row-dot drivers (few rows).
 #pragma once
 
+#include <memory>
+
 #include "cpu/kernels.h"
 
 namespace qk {
@@ -8,13 +10,27 @@ namespace qk {
 struct Output {
   void* data;  // row-major, contiguous
   DType dtype;
-  bool stream = false;  // stored past the caches, see NOTE [stream] in int_matmul.cpp
+  bool stream = false;  // stored past the caches, see NOTE [stream] in stream.h
 };
 
 // x is quantized to int8 and multiplied with the weight's integers; bias [n] may be null. a8 schemes. Both drivers
 // give the same bits.
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
+// x quantized and packed, for int_matmul with several weights of one scheme and k.
+class IntOperand {
+ public:
+  IntOperand(const Matrix& x, const Weight& w, const Parallel& parallel);
+  ~IntOperand();
+
+  // int_matmul(x, w, ...)
+  void multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const;
+
+ private:
+  struct Packed;
+  std::unique_ptr<Packed> packed_;
+};
 
 // The same through kernels that multiply tiles of the stored weight, for at most 4 * dot_tile_rows rows of x; whether
 // int_dot leaves the product to it.

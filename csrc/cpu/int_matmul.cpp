@@ -6,11 +6,6 @@
 // their sums take another sixteenth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays
 // in L1. What comes from the slower memories then is each byte of the weight once and of A once for every block of
 // columns; the latter is asked for while the chunk before is multiplied.
-//
-// NOTE [stream]. The gradient of a weight is larger than the caches and often lies in memory that is fresh from the
-// system, whose pages (of 2 MB, if huge) are cleared when they are first written to. Threads that work on neighbouring
-// columns get to the same pages at the same time, and all clear them. So the pages are touched first, each by one
-// thread, and the result is stored past the caches, which hold the operands.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -20,6 +15,7 @@
 #include "cpu/drivers.h"
 #include "cpu/rows.h"
 #include "cpu/split.h"
+#include "cpu/stream.h"
 
 namespace qk {
 namespace {
@@ -41,10 +37,6 @@ static_assert(kChunk % kGroupStep == 0);
 constexpr int64_t kMaxGroup = 128;  // of all schemes; the smaller ones divide it
 // A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
 constexpr int64_t kAhead = 16;
-
-// NOTE [stream]: for results from this size on.
-constexpr int64_t kStreamBytes = 16 << 20;
-constexpr int64_t kHugePage = 2 << 20;
 
 // A range of the depth: units [first, first + units), which are steps [k0, k0 + k) and padding, in groups [g0, g0 +
 // groups).
@@ -558,21 +550,31 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
   });
 }
 
-// See NOTE [stream].
-void touch_pages(char* data, int64_t bytes, const Parallel& parallel) {
-  parallel(div_up(bytes, kHugePage), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) data[i * kHugePage] = 0;
-  });
-}
-
 }  // namespace
 
-void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+struct IntOperand::Packed {
+  Packed(const Plan& plan, int64_t rows) : rows(rows), a(plan, div_up(rows, plan.mr)) {}
+
+  int64_t rows;
+  PackedA a;
+};
+
+IntOperand::IntOperand(const Matrix& x, const Weight& w, const Parallel& parallel) {
   const Plan plan(w, false, parallel.num_threads);
-  const int64_t panels = div_up(x.rows, plan.mr);
-  PackedA a(plan, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), begin, end, a); });
-  multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
+  packed_ = std::make_unique<Packed>(plan, x.rows);
+  const auto pack = [&](int64_t m, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), m, end, packed_->a); };
+  parallel(div_up(x.rows, plan.mr), pack);
+}
+
+IntOperand::~IntOperand() = default;
+
+void IntOperand::multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const {
+  const Plan plan(w, false, parallel.num_threads);
+  multiply_panels<PackAlong>(plan, packed_->rows, packed_->a, bias, out, parallel);
+}
+
+void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  IntOperand(x, w, parallel).multiply(w, bias, out, parallel);
 }
 
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
@@ -587,14 +589,11 @@ void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bia
 void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,
                            const Parallel& parallel) {
   const Plan plan(w, true, parallel.num_threads);
-  const int64_t panels = div_up(grad_out.rows, plan.mr);
+  const int64_t rows = grad_out.rows, panels = div_up(rows, plan.mr);
   PackedA a(plan, panels);
-  parallel(panels,
-           [&](int64_t begin, int64_t end) { pack_a(plan, grad_out.rows, StoredRows(grad_out), begin, end, a); });
-  const int64_t bytes = grad_out.rows * plan.cols * static_cast<int64_t>(size_of(out.dtype));
-  out.stream = plan.kernels.end_stream != nullptr && bytes >= kStreamBytes;
-  if (out.stream) touch_pages(static_cast<char*>(out.data), bytes, parallel);
-  multiply_panels<PackAcross>(plan, grad_out.rows, a, column_scales, out, parallel);
+  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, rows, StoredRows(grad_out), begin, end, a); });
+  out.stream = begin_stream(plan.kernels, out.data, rows * plan.cols * size_of(out.dtype), parallel);
+  multiply_panels<PackAcross>(plan, rows, a, column_scales, out, parallel);
 }
 
 }  // namespace qk

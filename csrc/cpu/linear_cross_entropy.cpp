@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "core/api.h"
@@ -171,10 +172,17 @@ class CrossEntropy {
       if (gradient) std::fill_n(sums(row0 + i, range), k, 0.0f);
     }
     const Matrix x{&rows_[row0 * k * size_of(args_.hidden.dtype)], args_.hidden.dtype, rows, k};
-    for (int64_t c = range * chunks_ / kRanges; c < (range + 1) * chunks_ / kRanges; ++c) {
+    const int64_t first = range * chunks_ / kRanges, last = (range + 1) * chunks_ / kRanges;
+    const bool dots = choose_linear(w_.scheme, rows, width, k, 1).dots, integer = w_.scheme.int_activations();
+    std::optional<IntOperand> packed;  // for all chunks
+    if (integer && !dots && first < last) packed.emplace(x, chunk(first), kSerial);
+    const auto driver = integer ? int_dot : dots ? float_dot : float_matmul;
+    for (int64_t c = first; c < last; ++c) {
       const Weight w = chunk(c);
       const int64_t n0 = c * kChunk;
-      make_logits(x, w, args_.bias.data != nullptr ? &bias_[n0] : nullptr, logits.get());
+      const float* bias = args_.bias.data != nullptr ? &bias_[n0] : nullptr;
+      const Output out{logits.get(), DType::float32};
+      packed.has_value() ? packed->multiply(w, bias, out, kSerial) : driver(x, w, bias, out, kSerial);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = valid_[first_ + row0 + i];
         const LogitRow row = {
@@ -198,13 +206,6 @@ class CrossEntropy {
         kernels_.scale_and_add(sums(row0 + i, range), k, before[i], &product[i * k]);
       }
     }
-  }
-
-  void make_logits(const Matrix& x, const Weight& w, const float* bias, float* logits) const {
-    const Choice choice = choose_linear(w.scheme, x.rows, w.n, w.k, 1);
-    const bool integer = w.scheme.int_activations();
-    const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
-    driver(x, w, bias, {logits, DType::float32}, kSerial);
   }
 
   // Puts the ranges of row i together, and makes the loss and its gradient.
