@@ -443,6 +443,27 @@ void check_saving(Checker& checker, const std::string& scheme_name, const Shape&
   });
 }
 
+// Scales that clamp some values: the bytes, and the gradients of weight and scales.
+void check_given_scales(Checker& checker, const std::string& scheme_name, const Shape& shape) {
+  const int64_t n = shape.n, k = shape.k;
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  if (!scheme.symmetric) return;
+  Random random("given scales");
+  const Input w(n, k, shape.x, random, false), grad(n, k, DType::float32, random, false);
+  const int64_t groups = n * scheme.weight_groups(k), bytes = n * scheme.packed_features(k);
+  const std::string label = scheme_name + " given scales " + std::to_string(n) + "x" + std::to_string(k);
+  checker.exact(label, n * k + groups + bytes, DType::float32, [&](void* out) {
+    Guarded<uint8_t> q(bytes);
+    Guarded<float> scales(groups);
+    auto* floats = static_cast<float*>(out);
+    qk::quantize_weight(w.matrix(), scheme, q.get(), scales.get(), nullptr, kOneThread);
+    for (int64_t g = 0; g < groups; ++g) scales[g] *= 0.7f;
+    qk::quantize_weight_scaled(w.matrix(), scales.get(), scheme, q.get(), kOneThread);
+    qk::scale_gradient(grad.matrix(), w.matrix(), scales.get(), scheme, floats, floats + n * k, kOneThread);
+    for (int64_t i = 0; i < bytes; ++i) floats[n * k + groups + i] = q[i];
+  });
+}
+
 // The longest sum there is, of the largest products: 131072 * 127 * 127 < 2^31, with any shift in between.
 void check_longest_sum(Checker& checker, int64_t m) {
   constexpr int64_t n = 3, k = qk::kMaxReduction;
@@ -516,6 +537,7 @@ int check() {
     for (const bool columns : {false, true}) check_stochastic(checker, shape, columns);
     for (const char* scheme : {"w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"}) {
       check_quantized_weight(checker, scheme, shape);
+      check_given_scales(checker, scheme, shape);
     }
     for (const char* scheme : {"w8a8", "w4a8-asym-ag32", "w4a8-g64"}) check_saving(checker, scheme, shape);
   }
