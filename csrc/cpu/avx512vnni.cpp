@@ -85,6 +85,7 @@ const Kernels& avx512vnni_kernels() {
       .dot_int8_x4 = dot_int8_x4,
       .dot_int4 = dot_int4,
       .combine = combine,
+      .group_dots = &kGroupDots,
       .dot_float = dot_float,
       .softmax_row = softmax_row,
       .scale_and_add = scale_and_add,

@@ -20,6 +20,10 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
 void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 
+// The same for grouped schemes, through kernels that read the weight row by row; int_dot leaves them to it where the
+// ISA has such kernels.
+void int_group_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
 // The same for x that is quantized already, as quantize_activation does it: scales [M, act_groups].
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel);

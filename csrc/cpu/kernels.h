@@ -98,6 +98,44 @@ struct NibbleKernels {
   void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
 };
 
+// Rows of a grouped weight times rows of x, group by group.
+constexpr int kGroupDotRows = 4;     // of x, at most
+constexpr int kGroupDotStreams = 4;  // rows of the weight
+constexpr int kCombinedRows = 16;    // of the weight, whose sums are scaled and added side by side
+struct GroupDot {
+  const int8_t* x;  // [rows, x_stride], padded with zeros to whole steps (GroupDotKernels)
+  int64_t x_stride;
+  int rows;                 // 1 or kGroupDotRows
+  const uint8_t* const* w;  // [kGroupDotStreams]
+  int64_t k, group;
+  // sums[(m * kCombinedRows + r) * sums_stride + g]: of x * (w + dot_shift), or of x * nibble, over group g of row m of
+  // x and row r of the weight. Groups of whole steps are written.
+  int32_t* sums;
+  int64_t sums_stride;
+};
+
+// How such sums become numbers: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups
+// ascending. What belongs to x may be read up to a multiple of 16 groups, and its scales are 0 beyond the last one.
+struct GroupRows {
+  int64_t groups;
+  const int32_t* sums;  // [kCombinedRows, sums_stride]
+  int64_t sums_stride;
+  const uint8_t* const* zeros;  // [kCombinedRows][groups], or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;         // [groups]
+  const float* const* w_scales;  // [kCombinedRows][groups], or null: ones; not both
+  const float* x_scales;         // [groups], or null: ones
+};
+
+// Optional kernels for few rows of x and a grouped scheme, which read scales and zero points as they are stored.
+struct GroupDotKernels {
+  int64_t k_step;  // x is padded to a multiple of it
+  // x of dot_int4 holds each block of 128 values as 64 even ones, then 64 odd ones.
+  void (*dot_int8)(const GroupDot& args);
+  void (*dot_int4)(const GroupDot& args);
+  void (*combine)(const GroupRows& args, float* y);  // [kCombinedRows]
+};
+
 // Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
 // of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
 // counts where no such machine was at hand.
@@ -226,6 +264,7 @@ struct Kernels {
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
+  const GroupDotKernels* group_dots = nullptr;  // or null: grouped schemes take dot_int8, dot_int4 and combine
   float (*dot_float)(const float* x, const float* w, int64_t n);
 
   // Adds a chunk to the softmax of its row and quantizes its gradient (docs/numerics.md, rule 7). `scratch` holds the
