@@ -43,6 +43,7 @@ const Kernels& avx512_kernels() {
       .absmax_bits = absmax_bits,
       .quantize = quantize,
       .unpack_int4 = unpack_int4,
+      .unpack_int4_groups = unpack_int4_groups,
       .dequantize = dequantize,
       .requantize = requantize,
       .sum = sum,

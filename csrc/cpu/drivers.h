@@ -28,6 +28,11 @@ void int_group_dot(const Matrix& x, const Weight& w, const float* bias, Output o
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel);
 
+// The same for grouped schemes on CPUs with tile registers; whether int_matmul leaves the product to it.
+bool takes_tile_groups(const Kernels& kernels, const Scheme& scheme);
+void int_tile_groups(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+void int_tile_groups(const QuantizedRows& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
 // grad_out [M, n] times the weight's integers, without its scales -> [M, k]. Grouped weights are requantized to one
 // scale a column, column_scales [k]; null for others. Any scheme.
 void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/activations.h"
 #include "cpu/buffer.h"
 #include "cpu/cache.h"
 #include "cpu/drivers.h"
@@ -125,46 +126,6 @@ struct PackedA {
         sums(count * plan.steps * plan.mr),
         row_scales(count * plan.mr),
         group_scales(plan.x_grouped ? count * plan.groups * plan.mr : 0) {}
-};
-
-// Rows of x, quantized on the way. Each thread has its own.
-class QuantizeRows {
- public:
-  QuantizeRows(const Plan& plan, const Matrix& x)
-      : plan_(plan), x_(x), act_group_(plan.w.scheme.act_group(x.cols)), floats_(x.cols), q_(x.cols) {}
-
-  int64_t scales() const { return div_up(x_.cols, act_group_); }  // of a row
-
-  // The integers of row m, with its scales.
-  const int8_t* operator()(int64_t m, float* scales) {
-    const float* row = float_row(plan_.kernels, x_, m, floats_.get());
-    quantize_row(plan_.kernels, row, x_.cols, act_group_, q_.get(), scales);
-    return q_.get();
-  }
-
- private:
-  const Plan& plan_;
-  const Matrix& x_;
-  int64_t act_group_;
-  Buffer<float> floats_;
-  Buffer<int8_t> q_;
-};
-
-// Rows that are quantized already, with `groups` scales each.
-class StoredRows {
- public:
-  explicit StoredRows(const QuantizedRows& rows, int64_t groups = 1) : rows_(rows), groups_(groups) {}
-
-  int64_t scales() const { return groups_; }
-
-  const int8_t* operator()(int64_t m, float* scales) const {
-    std::copy_n(rows_.scales + m * groups_, groups_, scales);
-    return rows_.data + m * rows_.cols;
-  }
-
- private:
-  const QuantizedRows& rows_;
-  int64_t groups_;
 };
 
 // Packs panels [begin, end) of the `rows` rows that `read` gives.
@@ -551,15 +512,19 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
 }  // namespace
 
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
+  if (takes_tile_groups(qk::kernels(), w.scheme)) return int_tile_groups(x, w, bias, out, parallel);
   const Plan plan(w, false, parallel.num_threads);
   const int64_t panels = div_up(x.rows, plan.mr);
   PackedA a(plan, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), begin, end, a); });
+  parallel(panels, [&](int64_t begin, int64_t end) {
+    pack_a(plan, x.rows, QuantizeRows(plan.kernels, w.scheme, x), begin, end, a);
+  });
   multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
 }
 
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel) {
+  if (takes_tile_groups(qk::kernels(), w.scheme)) return int_tile_groups(x, w, bias, out, parallel);
   const Plan plan(w, false, parallel.num_threads);
   const int64_t panels = div_up(x.rows, plan.mr), groups = w.scheme.act_groups(x.cols);
   PackedA a(plan, panels);

@@ -98,6 +98,23 @@ struct NibbleKernels {
   void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
 };
 
+// Two tiles of rows of the weight times panels of rows of x: totals[p][r][i] += float(sum over a group) * (w_scales *
+// x_scales) for row r of the weight and row i of panel p, groups ascending.
+constexpr int kTileRows = 16;
+struct GroupedTileDot {
+  int64_t groups, group;  // their number, and k in each; the last one is padded with zeros
+  const int8_t* w;        // [2 * kTileRows, stride]
+  int64_t stride;
+  int64_t panels;
+  const uint32_t* x;  // panels of kTileRows rows (NOTE [panels]), from the first group on, x_stride units apart
+  int64_t x_stride;
+  const float* w_scales;  // [2 * kTileRows, row_groups], or null: ones
+  int64_t row_groups;
+  const float* x_scales;  // [panels, x_scales_stride] of [groups, kTileRows], or null: ones; not both
+  int64_t x_scales_stride;
+  float* totals;  // [panels, 2 * kTileRows, kTileRows]
+};
+
 // Rows of a grouped weight times rows of x, group by group.
 constexpr int kGroupDotRows = 4;     // of x, at most
 constexpr int kGroupDotStreams = 4;  // rows of the weight
@@ -189,6 +206,8 @@ struct Kernels {
   uint32_t (*absmax_bits)(const float* x, int64_t n);                          // max of the bits of |x|
   void (*quantize)(const float* x, int64_t n, float inverse, int8_t* q);       // clamp(rne(x * inverse), -127, 127)
   void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
+  // The same with a zero point for each group of n values.
+  void (*unpack_int4_groups)(const uint8_t* packed, int64_t n, int64_t group, const uint8_t* zeros, int8_t* q);
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
   void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
@@ -261,6 +280,7 @@ struct Kernels {
   void (*dot_tile)(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels,
                    int32_t* sums) = nullptr;
   int dot_tile_rows = 0;
+  void (*dot_tile_grouped)(const GroupedTileDot& args) = nullptr;  // called as NOTE [tiles] says
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);

@@ -279,6 +279,20 @@ inline Int setr_epi32(Lanes... lanes) {
   return {{lanes...}};
 }
 
+inline Int broadcast_i32x4(__m128i v) {
+  int32_t lanes[4];
+  std::memcpy(lanes, &v, 16);
+  return ints([&](int i) { return lanes[i % 4]; });
+}
+
+// VPSHUFB: within each 128-bit lane; 0 where the top bit of the index is set.
+inline Int shuffle_epi8(const Int& a, const Int& index) {
+  const auto *from = reinterpret_cast<const uint8_t*>(a.lane), *at = reinterpret_cast<const uint8_t*>(index.lane);
+  uint8_t bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = at[i] & 0x80 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+  return load(bytes);
+}
+
 // 16 bytes, with zeros.
 inline Int cvtepu8_epi32(__m128i v) {
   uint8_t bytes[16];
@@ -452,6 +466,8 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_slli_epi16(a, n) emulated::slli_epi16(a, n)
 #define _mm512_cvtepu8_epi16(a) emulated::cvtepu8_epi16(a)
 #define _mm512_xor_si512(a, b) emulated::xor_si(a, b)
+#define _mm512_broadcast_i32x4(a) emulated::broadcast_i32x4(a)
+#define _mm512_shuffle_epi8(a, i) emulated::shuffle_epi8(a, i)
 #define _mm512_srli_epi16(a, n) emulated::srli_epi16(a, n)
 #define _mm512_sub_epi32(a, b) emulated::sub_epi32(a, b)
 #define _mm512_mullo_epi32(a, b) emulated::mullo_epi32(a, b)
