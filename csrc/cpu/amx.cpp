@@ -126,55 +126,6 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
   store(tile);
 }
 
-// tile += float(sums) * (w_scales * x_scales), on rows of two vectors.
-template <bool RowScales>
-inline void add_group(const int32_t* sums, const float* w_scales, const float* x_scales, float* tile) {
-  const __m512 w[2] = {_mm512_loadu_ps(w_scales), _mm512_loadu_ps(w_scales + 16)};
-  for (int i = 0; i < kMr; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const int at = i * kNr + 16 * j;
-      const __m512 scale = RowScales ? _mm512_mul_ps(w[j], _mm512_set1_ps(x_scales[i])) : w[j];
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + at)), scale);
-      _mm512_store_ps(tile + at, _mm512_add_ps(_mm512_load_ps(tile + at), product));
-    }
-  }
-}
-
-// The sums of a group are scaled while the tiles of the next one multiply, hence two buffers. Groups of 32 begin in
-// the middle of a tile of A, and their tiles are half as deep.
-template <bool RowScales>
-void grouped(const GroupedTile& args) {
-  alignas(64) int32_t sums[2][kMr * kNr];
-  const float *w_scales = args.w_scales, *x_scales = args.x_scales;
-  const int64_t groups = div_up(args.units, args.group_units),
-                step = args.group_units < kStep ? args.group_units : kStep;
-  for (int64_t g = 0; g <= groups; ++g) {
-    if (g < groups) {
-      const int64_t begin = g * args.group_units, rest = args.units - begin;
-      const int64_t end = begin + (rest < args.group_units ? rest : args.group_units);
-      clear();
-      for (int64_t u = begin; u < end; u += step) {
-        add_int(args.a + u / kStep * kStep * kMr + u % kStep, args.b + u * kNr);
-      }
-      store(sums[g % 2]);
-    }
-    if (g > 0) {
-      add_group<RowScales>(sums[(g - 1) % 2], w_scales, x_scales, args.tile);
-      w_scales += kNr;
-      if (RowScales) x_scales += kMr;
-    }
-  }
-}
-
-void int_tile_grouped(const GroupedTile& args) {
-  if (args.x_scales != nullptr) {
-    grouped<true>(args);
-  } else {
-    grouped<false>(args);
-  }
-}
-
 void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile) {
   alignas(64) float sums[kMr * kNr];
   clear();
@@ -214,6 +165,107 @@ void dot_tile(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x,
   _tile_stored(3, sums + 3 * kTile, kRowBytes);
 }
 
+// Group g of tile `tile` of the weight and panel `panel` of x.
+struct GroupAt {
+  int64_t panel = 0, tile = 0, g = 0;
+
+  // Two groups further; their number is even or the last is alone.
+  void advance(int64_t groups) {
+    g += 2;
+    if (g < groups) return;
+    g = 0;
+    tile ^= 1;
+    if (tile == 0) ++panel;
+  }
+};
+
+// The sums of a group, of which neighbours take registers of their own. GCC wants the numbers of tiles as literals.
+template <bool Odd>
+__attribute__((always_inline)) inline void multiply_group(const GroupedTileDot& args, const GroupAt& at,
+                                                          int32_t* sums) {
+  const int64_t k = (at.g + Odd) * args.group;
+  const int8_t* w = args.w + at.tile * kTileRows * args.stride + k;
+  const uint32_t* x = args.x + at.panel * args.x_stride + k / 4 * kTileRows;
+  if constexpr (Odd) {
+    _tile_zero(1);
+  } else {
+    _tile_zero(0);
+  }
+  for (int64_t i = 0; i < args.group; i += kRowBytes, x += kRowBytes / 4 * kTileRows) {
+    if constexpr (Odd) {
+      _tile_loadd(5, w + i, args.stride);
+      _tile_loadd(7, x, kRowBytes);
+      _tile_dpbssd(1, 5, 7);
+    } else {
+      _tile_loadd(4, w + i, args.stride);
+      _tile_loadd(6, x, kRowBytes);
+      _tile_dpbssd(0, 4, 6);
+    }
+    if (at.tile == 0) {
+      for (int64_t j = 0; j < kRowBytes / 4; ++j) __builtin_prefetch(x + args.x_stride + j * kTileRows);
+    }
+  }
+  if constexpr (Odd) {
+    _tile_stored(1, sums, kRowBytes);
+  } else {
+    _tile_stored(0, sums, kRowBytes);
+  }
+}
+
+// totals += float(sums) * (w_scales * x_scales) for one group.
+template <bool WScales, bool XScales>
+__attribute__((always_inline)) inline void add_scaled(const GroupedTileDot& args, const GroupAt& at, int64_t g,
+                                                      const int32_t* sums, __m512 (&totals)[kTileRows]) {
+  const __m512 x_scales =
+      XScales ? _mm512_loadu_ps(args.x_scales + at.panel * args.x_scales_stride + g * kTileRows) : _mm512_setzero_ps();
+  const float* w_scales = WScales ? args.w_scales + at.tile * kTileRows * args.row_groups + g : nullptr;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+    __m512 scale = x_scales;
+    if (WScales) scale = _mm512_set1_ps(w_scales[r * args.row_groups]);
+    if (WScales && XScales) scale = _mm512_mul_ps(scale, x_scales);
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kTileRows));
+    totals[r] = _mm512_add_ps(totals[r], _mm512_mul_ps(sum, scale));
+  }
+}
+
+// Two groups are scaled while the tiles of the next two multiply, hence the buffers.
+template <bool WScales, bool XScales>
+void dot_tile_groups(const GroupedTileDot& args) {
+  alignas(64) int32_t sums[2][2][kTileRows * kTileRows];
+  __m512 totals[kTileRows];
+  GroupAt now, before;
+  const int64_t steps = args.panels * 2 * div_up(args.groups, 2);
+  for (int64_t step = 0; step <= steps; ++step) {
+    auto& to = sums[step % 2];
+    const auto& from = sums[step % 2 ^ 1];
+    if (step < steps) multiply_group<false>(args, now, to[0]);
+    float* place = args.totals + (before.panel * 2 + before.tile) * kTileRows * kTileRows;
+    if (step > 0) {
+      if (before.g == 0) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) totals[r] = _mm512_loadu_ps(place + r * kTileRows);
+      }
+      add_scaled<WScales, XScales>(args, before, before.g, from[0], totals);
+    }
+    if (step < steps && now.g + 1 < args.groups) multiply_group<true>(args, now, to[1]);
+    if (step > 0) {
+      if (before.g + 1 < args.groups) add_scaled<WScales, XScales>(args, before, before.g + 1, from[1], totals);
+      if (before.g + 2 >= args.groups) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) _mm512_storeu_ps(place + r * kTileRows, totals[r]);
+      }
+    }
+    before = now;
+    now.advance(args.groups);
+  }
+}
+
+void dot_tile_grouped(const GroupedTileDot& args) {
+  const bool w = args.w_scales != nullptr, x = args.x_scales != nullptr;
+  (w ? (x ? dot_tile_groups<true, true> : dot_tile_groups<true, false>) : dot_tile_groups<false, true>)(args);
+}
+
 }  // namespace
 
 QK_END_TARGET
@@ -237,12 +289,13 @@ const Kernels& amx_kernels() {
     kernels.depth_step = kStep;
     kernels.begin_tiles = begin_tiles;
     kernels.end_tiles = end_tiles;
-    kernels.mr = kernels.mr_grouped = kMr;
+    kernels.mr = kMr;
     kernels.int_tile = int_tile;
-    kernels.int_tile_grouped = int_tile_grouped;
+    kernels.int_tile_grouped = nullptr;  // dot_tile_grouped takes all grouped products
     kernels.dot_tile = dot_tile;
     kernels.dot_tile_rows = kRows;
-    kernels.dot_rows = {4 * kRows, 4, 2, 2, 4};
+    kernels.dot_tile_grouped = dot_tile_grouped;
+    kernels.dot_rows = {4 * kRows, 4, 4 * kRows, 4, 4};
     kernels.bf16 = &bf16;
     return kernels;
   }();

@@ -46,6 +46,7 @@ const Kernels& avxvnni_kernels() {
       .absmax_bits = absmax_bits,
       .quantize = quantize,
       .unpack_int4 = unpack_int4,
+      .unpack_int4_groups = unpack_each_group,
       .dequantize = dequantize,
       .requantize = requantize,
       .sum = sum,

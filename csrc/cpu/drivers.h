@@ -37,9 +37,29 @@ class IntOperand {
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
 void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
 
+// The same for grouped schemes, through kernels that read the weight row by row; int_dot leaves them to it where the
+// ISA has such kernels.
+void int_group_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel);
+
 // The same for x that is quantized already, as quantize_activation does it: scales [M, act_groups].
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel);
+
+// x in panels for the tile registers, for products with several grouped weights of one scheme and k; whether int_matmul
+// leaves a product to it.
+bool takes_tile_groups(const Kernels& kernels, const Scheme& scheme);
+class TileOperand {
+ public:
+  TileOperand(const Matrix& x, const Weight& w, const Parallel& parallel);
+  TileOperand(const QuantizedRows& x, const Weight& w, const Parallel& parallel);  // quantized already
+  ~TileOperand();
+
+  void multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const;
+
+ private:
+  struct Panels;
+  std::unique_ptr<Panels> panels_;
+};
 
 // grad_out [M, n] times the weight's integers, without its scales -> [M, k]. Grouped weights are requantized to one
 // scale a column, column_scales [k]; null for others. Any scheme.

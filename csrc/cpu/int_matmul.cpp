@@ -8,8 +8,10 @@
 // columns; the latter is asked for while the chunk before is multiplied.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
+#include "cpu/activations.h"
 #include "cpu/buffer.h"
 #include "cpu/cache.h"
 #include "cpu/drivers.h"
@@ -126,45 +128,6 @@ struct PackedA {
         sums(count * plan.steps * plan.mr),
         row_scales(count * plan.mr),
         group_scales(plan.x_grouped ? count * plan.groups * plan.mr : 0) {}
-};
-
-// Rows of x, quantized on the way. Each thread has its own.
-class QuantizeRows {
- public:
-  QuantizeRows(const Plan& plan, const Matrix& x)
-      : plan_(plan), x_(x), act_group_(plan.w.scheme.act_group(x.cols)), floats_(x.cols), q_(x.cols) {}
-
-  int64_t scales() const { return div_up(x_.cols, act_group_); }  // of a row
-
-  // The integers of row m, with its scales.
-  const int8_t* operator()(int64_t m, float* scales) {
-    quantize_row(plan_.kernels, x_, m, act_group_, q_.get(), scales, floats_.get());
-    return q_.get();
-  }
-
- private:
-  const Plan& plan_;
-  const Matrix& x_;
-  int64_t act_group_;
-  Buffer<float> floats_;
-  Buffer<int8_t> q_;
-};
-
-// Rows that are quantized already, with `groups` scales each.
-class StoredRows {
- public:
-  explicit StoredRows(const QuantizedRows& rows, int64_t groups = 1) : rows_(rows), groups_(groups) {}
-
-  int64_t scales() const { return groups_; }
-
-  const int8_t* operator()(int64_t m, float* scales) const {
-    std::copy_n(rows_.scales + m * groups_, groups_, scales);
-    return rows_.data + m * rows_.cols;
-  }
-
- private:
-  const QuantizedRows& rows_;
-  int64_t groups_;
 };
 
 // Packs panels [begin, end) of the `rows` rows that `read` gives.
@@ -553,24 +516,36 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
 }  // namespace
 
 struct IntOperand::Packed {
-  Packed(const Plan& plan, int64_t rows) : rows(rows), a(plan, div_up(rows, plan.mr)) {}
+  explicit Packed(int64_t rows) : rows(rows) {}
 
   int64_t rows;
-  PackedA a;
+  std::optional<PackedA> panels;
+  std::optional<TileOperand> tiles;
 };
 
-IntOperand::IntOperand(const Matrix& x, const Weight& w, const Parallel& parallel) {
+IntOperand::IntOperand(const Matrix& x, const Weight& w, const Parallel& parallel)
+    : packed_(std::make_unique<Packed>(x.rows)) {
+  const Kernels& kernels = qk::kernels();
+  if (takes_tile_groups(kernels, w.scheme)) {
+    packed_->tiles.emplace(x, w, parallel);
+    return;
+  }
   const Plan plan(w, false, parallel.num_threads);
-  packed_ = std::make_unique<Packed>(plan, x.rows);
-  const auto pack = [&](int64_t m, int64_t end) { pack_a(plan, x.rows, QuantizeRows(plan, x), m, end, packed_->a); };
-  parallel(div_up(x.rows, plan.mr), pack);
+  PackedA& a = packed_->panels.emplace(plan, div_up(x.rows, plan.mr));
+  parallel(div_up(x.rows, plan.mr), [&](int64_t begin, int64_t end) {
+    pack_a(plan, x.rows, QuantizeRows(kernels, w.scheme, x), begin, end, a);
+  });
 }
 
 IntOperand::~IntOperand() = default;
 
 void IntOperand::multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const {
+  if (packed_->tiles.has_value()) {
+    packed_->tiles->multiply(w, bias, out, parallel);
+    return;
+  }
   const Plan plan(w, false, parallel.num_threads);
-  multiply_panels<PackAlong>(plan, packed_->rows, packed_->a, bias, out, parallel);
+  multiply_panels<PackAlong>(plan, packed_->rows, *packed_->panels, bias, out, parallel);
 }
 
 void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
@@ -579,6 +554,7 @@ void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out,
 
 void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel) {
+  if (takes_tile_groups(qk::kernels(), w.scheme)) return TileOperand(x, w, parallel).multiply(w, bias, out, parallel);
   const Plan plan(w, false, parallel.num_threads);
   const int64_t panels = div_up(x.rows, plan.mr), groups = w.scheme.act_groups(x.cols);
   PackedA a(plan, panels);

@@ -99,6 +99,61 @@ struct NibbleKernels {
   void (*tile_grouped)(const NibbleTile& args, const float* w_scales, const float* x_scales, float* tile);
 };
 
+// Two tiles of rows of the weight times panels of rows of x: totals[p][r][i] += float(sum over a group) * (w_scales *
+// x_scales) for row r of the weight and row i of panel p, groups ascending.
+constexpr int kTileRows = 16;
+struct GroupedTileDot {
+  int64_t groups, group;  // their number, and k in each; the last one is padded with zeros
+  const int8_t* w;        // [2 * kTileRows, stride]
+  int64_t stride;
+  int64_t panels;
+  const uint32_t* x;  // panels of kTileRows rows (NOTE [panels]), from the first group on, x_stride units apart
+  int64_t x_stride;
+  const float* w_scales;  // [2 * kTileRows, row_groups], or null: ones
+  int64_t row_groups;
+  const float* x_scales;  // [panels, x_scales_stride] of [groups, kTileRows], or null: ones; not both
+  int64_t x_scales_stride;
+  float* totals;  // [panels, 2 * kTileRows, kTileRows]
+};
+
+// Rows of a grouped weight times rows of x, group by group.
+constexpr int kGroupDotRows = 4;     // of x, at most
+constexpr int kGroupDotStreams = 4;  // rows of the weight
+constexpr int kCombinedRows = 16;    // of the weight, whose sums are scaled and added side by side
+struct GroupDot {
+  const int8_t* x;  // [rows, x_stride], padded with zeros to whole steps (GroupDotKernels)
+  int64_t x_stride;
+  int rows;                 // 1 or kGroupDotRows
+  const uint8_t* const* w;  // [kGroupDotStreams]
+  int64_t k, group;
+  // sums[(m * kCombinedRows + r) * sums_stride + g]: of x * (w + dot_shift), or of x * nibble, over group g of row m of
+  // x and row r of the weight. Groups of whole steps are written.
+  int32_t* sums;
+  int64_t sums_stride;
+};
+
+// How such sums become numbers: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups
+// ascending. What belongs to x may be read up to a multiple of 16 groups, and its scales are 0 beyond the last one.
+struct GroupRows {
+  int64_t groups;
+  const int32_t* sums;  // [kCombinedRows, sums_stride]
+  int64_t sums_stride;
+  const uint8_t* const* zeros;  // [kCombinedRows][groups], or null: `zero` for all
+  int32_t zero;
+  const int32_t* x_sums;         // [groups]
+  const float* const* w_scales;  // [kCombinedRows][groups], or null: ones; not both
+  const float* x_scales;         // [groups], or null: ones
+};
+
+// Optional kernels for few rows of x and a grouped scheme, which read scales and zero points as they are stored.
+struct GroupDotKernels {
+  int64_t k_step;  // x is padded to a multiple of it
+  // x of dot_int4 holds each block of 128 values as 64 even ones, then 64 odd ones.
+  void (*dot_int8)(const GroupDot& args);
+  void (*dot_int4)(const GroupDot& args);
+  void (*combine)(const GroupRows& args, float* y);  // [kCombinedRows]
+};
+
 // Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
 // of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
 // counts where no such machine was at hand.
@@ -155,6 +210,8 @@ struct Kernels {
   uint32_t (*absmax_bits_bf16)(const uint16_t* x, int64_t n) = nullptr;
   void (*quantize_bf16)(const uint16_t* x, int64_t n, float inverse, int8_t* q) = nullptr;
   void (*unpack_int4)(const uint8_t* packed, int64_t n, int zero, int8_t* q);  // nibble - zero
+  // The same with a zero point for each group of n values.
+  void (*unpack_int4_groups)(const uint8_t* packed, int64_t n, int64_t group, const uint8_t* zeros, int8_t* q);
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
   void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
@@ -234,9 +291,11 @@ struct Kernels {
   void (*dot_tile)(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels,
                    int32_t* sums) = nullptr;
   int dot_tile_rows = 0;
+  void (*dot_tile_grouped)(const GroupedTileDot& args) = nullptr;  // called as NOTE [tiles] says
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
+  const GroupDotKernels* group_dots = nullptr;  // or null: grouped schemes take dot_int8, dot_int4 and combine
   float (*dot_float)(const float* x, const float* w, int64_t n);
 
   // Adds a chunk to the softmax of its row and quantizes its gradient (docs/numerics.md, rule 7). `scratch` holds the

@@ -96,11 +96,11 @@ class WeightRows {
         group_zeros_(w.zeros != nullptr ? groups * kRows : 0),
         expanded_(groups * kRows) {}
 
-  // Rows n0 .. n0 + kRows; past the end the last one is repeated.
-  void load(int64_t n0) {
+  // Rows n0 + r * stride; past the end the last one is repeated.
+  void load(int64_t n0, int64_t stride) {
     int64_t n[kRows];
     for (int r = 0; r < kRows; ++r) {
-      n[r] = std::min(n0 + r, w_.n - 1);
+      n[r] = std::min(n0 + r * stride, w_.n - 1);
       rows[r] = w_.row(n[r]);
       scales[r] = w_.scales + n[r] * w_.groups;
     }
@@ -219,6 +219,7 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
 void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   if (takes_tile_dot(kernels, w.scheme, x.rows)) return int_tile_dot(x, w, bias, out, parallel);
+  if (kernels.group_dots != nullptr && w.scheme.grouped()) return int_group_dot(x, w, bias, out, parallel);
   const Activations activations(kernels, x, w.scheme, parallel);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
@@ -226,14 +227,15 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
     WeightRows rows(kernels, w, activations.groups);
     Buffer<int32_t> sums(kXRows * activations.groups * kRows);
     Buffer<float> y(x.rows * count);
-    for (int64_t j = 0; j < count; j += kRows) {
-      rows.load(n0 + j);
+    const int64_t stream = end - begin;
+    for (int64_t j = 0; j < stream; ++j) {
+      rows.load(n0 + j, stream);
       for (int64_t m = 0; m < x.rows;) {
         const int64_t done = dot(kernels, w, rows, activations, x.rows - m, m, sums.get());
         for (int64_t i = 0; i < done; ++i, ++m) {
           float values[kRows];
           finish(kernels, w, rows, activations, m, &sums[i * activations.groups * kRows], values);
-          std::copy_n(values, std::min<int64_t>(kRows, count - j), &y[m * count + j]);
+          for (int64_t r = 0; r < kRows && j + r * stream < count; ++r) y[m * count + j + r * stream] = values[r];
         }
       }
     }

@@ -71,11 +71,10 @@ const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, in
     kernels.unpack_int4(row + k0 / 2, count, 8, scratch);
     return scratch;
   }
-  const uint8_t* zero = w.zeros + n * w.groups + k0 / w.group;
-  for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + count; k = end, ++zero) {
-    end = std::min(end + w.group, k0 + count);
-    kernels.unpack_int4(row + k / 2, end - k, *zero, scratch + (k - k0));
-  }
+  const uint8_t* zeros = w.zeros + n * w.groups + k0 / w.group;
+  const int64_t first = std::min(round_up(k0, w.group) - k0, count);  // of a group that begins before k0
+  if (first > 0) kernels.unpack_int4(row + k0 / 2, first, *zeros++, scratch);
+  kernels.unpack_int4_groups(row + (k0 + first) / 2, count - first, w.group, zeros, scratch + first);
   return scratch;
 }
 

@@ -1,5 +1,6 @@
 // Few rows of x on CPUs with tile registers: tiles are loaded straight from the stored int8 weight, each byte of which
-// is read once from memory; nothing of it is packed. Bound by memory bandwidth.
+// is read once from memory, or from a few unpacked rows of an int4 weight; nothing is packed. Bound by memory
+// bandwidth.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -37,7 +38,7 @@ struct Panels {
         sources[i] = &rows[i * units];
         if (m >= x.rows) continue;
         auto* q = reinterpret_cast<int8_t*>(&rows[i * units]);
-        quantize_row(kernels, float_row(kernels, x, m, floats.get()), x.cols, x.cols, q, &scales[m]);
+        quantize_row(kernels, x, m, x.cols, q, &scales[m], floats.get());
       }
       kernels.interleave(sources.data(), tile_rows, units, &data[panel * units * tile_rows]);
     }
@@ -47,7 +48,7 @@ struct Panels {
 }  // namespace
 
 bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows) {
-  return kernels.dot_tile != nullptr && scheme.weight_bits == 8 && !scheme.grouped() && rows >= kMinRows &&
+  return kernels.dot_tile != nullptr && !scheme.grouped() && rows >= kMinRows &&
          rows <= kMaxPanels * kernels.dot_tile_rows;
 }
 
@@ -57,7 +58,9 @@ void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output ou
   const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
   const int64_t bytes = a.units * kernels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
-  const auto is_inside = [&](int64_t n0) { return (n0 + block - 1) * w.row_bytes + bytes <= w.n * w.row_bytes; };
+  const auto is_direct = [&](int64_t n0) {
+    return w.scheme.weight_bits == 8 && (n0 + block - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
+  };
 
   parallel(div_up(w.n, block), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
@@ -70,9 +73,13 @@ void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output ou
       const int64_t valid = std::min<int64_t>(block, w.n - n0);
       const auto* rows = reinterpret_cast<const int8_t*>(w.row(n0));
       int64_t stride = w.row_bytes;
-      if (!is_inside(n0)) {
+      if (!is_direct(n0)) {
         std::memset(copy.get(), 0, block * bytes);
-        for (int64_t j = 0; j < valid; ++j) std::memcpy(&copy[j * bytes], w.row(n0 + j), w.k);
+        for (int64_t j = 0; j < valid; ++j) {
+          int8_t* row = &copy[j * bytes];
+          const int8_t* stored = integer_row(kernels, w, n0 + j, 0, w.k, row);
+          if (stored != row) std::memcpy(row, stored, w.k);
+        }
         rows = copy.get();
         stride = bytes;
       }

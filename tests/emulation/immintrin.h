@@ -226,6 +226,7 @@ inline Int maskz_load32(uint16_t mask, const void* p) {
   return r;
 }
 
+inline Float floats_of(const Int& v) { return load_ps(v.lane); }
 inline Int bits(const Float& v) { return load(&v); }
 inline Int srli_epi32(const Int& v, int count) {
   return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> count); });
@@ -265,6 +266,52 @@ inline Int slli_epi16(const Int& v, int count) {
     const auto lane = static_cast<uint32_t>(v.lane[i]);
     return static_cast<int32_t>((lane << count & 0xffff) | ((lane >> 16) << count & 0xffff) << 16);
   });
+}
+
+inline Int srli_epi16(const Int& v, int count) {
+  return ints([&](int i) {
+    const auto lane = static_cast<uint32_t>(v.lane[i]);
+    return static_cast<int32_t>((lane & 0xffff) >> count | lane >> 16 >> count << 16);
+  });
+}
+
+inline Int sub_epi32(const Int& a, const Int& b) {
+  return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) - b.lane[i]); });
+}
+
+// The low halves of the products.
+inline Int mullo_epi32(const Int& a, const Int& b) {
+  return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) * b.lane[i]); });
+}
+
+inline Int permutexvar_epi32(const Int& index, const Int& a) {
+  return ints([&](int i) { return a.lane[index.lane[i] & 15]; });
+}
+
+template <class... Lanes>
+inline Int setr_epi32(Lanes... lanes) {
+  return {{lanes...}};
+}
+
+inline Int broadcast_i32x4(__m128i v) {
+  int32_t lanes[4];
+  std::memcpy(lanes, &v, 16);
+  return ints([&](int i) { return lanes[i % 4]; });
+}
+
+// VPSHUFB: within each 128-bit lane; 0 where the top bit of the index is set.
+inline Int shuffle_epi8(const Int& a, const Int& index) {
+  const auto *from = reinterpret_cast<const uint8_t*>(a.lane), *at = reinterpret_cast<const uint8_t*>(index.lane);
+  uint8_t bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = at[i] & 0x80 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+  return load(bytes);
+}
+
+// 16 bytes, with zeros.
+inline Int cvtepu8_epi32(__m128i v) {
+  uint8_t bytes[16];
+  std::memcpy(bytes, &v, 16);
+  return ints([&](int i) { return bytes[i]; });
 }
 
 // 16 bytes, sign-extended.
@@ -437,6 +484,15 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_cvtepu8_epi16(a) emulated::cvtepu8_epi16(a)
 #define _mm512_cvtepu16_epi32(a) emulated::cvtepu16_epi32(a)
 #define _mm512_xor_si512(a, b) emulated::xor_si(a, b)
+#define _mm512_broadcast_i32x4(a) emulated::broadcast_i32x4(a)
+#define _mm512_shuffle_epi8(a, i) emulated::shuffle_epi8(a, i)
+#define _mm512_srli_epi16(a, n) emulated::srli_epi16(a, n)
+#define _mm512_sub_epi32(a, b) emulated::sub_epi32(a, b)
+#define _mm512_mullo_epi32(a, b) emulated::mullo_epi32(a, b)
+#define _mm512_permutexvar_epi32(i, a) emulated::permutexvar_epi32(i, a)
+#define _mm512_setr_epi32(...) emulated::setr_epi32(__VA_ARGS__)
+#define _mm512_cvtepu8_epi32(a) emulated::cvtepu8_epi32(a)
+#define _mm512_castsi512_ps(a) emulated::floats_of(a)
 #define _mm512_add_epi32(a, b) emulated::add_epi32(a, b)
 #define _mm512_abs_epi8(a) emulated::abs_epi8(a)
 #define _mm512_movepi8_mask(a) emulated::movepi8_mask(a)
