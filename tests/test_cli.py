@@ -16,7 +16,6 @@ from helpers import TEXT, assert_refused, invoke, layer_kinds
 from qkernels import __version__, isa
 from qkernels.finetune import InputError, read_texts, token_blocks
 from qkernels.finetune.demo import INT4, INT8, checks, write_texts
-from qkernels.finetune.loss import IGNORE, causal_lm_loss
 from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
 from qkernels.finetune.text import split_blocks
 
@@ -303,26 +302,6 @@ class TestParts:
         path = tmp_path / "a.txt"
         path.write_text("Grüße, 你好\n", encoding="utf-8")
         assert read_texts([path]) == ["Grüße, 你好\n"]
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    @pytest.mark.parametrize("items", [None, 7])
-    def test_loss_and_gradient_equal_the_standard_ones(self, dtype, items, monkeypatch):
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        monkeypatch.setattr("qkernels.finetune.loss.CHUNK_ELEMENTS", 3 * 50)  # chunks of 3 rows, the last one ragged
-        torch.manual_seed(0)
-        labels = torch.randint(0, 50, (2, 11))
-        labels[0, 4:6] = IGNORE
-        logits = (4 * torch.randn(2, 11, 50)).to(dtype)
-        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-        loss = causal_lm_loss(ours, labels, 50, items)
-        expected = ForCausalLMLoss(theirs, labels, 50, items)
-        (loss * 3).backward()
-        (expected * 3).backward()
-        torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-5, atol=0)
-        # Two roundings of the gradient (before and after the scale) against one.
-        rtol = 2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-4
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=rtol, atol=1e-7)
 
     def test_model_bytes_counts_a_tied_weight_once(self, gpt2):
         model = load_model(gpt2, torch.float32)

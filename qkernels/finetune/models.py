@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..convert import QuantizationReport, quantize_
 from ..schemes import QuantScheme
 from .errors import InputError
-from .loss import causal_lm_loss
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -150,7 +149,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no causal language model: {_first_line(error)}") from error
-    model.loss_function = causal_lm_loss
     model.to(device()).eval()
     # Loaded tensors are views of the mapped file, all of which stays resident while one of them lives: with copies,
     # quantizing a layer really frees its float weight.
@@ -177,6 +175,8 @@ def quantize(
 ) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
+    Embeddings are quantized too where nothing trains them, and a tied head with them.
+
     Args:
         model, scheme, mode, grad: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
@@ -192,7 +192,7 @@ def quantize(
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
         samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
-        report = quantize_(model, scheme, mode, grad=grad, calibration=samples)
+        report = quantize_(model, scheme, mode, grad=grad, embeddings=mode == "frozen", calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
     return_free_memory()
