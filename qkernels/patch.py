@@ -113,12 +113,15 @@ def patch_loss(model: nn.Module, *, label_smoothing: float = 0.0, z_loss: float 
 
     Raises:
         TypeError: if the model has no such head.
-        ValueError: if the model makes something else of its head's output (found out by running it on two tokens).
+        ValueError: if the model makes something else of its head's output (found out by running it on two tokens), or
+            the head is a `QuantLinear` whose weight is trained.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     if not (isinstance(head, QuantLinear) or type(head) is nn.Linear):
         raise TypeError(f"model must have a QuantLinear or nn.Linear as its head, got {type(head).__name__}")
+    if isinstance(head, QuantLinear) and head.mode != "frozen":
+        raise ValueError(f"head must be frozen or in float, got a QuantLinear in mode {head.mode!r}")
     softcap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
     if softcap and label_smoothing and isinstance(head, QuantLinear):
         raise ValueError("label_smoothing must be 0 for a quantized head with soft-capped logits")

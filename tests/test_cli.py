@@ -120,11 +120,22 @@ class TestFinetune:
         assert len(report["losses"]) == len(report["seconds"]) == 3
         assert report["seconds_per_step"] > 0 and report["peak_memory_bytes"] > 0
         assert report["model"]["bytes"] < report["model"]["float_bytes"]
-        assert report["quantization"]["scheme"] == "w8a8"
+        assert report["quantization"]["scheme"] == "w8a8" and report["fused_loss"]
         assert report["environment"]["isa"] == isa.current()
         assert "| ... fine-tuned |" in (output / "report.md").read_text()
         assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (output / "adapter_model.safetensors").is_file()
+
+    def test_loss_of_a_model_that_scales_its_logits(self, llama, text, tmp_path, monkeypatch):
+        def refuse(model):
+            raise ValueError("scaled logits")
+
+        monkeypatch.setattr("qkernels.finetune.train.patch_loss", refuse)
+        result = small_run(llama, text, tmp_path / "own", "--scheme", "w8a8")
+        assert result.exit_code == 0 and "the model's own loss is used: scaled logits" in result.output
+        assert not json.loads((tmp_path / "own" / "report.json").read_text())["fused_loss"]
+        asked = small_run(llama, text, tmp_path / "asked", "--scheme", "w8a8", "--fused-loss")
+        assert_refused(asked, "--fused-loss does not fit this model: scaled logits")
 
     def test_same_seed_gives_the_same_losses(self, llama, text, tmp_path):
         losses = []

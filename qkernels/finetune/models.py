@@ -175,7 +175,8 @@ def quantize(
 ) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
-    Embeddings are quantized too where nothing trains them, and a tied head with them.
+    Embeddings are quantized too where nothing trains them, and a tied head with them: to 8 bits, since 4 add a tenth
+    to the perplexity of Gemma-3-270M.
 
     Args:
         model, scheme, mode, grad: as in `quantize_`.
@@ -189,14 +190,23 @@ def quantize(
         inputs["logits_to_keep"] = 1  # the head is not quantized by what it would say about every token
     from tqdm import tqdm
 
+    embeddings = mode == "frozen" and embedding_scheme(scheme)
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
         samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
-        report = quantize_(model, scheme, mode, grad=grad, embeddings=mode == "frozen", calibration=samples)
+        report = quantize_(model, scheme, mode, grad=grad, embeddings=embeddings, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
     return_free_memory()
     return report
+
+
+def embedding_scheme(scheme: str) -> str:
+    """The scheme for embeddings and tied heads beside layers of `scheme`: 8-bit weights, the same activations."""
+    parsed = QuantScheme.parse(scheme)
+    if parsed.weight_bits == 8:
+        return parsed.name
+    return "w8a8" if parsed.int_activations else "w8a16"
 
 
 def return_free_memory() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...finetune.models import DTYPES, fast_bf16, pick_dtype
+from ...finetune.models import DTYPES, embedding_scheme, fast_bf16, pick_dtype
 from ...patch import patch_loss
 from ...schemes import QuantScheme
 from ..torch_baselines import onednn_float32
@@ -128,7 +128,8 @@ class Ours(Contender):
             qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad)
             return model
         # A head that is trained is tied to a float embedding and stays as it is.
-        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=self.mode == "frozen")
+        embeddings = self.mode == "frozen" and embedding_scheme(self.scheme)
+        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=embeddings)
         patch_loss(model)
         return model
 
