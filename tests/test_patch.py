@@ -11,6 +11,8 @@ from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -21,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -36,6 +40,7 @@ SPECIAL = dict(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SIZES = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, head_dim=12
 )
+BERT = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
 FAMILIES = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(**SPECIAL, n_layer=2, n_embd=48, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -43,6 +48,13 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SPECIAL, **SIZES)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SPECIAL, **SIZES, final_logit_softcapping=2.0)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SPECIAL, **SIZES)),
+    # Masked: one computes its loss itself, the other calls `loss_function`.
+    "bert": lambda: BertForMaskedLM(
+        BertConfig(**SPECIAL, **BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    ),
+    "modernbert": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**SPECIAL, **BERT, cls_token_id=1, sep_token_id=2, attn_implementation="eager")
+    ),
 }
 TIED = ("gpt2", "gemma2", "gemma3")
 
@@ -125,9 +137,12 @@ def test_models_that_change_their_logits_are_refused():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=96, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration has a loss of its own"):
+    with pytest.raises(ValueError, match="must be a causal or masked language model, but with two tokens T5ForCond"):
         qk.patch_loss(t5)
     llama = build("llama")
+    llama.loss_function = lambda logits, labels, **_: 2 * torch.nn.functional.cross_entropy(logits[0], labels[0])
+    with pytest.raises(ValueError, match="LlamaForCausalLM has a loss of its own"):
+        qk.patch_loss(llama)
     qk.quantize_(llama, "w8a8", "qat")
     with pytest.raises(ValueError, match="head must be frozen or in float, got a QuantLinear in mode 'qat'"):
         qk.patch_loss(llama)

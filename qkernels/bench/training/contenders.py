@@ -188,7 +188,7 @@ class Sdnq(Contender):
 def contenders(case: Case, schemes: Sequence[str], grads: Sequence[str], *, peers: bool) -> list[Contender]:
     """All for a case; whether they can run here is asked of each."""
     found: list[Contender] = [Float("float32"), OneDnn(), Float("bfloat16")]
-    losses = (False, True) if isinstance(case, Language) and not case.masked else (False,)
+    losses = (False, True) if isinstance(case, Language) else (False,)
     found += [Float(str(pick_dtype("auto")).removeprefix("torch."), fused=True)] if True in losses else []
     found += [
         Ours(scheme, mode, grad, fused)
