@@ -104,6 +104,16 @@ def test_training_loss_and_gradients(family, quantized, items):
     assert "forward" not in vars(model.get_output_embeddings()) and "_loss_function" not in vars(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_tuples_begin_with_the_loss(family):
+    model = build(family)
+    expected = model(**batch()).loss
+    with qk.patch_loss(model):
+        loss, logits, *_ = model(**batch(), return_dict=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert logits.shape == (2, 12, 0)
+
+
 def test_terms_of_the_loss_are_passed_on():
     model = build("llama")
     hidden, labels = model.model(input_ids=batch()["input_ids"]).last_hidden_state, batch()["labels"]
