@@ -154,7 +154,9 @@ class TestFinetune:
         report = json.loads((output / "report.json").read_text())
         assert report["dtype"] == "bfloat16"
         assert set(report["perplexity"]) == {"quantized", "finetuned"}
-        assert {row["name"]: row["reason"] for row in report["quantization"]["rows"]}["lm_head"].startswith("tied")
+        schemes = {row["name"]: row["scheme"] for row in report["quantization"]["rows"]}
+        assert schemes.pop("lm_head") == schemes.pop("transformer.wte") == schemes.pop("transformer.wpe") == "w8a8"
+        assert set(schemes.values()) == {"w4a8-g32-asym"}
 
     def test_calibrated_base_is_saved_with_its_adapter(self, llama, text, tmp_path):
         output = tmp_path / "run"
