@@ -6,6 +6,7 @@ leaves one JSON row in OUTPUT/rows; a run whose row is there is not repeated, so
 
     python benchmarks/quality.py --output quality --seeds 3
     python benchmarks/quality.py --output quality-quick --quick
+    python benchmarks/quality.py --output quality-lora --jobs gemma-lora --only 'bfloat16,*int8' --seeds 1
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--schemes", default="w8a8,w8a8-ag128,w4a8-g32-asym,w4a8-g128")
     parser.add_argument("--grads", default="float,int8")
+    parser.add_argument("--only", default="*", help="fnmatch patterns of runs, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
+    for name, value in asdict(Budget()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}; with --quick less")
     parser.add_argument("--quick", action="store_true", help="one seed, a few short steps: does everything work?")
     parser.add_argument("--model", default=DEMO, help="of the gemma jobs: a transformers folder")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -373,7 +378,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(jobs) - set(JOBS):
         parser.error(f"jobs must be of {', '.join(JOBS)}, got {', '.join(sorted(unknown))}")
     seeds, budget = (1, QUICK) if options.quick else (options.seeds, Budget())
-    planned = runs(jobs, options.schemes.split(","), options.grads.split(","), seeds, budget)
+    given = {name: value for name in asdict(budget) if (value := getattr(options, name)) is not None}
+    planned = runs(jobs, options.schemes.split(","), options.grads.split(","), seeds, replace(budget, **given))
+    patterns = options.only.split(",")
+    planned = [run for run in planned if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
+    if not planned:
+        parser.error(f"--only {options.only!r} leaves no run")
     folder = options.output / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

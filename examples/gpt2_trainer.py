@@ -1,4 +1,4 @@
-"""GPT-2 with quantized Conv1D layers: a short float training, quantization, then LoRA on top, all with `Trainer`.
+"""GPT-2 with quantized layers, embeddings and head: a short float training, then LoRA on top, all with `Trainer`.
 
 The text is Python's own documentation, the tokenizer is trained on the spot, and the weights start at random, so
 nothing is downloaded. Run: python examples/gpt2_trainer.py --steps 200
@@ -56,12 +56,14 @@ if __name__ == "__main__":
         first.train()
         print(f"held-out loss in float:       {first.evaluate()['eval_loss']:.3f}")
 
-        print(qk.quantize_(model, options.scheme))
+        # Embeddings too, so that the tied head is quantized, and its loss can be computed with it in one product.
+        print(qk.quantize_(model, options.scheme, grad="int8", embeddings=True))
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(model, lora)
         second = trainer(model, blocks, options.steps, 1e-2, folder)
         print(f"held-out loss in {options.scheme}:  {second.evaluate()['eval_loss']:.3f}")
-        second.train()
+        with qk.patch_loss(model):
+            second.train()
         print(f"held-out loss after LoRA:     {second.evaluate()['eval_loss']:.3f}")
 
     prompt = tokenizer("The following sections describe", return_tensors="pt", return_token_type_ids=False)

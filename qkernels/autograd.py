@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,21 @@ def int8_grad_weight(grad_out: Tensor, qx: Tensor, x_scales: Tensor, seed: Tenso
     return _product(q_grad, grad_scales, x, qx.shape[1], "w8a8", None, out_dtype)
 
 
+def _frozen_grad_input(
+    grad_out: Tensor,
+    weight: QuantizedWeight,
+    in_features: int,
+    scheme: str,
+    columns: Tensor | None,
+    seed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`int8_grad_input`, or without a seed the product of floats."""
+    if seed is None:
+        return ops.linear_grad_input(grad_out, *weight, in_features, scheme, out_dtype)
+    return int8_grad_input(grad_out, weight, in_features, scheme, columns, seed, out_dtype)
+
+
 def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
     # torch adds bfloat16 and float16 in float32 and rounds once; with `dtype` it would copy grad_out to float32 first.
     return grad_out.sum(dim=0, dtype=None if grad_out.dtype == dtype else torch.float32).to(dtype)
@@ -123,13 +139,62 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             *weight, seed, columns = ctx.saved_tensors
             fixed = (ctx.in_features, ctx.scheme)
-            if seed is None:
-                grad_x = ops.linear_grad_input(grad_out, *weight, *fixed, ctx.x_dtype)
-            else:
-                grad_x = int8_grad_input(grad_out, QuantizedWeight(*weight), *fixed, columns, seed, ctx.x_dtype)
+            grad_x = _frozen_grad_input(grad_out, QuantizedWeight(*weight), *fixed, columns, seed, ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+class LowRank(NamedTuple):
+    """An adapter beside a frozen weight: adds `(x @ down.T * scaling) @ up.T` to the output.
+
+    Attributes:
+        down: float [r, K].
+        up: float [N, r].
+        scaling: a number.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """`_FrozenLinear` and a `LowRank` in one: the products of the adapter add in place, forward and backward.
+
+    The adapter is multiplied in the dtype of the output and gets gradients of its own dtype. Saved are x and
+    `x @ down.T * scaling`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scheme, out_dtype, seed, columns, down, up, scaling):
+        out = ops.linear(x, *weight, bias, scheme, out_dtype)
+        input = x.to(out.dtype)
+        middle = (input @ down.to(out.dtype).t()).mul_(scaling)
+        out.addmm_(middle, up.to(out.dtype).t())
+        ctx.save_for_backward(*weight, seed, columns, input, middle, down, up)
+        ctx.scheme, ctx.scaling, ctx.x_dtype = scheme, scaling, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        *weight, seed, columns, input, middle, down, up = ctx.saved_tensors
+        needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 2, 7, 8))
+        grad_x = grad_bias = grad_down = grad_up = None
+        grad_middle = (grad_out @ up.to(grad_out.dtype)).mul_(ctx.scaling) if needs_x or needs_down else None
+        if needs_x:
+            fixed = (input.shape[1], ctx.scheme)
+            grad_x = _frozen_grad_input(grad_out, QuantizedWeight(*weight), *fixed, columns, seed, ctx.x_dtype)
+            grad_x.addmm_(grad_middle.to(grad_x.dtype), down.to(grad_x.dtype))
+        if needs_bias:
+            grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
+        if needs_down:
+            grad_down = (grad_middle.t() @ input).to(down.dtype)
+        if needs_up:
+            grad_up = (grad_out.t() @ middle).to(up.dtype)
+        return grad_x, None, grad_bias, None, None, None, None, grad_down, grad_up, None
 
 
 # `Function.apply` asks for the signature at every call, and finding it out takes longer than a small product.
@@ -234,6 +299,30 @@ def quant_linear(
     seed = draw_seed() if grad == "int8" and x.requires_grad else None
     args = (*weight, bias, scheme, out_dtype, seed, columns)
     return _over_leading_dimensions(_FrozenLinear.apply, x, out_features, *args)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    scheme: str,
+    adapter: LowRank,
+    out_dtype: torch.dtype | None = None,
+    grad: str = "float",
+    columns: Tensor | None = None,
+) -> Tensor:
+    """`quant_linear` plus a low-rank product, with gradients to both of its matrices too.
+
+    Args:
+        x, weight, bias, scheme, out_dtype, grad, columns: as in `quant_linear`.
+        adapter: what is added, multiplied in the dtype of the output.
+
+    Returns:
+        [..., N] of `out_dtype` or x.dtype.
+    """
+    seed = draw_seed() if grad == "int8" and torch.is_grad_enabled() and x.requires_grad else None
+    args = (weight, bias, scheme, out_dtype, seed, columns, *adapter)
+    return _over_leading_dimensions(_AdaptedLinear.apply, x, weight.qweight.shape[0], *args)
 
 
 def trained_linear(

@@ -133,7 +133,7 @@ def quantize_(
     *,
     grad: str = "float",
     weight_scale: str = "absmax",
-    embeddings: bool = False,
+    embeddings: bool | str | QuantScheme = False,
     calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
     never_slower: bool = False,
 ) -> QuantizationReport:
@@ -156,8 +156,9 @@ def quantize_(
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
             matches no linear layer (which is otherwise a warning).
-        embeddings: also swap every embedding for a `QuantEmbedding` with the weight format of `scheme`. A head that is
-            tied to an embedding is quantized with it, and both share one storage.
+        embeddings: also swap every embedding for a `QuantEmbedding` with the weight format of `scheme`, or of the
+            scheme given here ("w8a8" with 4-bit layers, say). A head that is tied to an embedding is quantized with it,
+            and both share one storage and scheme.
         calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
             weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
             which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
@@ -207,7 +208,7 @@ def quantize_(
         warnings.warn(message, stacklevel=2)
     for layer in layers:
         seen = moments.pop(id(layer.module), None)
-        report.rows.append(layer.convert(scheme, kind, seen) if layer.reason is None else layer.row())
+        report.rows.append(layer.convert(kind, seen) if layer.reason is None else layer.row())
     for callback in AFTER_QUANTIZE:
         callback(model, report)
     return report
@@ -241,6 +242,7 @@ class Layer:
     module: nn.Module
     slots: list[tuple[nn.Module, str]]  # (parent, name in the parent)
     reason: str | None = None
+    scheme: QuantScheme | None = None  # what it will be quantized to
     peers: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
     converted: LayerReport | None = None
 
@@ -263,16 +265,14 @@ class Layer:
             shape, size = (module.out_features, module.in_features), _weight_bytes(module)
         return LayerReport(self.name, type(module).__name__, shape, scheme, size, size, reason=self.reason)
 
-    def convert(
-        self, scheme: QuantScheme, kind: Mapping[str, str], moments: calibrate.Moments | None = None
-    ) -> LayerReport:
+    def convert(self, kind: Mapping[str, str], moments: calibrate.Moments | None = None) -> LayerReport:
         """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
 
         Args:
             kind: the keywords mode, grad and weight_scale of `QuantLinear`.
             moments: of the layer's inputs, for calibration; see `calibrate.quantize_weight`.
         """
-        before, weight = self.row(), _weight(self.module)
+        before, weight, scheme = self.row(), _weight(self.module), self.scheme
         owner = next((peer for peer in self.peers if peer.converted is not None), None)
         if owner is not None:
             self.replace(self._on_storage_of(owner.module, kind))
@@ -344,9 +344,9 @@ def plan(
     report: QuantizationReport,
     tied: Mapping[str, str] | None = None,
     *,
-    embeddings: bool = False,
+    embeddings: bool | str | QuantScheme = False,
 ) -> list[Layer]:
-    """The linear layers of `model`; those that must stay in float carry the reason. Nothing is changed.
+    """The linear layers of `model`, each with its scheme or the reason to stay in float. Nothing is changed.
 
     Args:
         model, scheme, skip, include, embeddings: as in `quantize_`.
@@ -356,7 +356,7 @@ def plan(
     for argument, patterns in (("skip", skip), ("include", include)):
         if isinstance(patterns, str):
             raise TypeError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
-    layers = find_layers(model, embeddings)
+    layers = find_layers(model, bool(embeddings))
     _match_patterns(layers, skip, include, report)
     structure = _structure_reasons(model)
     groups = _tied_groups(model, tied or {})
@@ -364,7 +364,11 @@ def plan(
         if layer.reason is None:
             layer.reason = structure.get(id(layer.module)) or _layer_reason(layer.module, scheme)
     for group in groups:
-        _settle_tied(group, {id(layer.module): layer for layer in layers}, embeddings)
+        _settle_tied(group, {id(layer.module): layer for layer in layers}, bool(embeddings))
+    embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
+    for layer in layers:
+        looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.peers))
+        layer.scheme = embedding_scheme if looked_up else scheme
     return layers
 
 

@@ -82,7 +82,7 @@ def linear_cross_entropy(
             raise ValueError("linear_bias must be None for a quantized head, which has its own")
         losses = _quantized_losses(rows, head, targets, terms)
     elif isinstance(head, Tensor):
-        losses = _float_losses(rows, head, linear_bias, targets, terms)
+        losses = _labelled_losses(rows, head, linear_bias, targets, terms)
     else:
         raise TypeError(f"head must be a QuantLinear, a QuantEmbedding or a float weight, got {type(head).__name__}")
     valid = targets != ignore_index
@@ -140,6 +140,15 @@ def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
     return _FloatCrossEntropy.apply(hidden, weight, bias, target, terms)
 
 
+def _labelled_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
+    """`_float_losses` of the rows that have a target, 0 for the others, which cost nothing."""
+    labelled = target != terms.ignore_index
+    if torch.compiler.is_compiling() or labelled.all():
+        return _float_losses(hidden, weight, bias, target, terms)
+    losses = _float_losses(hidden[labelled], weight, bias, target[labelled], terms)
+    return losses.new_zeros(target.shape).masked_scatter(labelled, losses)
+
+
 def _chunks(tokens: int, classes: int) -> Iterator[slice]:
     width = max(1, CHUNK_ELEMENTS // max(tokens, 1))
     return (slice(start, min(start + width, classes)) for start in range(0, classes, width))
@@ -150,9 +159,11 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
 
 
 def _grad_logits(logits: Tensor, chunk: slice, target: Tensor, lse: Tensor, classes: int, terms: _Terms) -> Tensor:
-    """Gradient of each row's loss by a chunk of its logits, which are not capped yet."""
+    """Gradient of each row's loss by a chunk of its logits, which are not capped yet, and are overwritten."""
     y = _cap(logits, terms.softcap)
-    grad = torch.exp(y - lse[:, None]) * (1.0 + 2.0 * terms.z_loss * lse[:, None])
+    grad = (y - lse[:, None] if terms.softcap else y.sub_(lse[:, None])).exp_()
+    if terms.z_loss:
+        grad *= 1.0 + 2.0 * terms.z_loss * lse[:, None]
     if terms.label_smoothing:
         grad -= terms.label_smoothing / classes
     row = ((target >= chunk.start) & (target < chunk.stop)).nonzero()[:, 0]
@@ -202,13 +213,13 @@ class _FloatCrossEntropy(torch.autograd.Function):
         total, logit_sum, picked = (torch.zeros_like(largest) for _ in range(3))
         for chunk in _chunks(rows, classes):
             y = _cap(_FloatCrossEntropy.logits(hidden, weight, bias, chunk), terms.softcap)
-            highest = torch.maximum(largest, y.amax(dim=1))
-            total = total * torch.exp(largest - highest) + torch.exp(y - highest[:, None]).sum(dim=1)
-            largest = highest
             if terms.label_smoothing:
                 logit_sum += y.sum(dim=1)
             row = ((target >= chunk.start) & (target < chunk.stop)).nonzero()[:, 0]
             picked[row] = y[row, target[row] - chunk.start]
+            highest = torch.maximum(largest, y.amax(dim=1))
+            total = total * torch.exp(largest - highest) + y.sub_(highest[:, None]).exp_().sum(dim=1)
+            largest = highest
         lse = largest + total.log()
         expected = (1.0 - terms.label_smoothing) * picked + terms.label_smoothing / classes * logit_sum
         ctx.save_for_backward(hidden, weight, bias, target, lse)
@@ -225,7 +236,7 @@ class _FloatCrossEntropy(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for chunk in _chunks(len(target), len(weight)):
             logits = _FloatCrossEntropy.logits(hidden, weight, bias, chunk)
-            grad = _grad_logits(logits, chunk, target, lse, len(weight), ctx.terms) * factors
+            grad = _grad_logits(logits, chunk, target, lse, len(weight), ctx.terms).mul_(factors)
             if grad_bias is not None:
                 grad_bias[chunk] = grad.sum(dim=0)
             grad = grad.to(weight.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, quantize
-from .autograd import quant_linear, trained_linear
+from .autograd import LowRank, adapted_linear, quant_linear, trained_linear
 from .int8_weight import Int8Weight
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .schemes import QuantScheme
@@ -273,15 +273,29 @@ class QuantLinear(nn.Linear):
                 self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
-        device_type = x.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        out_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        self._check_input(x)
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
-            return quant_linear(x, weight, self.bias, self._scheme_name, out_dtype, self.grad, self.column_scales)
-        return trained_linear(x, self.weight, self.bias, self.scheme, out_dtype, self.grad, self.scales)
+            args = (weight, self.bias, self._scheme_name, self._autocast_dtype(x), self.grad, self.column_scales)
+            return quant_linear(x, *args)
+        return trained_linear(x, self.weight, self.bias, self.scheme, self._autocast_dtype(x), self.grad, self.scales)
+
+    def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
+        """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
+        self._check_input(x)
+        args = (self.quantized_weight(), self.bias, self._scheme_name, adapter, self._autocast_dtype(x))
+        return adapted_linear(x, *args, self.grad, self.column_scales)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
+
+    @staticmethod
+    def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+        """The dtype of outputs under autocast; None without."""
+        kind = x.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if enabled else None
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""

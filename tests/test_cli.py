@@ -16,7 +16,6 @@ from helpers import TEXT, assert_refused, invoke, layer_kinds
 from qkernels import __version__, isa
 from qkernels.finetune import InputError, read_texts, token_blocks
 from qkernels.finetune.demo import INT4, INT8, checks, write_texts
-from qkernels.finetune.loss import IGNORE, causal_lm_loss
 from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
 from qkernels.finetune.text import split_blocks
 
@@ -121,11 +120,22 @@ class TestFinetune:
         assert len(report["losses"]) == len(report["seconds"]) == 3
         assert report["seconds_per_step"] > 0 and report["peak_memory_bytes"] > 0
         assert report["model"]["bytes"] < report["model"]["float_bytes"]
-        assert report["quantization"]["scheme"] == "w8a8"
+        assert report["quantization"]["scheme"] == "w8a8" and report["fused_loss"]
         assert report["environment"]["isa"] == isa.current()
         assert "| ... fine-tuned |" in (output / "report.md").read_text()
         assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert (output / "adapter_model.safetensors").is_file()
+
+    def test_loss_of_a_model_that_scales_its_logits(self, llama, text, tmp_path, monkeypatch):
+        def refuse(model):
+            raise ValueError("scaled logits")
+
+        monkeypatch.setattr("qkernels.finetune.train.patch_loss", refuse)
+        result = small_run(llama, text, tmp_path / "own", "--scheme", "w8a8")
+        assert result.exit_code == 0 and "the model's own loss is used: scaled logits" in result.output
+        assert not json.loads((tmp_path / "own" / "report.json").read_text())["fused_loss"]
+        asked = small_run(llama, text, tmp_path / "asked", "--scheme", "w8a8", "--fused-loss")
+        assert_refused(asked, "--fused-loss does not fit this model: scaled logits")
 
     def test_same_seed_gives_the_same_losses(self, llama, text, tmp_path):
         losses = []
@@ -144,7 +154,9 @@ class TestFinetune:
         report = json.loads((output / "report.json").read_text())
         assert report["dtype"] == "bfloat16"
         assert set(report["perplexity"]) == {"quantized", "finetuned"}
-        assert {row["name"]: row["reason"] for row in report["quantization"]["rows"]}["lm_head"].startswith("tied")
+        schemes = {row["name"]: row["scheme"] for row in report["quantization"]["rows"]}
+        assert schemes.pop("lm_head") == schemes.pop("transformer.wte") == schemes.pop("transformer.wpe") == "w8a8"
+        assert set(schemes.values()) == {"w4a8-g32-asym"}
 
     def test_calibrated_base_is_saved_with_its_adapter(self, llama, text, tmp_path):
         output = tmp_path / "run"
@@ -303,26 +315,6 @@ class TestParts:
         path = tmp_path / "a.txt"
         path.write_text("Grüße, 你好\n", encoding="utf-8")
         assert read_texts([path]) == ["Grüße, 你好\n"]
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    @pytest.mark.parametrize("items", [None, 7])
-    def test_loss_and_gradient_equal_the_standard_ones(self, dtype, items, monkeypatch):
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        monkeypatch.setattr("qkernels.finetune.loss.CHUNK_ELEMENTS", 3 * 50)  # chunks of 3 rows, the last one ragged
-        torch.manual_seed(0)
-        labels = torch.randint(0, 50, (2, 11))
-        labels[0, 4:6] = IGNORE
-        logits = (4 * torch.randn(2, 11, 50)).to(dtype)
-        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-        loss = causal_lm_loss(ours, labels, 50, items)
-        expected = ForCausalLMLoss(theirs, labels, 50, items)
-        (loss * 3).backward()
-        (expected * 3).backward()
-        torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=1e-5, atol=0)
-        # Two roundings of the gradient (before and after the scale) against one.
-        rtol = 2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-4
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=rtol, atol=1e-7)
 
     def test_model_bytes_counts_a_tied_weight_once(self, gpt2):
         model = load_model(gpt2, torch.float32)

@@ -25,7 +25,7 @@ def number(text: str, label: str) -> float:
 
 def test_gpt2_trainer():
     out = run("gpt2_trainer.py", "--steps", "10", "--layers", "2", "--width", "64")
-    assert "total: 8 of 9 layers quantized to w8a8" in out
+    assert "total: 11 of 11 layers quantized to w8a8" in out
     floating, quantized, tuned = (
         number(out, f"held-out loss {stage}") for stage in ("in float", "in w8a8", "after LoRA")
     )

@@ -10,6 +10,9 @@ from helpers import assert_same_bits
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -20,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -35,6 +40,7 @@ SPECIAL = dict(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SIZES = dict(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, head_dim=12
 )
+BERT = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
 FAMILIES = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(**SPECIAL, n_layer=2, n_embd=48, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
@@ -42,6 +48,13 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SPECIAL, **SIZES)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SPECIAL, **SIZES, final_logit_softcapping=2.0)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SPECIAL, **SIZES)),
+    # Masked: one computes its loss itself, the other calls `loss_function`.
+    "bert": lambda: BertForMaskedLM(
+        BertConfig(**SPECIAL, **BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    ),
+    "modernbert": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**SPECIAL, **BERT, cls_token_id=1, sep_token_id=2, attn_implementation="eager")
+    ),
 }
 TIED = ("gpt2", "gemma2", "gemma3")
 
@@ -91,6 +104,16 @@ def test_training_loss_and_gradients(family, quantized, items):
     assert "forward" not in vars(model.get_output_embeddings()) and "_loss_function" not in vars(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_tuples_begin_with_the_loss(family):
+    model = build(family)
+    expected = model(**batch()).loss
+    with qk.patch_loss(model):
+        loss, logits, *_ = model(**batch(), return_dict=False)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert logits.shape == (2, 12, 0)
+
+
 def test_terms_of_the_loss_are_passed_on():
     model = build("llama")
     hidden, labels = model.model(input_ids=batch()["input_ids"]).last_hidden_state, batch()["labels"]
@@ -124,21 +147,28 @@ def test_models_that_change_their_logits_are_refused():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=96, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration has a loss of its own"):
+    with pytest.raises(ValueError, match="must be a causal or masked language model, but with two tokens T5ForCond"):
         qk.patch_loss(t5)
+    llama = build("llama")
+    llama.loss_function = lambda logits, labels, **_: 2 * torch.nn.functional.cross_entropy(logits[0], labels[0])
+    with pytest.raises(ValueError, match="LlamaForCausalLM has a loss of its own"):
+        qk.patch_loss(llama)
+    qk.quantize_(llama, "w8a8", "qat")
+    with pytest.raises(ValueError, match="head must be frozen or in float, got a QuantLinear in mode 'qat'"):
+        qk.patch_loss(llama)
     with pytest.raises(TypeError, match="head, got NoneType"):
         qk.patch_loss(torch.nn.Linear(3, 3))
 
 
 @pytest.mark.parametrize("family", TIED)
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
-def test_tied_model_round_trip(family, scheme, tmp_path):
+@pytest.mark.parametrize(("scheme", "embeddings"), [("w8a8", True), ("w4a8-g32-asym", True), ("w4a8-g32-asym", "w8a8")])
+def test_tied_model_round_trip(family, scheme, embeddings, tmp_path):
     """quantize_ == from_pretrained of the float folder == from_pretrained of the quantized folder, with one storage."""
     model = build(family).eval()
     model.save_pretrained(tmp_path / "float")
-    report = qk.quantize_(model, scheme, strict=True, embeddings=True)
+    report = qk.quantize_(model, scheme, strict=True, embeddings=embeddings)
     model.save_pretrained(tmp_path / "quantized")
-    config = qk.QKernelsConfig(scheme, embeddings=True)
+    config = qk.QKernelsConfig(scheme, embeddings=embeddings)
     from_float = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     assert from_float.quantization_report.to_dict() == report.to_dict()
     from_float.save_pretrained(tmp_path / "again")
@@ -148,10 +178,56 @@ def test_tied_model_round_trip(family, scheme, tmp_path):
         assert isinstance(embedding, qk.QuantEmbedding) and isinstance(head, qk.QuantLinear)
         other.tie_weights()
         assert head.qweight is embedding.qweight and head.scales is embedding.scales
+        assert head.scheme == embedding.scheme == qk.QuantScheme.parse(scheme if embeddings is True else embeddings)
+        assert sum(isinstance(m, qk.QuantLinear) and m.scheme.name == scheme for m in other.modules()) >= 8
         assert_same_bits(other.eval()(input_ids=batch()["input_ids"]).logits, expected)
     with safe_open(tmp_path / "quantized" / "model.safetensors", "pt") as file:
         assert [key for key in file.keys() if key.endswith(("wte.qweight", "embed_tokens.qweight", "lm_head.qweight"))]
         assert len([key for key in file.keys() if key.startswith("lm_head")]) == 0
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym", "w4a16-g32"])
+def test_encoder_decoder_round_trip(scheme, tmp_path):
+    """T5: two embeddings and a head on one storage, and embeddings of relative positions."""
+    sizes = dict(vocab_size=96, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    qk.quantize_(model, scheme, strict=True, embeddings=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    ids = batch()["input_ids"] % 96
+    with torch.no_grad():
+        expected, logits = (m(input_ids=ids, decoder_input_ids=ids % 7).logits for m in (model, loaded))
+    assert loaded.lm_head.qweight is loaded.shared.qweight
+    assert_same_bits(logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qat"])
+def test_trainer_runs_are_bit_identical(mode, tmp_path):
+    """Same seed, data and thread count: losses and weights, with dropout, int8 gradients and the fused loss."""
+
+    def run(seed: int):
+        transformers.set_seed(seed)
+        config = GPT2Config(**SPECIAL, n_layer=2, n_embd=48, n_head=4, n_positions=64)
+        model = GPT2LMHeadModel(config)
+        qk.quantize_(model, "w8a8", "frozen" if mode == "lora" else "qat", grad="int8", embeddings=mode == "lora")
+        if mode == "lora":
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
+        rows = [{name: tensor[i] for name, tensor in batch().items()} for i in range(2)] * 4
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=2, max_steps=6, logging_steps=1, report_to=[], use_cpu=True,
+            seed=seed, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        with qk.patch_loss(model):
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    (losses, state), (losses_again, state_again), (other, _) = run(1), run(1), run(2)
+    assert len(losses) == 6 and losses == losses_again != other
+    for name, tensor in state.items():
+        assert_same_bits(state_again[name], tensor, name)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])

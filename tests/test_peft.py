@@ -366,6 +366,37 @@ class TestForward:
         assert layer.lora_A["default"].weight.dtype == torch.float32
         assert not [t for t in seen if t.dtype == torch.float32 and 64 in t.shape]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_saves_the_input_and_its_product_only(self, dtype):
+        """docs/gradients.md; the input is the same tensor for all layers that share it."""
+        layer, x, saved = self.layer(dtype), torch.randn(64, 48).to(dtype).requires_grad_(), []
+        own = {t.data_ptr() for t in layer.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            layer(x)
+        assert sum(t.nbytes for t in saved if t.data_ptr() not in own) == 64 * (48 + 4) * dtype.itemsize
+        assert any(t.data_ptr() == x.data_ptr() for t in saved)
+
+    @pytest.mark.parametrize("watched", ["base_layer", "lora_A"])
+    def test_hooks_are_called(self, watched):
+        layer, x, calls = self.layer(), torch.randn(5, 48), []
+        expected = layer(x)
+        module = layer.base_layer if watched == "base_layer" else layer.lora_A["default"]
+        module.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(LoraLinear.forward(layer, x), expected)
+        layer(x)
+        assert len(calls) == 2 if watched == "base_layer" else len(calls) == 1
+
+    def test_int8_gradients_through_base_and_adapter(self):
+        layer, x = self.layer(), torch.randn(70, 48)
+        exact = self.gradients(QuantLoraLinear.forward, layer, x)
+        layer.base_layer.grad = "int8"
+        torch.manual_seed(4)
+        draws = [self.gradients(QuantLoraLinear.forward, layer, x) for _ in range(2)]
+        assert_same_bits(draws[0][0], exact[0])
+        assert 0 < (draws[0][1] - exact[1]).norm() < 0.05 * exact[1].norm()
+        for own, expected in zip(draws[0][2:], exact[2:], strict=True):
+            assert_same_bits(own, expected)
+
     def test_autocast(self):
         layer, x = self.layer(), torch.randn(5, 48)
         with torch.autocast("cpu", torch.bfloat16):

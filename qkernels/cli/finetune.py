@@ -39,6 +39,10 @@ def finetune(
     ] = "linear",
     warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises from 0.")] = 5,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters; alpha is twice the rank.")] = 16,
+    fused_loss: Annotated[
+        bool | None,
+        typer.Option(help="Train with head and loss in one product.", show_default="for quantized models"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the adapters' start and of the order of the blocks.")] = 0,
     dtype: Dtype = "auto",
     eval_blocks: Annotated[int, typer.Option(help="Held-out blocks to use at most; 0: no evaluation.")] = 64,
@@ -75,6 +79,7 @@ def finetune(
         schedule=schedule,
         warmup_steps=warmup_steps,
         lora_rank=lora_rank,
+        fused_loss=fused_loss,
         seed=seed,
         dtype=dtype,
         eval_blocks=eval_blocks,

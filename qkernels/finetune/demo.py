@@ -25,6 +25,7 @@ LEGEND = (
     "held-out perplexity: float, after quantization (quant), after fine-tuning (tuned); MB: model; peak MB: while "
     "training; x: speed-up of a step"
 )
+LOSSES = "float models train with the loss of transformers, quantized ones with head and loss fused"
 PROMPT = "A for statement is used to iterate over"
 INT8, INT4, GROUPED = "w8a8", "w4a8-g32-asym", "w8a8-ag128"
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
@@ -108,7 +109,7 @@ class Demo:
             f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
             "--seq-len", budget.seq_len, "--eval-seq-len", budget.eval_seq_len, "--lr", budget.lr,
-            "--lora-rank", budget.lora_rank,
+            "--lora-rank", budget.lora_rank, "--grad", "float" if scheme == "none" else "int8",
             "--calibration-blocks", budget.calibration_blocks if scheme != "none" else 0,
             "--baseline" if scheme == "none" else "--no-baseline",
         )  # fmt: skip
@@ -159,10 +160,10 @@ class Demo:
     def note(self) -> str:
         """Which float dtype the quantized models are compared with, and why."""
         if self.float_dtype == "bfloat16":
-            return "float baseline: bfloat16; float32 is timed only"
+            return f"float baseline: bfloat16; float32 is timed only; {LOSSES}"
         return (
             "float baseline: float32, because this CPU has no bfloat16 instructions and torch takes minutes for a "
-            "step without them"
+            f"step without them; {LOSSES}"
         )
 
     def _rows(self, runs: dict[str, dict[str, Any]], grouped: float) -> list[dict[str, Any]]:

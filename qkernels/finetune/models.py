@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..convert import QuantizationReport, quantize_
 from ..schemes import QuantScheme
 from .errors import InputError
-from .loss import causal_lm_loss
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -150,7 +149,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no causal language model: {_first_line(error)}") from error
-    model.loss_function = causal_lm_loss
     model.to(device()).eval()
     # Loaded tensors are views of the mapped file, all of which stays resident while one of them lives: with copies,
     # quantizing a layer really frees its float weight.
@@ -177,6 +175,9 @@ def quantize(
 ) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
+    Embeddings are quantized too where nothing trains them, and a tied head with them: to 8 bits, since 4 add a tenth
+    to the perplexity of Gemma-3-270M.
+
     Args:
         model, scheme, mode, grad: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
@@ -189,14 +190,23 @@ def quantize(
         inputs["logits_to_keep"] = 1  # the head is not quantized by what it would say about every token
     from tqdm import tqdm
 
+    embeddings = mode == "frozen" and embedding_scheme(scheme)
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
         samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
-        report = quantize_(model, scheme, mode, grad=grad, calibration=samples)
+        report = quantize_(model, scheme, mode, grad=grad, embeddings=embeddings, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
     return_free_memory()
     return report
+
+
+def embedding_scheme(scheme: str) -> str:
+    """The scheme for embeddings and tied heads beside layers of `scheme`: 8-bit weights, the same activations."""
+    parsed = QuantScheme.parse(scheme)
+    if parsed.weight_bits == 8:
+        return parsed.name
+    return "w8a8" if parsed.int_activations else "w8a16"
 
 
 def return_free_memory() -> None:

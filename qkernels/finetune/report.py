@@ -38,6 +38,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         ("seconds per step", f"{report['seconds_per_step']:.3f}"),
+        ("head and loss", "fused" if report["fused_loss"] else "apart, as in transformers"),
         ("peak memory while training", megabytes(report["peak_memory_bytes"])),
         ("model, float", megabytes(report["model"]["float_bytes"])),
         ("model, as trained", megabytes(report["model"]["bytes"])),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import calibrate, convert
+from ..patch import PatchedLoss, patch_loss
 from ..schemes import QuantScheme
 from .errors import InputError
 from .measure import PeakMemory, environment, perplexity
@@ -54,6 +57,7 @@ class FinetuneSettings:
     schedule: str = "linear"
     warmup_steps: int = 5
     lora_rank: int = 16
+    fused_loss: bool | None = None
     seed: int = 0
     dtype: str = "auto"
     eval_blocks: int = 64
@@ -67,7 +71,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
 
     The base of `method="lora"` is quantized by `scheme` ("none": left in float) and frozen. `method="full"` trains all
     weights in float32, under bfloat16 autocast for dtype bfloat16; quantized layers as their `mode` says, and they are
-    frozen when the model is written.
+    frozen when the model is written. A quantized model trains with head and loss fused (`patch_loss`), a float one as
+    transformers does; `fused_loss` decides for both.
 
     Returns:
         The report, as in `report.json`.
@@ -245,7 +250,9 @@ def _train(
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
-    with PeakMemory() as peak:
+    patch = _fuse_loss(model, settings)
+    report["fused_loss"] = isinstance(patch, PatchedLoss)
+    with patch, PeakMemory() as peak:
         trainer.train()
     # The first step also allocates and starts threads.
     steady = sorted(recorder.seconds[1:] or recorder.seconds)
@@ -253,6 +260,19 @@ def _train(
     report["seconds"] = recorder.seconds
     report["seconds_per_step"] = steady[len(steady) // 2]
     report["peak_memory_bytes"] = peak.bytes
+
+
+def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextManager:
+    """`patch_loss` if it is wanted; models that it does not fit keep their own loss unless it was asked for by name."""
+    if not (settings.scheme != "none" if settings.fused_loss is None else settings.fused_loss):
+        return nullcontext()
+    try:
+        return patch_loss(model)
+    except (TypeError, ValueError) as error:
+        if settings.fused_loss:
+            raise InputError(f"--fused-loss does not fit this model: {error}") from error
+        print(f"the model's own loss is used: {error}", file=sys.stderr)
+        return nullcontext()
 
 
 def _recorder(settings: FinetuneSettings):

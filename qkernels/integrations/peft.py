@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..autograd import LowRank
 from ..convert import AFTER_QUANTIZE, QuantizationReport
 from ..nn import QuantLinear, relative_error
 from ..quantize import QuantizedWeight, quantize_weight
@@ -55,6 +56,10 @@ class QuantLoraLinear(LoraLinear):
         adapters = self._fast_adapters() if not args and not any(kwargs.values()) else None
         if adapters is None:
             return super().forward(x, *args, **kwargs)
+        if len(adapters) == 1 and self._fuses(adapters[0], x):
+            (name,) = adapters
+            adapter = LowRank(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+            return self.base_layer.forward_adapted(x, adapter)
         out = self.base_layer(x)
         if out.dtype not in _ADAPTER_DTYPES:
             return super().forward(x)
@@ -78,6 +83,17 @@ class QuantLoraLinear(LoraLinear):
             if not plain or name in self.lora_variant:
                 return None
         return names
+
+    def _fuses(self, name: str, x: Tensor) -> bool:
+        """Whether base and adapter see the same x, and nothing but their forward happens when they are called."""
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        watched = any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in (base, self.lora_A[name], self.lora_B[name])
+        )
+        dropped = self.training and not isinstance(dropout, nn.Identity)
+        half = torch.float16 in (x.dtype, torch.get_autocast_dtype(x.device.type))
+        return type(base) is QuantLinear and base.mode == "frozen" and not (watched or dropped or half)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the quantized weight.

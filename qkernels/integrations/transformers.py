@@ -37,7 +37,8 @@ class QKernelsConfig(QuantizationConfigMixin):
         skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
             (such as a head tied to the embedding) is left here too.
         mode, grad, weight_scale: of the layers; see `QuantLinear`.
-        embeddings: quantize embeddings too, and the head that is tied to one; see `quantize_`.
+        embeddings: quantize embeddings too, and the head that is tied to one, to `scheme` (True) or to the scheme given
+            here; see `quantize_`.
         layers: name -> scheme of the quantized layers of a saved model; filled in when a model is quantized.
 
     Raises:
@@ -53,7 +54,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         grad: str = "float",
         *,
         weight_scale: str = "absmax",
-        embeddings: bool = False,
+        embeddings: bool | str | QuantScheme = False,
         layers: dict[str, str] | None = None,
     ) -> None:
         if isinstance(skip, str):
@@ -61,7 +62,8 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.scheme = QuantScheme.parse(scheme).name
         self.skip = list(skip or ())
-        self.mode, self.grad, self.weight_scale, self.embeddings = mode, grad, weight_scale, embeddings
+        self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
+        self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
         self.layers = dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta")  # refuses unknown values
         if embeddings and mode != "frozen":
@@ -178,7 +180,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
         try:
             for peer in peers:
-                peer.convert(self.scheme, config.kind)
+                peer.convert(config.kind)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         for parameter_name, parameter in layer.module.named_parameters():

@@ -138,14 +138,10 @@ Case = Mlp | Language
 
 
 def gemma(dtype: torch.dtype) -> nn.Module:
-    """Gemma-3-270M with the loss that transformers gives it."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
+    """Gemma-3-270M."""
     from ...finetune.models import DEMO, default_cache, load_model, resolve_model
 
-    model = load_model(resolve_model(DEMO, default_cache()), dtype)
-    model.loss_function = ForCausalLMLoss
-    return model
+    return load_model(resolve_model(DEMO, default_cache()), dtype)
 
 
 def gpt2(dtype: torch.dtype) -> nn.Module:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...finetune.models import DTYPES, fast_bf16, pick_dtype
+from ...finetune.models import DTYPES, embedding_scheme, fast_bf16, pick_dtype
+from ...patch import patch_loss
 from ...schemes import QuantScheme
 from ..torch_baselines import onednn_float32
 from .cases import FROZEN, FULL, LORA, Case, Language
 
 GROUP = 128
+FUSED = " + loss"
 MODES = {FULL: ("qat", "int8"), FROZEN: ("frozen",), LORA: ("frozen",)}
 
 
@@ -59,12 +61,12 @@ class Contender:
 
 
 class Float(Contender):
-    """The model as it is, parameters and optimizer in one dtype."""
+    """The model as it is, parameters and optimizer in one dtype; `fused`: with our `patch_loss`, and nothing else."""
 
     tolerance = 0.02
 
-    def __init__(self, dtype: str) -> None:
-        self.name, self._dtype = f"torch {dtype}", DTYPES[dtype]
+    def __init__(self, dtype: str, fused: bool = False) -> None:
+        self.name, self._dtype, self._fused = f"torch {dtype}" + (FUSED if fused else ""), DTYPES[dtype], fused
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,6 +76,11 @@ class Float(Contender):
         if self._dtype == torch.bfloat16 and not fast_bf16():
             return "this CPU has no bfloat16 instructions: torch would take many times as long as in float32"
         return None
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        if self._fused:
+            patch_loss(model)
+        return model
 
 
 class OneDnn(Float):
@@ -99,7 +106,7 @@ class Ours(Contender):
 
     @property
     def name(self) -> str:
-        return f"{self.scheme} {self.mode} {self.grad}" + (" + loss" if self.fused else "")
+        return f"{self.scheme} {self.mode} {self.grad}" + (FUSED if self.fused else "")
 
     @property
     def tolerance(self) -> float:
@@ -121,8 +128,9 @@ class Ours(Contender):
             qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad)
             return model
         # A head that is trained is tied to a float embedding and stays as it is.
-        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=self.mode == "frozen")
-        qkernels.patch_loss(model)
+        embeddings = self.mode == "frozen" and embedding_scheme(self.scheme)
+        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=embeddings)
+        patch_loss(model)
         return model
 
 
@@ -180,7 +188,8 @@ class Sdnq(Contender):
 def contenders(case: Case, schemes: Sequence[str], grads: Sequence[str], *, peers: bool) -> list[Contender]:
     """All for a case; whether they can run here is asked of each."""
     found: list[Contender] = [Float("float32"), OneDnn(), Float("bfloat16")]
-    losses = (False, True) if isinstance(case, Language) and not case.masked else (False,)
+    losses = (False, True) if isinstance(case, Language) else (False,)
+    found += [Float(str(pick_dtype("auto")).removeprefix("torch."), fused=True)] if True in losses else []
     found += [
         Ours(scheme, mode, grad, fused)
         for scheme in schemes
