@@ -63,6 +63,11 @@ class Launch:
     num_stages: int
     reason: str
 
+    def runtime_arguments(self) -> list[tuple[Any, Tensor | int | None]]:
+        """triton's description of each parameter that is no constant, with its argument."""
+        parameters = [parameter for parameter in self.kernel.params if parameter.name not in self.constants]
+        return list(zip(parameters, self.args, strict=True))
+
     def run(self) -> None:
         """Launch on the device of the tensors, in its current stream. An empty grid launches nothing.
 

@@ -5,22 +5,13 @@ from bounds import assert_within_bound
 from helpers import assert_same_bits
 
 from qkernels import reference
-from qkernels.triton import plans
+from qkernels.triton import ops
 from qkernels.triton.launch import Launch, Target
 
 
 def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:
     """Results of a sample's arguments, and the launches that fill them."""
-    if op == "int_grad_input":
-        q_grad, grad_scales, qweight, scales, zeros, *rest = args
-        args = (q_grad, grad_scales, (qweight, scales, zeros), *rest, None)
-    elif op in ("linear", "linear_grad_input"):
-        args = (*args, *(None,) * (7 - len(args)))
-    else:
-        *results, launches = getattr(plans, op)(*args)
-        return tuple(results), launches
-    *results, launches = getattr(plans, op)(*args, target)
-    return tuple(results), launches
+    return ops.PLANS[op](*args, device=target)
 
 
 def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> None:

@@ -52,27 +52,12 @@ def mended_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("op", "scheme"), [(op, s) for op in sorted(dispatch.TRITON_OPERATORS) for s in op_samples.OP_SCHEMES[op]]
+    ("op", "scheme"), [(op, s) for op in sorted(ops.PLANS) for s in op_samples.OP_SCHEMES[op]]
 )
 def test_operator(op, scheme):
     for sample in list(op_samples.samples(op, scheme, COUNT))[:COUNT]:
-        actual = getattr(ops, op)(*sample.args)
+        actual = ops.run(op, sample.args, {})
         check(op, scheme, sample, actual if isinstance(actual, tuple) else (actual,))
-
-
-@pytest.mark.parametrize(("tokens", "shape"), [(128, (133, 17, 50)), (128, (300, 70, 33)), (65536, (130, 5, 129))])
-def test_int_grad_weight(tokens, shape, monkeypatch):
-    """The sums of blocks of tokens are exact, and added in float32."""
-    monkeypatch.setattr(plans, "TOKENS", tokens)
-    m, n, k = shape
-    q_grad = torch.randint(-127, 128, (m, n), dtype=torch.int8)
-    qx = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    scales = torch.rand(n)
-    total = torch.zeros(n, k)
-    for start in range(0, m, tokens):
-        block = slice(start, start + tokens)
-        total = total + (q_grad[block].double().t() @ qx[block].double()).float()
-    assert_same_bits(ops.int_grad_weight(q_grad, scales, qx), total * scales[:, None], str(shape))
 
 
 def test_dispatch_reaches_triton():
