@@ -25,8 +25,8 @@ from .plans import (
 )
 
 _RANGES = 8
-LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well
-_LEAST_ROWS = 64
+LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well:
+LEAST_ROWS = 64
 
 
 class _Statistics(NamedTuple):
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     weight = stored(qweight, scales, zeros)
     head, launches = _derive(weight, bias, parsed, k, options if dither is not None else None)
     width = -(-(-(-n // reference.LOSS_CHUNK)) // _RANGES) * reference.LOSS_CHUNK
-    step = max(_LEAST_ROWS, LOGITS // width)
+    step = max(LEAST_ROWS, LOGITS // width)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)
         x, rounded = row_major(hidden[rows]), None if dither is None else dither[rows].contiguous()

@@ -1,7 +1,7 @@
 """What a result of an operator must be, however its launches were run."""
 
 import op_samples
-from bounds import assert_within_bound
+from bounds import assert_loss_within_bound, assert_within_bound
 from helpers import assert_same_bits
 
 from qkernels import reference
@@ -16,6 +16,10 @@ def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:
 
 def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> None:
     """Equal bits where integers are multiplied, the bound of a float sum otherwise."""
+    if op == "linear_cross_entropy" and scheme in op_samples.FLOAT_SCHEMES:
+        exact = op_samples.exact_weight(*sample.args[2:5], sample.args[0].shape[1], scheme)
+        assert_loss_within_bound(actual, sample.args, exact, sample.label)
+        return
     if op == "linear_grad_input" or (op == "linear" and scheme in op_samples.FLOAT_SCHEMES):
         x, *stored = sample.args[:4]
         in_features = x.shape[1] if op == "linear" else sample.args[4]
