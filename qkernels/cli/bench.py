@@ -39,7 +39,7 @@ def roofline(
 
     if not seconds > 0:
         raise InputError(f"seconds must be positive, got {seconds:g}")
-    counts = _numbers("threads", threads) if threads else (torch.get_num_threads(),)
+    counts = numbers("threads", threads) if threads else (torch.get_num_threads(),)
     _print_rooflines([measure(count, seconds) for count in counts])
 
 
@@ -72,11 +72,11 @@ def linear(
     try:
         plan = Plan(
             layers=layers,
-            rows=_numbers("rows", rows),
+            rows=numbers("rows", rows),
             schemes=tuple(schemes.split(",")),
             directions=tuple(directions.split(",")),
             weights=tuple(weights.split(",")),
-            threads=_numbers("threads", threads) if threads else (torch.get_num_threads(),),
+            threads=numbers("threads", threads) if threads else (torch.get_num_threads(),),
             dtype=dtype,
             seconds=seconds,
             overhead=overhead,
@@ -174,7 +174,8 @@ def _title(row) -> str:
     return f"{row.direction} {row.m} x {row.n} x {row.k}, {row.weights}, {row.threads} threads"
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Positive numbers, comma-separated, of the option of this name."""
     from ..finetune import InputError
 
     values = text.split(",")

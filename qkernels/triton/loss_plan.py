@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -198,6 +199,8 @@ def _product(
     (m, n), k = q.shape, out.shape[1]
     shape = Product(m, k, reference.LOSS_CHUNK, "int8", converted=True)
     config = choose(shape, device)
+    if head.scheme.group_size:  # the weight is also held as floats
+        config = replace(config, columns=min(config.columns, 64))
     args = (
         q,
         statistics.maxima,

@@ -213,7 +213,7 @@ def _linear_float(
 
 def _launch(kernel, args: tuple, constants: dict, shape: Product, config: Config) -> Launch:
     grid = (tiles(shape, config), slices(shape, config))
-    return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason)
+    return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason, shape)
 
 
 def _reduce(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> Launch:
