@@ -58,6 +58,8 @@ def gradient_bound(logits, weight, storage, scheme, target, terms):
         else:
             unit, column = columns.amax(dim=1, keepdim=True) / 127, rows.abs().amax(dim=0) / 127
             bound += unit * (rows.abs() + column / 2).sum(dim=0) + columns.sum(dim=1, keepdim=True) * column / 2
-    floats = ((p * slope) @ weight.abs() + weight.abs().amax(dim=0) * 2) * (100 * gamma(y.shape[1] // reference.LOSS_CHUNK + 100))
+    floats = ((p * slope) @ weight.abs() + weight.abs().amax(dim=0) * 2) * (
+        100 * gamma(y.shape[1] // reference.LOSS_CHUNK + 100)
+    )
     factor = (1 + 2 * terms.get("z_loss", 0.0) * lse.abs())[:, None]
     return (bound * 1.001 + floats) * factor

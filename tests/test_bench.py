@@ -14,7 +14,7 @@ import torch
 from helpers import assert_refused, invoke
 
 from qkernels import _native, ops
-from qkernels.bench import ours, peers, suite, torch_baselines
+from qkernels.bench import gpu, ours, peers, suite, torch_baselines
 from qkernels.bench.candidate import COLD, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case
 from qkernels.bench.compare import compare, regressions
 from qkernels.bench.results import Results
@@ -318,3 +318,33 @@ class TestConsole:
 
     def test_compare_of_what_is_no_result(self, tmp_path):
         assert_refused(invoke("bench", "compare", tmp_path, tmp_path), "must be a results file")
+
+
+class TestGpu:
+    """What needs no GPU of the suite for one; `pytest -m gpu` runs the rest."""
+
+    def test_candidates(self):
+        plan = suite.Plan(layers="32x64", rows=(1,), schemes=("w8a8",), peers=True, compiled=True, device="cuda")
+        names = [candidate.name for candidate in plan.candidates(case())]
+        assert names == [
+            "w8a8", "torch float32", "torch bfloat16", "torch bfloat16 compiled", "torch._int_mm, bare", "torchao int8",
+            "torchao int4", "bitsandbytes nf4", "bitsandbytes int8", "gemlite int8", "gemlite int4",
+        ]  # fmt: skip
+        for candidate in gpu.peers(case()):
+            reason = candidate.unavailable()
+            assert reason is None or isinstance(reason, str)
+
+    def test_bfloat16_is_timed_whatever_the_cpu(self):
+        rows, reasons = suite.run_case([gpu.BFloat16(case())], ROUND, 1e-3)
+        assert [row.name for row in rows] == ["torch bfloat16"] and not reasons
+
+    def test_the_device_is_waited_for(self):
+        waited = []
+        Turns([lambda x: None], None, finish=lambda: waited.append(1)).turn()
+        assert len(waited) >= 4  # around each timed burst, of which there are at least two
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_is_skipped(self, tmp_path):
+        result = invoke("bench", "linear", "--device", "cuda", "--output", str(tmp_path / "bench"))
+        assert "skipped: torch finds no GPU" in result.output
+        assert not list(tmp_path.iterdir())

@@ -57,6 +57,7 @@ def linear(
     overhead: Annotated[bool, typer.Option(help="Also time the bare calls, at 1 x 64 x 64.")] = Plan.overhead,
     peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = Plan.peers,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, seconds for each case.")] = Plan.compiled,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for linear.json, linear.csv and plots.")] = Path("bench"),
 ) -> None:
     """Time one linear layer: our kernels, verified against the reference first, and those of others, in turn."""
@@ -69,6 +70,9 @@ def linear(
     from ..finetune.models import require
 
     require("matplotlib")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("skipped: torch finds no GPU, so there is nothing to time")
+        return
     try:
         plan = Plan(
             layers=layers,
@@ -82,6 +86,7 @@ def linear(
             overhead=overhead,
             peers=peers,
             compiled=compiled,
+            device=device,
         )
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

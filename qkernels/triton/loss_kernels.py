@@ -21,6 +21,7 @@ from .elements import (
     tile_of,
 )
 
+# No kernel is compiled anew for a number of rows or classes whose divisibility does not make its loads wider.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LANES = tl.constexpr(16)  # of the sums of a chunk
 RANGES = tl.constexpr(8)  # of the vocabulary that are summed apart
@@ -102,7 +103,7 @@ def _grad_logit(y, largest, factor, is_target, CAP: tl.constexpr):
     return tl.where(is_target, 0.0, e * factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "first"))
 def softmax_chunk_kernel(
     logits,
     target,
@@ -208,7 +209,7 @@ def _joined(before, part):
     return highest, exp_nonpositive(before - highest), exp_nonpositive(part - highest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "first"))
 def loss_product_kernel(
     q,
     maxima,
@@ -299,7 +300,7 @@ def _natural_log(x):
     return tl.where((x > 0.0) & (x < float("inf")) | (x == 0.0), log, x)  # Inf and NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "N", "chunks"))
 def loss_rows_kernel(
     maxima,
     sums,
@@ -366,7 +367,7 @@ def loss_rows_kernel(
         tl.store(coefficients + rows, at_target.to(tl.float32), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "N", "chunks"))
 def loss_gradient_kernel(
     product,
     factors,

@@ -186,7 +186,7 @@ def int4_parameters_kernel(
 
 @triton.jit
 def _int4_integers(weight, inverses, zeros, rows, columns, shape, GROUP: tl.constexpr):
-    """float32 tile: the integers of a weight of `shape` (N, K, row stride) plus zero points, before they are clamped."""
+    """float32 tile: integers of a weight of `shape` (N, K, row stride) plus zero points, before they are clamped."""
     N = shape[0]
     K = shape[1]
     inside = (rows[:, None] < N) & (columns[None, :] < K)

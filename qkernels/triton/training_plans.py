@@ -1,4 +1,4 @@
-"""What the operators of training launch: rounding at random, activations that are saved, weights quantized each step."""
+"""What the operators of training launch: random rounding, activations that are saved, weights quantized each step."""
 
 from __future__ import annotations
 

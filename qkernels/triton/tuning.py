@@ -1,4 +1,4 @@
-"""Tiles measured on a device: `qkernels tune` searches, within a time budget, and writes one file that can be committed.
+"""Tiles measured on a device: `qkernels tune` searches within a time budget and writes one file, to be committed.
 
 The file lists for each device the products for which other tiles than those of `configs` were faster. Every candidate
 gives the same bits for `a8` schemes: an exact sum has no order.
@@ -92,9 +92,7 @@ def load(path: Path, device: str) -> Mapping[Product, Config]:
     """
     if not path.exists():
         return {}
-    return {
-        Product(**entry["product"]): Config(**entry["config"]) for entry in _read(path)["devices"].get(device, ())
-    }
+    return {Product(**entry["product"]): Config(**entry["config"]) for entry in _read(path)["devices"].get(device, ())}
 
 
 def save(path: Path, device: str, findings: list[Finding]) -> None:

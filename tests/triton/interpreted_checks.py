@@ -78,7 +78,7 @@ def small_loss(scheme):
 )
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_terms_of_the_loss(terms, scheme, monkeypatch):
-    """Blocks of rows, too. The order of the float64 sums for label smoothing is free: they may differ in the last place."""
+    """Blocks of rows, too. Label smoothing adds float64 in any order: the last place may differ."""
     monkeypatch.setattr(loss_plan, "LOGITS", 1)
     monkeypatch.setattr(loss_plan, "LEAST_ROWS", 5)
     args = small_loss(scheme)
@@ -125,6 +125,7 @@ def test_training_step(scheme, mode, grad, monkeypatch):
 
     expected, used = step(), set()
     for name in ops.PLANS:
+
         def run(*args, name=name, **keywords):
             used.add(name)
             return ops.run(name, args, keywords)

@@ -42,8 +42,8 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
             q_grad, scales = empty(m, N, dtype=torch.int8), empty(m, dtype=torch.float32)
             if parsed.int_activations:
                 add(name, "int_grad_input", q_grad, scales, *stored, K, scheme, columns, out_dtype=torch.bfloat16)
-            target_of_rows = empty(m, dtype=torch.int64)
-            add(name, "linear_cross_entropy", empty(m, K), target_of_rows, *stored, None, scheme, target_of_rows)
+                target_of_rows = empty(m, dtype=torch.int64)
+                add(name, "linear_cross_entropy", empty(m, K), target_of_rows, *stored, None, scheme, target_of_rows)
         add(scheme, "dequantize_weight", *stored, K, scheme)
         add(scheme, "column_scales", *stored, K, scheme)
         add(scheme, "quantize_weight", empty(N, K), scheme)
