@@ -178,18 +178,18 @@ class TestVerification:
         assert reasons["absent"].startswith("cannot import no_such_package: ModuleNotFoundError")
 
     def test_cold_weights_rotate_over_copies_beyond_l3(self, monkeypatch):
-        monkeypatch.setattr(suite, "cache_bytes", lambda: {"l2": 1024, "l3": 10_000})
+        limits = dataclasses.replace(ROUND, caches={"l2": 100, "l3": 10_000})
         candidate = ours.Operator(case(weights=COLD), "w8a8")
         seen = []
         real = ops.linear
         monkeypatch.setattr(ours.ops, "linear", lambda x, q, *rest: seen.append(q.data_ptr()) or real(x, q, *rest))
-        (row,), _ = suite.run_case([candidate], ROUND, 1e-3)
+        (row,), _ = suite.run_case([candidate], limits, 1e-3)
         size = 32 * 64 + 32 * 4
         assert row.copies == len(set(seen)) == -(-20_000 // size)
-        assert row.limited_by == "dram" and row.limit == pytest.approx(size / 4 + 3 * 96 * 4 / 4)
+        assert row.limited_by == "dram" and row.limit == pytest.approx(size / 4 + 3 * 96 * 4 / 16)
         slow = torch_baselines.Float32(case(weights=COLD))
         slow.max_copies = 2
-        assert suite.run_case([slow], ROUND, 1e-3) == (
+        assert suite.run_case([slow], limits, 1e-3) == (
             [],
             {slow.name: "a cold weight of this size takes 3 copies, over 2"},
         )

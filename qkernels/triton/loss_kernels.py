@@ -41,7 +41,7 @@ def row_factors_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 out [N]: the scales of an ungrouped weight, 0 for rows of zeros, whose scale of 1 would set all others."""
+    """float32 out [N]: scales of an ungrouped weight, 0 for rows of zeros, whose scale of 1 would set all others."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     largest = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     for first in range(0, K, BLOCK_K):

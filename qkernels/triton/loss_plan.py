@@ -1,4 +1,4 @@
-"""What the cross entropy of a head launches: for each range of the vocabulary its logits, their softmax, its product."""
+"""What the cross entropy of a head launches: for each range of the vocabulary logits, their softmax, a product."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def linear_cross_entropy(
         return Plan((loss, lse, grad), [])
     weight = stored(qweight, scales, zeros)
     head, launches = _derive(weight, bias, parsed, k, options if dither is not None else None)
-    width = -(-(-(-n // reference.LOSS_CHUNK)) // _RANGES) * reference.LOSS_CHUNK
+    chunks = -(-n // reference.LOSS_CHUNK)
+    width = -(-chunks // _RANGES) * reference.LOSS_CHUNK
     step = max(LEAST_ROWS, LOGITS // width)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)

@@ -144,7 +144,7 @@ def product(
     out: Tensor,
     device: Target,
 ) -> list[Launch]:
-    """Launches that fill `out` [M, N] with the product of an activation (int8 and scales, or one float) and a weight."""
+    """Launches that fill `out` [M, N]; an activation is int8 and its scales, or one float tensor."""
     bias = None if bias is None else bias.contiguous()
     x = activation[0].contiguous()
     if scheme.int_activations:
