@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
 
 from ..quantize import quantize_weight
 from ..schemes import QuantScheme
@@ -65,7 +64,7 @@ def _timer(op: str, args: tuple, shape: Product, target: Target) -> Callable[[Co
         _, launches = ops.PLANS[op](*args, device=configured)
         try:
             return triton.testing.do_bench(lambda: run_all(launches, args[0].device), return_mode="median") / 1e3
-        except OutOfResources:
+        except (triton.OutOfResources, triton.CompilationError):
             return float("inf")
 
     return measure
