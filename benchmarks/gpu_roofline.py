@@ -40,6 +40,10 @@ class Device:
     bandwidth: float
 
 
+# NVIDIA A100 Tensor Core GPU data sheet (80 GB SXM); L4 Tensor Core GPU data sheet and RTX 4090 in "NVIDIA Ada GPU
+# Architecture" (appendix A; bfloat16 with float32 sums); H100 and H200 Tensor Core GPU data sheets (SXM); HGX B200 data
+# sheet, an eighth; RTX 5090 in "NVIDIA RTX Blackwell GPU Architecture" (appendix A); AMD Instinct MI300X data sheet.
+# Where a sheet states rates with sparsity only, half of them.
 DEVICES = (
     Device("A100 80 GB", "sm_80", 624, 312, 2039),
     Device("L4", "sm_89", 242, 121, 300),
@@ -128,14 +132,16 @@ def counts() -> str:
     for scheme, m in (("w8a8", 128), ("w4a8-g128", 128), ("w4a16-g128", 128), ("w8a8", 16), ("w4a8-g128", 16)):
         torch.manual_seed(0)
         x, weight = torch.randn(m, 512).to(torch.bfloat16), quantize_weight(torch.randn(128, 512), scheme)
-        _, launches = plans.linear(x, *weight, None, scheme, None, TARGETS["sm_80"])
+        _, launches = plans.linear(x, *weight, None, scheme, device=TARGETS["sm_80"])
+        least = -(-m // 16) * 128 // 8 * 512 // (32 if QuantScheme.parse(scheme).int_activations else 16)
         for launch in launches:
             statistics = Statistics()
             execute(launch, "sm_80", statistics)
             total, traffic = statistics.instructions.total(), statistics.traffic
             products = sum(count for name, count in statistics.instructions.items() if name.startswith("mma"))
             rows.append((
-                f"{scheme}, M = {m}: {launch.kernel.__name__.removesuffix('_kernel')}", total, products,
+                f"{scheme}, M = {m}: {launch.kernel.__name__.removesuffix('_kernel')}", total,
+                f"{products} ({products / least:.2f}x)" if products else "0",
                 f"{traffic.sectors} ({traffic.sectors / max(1, traffic.least_sectors):.2f}x)",
                 f"{traffic.wavefronts} ({traffic.wavefronts / max(1, traffic.least_wavefronts):.2f}x)",
             ))  # fmt: skip

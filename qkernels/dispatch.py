@@ -13,10 +13,6 @@ from . import reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
-# What `triton.ops` has; the reference computes the other operators on every GPU.
-TRITON_OPERATORS = frozenset(
-    ("column_scales", "dequantize_weight", "int_grad_input", "linear", "linear_grad_input", "quantize_activation")
-)
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,9 @@ def facts_of(device: torch.device) -> Facts:
 
 
 def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:
-    """Compute the operator `name` with the chosen backend, "triton" (where it has the operator) or "reference"."""
-    if choice.backend == "triton" and name in TRITON_OPERATORS:
+    """Compute the operator `name` with the chosen backend, "triton" or "reference"."""
+    if choice.backend == "triton":
         from .triton import ops
 
-        return getattr(ops, name)(*args, **keywords)
+        return ops.run(name, args, keywords)
     return getattr(reference, name)(*args, **keywords)

@@ -14,7 +14,7 @@ import torch
 from helpers import assert_refused, invoke
 
 from qkernels import _native, ops
-from qkernels.bench import ours, peers, suite, torch_baselines
+from qkernels.bench import gpu, ours, peers, suite, torch_baselines
 from qkernels.bench.candidate import COLD, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case
 from qkernels.bench.compare import compare, regressions
 from qkernels.bench.results import Results
@@ -178,18 +178,18 @@ class TestVerification:
         assert reasons["absent"].startswith("cannot import no_such_package: ModuleNotFoundError")
 
     def test_cold_weights_rotate_over_copies_beyond_l3(self, monkeypatch):
-        monkeypatch.setattr(suite, "cache_bytes", lambda: {"l2": 1024, "l3": 10_000})
+        limits = dataclasses.replace(ROUND, caches={"l2": 100, "l3": 10_000})
         candidate = ours.Operator(case(weights=COLD), "w8a8")
         seen = []
         real = ops.linear
         monkeypatch.setattr(ours.ops, "linear", lambda x, q, *rest: seen.append(q.data_ptr()) or real(x, q, *rest))
-        (row,), _ = suite.run_case([candidate], ROUND, 1e-3)
+        (row,), _ = suite.run_case([candidate], limits, 1e-3)
         size = 32 * 64 + 32 * 4
         assert row.copies == len(set(seen)) == -(-20_000 // size)
-        assert row.limited_by == "dram" and row.limit == pytest.approx(size / 4 + 3 * 96 * 4 / 4)
+        assert row.limited_by == "dram" and row.limit == pytest.approx(size / 4 + 3 * 96 * 4 / 16)
         slow = torch_baselines.Float32(case(weights=COLD))
         slow.max_copies = 2
-        assert suite.run_case([slow], ROUND, 1e-3) == (
+        assert suite.run_case([slow], limits, 1e-3) == (
             [],
             {slow.name: "a cold weight of this size takes 3 copies, over 2"},
         )
@@ -318,3 +318,33 @@ class TestConsole:
 
     def test_compare_of_what_is_no_result(self, tmp_path):
         assert_refused(invoke("bench", "compare", tmp_path, tmp_path), "must be a results file")
+
+
+class TestGpu:
+    """What needs no GPU of the suite for one; `pytest -m gpu` runs the rest."""
+
+    def test_candidates(self):
+        plan = suite.Plan(layers="32x64", rows=(1,), schemes=("w8a8",), peers=True, compiled=True, device="cuda")
+        names = [candidate.name for candidate in plan.candidates(case())]
+        assert names == [
+            "w8a8", "torch float32", "torch bfloat16", "torch bfloat16 compiled", "torch._int_mm, bare", "torchao int8",
+            "torchao int4", "bitsandbytes nf4", "bitsandbytes int8", "gemlite int8", "gemlite int4",
+        ]  # fmt: skip
+        for candidate in gpu.peers(case()):
+            reason = candidate.unavailable()
+            assert reason is None or isinstance(reason, str)
+
+    def test_bfloat16_is_timed_whatever_the_cpu(self):
+        rows, reasons = suite.run_case([gpu.BFloat16(case())], ROUND, 1e-3)
+        assert [row.name for row in rows] == ["torch bfloat16"] and not reasons
+
+    def test_the_device_is_waited_for(self):
+        waited = []
+        Turns([lambda x: None], None, finish=lambda: waited.append(1)).turn()
+        assert len(waited) >= 4  # around each timed burst, of which there are at least two
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_is_skipped(self, tmp_path):
+        result = invoke("bench", "linear", "--device", "cuda", "--output", str(tmp_path / "bench"))
+        assert "skipped: torch finds no GPU" in result.output
+        assert not list(tmp_path.iterdir())

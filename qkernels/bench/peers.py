@@ -84,7 +84,7 @@ class _BitsAndBytes(Candidate):
         if self.case.direction == FORWARD:
             return self.layer(weight, bias).eval()
         layer = self.layer(weight, bias)
-        x = torch.zeros(self.case.m, self.case.k, dtype=self.dtype, requires_grad=True)
+        x = torch.zeros(self.case.m, self.case.k, dtype=self.dtype, device=weight.device, requires_grad=True)
         with torch.enable_grad():
             out = layer(x)
         return lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0]
@@ -102,9 +102,9 @@ class BitsAndBytesNf4(_BitsAndBytes):
 
         n, k = weight.shape
         layer = Linear4bit(k, n, compute_dtype=self.dtype, quant_type="nf4")
-        layer.weight = Params4bit(weight.to(self.dtype), requires_grad=False, quant_type="nf4")
+        layer.weight = Params4bit(weight.cpu().to(self.dtype), requires_grad=False, quant_type="nf4")
         layer.bias = nn.Parameter(bias.to(self.dtype), requires_grad=False)
-        return layer.to("cpu")
+        return layer.to(weight.device)
 
 
 class BitsAndBytesInt8(_BitsAndBytes):
@@ -126,9 +126,9 @@ class BitsAndBytesInt8(_BitsAndBytes):
 
         n, k = weight.shape
         layer = Linear8bitLt(k, n, has_fp16_weights=False)
-        layer.weight = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = Int8Params(weight.cpu().clone(), requires_grad=False, has_fp16_weights=False)
         layer.bias = nn.Parameter(bias.to(self.dtype), requires_grad=False)
-        return layer.to("cpu")
+        return layer.to(weight.device)
 
 
 class OnnxRuntime(Candidate):

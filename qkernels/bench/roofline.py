@@ -9,11 +9,11 @@ from .. import _native
 from ..schemes import QuantScheme
 
 FLOAT32 = ("fma-avx512", "fma-avx2")
-# The instructions that multiply numbers of a kind, with float32 sums or exact int32 ones.
+# The instructions that multiply numbers of a kind, with float32 sums or exact int32 ones; of a GPU torch's products.
 INSTRUCTIONS = {
-    "int8": ("tdpbssd-amx", "vpdpbusd-avx512", "vpdpbusd-avxvnni", "vpmaddwd-avx512", "vpmaddwd-avx2"),
-    "bfloat16": ("tdpbf16ps-amx", "vdpbf16ps-avx512", *FLOAT32),
-    "float32": FLOAT32,
+    "int8": ("tdpbssd-amx", "vpdpbusd-avx512", "vpdpbusd-avxvnni", "vpmaddwd-avx512", "vpmaddwd-avx2", "torch._int_mm"),
+    "bfloat16": ("tdpbf16ps-amx", "vdpbf16ps-avx512", *FLOAT32, "torch bfloat16"),
+    "float32": (*FLOAT32, "torch float32"),
 }
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 MIN_DRAM_BLOCK = 256 << 20

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ours
 from .candidate import COLD, DTYPES, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case, relative_error
 from .results import Results, Row, Skipped, machine
-from .roofline import Roofline, cache_bytes, measure
+from .roofline import Roofline, measure
 from .shapes import parse_layers
 from .timing import Turns, interleave
 
@@ -43,6 +43,7 @@ class Plan:
         overhead: also time the calls themselves, at 1 x 64 x 64.
         peers: also time what `benchmarks/peers.txt` installs.
         compiled: also torch.compile.
+        device: "cpu" or "cuda", a GPU, whose `threads` mean nothing.
     """
 
     layers: str
@@ -56,6 +57,7 @@ class Plan:
     overhead: bool = True
     peers: bool = False
     compiled: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         from ..schemes import QuantScheme
@@ -90,7 +92,7 @@ class Plan:
     def candidates(self, case: Case) -> list[Candidate]:
         """All that compute a case; whether they can on this machine is asked later."""
         from ..schemes import QuantScheme
-        from . import torch_baselines
+        from . import gpu, torch_baselines
 
         found: list[Candidate] = [ours.Operator(case, scheme) for scheme in self.schemes]
         found += [
@@ -98,6 +100,9 @@ class Plan:
         ]
         if case.direction == OVERHEAD:
             found += [ours.Module(case, scheme) for scheme in self.schemes]
+        if self.device == "cuda":
+            found += gpu.baselines(case, compiled=self.compiled) + (gpu.peers(case) if self.peers else [])
+            return [candidate for candidate in found if case.direction in candidate.directions]
         found += torch_baselines.baselines(case, compiled=self.compiled)
         if self.peers:
             from . import peers
@@ -113,14 +118,16 @@ def run(plan: Plan, progress: Progress = lambda message: None) -> Results:
         WrongResult: if a kernel of ours does not compute what the reference does.
     """
     from ..finetune.models import fast_bf16
+    from . import gpu
 
-    results = Results(machine(), [], [], [])
+    on_gpu = plan.device == "cuda"
+    results = Results(machine() | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {}), [], [], [])
     skipped: Counter[tuple[str, str]] = Counter()
     threads_before = torch.get_num_threads()
     measured_at = 0.0
     try:
         with torch.no_grad():
-            for case in plan.cases(fast_bf16()):
+            for case in plan.cases(on_gpu or fast_bf16()):
                 progress(str(case))
                 torch.set_num_threads(case.threads)
                 roofline = results.rooflines[-1] if results.rooflines else None
@@ -129,10 +136,10 @@ def run(plan: Plan, progress: Progress = lambda message: None) -> Results:
                     or roofline.threads != case.threads
                     or time.monotonic() - measured_at > ROOFLINE_AGE
                 ):
-                    roofline = measure(case.threads, ROOFLINE_SECONDS)
+                    roofline = (gpu.measure if on_gpu else measure)(case.threads, ROOFLINE_SECONDS)
                     results.rooflines.append(roofline)
                     measured_at = time.monotonic()
-                rows, reasons = run_case(plan.candidates(case), roofline, plan.seconds)
+                rows, reasons = run_case(plan.candidates(case), roofline, plan.seconds, plan.device)
                 results.rows += rows
                 skipped.update(reasons.items())
     finally:
@@ -151,19 +158,21 @@ class Verified:
     error: float
 
 
-def run_case(candidates: Sequence[Candidate], roofline: Roofline, seconds: float) -> tuple[list[Row], dict[str, str]]:
+def run_case(
+    candidates: Sequence[Candidate], roofline: Roofline, seconds: float, device: str = "cpu"
+) -> tuple[list[Row], dict[str, str]]:
     """Time the candidates of one case; also the reason for each that was left out.
 
     Raises:
         WrongResult: if a kernel of ours does not compute what the reference does; nothing has been timed then.
     """
     case = candidates[0].case
-    inputs = Inputs(case)
+    inputs = Inputs(case, device)
     verified: list[Verified] = []
     reasons: dict[str, str] = {}
     for candidate in candidates:
         try:
-            reason = candidate.unavailable() or _too_many_copies(candidate)
+            reason = candidate.unavailable() or _too_many_copies(candidate, roofline)
             if reason is None:
                 verified.append(inputs.verify(candidate))
                 continue
@@ -174,11 +183,14 @@ def run_case(candidates: Sequence[Candidate], roofline: Roofline, seconds: float
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         reasons[candidate.name] = reason
     calls = [
-        [item.call, *(item.candidate.prepare(inputs.weight, inputs.bias) for _ in range(_copies(item.candidate) - 1))]
+        [
+            item.call,
+            *(item.candidate.prepare(inputs.weight, inputs.bias) for _ in range(_copies(item.candidate, roofline) - 1)),
+        ]
         for item in verified
     ]
     turns = [
-        Turns(copies, item.candidate.convert_input(inputs.x), item.candidate.scope)
+        Turns(copies, item.candidate.convert_input(inputs.x), item.candidate.scope, inputs.finish)
         for item, copies in zip(verified, calls, strict=True)
     ]
     interleave(turns, seconds)
@@ -211,31 +223,36 @@ def _row(item: Verified, copies: int, turns: Turns, roofline: Roofline) -> Row:
     )
 
 
-def _copies(candidate: Candidate) -> int:
-    """Of the weight: enough to exceed L3 twice when it shall be cold."""
+def _copies(candidate: Candidate, roofline: Roofline) -> int:
+    """Of the weight: enough to exceed the last cache twice when it shall be cold."""
     if candidate.case.weights == WARM:
         return 1
-    wanted = min(2 * cache_bytes()["l3"], MAX_COPIES_BYTES)
+    wanted = min(2 * roofline.caches["l3"], MAX_COPIES_BYTES)
     return -(-wanted // candidate.product().weight_bytes)
 
 
-def _too_many_copies(candidate: Candidate) -> str | None:
-    copies, most = _copies(candidate), candidate.max_copies
+def _too_many_copies(candidate: Candidate, roofline: Roofline) -> str | None:
+    copies, most = _copies(candidate, roofline), candidate.max_copies
     return f"a cold weight of this size takes {copies} copies, over {most}" if most and copies > most else None
 
 
 class Inputs:
-    """Random numbers of a case, and the float64 result of some rows."""
+    """Random numbers of a case on a device, and the float64 result of some rows."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: str = "cpu"):
         generator = torch.Generator().manual_seed(0)
         columns, _ = case.columns
         self.case = case
-        self.x = torch.randn(case.m, columns, generator=generator)
-        self.weight = torch.randn(case.n, case.k, generator=generator)
-        self.bias = torch.randn(case.n, generator=generator)
+        self.x = torch.randn(case.m, columns, generator=generator).to(device)
+        self.weight = torch.randn(case.n, case.k, generator=generator).to(device)
+        self.bias = torch.randn(case.n, generator=generator).to(device)
         self.rows = torch.linspace(0, case.m - 1, min(case.m, VERIFIED_ROWS)).round().long()
         self._exact: Tensor | None = None
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
 
     @property
     def exact(self) -> Tensor:

@@ -20,6 +20,7 @@ class Turns:
         calls: taken cyclically: one call, or as many as there are copies of the weight.
         x: what each is called with.
         scope: entered around each turn, outside of the timed part.
+        finish: waits until the calls are done, for devices that work on after they return.
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class Turns:
         calls: Sequence[Callable[[Any], object]],
         x: Any,
         scope: Callable[[], AbstractContextManager] = nullcontext,
+        finish: Callable[[], None] = lambda: None,
     ):
         self._calls: Iterator[Callable[[Any], object]] = itertools.cycle(calls)
-        self._x, self._scope = x, scope
+        self._x, self._scope, self._finish = x, scope, finish
         self._repeat: int | None = None  # calls in a burst, known after the first turn
         self.samples: list[float] = []
 
@@ -48,9 +50,11 @@ class Turns:
     def _run(self, repeat: int) -> float:
         x = self._x
         calls = itertools.islice(self._calls, repeat)
+        self._finish()
         start = time.perf_counter()
         for call in calls:
             call(x)
+        self._finish()
         return time.perf_counter() - start
 
 

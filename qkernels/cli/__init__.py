@@ -14,6 +14,7 @@ from .explain import explain
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .tune import tune
 
 app = typer.Typer(
     help="int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure.",
@@ -27,6 +28,7 @@ app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(demo)
+app.command()(tune)
 app.add_typer(bench, name="bench")
 
 

@@ -39,7 +39,7 @@ def roofline(
 
     if not seconds > 0:
         raise InputError(f"seconds must be positive, got {seconds:g}")
-    counts = _numbers("threads", threads) if threads else (torch.get_num_threads(),)
+    counts = numbers("threads", threads) if threads else (torch.get_num_threads(),)
     _print_rooflines([measure(count, seconds) for count in counts])
 
 
@@ -57,6 +57,7 @@ def linear(
     overhead: Annotated[bool, typer.Option(help="Also time the bare calls, at 1 x 64 x 64.")] = Plan.overhead,
     peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = Plan.peers,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, seconds for each case.")] = Plan.compiled,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for linear.json, linear.csv and plots.")] = Path("bench"),
 ) -> None:
     """Time one linear layer: our kernels, verified against the reference first, and those of others, in turn."""
@@ -69,19 +70,23 @@ def linear(
     from ..finetune.models import require
 
     require("matplotlib")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("skipped: torch finds no GPU, so there is nothing to time")
+        return
     try:
         plan = Plan(
             layers=layers,
-            rows=_numbers("rows", rows),
+            rows=numbers("rows", rows),
             schemes=tuple(schemes.split(",")),
             directions=tuple(directions.split(",")),
             weights=tuple(weights.split(",")),
-            threads=_numbers("threads", threads) if threads else (torch.get_num_threads(),),
+            threads=numbers("threads", threads) if threads else (torch.get_num_threads(),),
             dtype=dtype,
             seconds=seconds,
             overhead=overhead,
             peers=peers,
             compiled=compiled,
+            device=device,
         )
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -174,7 +179,8 @@ def _title(row) -> str:
     return f"{row.direction} {row.m} x {row.n} x {row.k}, {row.weights}, {row.threads} threads"
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Positive numbers, comma-separated, of the option of this name."""
     from ..finetune import InputError
 
     values = text.split(",")

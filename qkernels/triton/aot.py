@@ -28,9 +28,11 @@ _POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
 }
 
 
@@ -51,19 +53,26 @@ class Compiled:
     threads: int
 
 
+def is_compiled_in(parameter: Any, value: Tensor | int | None) -> bool:
+    """Whether code for these arguments has no parameter for this one."""
+    return value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+
+
 def compile_launch(launch: Launch, target: str) -> Compiled:
-    """The kernel of `launch` for the target of this name, specialized for arguments that are multiples of 16 as triton
-    does at run time.
+    """The kernel of `launch` for the target of this name, specialized as triton does at run time: for arguments that
+    are multiples of 16, and for integers that are 1, which are compiled in.
     """
     names = launch.kernel.arg_names
     signature, divisible = {}, []
-    runtime = [name for name in names if name not in launch.constants]
     constants = dict(launch.constants)
-    for name, value in zip(runtime, launch.args, strict=True):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+    for parameter, value in launch.runtime_arguments():
+        name = parameter.name
+        if is_compiled_in(parameter, value):
+            signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+        if parameter.do_not_specialize:
+            continue
         if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
             divisible.append(name)
     ordered = tuple((name, signature.get(name, "constexpr")) for name in names)

@@ -1,6 +1,7 @@
 """Tiles, warps, stages and split of each product: one pure function of its shape and the target, with its reasons.
 
-Nothing here is tuned on a device; `docs/gpu.md` says what the choices rest on.
+Nothing here is tuned on a device; `docs/gpu.md` says what the choices rest on. What `qkernels tune` measured on one
+(`tuning.py`) goes before.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Product:
     converted: bool = False
 
 
+def bucket(product: Product) -> Product:
+    """The product that stands for those with about as many rows: up to the next power of two."""
+    return replace(product, rows=1 << max(0, product.rows - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes of a tile, and how the programs work on it. `slice_depth` 0: a program walks the whole depth."""
@@ -65,6 +71,9 @@ def slices(product: Product, config: Config) -> int:
 
 def choose(product: Product, target: Target) -> Config:
     """The tiles for `product` on `target`."""
+    measured = target.tuned.get(bucket(product))
+    if measured is not None:
+        return measured
     return _fit_shared(_split(_tile(product, target), product, target), product, target)
 
 

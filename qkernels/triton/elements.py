@@ -34,6 +34,47 @@ def int8_parameters(bits):
 
 
 @triton.jit
+def floor_of(v):
+    """floor(v) of float32 |v| < 2^22."""
+    nearest = round_half_even(v)
+    return tl.where(nearest > v, nearest - 1.0, nearest)
+
+
+@triton.jit
+def round_up_or_down(v, uniform):
+    """Rule 8: int8 of float32 v, |v| < 128, rounded up where its fraction exceeds `uniform`."""
+    floor = floor_of(v)
+    q = tl.where(uniform < v - floor, floor + 1.0, floor)
+    return tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def uniforms(rows, first, seed_low, seed_high, stream, COLUMNS: tl.constexpr):
+    """Rule 8: float32 [rows, COLUMNS] in [0, 1) from column `first` (a multiple of 4) on, multiples of 2^-24."""
+    blocks = first // 4 + tl.arange(0, COLUMNS // 4)
+    zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.int32)
+    seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+    w0, w1, w2, w3 = tl.philox(seed, zero + blocks[None, :], zero + rows.to(tl.int32)[:, None], zero + stream, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], COLUMNS))
+    return (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def exp_nonpositive(x):
+    """exp of float32 x <= 0 as rule 7 computes it: within 2^-22, 0 below -87, NaN kept."""
+    shifted = x * 1.44269504088896341 + ROUNDER
+    n = shifted - ROUNDER
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    power = (shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)
+    return tl.where(x < -87.0, 0.0, ((r * r * p + r) + 1.0) * power.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def store_float(pointers, value, mask):
     """Rule 5: round float32 once, half to even, to what the pointers point to. Integers do it for bfloat16."""
     if pointers.dtype.element_ty == tl.bfloat16:
@@ -109,6 +150,14 @@ def load_weight(
         at = rows[:, None] * tl.cdiv(K, GROUP) + columns[None, :] // GROUP
         scale = tl.load(scales + at, mask=(rows[:, None] < N) & (columns[None, :] < K), other=0.0)
     return integers.to(tl.float32) * scale
+
+
+@triton.jit
+def requantized(weight, inverse):
+    """Rule 6: int8 of a dequantized weight [rows, columns], for the inverse scales of its columns."""
+    scaled = weight * inverse[None, :]
+    scaled = tl.where(scaled < 127.0, scaled, 127.0)
+    return round_half_even(tl.where(scaled > -127.0, scaled, -127.0)).to(tl.int8)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,25 +20,30 @@ class Target:
         capability: compute capability times ten (80, 89, 90, ...); 0 on HIP.
         processors: multiprocessors (compute units), each of which runs a few programs at a time.
         shared_bytes: shared memory that one program may use.
+        tuned: tiles that were measured to be the fastest, by product (`tuning.load`), before those of `configs`.
     """
 
     backend: str
     capability: int
     processors: int
     shared_bytes: int
+    tuned: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     @cache
     def of(cls, device: torch.device) -> Target:
-        """The target a GPU is."""
+        """The target a GPU is, with what `qkernels tune` found for it, if that was kept."""
+        from . import tuning
+
         found = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            return cls("hip", 0, found.multi_processor_count, 64 * 1024)
+            return cls("hip", 0, found.multi_processor_count, 64 * 1024, tuning.load(tuning.FILE, found.name))
         return cls(
             "cuda",
             10 * found.major + found.minor,
             found.multi_processor_count,
             getattr(found, "shared_memory_per_block_optin", 99 * 1024),
+            tuning.load(tuning.FILE, found.name),
         )
 
 
@@ -53,6 +58,7 @@ class Launch:
         constants: the `tl.constexpr` parameters by name.
         num_warps, num_stages: as triton takes them.
         reason: why these constants.
+        product: what the tiles were chosen for (`configs.Product`), if it is a matrix product.
     """
 
     kernel: Any
@@ -62,6 +68,12 @@ class Launch:
     num_warps: int
     num_stages: int
     reason: str
+    product: Any = None
+
+    def runtime_arguments(self) -> list[tuple[Any, Tensor | int | None]]:
+        """triton's description of each parameter that is no constant, with its argument."""
+        parameters = [parameter for parameter in self.kernel.params if parameter.name not in self.constants]
+        return list(zip(parameters, self.args, strict=True))
 
     def run(self) -> None:
         """Launch on the device of the tensors, in its current stream. An empty grid launches nothing.

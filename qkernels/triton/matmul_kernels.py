@@ -1,4 +1,4 @@
-"""Matrix products with fused epilogues: the forward of every scheme, both input gradients, the weight gradient.
+"""Matrix products with fused epilogues: the forward of every scheme and both gradients.
 
 Names: x [M, K], weight [N, K] in the canonical storage, of row_bytes bytes a row, out [M, N]. BITS is 8 or 4; W_GROUP
 and A_GROUP are the group sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import load_integers, load_weight, round_half_even, store_float, tile_of
+from .elements import load_integers, load_weight, requantized, store_float, tile_of
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def linear_int_kernel(
             else:
                 part = part * (x_scale * w_scale)
             if SLICE > 0:
-                group_at = (first // BLOCK_K).to(tl.int64) * M * N
+                group_at = tl.cast(first // BLOCK_K, tl.int64) * M * N
                 tl.store(out + group_at + at, part, mask=inside)
             else:
                 total = total + part
@@ -131,7 +131,7 @@ def reduce_slices_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), parts.dtype.element_ty)
     for _ in range(0, slices):
         total = total + tl.load(parts + at, mask=inside, other=0)
-        at += M.to(tl.int64) * N
+        at += tl.cast(M, tl.int64) * N  # M and N of 1 are constants
     _store_scaled(total.to(tl.float32), x_scales, scales, bias, out, rows, cols, M, N, SCALE_ROWS, SCALE_COLUMNS)
 
 
@@ -242,7 +242,10 @@ def int_grad_input_kernel(
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
 ):
-    """Rule 6: out [M, K] from int8 q_grad [M, N]; with W_GROUP the weight is requantized by column on the way."""
+    """Rule 6: out [M, K] from int8 q_grad [M, N]; with W_GROUP the weight is requantized by column on the way.
+
+    The gradient of a weight is the same product: then q_grad is transposed, and x stands in for the weight.
+    """
     tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_k * BLOCK_K
@@ -258,52 +261,12 @@ def int_grad_input_kernel(
         if W_GROUP == 0:
             w = load_integers(qweight, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         else:
-            scaled = (
-                load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
-                * inverse[None, :]
+            w = requantized(
+                load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K), inverse
             )
-            scaled = tl.where(scaled < 127.0, scaled, 127.0)
-            w = round_half_even(tl.where(scaled > -127.0, scaled, -127.0)).to(tl.int8)
         acc = tl.dot(grad, w, acc, out_dtype=tl.int32)
     scale = tl.load(grad_scales + rows, mask=rows < M, other=0.0)[:, None]
     if W_GROUP > 0:
         scale = scale * column_scale[None, :]
     at = rows.to(tl.int64)[:, None] * K + columns[None, :]
     store_float(out + at, acc.to(tl.float32) * scale, (rows[:, None] < M) & (columns[None, :] < K))
-
-
-@triton.jit
-def int_grad_weight_kernel(
-    q_grad,
-    grad_scales,
-    qx,
-    out,
-    M,
-    N,
-    K,
-    TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWATH: tl.constexpr,
-):
-    """out [N, K]: int8 q_grad [M, N] transposed times int8 qx [M, K], scaled by row of the result.
-
-    The exact sums of blocks of TOKENS rows are added in float32, ascending.
-    """
-    tile_n, tile_k = tile_of(tl.program_id(0), N, K, BLOCK_N, BLOCK_K, SWATH)
-    ns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for block in range(0, M, TOKENS):
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
-        for first in range(block, tl.minimum(M, block + TOKENS), BLOCK_M):
-            ms = first + tl.arange(0, BLOCK_M)
-            start = ms.to(tl.int64)[:, None]
-            grad = tl.load(q_grad + start * N + ns[None, :], mask=(ms[:, None] < M) & (ns[None, :] < N), other=0)
-            x = tl.load(qx + start * K + ks[None, :], mask=(ms[:, None] < M) & (ks[None, :] < K), other=0)
-            acc = tl.dot(tl.trans(grad), x, acc, out_dtype=tl.int32)
-        total = total + acc.to(tl.float32)
-    scale = tl.load(grad_scales + ns, mask=ns < N, other=0.0)[:, None]
-    at = ns.to(tl.int64)[:, None] * K + ks[None, :]
-    store_float(out + at, total * scale, (ns[:, None] < N) & (ks[None, :] < K))

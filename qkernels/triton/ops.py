@@ -1,89 +1,43 @@
-"""The operators on GPU tensors: plan, then run. Signatures are those of the schemas; `dispatch.run` calls these."""
+"""The operators on GPU tensors: plan, then run. `dispatch.run` calls this with the arguments of the schemas."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
-from . import plans
+from . import loss_plan, plans, training_plans
 from .launch import Target, run_all
 
+PLANS: dict[str, Callable[..., plans.Plan]] = {
+    "column_scales": plans.column_scales,
+    "dequantize_weight": plans.dequantize_weight,
+    "int_grad_input": plans.int_grad_input,
+    "linear": plans.linear,
+    "linear_cross_entropy": loss_plan.linear_cross_entropy,
+    "linear_grad_input": plans.linear_grad_input,
+    "linear_saving": training_plans.linear_saving,
+    "mask_clipped": training_plans.mask_clipped,
+    "quantize_activation": plans.quantize_activation,
+    "quantize_columns": training_plans.quantize_columns,
+    "quantize_rows": training_plans.quantize_rows,
+    "quantize_weight": training_plans.quantize_weight,
+}
 # On the CPU, under Triton's interpreter, tiles are those for this target.
 INTERPRETED = Target("cuda", 80, 108, 163 * 1024)
 
 
-def target_of(x: Tensor) -> Target:
-    """What kernels on this tensor's device are configured for."""
-    return INTERPRETED if x.device.type == "cpu" else Target.of(x.device)
+def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    """Compute the operator `name`.
 
-
-def _run(x: Tensor, plan: plans.Plan) -> Tensor:
-    out, launches = plan
-    run_all(launches, x.device)
-    return out
-
-
-def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    q, scales, launches = plans.quantize_activation(x, scheme)
-    run_all(launches, x.device)
-    return q, scales
-
-
-def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
-    return _run(qweight, plans.dequantize_weight(qweight, scales, zeros, in_features, scheme))
-
-
-def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
-    return _run(qweight, plans.column_scales(qweight, scales, zeros, in_features, scheme))
-
-
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: str,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    return _run(x, plans.linear(x, qweight, scales, zeros, bias, scheme, out_dtype, target_of(x)))
-
-
-def linear_grad_input(
-    grad_out: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    target = target_of(grad_out)
-    return _run(
-        grad_out,
-        plans.linear_grad_input(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype, target),
-    )
-
-
-def int_grad_input(
-    q_grad: Tensor,
-    grad_scales: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str,
-    column_scales: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    weight, target = (qweight, scales, zeros), target_of(q_grad)
-    return _run(
-        q_grad,
-        plans.int_grad_input(q_grad, grad_scales, weight, in_features, scheme, column_scales, out_dtype, target),
-    )
-
-
-def int_grad_weight(q_grad: Tensor, grad_scales: Tensor, qx: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Weight gradient [N, K] from quantized gradient and activations; see `plans.int_grad_weight`."""
-    return _run(q_grad, plans.int_grad_weight(q_grad, grad_scales, qx, out_dtype, target_of(q_grad)))
+    Raises:
+        RuntimeError: if a weight to quantize holds NaN or Inf, or the range of a group overflows.
+    """
+    device = args[0].device
+    configured = INTERPRETED if device.type == "cpu" else Target.of(device)
+    results, launches = PLANS[name](*args, **keywords, device=configured)
+    run_all(launches, device)
+    if name == "quantize_weight" and results[1].isnan().any():  # waits for the device
+        raise RuntimeError("weight must be finite, and so must be the range of each group, got NaN or Inf")
+    return results[0] if len(results) == 1 else results

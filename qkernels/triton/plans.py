@@ -1,10 +1,11 @@
 """What each operator launches: outputs, kernels, grids and constants, decided without running anything.
 
-Arguments are those of the operators in `ops.py`, checked there; `target` is what to configure for. Each function
-returns the results and the launches that fill them.
+Arguments are those of the operators in `qkernels/ops.py`, checked there; `device` is what to configure for.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,71 +15,100 @@ from . import matmul_kernels, row_kernels
 from .configs import Config, Product, choose, slices, tiles
 from .launch import Launch, Target
 
-# Rows of a block of the weight gradient, a multiple of any tile's: 65536 * 127 * 127 < 2^31.
-TOKENS = 65536
-_ELEMENTS = 2048  # of a program that touches each element once
+ELEMENTS = 2048  # of a program that touches each element once
 
-Plan = tuple[Tensor, list[Launch]]
+
+class Plan(NamedTuple):
+    """The results of an operator, and the launches that fill them, in order."""
+
+    results: tuple[Tensor, ...]
+    launches: list[Launch]
 
 
 def _operand(x: Tensor) -> str:
     return "float32" if x.dtype == torch.float32 else "float16"
 
 
-def _stored(qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def stored(qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     return qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
 
 
-def _power_of_two(n: int) -> int:
+def row_major(x: Tensor) -> Tensor:
+    """x [M, K] with its rows apart by any stride."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is not below n."""
     return 1 << max(0, n - 1).bit_length()
 
 
-def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor, list[Launch]]:
-    """int8 [M, K], float32 scales [M, groups], launches."""
-    group = QuantScheme.parse(scheme).act_group_size
-    x = x if x.stride(1) == 1 else x.contiguous()
+def quantize_activation(x: Tensor, scheme: str, *, device: Target) -> Plan:
+    """int8 [M, K] and float32 scales [M, groups]."""
+    return quantize_int8(x, QuantScheme.parse(scheme).act_group_size)
+
+
+def quantize_int8(x: Tensor, group: int | None) -> Plan:
+    """int8 [M, K] and float32 scales [M, groups] of float x [M, K], whose groups are `group` columns or a row."""
+    x = row_major(x)
     m, k = x.shape
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scales = torch.empty((m, -(-k // group) if group else 1), dtype=torch.float32, device=x.device)
     if group is None:
-        block = min(_power_of_two(k), 4096)
+        block = min(power_of_two(k), 4096)
         reason = "a row a program: read twice, the second time from the cache"
         constants, warps = {"BLOCK": block}, 8 if block > 2048 else 4
         args = (x, q, scales, k, x.stride(0))
-        return q, scales, [Launch(row_kernels.quantize_rows_kernel, (m,), args, constants, warps, 1, reason)]
-    block = _ELEMENTS // group
+        return Plan((q, scales), [Launch(row_kernels.quantize_rows_kernel, (m,), args, constants, warps, 1, reason)])
+    block = ELEMENTS // group
     constants = {"GROUP": group, "BLOCK": block}
     grid = (-(-scales.numel() // block),)
     args = (x, q, scales, m, k, x.stride(0))
     reason = "groups side by side, each within a warp"
-    return q, scales, [Launch(row_kernels.quantize_groups_kernel, grid, args, constants, 4, 1, reason)]
+    return Plan((q, scales), [Launch(row_kernels.quantize_groups_kernel, grid, args, constants, 4, 1, reason)])
 
 
-def _format(scheme: QuantScheme) -> dict[str, int]:
+def weight_format(scheme: QuantScheme) -> dict[str, int]:
+    """The constants that say how a weight is stored."""
     return {"BITS": scheme.weight_bits, "W_GROUP": scheme.group_size or 0}
 
 
-def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Plan:
-    """float32 [N, in_features] and launches."""
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str, *, device: Target
+) -> Plan:
+    """float32 [N, in_features]."""
     parsed = QuantScheme.parse(scheme)
     n = qweight.shape[0]
     out = torch.empty((n, in_features), dtype=torch.float32, device=qweight.device)
     constants = {"BITS": parsed.weight_bits, "GROUP": parsed.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
     grid = (-(-n // 16), -(-in_features // 128))
-    args = (*_stored(qweight, scales, zeros), out, n, in_features, qweight.shape[1])
+    args = (*stored(qweight, scales, zeros), out, n, in_features, qweight.shape[1])
     reason = "512 bytes of each row of the result"
-    return out, [Launch(row_kernels.dequantize_weight_kernel, grid, args, constants, 4, 1, reason)]
+    return Plan((out,), [Launch(row_kernels.dequantize_weight_kernel, grid, args, constants, 4, 1, reason)])
 
 
-def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Plan:
-    """float32 [in_features] and launches."""
-    parsed = QuantScheme.parse(scheme)
-    out = torch.empty((in_features,), dtype=torch.float32, device=qweight.device)
-    constants = {"BITS": parsed.weight_bits, "GROUP": parsed.group_size or 0, "BLOCK_N": 64, "BLOCK_K": 32}
-    args = (*_stored(qweight, scales, zeros), out, qweight.shape[0], in_features, qweight.shape[1])
-    grid = (-(-in_features // 32),)
+def column_scales(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str, *, device: Target
+) -> Plan:
+    """float32 [in_features]."""
+    weight = stored(qweight, scales, zeros)
+    (out,), launches = column_scales_of_chunks(weight, in_features, QuantScheme.parse(scheme), max(1, len(qweight)))
+    return Plan((out[0],), launches)
+
+
+def column_scales_of_chunks(
+    weight: tuple[Tensor, Tensor, Tensor | None], in_features: int, scheme: QuantScheme, chunk: int
+) -> Plan:
+    """float32 [chunks, in_features]: `column_scales` of each `chunk` rows of the weight (a multiple of 64, or all)."""
+    qweight = weight[0]
+    n = qweight.shape[0]
+    chunks = max(1, -(-n // chunk))
+    out = torch.empty((chunks, in_features), dtype=torch.float32, device=qweight.device)
+    constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_N": 64, "BLOCK_K": 32}
+    grid = (-(-in_features // 32), chunks)
+    args = (*weight, out, n, in_features, qweight.shape[1], chunk)
     reason = "a sector of each row, so that as many programs as possible run"
-    return out, [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)]
+    return Plan((out,), [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)])
 
 
 def _tiles(config: Config) -> dict[str, int]:
@@ -92,25 +122,37 @@ def linear(
     zeros: Tensor | None,
     bias: Tensor | None,
     scheme: str,
-    out_dtype: torch.dtype | None,
-    target: Target,
+    out_dtype: torch.dtype | None = None,
+    *,
+    device: Target,
 ) -> Plan:
-    """[M, N] and launches: for `a8` schemes the quantization, the product, and what split-K needs after it."""
+    """[M, N]: for `a8` schemes the quantization, the product, and what split-K needs after it."""
     parsed = QuantScheme.parse(scheme)
-    k = x.shape[1]
     out = torch.empty((x.shape[0], qweight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel() == 0:
-        return out, []
-    weight = _stored(qweight, scales, zeros)
+        return Plan((out,), [])
+    weight = stored(qweight, scales, zeros)
+    activation, launches = quantize_activation(x, scheme, device=device) if parsed.int_activations else ((x,), [])
+    return Plan((out,), launches + product(activation, weight, bias, parsed, out, device))
+
+
+def product(
+    activation: tuple[Tensor, ...],
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    out: Tensor,
+    device: Target,
+) -> list[Launch]:
+    """Launches that fill `out` [M, N]; an activation is int8 and its scales, or one float tensor."""
     bias = None if bias is None else bias.contiguous()
-    if not parsed.int_activations:
-        product = Product(*out.shape, k, _operand(x), parsed.group_size or 0, splittable=True)
-        return out, _linear_float(x.contiguous(), weight, bias, parsed, out, (product, choose(product, target)))
-    qx, x_scales, launches = quantize_activation(x, scheme)
-    group = min((size for size in (parsed.group_size, parsed.act_group_size) if size), default=0)
-    product = Product(*out.shape, k, "int8", group, splittable=True)
-    chosen = (product, choose(product, target))
-    return out, launches + _linear_int((qx, x_scales), weight, bias, parsed, out, chosen)
+    x = activation[0].contiguous()
+    if scheme.int_activations:
+        group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
+        shape = Product(*out.shape, x.shape[1], "int8", group, splittable=True)
+        return _linear_int((x, activation[1]), weight, bias, scheme, out, (shape, choose(shape, device)))
+    shape = Product(*out.shape, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
+    return _linear_float(x, weight, bias, scheme, out, (shape, choose(shape, device)))
 
 
 def _linear_int(
@@ -121,16 +163,21 @@ def _linear_int(
     out: Tensor,
     chosen: tuple[Product, Config],
 ) -> list[Launch]:
-    product, config = chosen
+    shape, config = chosen
     x_scales, scales = activation[1], weight[1]
-    sizes = {**_format(scheme), "A_GROUP": scheme.act_group_size or 0, "SLICE": config.slice_depth, **_tiles(config)}
+    sizes = {
+        **weight_format(scheme),
+        "A_GROUP": scheme.act_group_size or 0,
+        "SLICE": config.slice_depth,
+        **_tiles(config),
+    }
     parts = out
     if config.slice_depth:
-        count = -(-product.depth // product.group) if product.group else slices(product, config)
-        dtype = torch.float32 if product.group else torch.int32
+        count = -(-shape.depth // shape.group) if shape.group else slices(shape, config)
+        dtype = torch.float32 if shape.group else torch.int32
         parts = torch.empty((count, *out.shape), dtype=dtype, device=out.device)
-    args = (*activation, *weight, bias, parts, *out.shape, product.depth, weight[0].shape[1])
-    launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, product, config)]
+    args = (*activation, *weight, bias, parts, *out.shape, shape.depth, weight[0].shape[1])
+    launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, shape, config)]
     if config.slice_depth:
         launches.append(
             _reduce(
@@ -152,21 +199,21 @@ def _linear_float(
     out: Tensor,
     chosen: tuple[Product, Config],
 ) -> list[Launch]:
-    product, config = chosen
-    sizes = {**_format(scheme), "SLICE": config.slice_depth, **_tiles(config)}
+    shape, config = chosen
+    sizes = {**weight_format(scheme), "SLICE": config.slice_depth, **_tiles(config)}
     parts = out
     if config.slice_depth:
-        parts = torch.empty((slices(product, config), *out.shape), dtype=torch.float32, device=out.device)
-    args = (x, *weight, bias, parts, *out.shape, product.depth, weight[0].shape[1])
-    launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, product, config)]
+        parts = torch.empty((slices(shape, config), *out.shape), dtype=torch.float32, device=out.device)
+    args = (x, *weight, bias, parts, *out.shape, shape.depth, weight[0].shape[1])
+    launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, shape, config)]
     if config.slice_depth:
         launches.append(_reduce(parts, None, weight[1] if scheme.group_size is None else None, bias, out))
     return launches
 
 
-def _launch(kernel, args: tuple, constants: dict, product: Product, config: Config) -> Launch:
-    grid = (tiles(product, config), slices(product, config))
-    return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason)
+def _launch(kernel, args: tuple, constants: dict, shape: Product, config: Config) -> Launch:
+    grid = (tiles(shape, config), slices(shape, config))
+    return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason, shape)
 
 
 def _reduce(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> Launch:
@@ -177,7 +224,7 @@ def _reduce(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias:
     return Launch(matmul_kernels.reduce_slices_kernel, (m, -(-n // 128)), args, constants, 4, 1, reason)
 
 
-def _grad_tiles(config: Config) -> dict[str, int]:
+def grad_tiles(config: Config) -> dict[str, int]:
     """The reduction of an input gradient runs over N, its columns are K."""
     return {"BLOCK_M": config.rows, "BLOCK_N": config.depth, "BLOCK_K": config.columns, "SWATH": config.swath}
 
@@ -189,69 +236,40 @@ def linear_grad_input(
     zeros: Tensor | None,
     in_features: int,
     scheme: str,
-    out_dtype: torch.dtype | None,
-    target: Target,
+    out_dtype: torch.dtype | None = None,
+    *,
+    device: Target,
 ) -> Plan:
-    """[M, in_features] and launches."""
-    parsed = QuantScheme.parse(scheme)
+    """[M, in_features]."""
     m, n = grad_out.shape
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
-    product = Product(m, in_features, n, _operand(grad_out), converted=True)
-    config = choose(product, target)
-    args = (grad_out.contiguous(), *_stored(qweight, scales, zeros), out, m, n, in_features, qweight.shape[1])
-    sizes = {**_format(parsed), **_grad_tiles(config)}
-    return out, [_launch(matmul_kernels.grad_input_kernel, args, sizes, product, config)]
+    shape = Product(m, in_features, n, _operand(grad_out), converted=True)
+    config = choose(shape, device)
+    args = (grad_out.contiguous(), *stored(qweight, scales, zeros), out, m, n, in_features, qweight.shape[1])
+    sizes = {**weight_format(QuantScheme.parse(scheme)), **grad_tiles(config)}
+    return Plan((out,), [_launch(matmul_kernels.grad_input_kernel, args, sizes, shape, config)])
 
 
 def int_grad_input(
     q_grad: Tensor,
     grad_scales: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None],
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
     in_features: int,
     scheme: str,
-    column_scales: Tensor | None,
-    out_dtype: torch.dtype | None,
-    target: Target,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    device: Target,
 ) -> Plan:
-    """[M, in_features] and launches; `weight` is (qweight, scales, zeros)."""
-    parsed = QuantScheme.parse(scheme)
+    """[M, in_features]; also the gradient of a weight, whose factors `quantize_columns` and `linear_saving` make."""
     m, n = q_grad.shape
     out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
-    product = Product(m, in_features, n, "int8", converted=True)
-    config = choose(product, target)
+    shape = Product(m, in_features, n, "int8", converted=True)
+    config = choose(shape, device)
+    gradient = (q_grad.contiguous(), grad_scales.contiguous())
     columns = None if column_scales is None else column_scales.contiguous()
-    args = (
-        q_grad.contiguous(),
-        grad_scales.contiguous(),
-        *_stored(*weight),
-        columns,
-        out,
-        m,
-        n,
-        in_features,
-        weight[0].shape[1],
-    )
-    sizes = {**_format(parsed), **_grad_tiles(config)}
-    return out, [_launch(matmul_kernels.int_grad_input_kernel, args, sizes, product, config)]
-
-
-def int_grad_weight(
-    q_grad: Tensor, grad_scales: Tensor, qx: Tensor, out_dtype: torch.dtype | None, target: Target
-) -> Plan:
-    """Weight gradient [N, K] from int8 q_grad [M, N], its scales [N] by column, and int8 qx [M, K]; and launches.
-
-    The scales of the activations were multiplied into the gradient before it was quantized.
-    """
-    (m, n), k = q_grad.shape, qx.shape[1]
-    out = torch.empty((n, k), dtype=out_dtype or torch.float32, device=q_grad.device)
-    product = Product(n, k, m, "int8", converted=True)
-    config = choose(product, target)
-    sizes = {
-        "TOKENS": TOKENS,
-        "BLOCK_M": config.depth,
-        "BLOCK_N": config.rows,
-        "BLOCK_K": config.columns,
-        "SWATH": config.swath,
-    }
-    args = (q_grad.contiguous(), grad_scales.contiguous(), qx.contiguous(), out, m, n, k)
-    return out, [_launch(matmul_kernels.int_grad_weight_kernel, args, sizes, product, config)]
+    args = (*gradient, *stored(qweight, scales, zeros), columns, out, m, n, in_features, qweight.shape[1])
+    sizes = {**weight_format(QuantScheme.parse(scheme)), **grad_tiles(config)}
+    return Plan((out,), [_launch(matmul_kernels.int_grad_input_kernel, args, sizes, shape, config)])

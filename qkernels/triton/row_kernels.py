@@ -74,19 +74,24 @@ def column_scales_kernel(
     N,
     K,
     row_bytes,
+    chunk,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 out [K]: rule 1 on each column of the dequantized weight."""
+    """float32 out [chunks, K]: rule 1 on each column of the dequantized weight, for `chunk` rows of it each.
+
+    `chunk` is a multiple of BLOCK_N unless there is but one.
+    """
     first = tl.program_id(0) * BLOCK_K
+    begin = tl.program_id(1) * chunk
     largest = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
-    for row in range(0, N, BLOCK_N):
+    for row in range(begin, tl.minimum(N, begin + chunk), BLOCK_N):
         rows = row + tl.arange(0, BLOCK_N)
         value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
         inside = tl.where(rows[:, None] < N, value, 0.0)
         largest = tl.maximum(largest, magnitude_bits(inside))
     scale = int8_parameters(tl.max(largest, axis=0))[0]
     columns = first + tl.arange(0, BLOCK_K)
-    tl.store(out + columns, scale, mask=columns < K)
+    tl.store(out + tl.program_id(1) * K + columns, scale, mask=columns < K)

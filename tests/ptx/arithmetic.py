@@ -52,6 +52,9 @@ def _pick_float(a: np.ndarray, b: np.ndarray, name: str, propagate: bool) -> np.
 
 
 def _product_high(a: np.ndarray, b: np.ndarray, bits: int) -> np.ndarray:
+    if bits < 64:
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
+        return (a.astype(wide) * b.astype(wide) >> wide(bits)).astype(a.dtype)
     product = a.astype(object) * b.astype(object)
     return np.array([int(value) >> bits for value in product], dtype=a.dtype)
 
@@ -78,7 +81,9 @@ def _check_rounding(instruction: Instruction) -> None:
 @opcode("add", "sub", "mul", "min", "max", "div", "rem")
 def binary(block: Block, instruction: Instruction) -> None:
     name, *modifiers, kind = instruction.parts
-    destination, first, second = instruction.operands
+    destination, first, second, *third = instruction.operands
+    if third and (name not in ("min", "max") or kind != "f32"):
+        raise PtxError("only min and max of f32 take three operands")
     if name == "mul" and "wide" in modifiers:
         a, b = block.read(first, kind), block.read(second, kind)
         wide = f"{kind[0]}{2 * bits_of(kind)}"
@@ -94,6 +99,8 @@ def binary(block: Block, instruction: Instruction) -> None:
         _check_rounding(instruction)
         if name in ("min", "max"):
             value = _pick_float(a, b, name, "NaN" in modifiers)
+            for operand in third:
+                value = _pick_float(value, _values(block, operand, kind), name, "NaN" in modifiers)
         else:
             function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}[name]
             value = function(a, b)

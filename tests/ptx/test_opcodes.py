@@ -304,18 +304,20 @@ def test_fma_at_a_tie():
 
 @pytest.mark.parametrize("name", ["min", "max"])
 @pytest.mark.parametrize("propagate", [False, True])
-def test_float_minimum(name, propagate):
-    a, b = random_bits("f32", 0), random_bits("f32", 1)
-    b[:8] = a[:8] ^ np.uint32(1 << 31)
-    modifier = ".NaN" if propagate else ""
-    actual = apply(f"{name}{modifier}.f32 {{0}}, {{1}}, {{2}}", [("f32", a), ("f32", b)], "f32")
-    for x, y, result in zip(a.tolist(), b.tolist(), actual.tolist(), strict=True):
-        x, y = to_float(x, "f32"), to_float(y, "f32")
-        if math.isnan(x) or math.isnan(y):
-            expected = math.nan if propagate or (math.isnan(x) and math.isnan(y)) else (y if math.isnan(x) else x)
+@pytest.mark.parametrize("count", [2, 3])
+def test_float_minimum(name, propagate, count):
+    """Of two or three operands."""
+    inputs = [random_bits("f32", i) for i in range(count)]
+    inputs[1][:8] = inputs[0][:8] ^ np.uint32(1 << 31)
+    modifier, places = ".NaN" if propagate else "", ", ".join(f"{{{i}}}" for i in range(count + 1))
+    actual = apply(f"{name}{modifier}.f32 {places}", [("f32", bits) for bits in inputs], "f32")
+    for *values, result in zip(*(bits.tolist() for bits in inputs), actual.tolist(), strict=True):
+        values = [to_float(value, "f32") for value in values]
+        numbers = [value for value in values if not math.isnan(value)]
+        if not numbers or (propagate and len(numbers) < count):
+            expected = math.nan
         else:
-            key = [(x, math.copysign(1, x)), (y, math.copysign(1, y))]
-            expected = {"min": min, "max": max}[name](key)[0]
+            expected = {"min": min, "max": max}[name]((value, math.copysign(1, value)) for value in numbers)[0]
         assert same(result, expected, "f32")
 
 

@@ -1,30 +1,25 @@
 """What a result of an operator must be, however its launches were run."""
 
 import op_samples
-from bounds import assert_within_bound
+from bounds import assert_loss_within_bound, assert_within_bound
 from helpers import assert_same_bits
 
 from qkernels import reference
-from qkernels.triton import plans
+from qkernels.triton import ops
 from qkernels.triton.launch import Launch, Target
 
 
 def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:
     """Results of a sample's arguments, and the launches that fill them."""
-    if op == "int_grad_input":
-        q_grad, grad_scales, qweight, scales, zeros, *rest = args
-        args = (q_grad, grad_scales, (qweight, scales, zeros), *rest, None)
-    elif op in ("linear", "linear_grad_input"):
-        args = (*args, *(None,) * (7 - len(args)))
-    else:
-        *results, launches = getattr(plans, op)(*args)
-        return tuple(results), launches
-    *results, launches = getattr(plans, op)(*args, target)
-    return tuple(results), launches
+    return ops.PLANS[op](*args, device=target)
 
 
 def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> None:
     """Equal bits where integers are multiplied, the bound of a float sum otherwise."""
+    if op == "linear_cross_entropy" and scheme in op_samples.FLOAT_SCHEMES:
+        exact = op_samples.exact_weight(*sample.args[2:5], sample.args[0].shape[1], scheme)
+        assert_loss_within_bound(actual, sample.args, exact, sample.label)
+        return
     if op == "linear_grad_input" or (op == "linear" and scheme in op_samples.FLOAT_SCHEMES):
         x, *stored = sample.args[:4]
         in_features = x.shape[1] if op == "linear" else sample.args[4]

@@ -8,11 +8,21 @@ import torch
 from ptx import machine, program
 from torch import Tensor
 
-from qkernels.triton.aot import Compiled, compile_launch
+from qkernels.triton.aot import Compiled, compile_launch, is_compiled_in
 from qkernels.triton.launch import Launch
 
 # Parameters a kernel fills.
-OUTPUTS = {"quantize_rows_kernel": ("q", "scales"), "quantize_groups_kernel": ("q", "scales")}
+OUTPUTS = {
+    **dict.fromkeys(
+        ("quantize_rows_kernel", "quantize_groups_kernel", "random_rows_kernel", "random_columns_kernel"),
+        ("q", "scales"),
+    ),
+    "column_ranges_kernel": ("bits",),
+    "int4_parameters_kernel": ("scales", "inverses", "zeros"),
+    "loss_rows_kernel": ("loss", "lse", "factors", "coefficients"),
+    "merge_groups_kernel": ("out", "row_scales"),
+    "softmax_chunk_kernel": ("q",),
+}
 
 
 @cache
@@ -38,13 +48,12 @@ def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machin
     """The same with any PTX. Every byte of the outputs must be written, and none read before."""
     if 0 in launch.grid:
         return
-    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     arguments, outputs = [], []
-    for name, value in zip(names, launch.args, strict=True):
-        if value is None:
+    for parameter, value in launch.runtime_arguments():
+        if is_compiled_in(parameter, value):
             continue
         arguments.append(array(value) if isinstance(value, Tensor) else value)
-        if name in OUTPUTS.get(launch.kernel.__name__, ("out",)):
+        if parameter.name in OUTPUTS.get(launch.kernel.__name__, ("out",)):
             outputs.append(arguments[-1])
     memory = machine.launch(
         parsed(ptx), launch.grid, compiled.threads, arguments, compiled.shared, undefined=outputs, statistics=statistics

@@ -13,8 +13,9 @@ from helpers import assert_same_bits
 from triton import language as tl
 from triton.runtime import interpreter
 
-from qkernels import dispatch
-from qkernels.triton import ops, plans
+import qkernels
+from qkernels import QuantLinear, QuantScheme, dispatch, reference
+from qkernels.triton import loss_plan, ops
 
 COUNT = 2
 
@@ -51,28 +52,92 @@ def mended_bfloat16(monkeypatch):
         monkeypatch.setattr(builder, name, cast_impl)
 
 
-@pytest.mark.parametrize(
-    ("op", "scheme"), [(op, s) for op in sorted(dispatch.TRITON_OPERATORS) for s in op_samples.OP_SCHEMES[op]]
-)
+# The loss takes its logits from `linear`, and is slow to interpret.
+SCHEMES = dict(op_samples.OP_SCHEMES) | {"linear_cross_entropy": op_samples.SCHEMES[::7]}
+
+
+@pytest.mark.parametrize(("op", "scheme"), [(op, s) for op in sorted(ops.PLANS) for s in SCHEMES[op]])
 def test_operator(op, scheme):
     for sample in list(op_samples.samples(op, scheme, COUNT))[:COUNT]:
-        actual = getattr(ops, op)(*sample.args)
+        actual = ops.run(op, sample.args, {})
         check(op, scheme, sample, actual if isinstance(actual, tuple) else (actual,))
 
 
-@pytest.mark.parametrize(("tokens", "shape"), [(128, (133, 17, 50)), (128, (300, 70, 33)), (65536, (130, 5, 129))])
-def test_int_grad_weight(tokens, shape, monkeypatch):
-    """The sums of blocks of tokens are exact, and added in float32."""
-    monkeypatch.setattr(plans, "TOKENS", tokens)
-    m, n, k = shape
-    q_grad = torch.randint(-127, 128, (m, n), dtype=torch.int8)
-    qx = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    scales = torch.rand(n)
-    total = torch.zeros(n, k)
-    for start in range(0, m, tokens):
-        block = slice(start, start + tokens)
-        total = total + (q_grad[block].double().t() @ qx[block].double()).float()
-    assert_same_bits(ops.int_grad_weight(q_grad, scales, qx), total * scales[:, None], str(shape))
+def small_loss(scheme):
+    """Arguments with several chunks, the last one ragged."""
+    draw = op_samples.Draw(scheme)
+    hidden, target = draw.floats(9, 40), torch.randint(0, 2 * reference.LOSS_CHUNK + 17, (9,))
+    weight = draw.weight(2 * reference.LOSS_CHUNK + 17, 40, QuantScheme.parse(scheme))
+    return hidden, target, *weight, None, scheme, torch.randint(2**32, (9,))
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.3, "z_loss": 0.01}, {"ignore_index": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
+def test_terms_of_the_loss(terms, scheme, monkeypatch):
+    """Blocks of rows, too. Label smoothing adds float64 in any order: the last place may differ."""
+    monkeypatch.setattr(loss_plan, "LOGITS", 1)
+    monkeypatch.setattr(loss_plan, "LEAST_ROWS", 5)
+    args = small_loss(scheme)
+    args[1].clamp_(min=3)
+    actual = ops.run("linear_cross_entropy", args, terms)
+    for result, expected in zip(actual, reference.linear_cross_entropy(*args, **terms), strict=True):
+        if "label_smoothing" in terms:
+            assert ((result - expected).abs() <= 2.0**-23 * expected.abs()).all()
+        else:
+            assert_same_bits(result, expected, f"{scheme} {terms}")
+
+
+def test_a_target_out_of_range_gives_nan():
+    args = small_loss("w8a8")
+    args[1][1] = 10**6
+    losses, _, grad = ops.run("linear_cross_entropy", args, {})
+    assert losses.isnan().nonzero().tolist() == [[1]]
+    assert grad[1].isnan().all() and grad[[0, *range(2, len(grad))]].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
+def test_weight_that_is_not_finite(scheme):
+    weight = torch.randn(5, 70)
+    weight[3, 64] = torch.inf
+    with pytest.raises(RuntimeError, match="weight must be finite"):
+        ops.run("quantize_weight", (weight, scheme), {})
+
+
+@pytest.mark.parametrize("grad", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("scheme", "mode"), [("w8a8", "frozen"), ("w8a8", "qat"), ("w4a8-g32-asym-ag32", "qat"), ("w8a8", "int8")]
+)
+def test_training_step(scheme, mode, grad, monkeypatch):
+    """A layer's output and gradients, which the CPU's kernels made first, made by Triton's."""
+    torch.manual_seed(0)
+    layer = QuantLinear.from_float(torch.nn.Linear(70, 19), scheme, mode=mode, grad=grad)
+    x, upstream = torch.randn(9, 70, requires_grad=True), torch.randn(9, 19)
+
+    def step():
+        torch.manual_seed(1)
+        out = layer(x)
+        wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        return [out, *torch.autograd.grad(out, wanted, upstream)]
+
+    expected, used = step(), set()
+    for name in ops.PLANS:
+
+        def run(*args, name=name, **keywords):
+            used.add(name)
+            return ops.run(name, args, keywords)
+
+        monkeypatch.setattr(qkernels.ops, name, run)
+    for actual, wanted in zip(step(), expected, strict=True):
+        if grad == "int8" or actual is expected[0]:
+            assert_same_bits(actual, wanted, f"{scheme} {mode} {grad}")
+        else:
+            torch.testing.assert_close(actual, wanted)
+    assert used >= ({"linear_saving"} if mode != "frozen" else {"linear"})
+    assert (grad == "int8") == ("quantize_rows" in used)
 
 
 def test_dispatch_reaches_triton():

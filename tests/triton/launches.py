@@ -3,7 +3,7 @@
 import torch
 
 from qkernels import QuantScheme
-from qkernels.triton import plans
+from qkernels.triton import ops
 from qkernels.triton.launch import Launch, Target
 
 N, K = 4096, 4096
@@ -16,8 +16,8 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
     """By a name that says scheme, rows of x and kernel."""
     found = {}
 
-    def add(name: str, launches: list[Launch]) -> None:
-        for launch in launches:
+    def add(name: str, op: str, *args, **keywords) -> None:
+        for launch in ops.PLANS[op](*args, **keywords, device=target).launches:
             label = launch.kernel.__name__.removesuffix("_kernel")
             found[f"{name}: {label}"] = launch
 
@@ -34,17 +34,24 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
         ]
         for m in rows:
             name = f"{scheme} M={m}"
-            add(name, plans.linear(empty(m, K), *stored, empty(N), scheme, None, target)[1])
+            add(name, "linear", empty(m, K), *stored, empty(N), scheme)
             if m == 1:
                 continue
-            add(name, plans.linear_grad_input(empty(m, N), *stored, K, scheme, None, target)[1])
+            add(name, "linear_grad_input", empty(m, N), *stored, K, scheme)
             columns = empty(K, dtype=torch.float32) if parsed.group_size else None
             q_grad, scales = empty(m, N, dtype=torch.int8), empty(m, dtype=torch.float32)
             if parsed.int_activations:
-                grad = plans.int_grad_input(q_grad, scales, tuple(stored), K, scheme, columns, torch.bfloat16, target)
-                add(name, grad[1])
-        add(scheme, plans.dequantize_weight(*stored, K, scheme)[1])
-        add(scheme, plans.column_scales(*stored, K, scheme)[1])
-    q_grad, qx = empty(2048, N, dtype=torch.int8), empty(2048, K, dtype=torch.int8)
-    add("M=2048", plans.int_grad_weight(q_grad, empty(N, dtype=torch.float32), qx, None, target)[1])
+                add(name, "int_grad_input", q_grad, scales, *stored, K, scheme, columns, out_dtype=torch.bfloat16)
+                target_of_rows = empty(m, dtype=torch.int64)
+                add(name, "linear_cross_entropy", empty(m, K), target_of_rows, *stored, None, scheme, target_of_rows)
+        add(scheme, "dequantize_weight", *stored, K, scheme)
+        add(scheme, "column_scales", *stored, K, scheme)
+        add(scheme, "quantize_weight", empty(N, K), scheme)
+        if parsed.weight_bits == 4:
+            add(scheme, "mask_clipped", empty(N, K), empty(N, K), scheme)
+    seed, factors = torch.tensor(1), empty(N, dtype=torch.float32)
+    add("M=2048", "quantize_rows", empty(2048, N), factors, seed, 0)
+    add("M=2048", "quantize_columns", empty(2048, N), empty(2048, dtype=torch.float32), seed, 1)
+    stored = (empty(N, K, dtype=torch.int8), empty(N, 1, dtype=torch.float32), None)
+    add("w8a8-ag128", "linear_saving", empty(2048, K), *stored, None, "w8a8-ag128")
     return found

@@ -16,8 +16,8 @@ from checks import check, plan
 from executor import execute_all
 from helpers import assert_same_bits
 
-from qkernels import dispatch, quantize_weight, reference
-from qkernels.triton import matmul_kernels, plans
+from qkernels import QuantScheme, quantize_weight, reference
+from qkernels.triton import matmul_kernels, ops
 from qkernels.triton.aot import TARGETS, compile_launch
 from qkernels.triton.launch import Target
 
@@ -45,7 +45,16 @@ CASES = [
     *(("column_scales", scheme) for scheme in ("w8a8-g64", "w4a8-g32-asym")),
     *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym")),
     *(("linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
+    ("quantize_rows", "w8a8"),
+    ("quantize_columns", "w8a8"),
+    ("linear_saving", "w8a8-ag32"),
+    *(("quantize_weight", scheme) for scheme in ("w4a8", "w4a8-g32-asym")),
+    ("mask_clipped", "w4a16-asym"),
 ]
+# Rows, classes and features: a few chunks of 64 classes; more than the ranges they are summed in.
+LOSS_SHAPES = ((5, 100, 33), (17, 65, 65), (3, 47, 130), (2, 130, 19), (1, 64, 64), (9, 63, 35))
+MANY_CHUNKS = (4, 600, 47)
+LOSS = {"w8a8": (*LOSS_SHAPES, MANY_CHUNKS), "w4a8-g32-asym": LOSS_SHAPES, "w4a16": LOSS_SHAPES[:1]}
 
 
 @pytest.mark.parametrize("target", EXECUTED)
@@ -110,24 +119,36 @@ def test_warp_groups_of_sm_90(shape, large):
 
 
 @pytest.mark.parametrize("target", EXECUTED)
-@pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (33, 17, 50), (64, 64, 64), (130, 70, 33), (200, 48, 144), (257, 5, 129)]
-)
-def test_int_grad_weight(shape, target, monkeypatch):
-    monkeypatch.setattr(plans, "TOKENS", 128)
-    m, n, k = shape
-    q_grad, qx = (torch.randint(-127, 128, (m, columns), dtype=torch.int8) for columns in (n, k))
-    scales = torch.rand(n)
-    total = torch.zeros(n, k)
-    for start in range(0, m, 128):
-        block = slice(start, start + 128)
-        total = total + (q_grad[block].double().t() @ qx[block].double()).float()
-    out, launches = plans.int_grad_weight(q_grad, scales, qx, torch.bfloat16, TARGETS[target])
-    execute_all(launches, target)
-    assert_same_bits(out, (total * scales[:, None]).to(torch.bfloat16), str(shape))
+@pytest.mark.parametrize("scheme", LOSS)
+def test_linear_cross_entropy(scheme, target):
+    for shape in LOSS[scheme]:
+        m, n, k = shape
+        draw = op_samples.Draw(f"{scheme} {shape}")
+        classes = torch.randint(0, n, (m,), generator=draw.generator)
+        classes[1::4] = -100
+        dither = torch.randint(2**32, (m,), generator=draw.generator)
+        hidden = draw.floats(m, k).to(torch.bfloat16)
+        args = (hidden, classes, *draw.weight(n, k, QuantScheme.parse(scheme)), draw.bias(n), scheme, dither)
+        results, launches = plan("linear_cross_entropy", args, TARGETS[target])
+        execute_all(launches, target)
+        check("linear_cross_entropy", scheme, op_samples.Sample(args, f"{scheme} {target} {shape}"), results)
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_terms_of_the_loss(target):
+    """Capped logits, and label smoothing, for which columns of the weight are summed in float64."""
+    draw = op_samples.Draw("terms")
+    storage = draw.weight(70, 33, QuantScheme.parse("w8a8"))
+    classes, dither = torch.randint(0, 70, (5,)), torch.randint(2**32, (5,))
+    args = (draw.floats(5, 33), classes, *storage, None, "w8a8", dither)
+    for terms in ({"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.3}):
+        plan_of_terms = ops.PLANS["linear_cross_entropy"](*args, **terms, device=TARGETS[target])
+        execute_all(plan_of_terms.launches, target)
+        for result, expected in zip(plan_of_terms.results, reference.linear_cross_entropy(*args, **terms), strict=True):
+            last_place = 2.0**-23 * expected.abs() if "label_smoothing" in terms else 0.0
+            assert ((result - expected).abs() <= last_place).all(), f"{target} {terms}"
 
 
 def test_all_kernels_are_executed():
     """Every operator that Triton has is among the cases above."""
-    assert {op for op, _ in CASES} == dispatch.TRITON_OPERATORS
-    assert all(hasattr(reference, op) for op, _ in CASES)
+    assert {op for op, _ in CASES} | {"linear_cross_entropy"} == set(ops.PLANS) == set(op_samples.SAMPLERS)

@@ -47,6 +47,10 @@ def case(name: str) -> Case:
         x[:, 7] = -9.0  # the largest magnitude
         outputs, (launch,) = plan("quantize_activation", (x, "w8a8"), TARGETS[TARGET])
         return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_activation(x, "w8a8"))
+    if name == "random":
+        args = (random(5, 300), random(300), torch.tensor(7), 1)
+        outputs, (launch,) = plan("quantize_rows", args, TARGETS[TARGET])
+        return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_rows(*args))
     args = (random(40, 272), *quantize_weight(random(72, 272), name), random(72), name, torch.bfloat16)
     outputs, (quantize, launch) = plan("linear", args, TARGETS[TARGET])
     execute_all([quantize], TARGET)
@@ -67,7 +71,7 @@ def caught(name: str, ptx: str) -> str:
     return "" if equal else "wrong result"
 
 
-@pytest.mark.parametrize("name", ["quantize", "w8a8", "w4a8-g32-asym"])
+@pytest.mark.parametrize("name", ["quantize", "random", "w8a8", "w4a8-g32-asym"])
 def test_without_a_fault_nothing_is_reported(name):
     assert caught(name, case(name).ptx + "\n// the same\n") == ""
 
@@ -102,6 +106,13 @@ FAULTS = {
     "sign kept in the range": (
         "quantize", r"and\.b32 (\s*%r\d+), (%r\d+), 2147483647;", r"mov.b32 \1, \2;", 0, "wrong"
     ),
+    "another random number": (
+        "random", r"mul\.hi\.u32 (\s*%r\d+), (%r\d+), -766435501;", r"mul.hi.u32 \1, \2, -766435500;", 0, "wrong result"
+    ),
+    "nearest taken for floor": ("random", r"setp\.gt\.f32", "setp.lt.f32", 1, "wrong result"),
+    "random bits not cut to 24": (
+        "random", r"shr\.u32 (\s*%r\d+), (%r\d+), 8;", r"shr.u32 \1, \2, 7;", 0, "wrong result"
+    ),
     "warp reduced by half": ("quantize", r"redux\.sync\.max", "redux.sync.min", 1, "wrong result"),
 }  # fmt: skip
 
@@ -113,7 +124,7 @@ def test_planted_fault_is_caught(fault):
     assert re.search(shows, caught(name, ptx))
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a8-g32-asym", "quantize"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-g32-asym", "quantize", "random"])
 def test_every_barrier_and_every_wait_is_needed(name):
     """Taking away any one of them is a race, or the use of what has not arrived."""
     ptx = case(name).ptx

@@ -1,10 +1,14 @@
 """The operators on a real device. Without one these tests are skipped; `pytest -m gpu` runs them alone."""
 
+import copy
+
 import op_samples
 import pytest
 import torch
+from helpers import invoke
 
-from qkernels import QuantLinear, dispatch, reference
+from qkernels import QuantLinear, dispatch, linear_cross_entropy, reference
+from qkernels.nn import GRADS
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
@@ -48,3 +52,50 @@ def test_layer_trains_and_compiles():
     grad = torch.randn_like(eager)
     eager.backward(grad)
     assert_within_bound(x.grad.cpu(), grad.cpu(), layer.dequantize().t().double().cpu(), gradient=True)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize(("scheme", "mode"), [("w8a8", "qat"), ("w4a8-g32-asym-ag32", "qat"), ("w8a8", "int8")])
+def test_training_equals_that_of_the_cpu(scheme, mode, grad):
+    torch.manual_seed(0)
+    layer = QuantLinear.from_float(torch.nn.Linear(256, 128), scheme, mode=mode, grad=grad)
+    x, upstream = torch.randn(33, 256), torch.randn(33, 128)
+
+    def step(device: str) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        moved_layer, inputs = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
+        out = moved_layer(inputs)
+        wanted = [inputs, *(parameter for parameter in moved_layer.parameters() if parameter.requires_grad)]
+        return [tensor.cpu() for tensor in (out, *torch.autograd.grad(out, wanted, upstream.to(device)))]
+
+    on_cpu, on_gpu = step("cpu"), step("cuda")
+    assert torch.equal(on_gpu[0], on_cpu[0])
+    for actual, expected in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(actual, expected)
+    if grad == "int8":
+        assert torch.equal(on_gpu[1], on_cpu[1]) and torch.equal(on_gpu[2], on_cpu[2])
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g128", "w4a16-g128"])
+def test_loss_of_a_large_vocabulary(scheme, monkeypatch):
+    """More logits than are held at a time, in chunks of the real size."""
+    monkeypatch.setattr(reference, "LOSS_CHUNK", 1024)
+    head = QuantLinear.from_float(torch.nn.Linear(256, 50_000, bias=False, device="cuda"), scheme)
+    hidden = torch.randn(3000, 256, device="cuda", requires_grad=True)
+    target = torch.randint(0, 50_000, (3000,), device="cuda")
+    target[::7] = -100
+    loss = linear_cross_entropy(hidden, head, target)
+    loss.backward()
+    x = hidden.detach().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(head(x).float(), target)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert (hidden.grad - x.grad).norm() < 0.02 * x.grad.norm()
+
+
+def test_bench_and_tune(tmp_path):
+    shape = ["--layers", "256x512", "--rows", "1,64", "--schemes", "w8a8,w4a16-g128"]
+    result = invoke("bench", "linear", "--device", "cuda", *shape, "--seconds", 0.05, "--output", tmp_path)
+    assert result.exit_code == 0 and (tmp_path / "linear.json").exists(), result.output
+    result = invoke("tune", *shape, "--seconds", 5, "--output", tmp_path / "tuned.json")
+    assert result.exit_code == 0 and (tmp_path / "tuned.json").exists(), result.output

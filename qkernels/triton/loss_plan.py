@@ -1,0 +1,249 @@
+"""What the cross entropy of a head launches: for each range of the vocabulary logits, their softmax, a product."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..schemes import QuantScheme
+from . import loss_kernels
+from .configs import Product, choose, tiles
+from .launch import Launch, Target
+from .plans import (
+    Plan,
+    column_scales_of_chunks,
+    grad_tiles,
+    product,
+    quantize_activation,
+    row_major,
+    stored,
+    weight_format,
+)
+
+_RANGES = 8
+LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well:
+LEAST_ROWS = 64
+
+
+class _Statistics(NamedTuple):
+    """Of each chunk and row: see `loss_kernels`. float32 [chunks, M]; grad_scales are None without a gradient."""
+
+    maxima: Tensor
+    sums: Tensor
+    totals: Tensor
+    picked: Tensor
+    grad_scales: Tensor | None
+
+
+class _Options(NamedTuple):
+    softcap: float
+    z_loss: float
+    label_smoothing: float
+    ignore_index: int
+
+
+class _Head(NamedTuple):
+    """The weight [N, K] and what is derived from it once."""
+
+    weight: tuple[Tensor, Tensor, Tensor | None]
+    bias: Tensor | None
+    scheme: QuantScheme
+    row_factors: Tensor | None  # [N], ungrouped
+    column_scales: Tensor | None  # [chunks, K], grouped
+    column_sums: Tensor | None  # [chunks, K], with label smoothing
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    target: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dither: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    device: Target,
+) -> Plan:
+    """float32 loss [M], log-sum-exp [M], gradient [M, K] ([0, K] without dither).
+
+    Ignored rows are worked on like the others, for their number is known on the device only. A target that is neither a
+    class nor `ignore_index` makes its row NaN, for an error would have to wait for the device.
+    """
+    parsed, options = QuantScheme.parse(scheme), _Options(softcap, z_loss, label_smoothing, ignore_index)
+    (m, k), n = hidden.shape, qweight.shape[0]
+    loss, lse = (torch.empty((m,), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    grad = torch.empty((0 if dither is None else m, k), dtype=torch.float32, device=hidden.device)
+    if m == 0 or n == 0:
+        return Plan((loss, lse, grad), [])
+    weight = stored(qweight, scales, zeros)
+    head, launches = _derive(weight, bias, parsed, k, options if dither is not None else None)
+    chunks = -(-n // reference.LOSS_CHUNK)
+    width = -(-chunks // _RANGES) * reference.LOSS_CHUNK
+    step = max(LEAST_ROWS, LOGITS // width)
+    for begin in range(0, m, step):
+        rows = slice(begin, begin + step)
+        x, rounded = row_major(hidden[rows]), None if dither is None else dither[rows].contiguous()
+        results = (loss[rows], lse[rows], grad[rows])
+        launches += _of_rows(x, target[rows].contiguous(), head, rounded, options, results, device)
+    return Plan((loss, lse, grad), launches)
+
+
+def _derive(
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    k: int,
+    gradient: _Options | None,
+) -> tuple[_Head, list[Launch]]:
+    head, launches = _Head(weight, bias, scheme, None, None, None), []
+    if gradient is None:
+        return head, launches
+    qweight = weight[0]
+    n, row_bytes = qweight.shape
+    if scheme.group_size:
+        (columns,), launches = column_scales_of_chunks(weight, k, scheme, reference.LOSS_CHUNK)
+        head = head._replace(column_scales=columns)
+    else:
+        factors = torch.empty((n,), dtype=torch.float32, device=qweight.device)
+        constants = {"BITS": scheme.weight_bits, "BLOCK_N": 16, "BLOCK_K": 128}
+        args = (*weight, factors, n, k, row_bytes)
+        kernel, reason = loss_kernels.row_factors_kernel, "128 bytes of each row at a time"
+        launches = [Launch(kernel, (-(-n // 16),), args, constants, 4, 1, reason)]
+        head = head._replace(row_factors=factors)
+    if gradient.label_smoothing != 0.0:
+        chunks = -(-n // reference.LOSS_CHUNK)
+        sums = torch.empty((chunks, k), dtype=torch.float64, device=qweight.device)
+        constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_N": 32, "BLOCK_K": 32}
+        args = (*weight, sums, n, k, row_bytes, reference.LOSS_CHUNK)
+        kernel, reason = loss_kernels.column_sums_kernel, "a sector of each row"
+        launches.append(Launch(kernel, (-(-k // 32), chunks), args, constants, 4, 1, reason))
+        head = head._replace(column_sums=sums)
+    return head, launches
+
+
+def _of_rows(
+    hidden: Tensor,
+    target: Tensor,
+    head: _Head,
+    dither: Tensor | None,
+    options: _Options,
+    results: tuple[Tensor, Tensor, Tensor],
+    device: Target,
+) -> list[Launch]:
+    """Loss, log-sum-exp and gradient of as many rows as the logits of a range may have."""
+    m, n = hidden.shape[0], head.weight[0].shape[0]
+    chunks = -(-n // reference.LOSS_CHUNK)
+    float32 = {"dtype": torch.float32, "device": hidden.device}
+    statistics = _Statistics(
+        *(torch.empty((chunks, m), **float32) for _ in range(4)),
+        None if dither is None else torch.empty((chunks, m), **float32),
+    )
+    activation, launches = (hidden,), []
+    if head.scheme.int_activations:
+        activation, launches = quantize_activation(hidden, head.scheme.name, device=device)
+    state = None
+    for begin, end in pairwise(i * chunks // _RANGES for i in range(_RANGES + 1)):
+        if begin == end:
+            continue
+        classes = slice(begin * reference.LOSS_CHUNK, min(end * reference.LOSS_CHUNK, n))
+        weight = tuple(None if tensor is None else tensor[classes] for tensor in head.weight)
+        bias = None if head.bias is None else head.bias[classes]
+        logits = torch.empty((m, len(weight[0])), **float32)
+        launches += product(activation, weight, bias, head.scheme, logits, device)
+        q = None if dither is None else torch.empty(logits.shape, dtype=torch.int8, device=hidden.device)
+        launches.append(_softmax(logits, target, dither, head, q, statistics, classes.start, options))
+        if q is not None:
+            joined = torch.empty(hidden.shape, **float32)
+            launches.append(_product(q, statistics, weight, head, state, joined, begin, device))
+            state = joined
+    return launches + _finish(statistics, target, head, state, options, results)
+
+
+def _softmax(
+    logits: Tensor,
+    target: Tensor,
+    dither: Tensor | None,
+    head: _Head,
+    q: Tensor | None,
+    statistics: _Statistics,
+    first: int,
+    options: _Options,
+) -> Launch:
+    m, width = logits.shape
+    *sums, grad_scales = statistics
+    args = (logits, target, dither, head.row_factors, q, *sums, grad_scales, m, width, first)
+    constants = {"CAP": float(options.softcap), "CHUNK": reference.LOSS_CHUNK, "BLOCK_M": 8, "BLOCK_N": 64}
+    grid = (-(-m // 8), -(-width // reference.LOSS_CHUNK))
+    return Launch(loss_kernels.softmax_chunk_kernel, grid, args, constants, 4, 1, "a chunk of few rows stays in L1")
+
+
+def _product(
+    q: Tensor,
+    statistics: _Statistics,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    head: _Head,
+    state: Tensor | None,
+    out: Tensor,
+    first: int,
+    device: Target,
+) -> Launch:
+    (m, n), k = q.shape, out.shape[1]
+    shape = Product(m, k, reference.LOSS_CHUNK, "int8", converted=True)
+    config = choose(shape, device)
+    if head.scheme.group_size:  # the weight is also held as floats
+        config = replace(config, columns=min(config.columns, 64))
+    args = (
+        q,
+        statistics.maxima,
+        statistics.grad_scales,
+        *weight,
+        head.column_scales,
+        state,
+        out,
+        m,
+        n,
+        k,
+        weight[0].shape[1],
+        first,
+    )
+    sizes = {**weight_format(head.scheme), "CHUNK": reference.LOSS_CHUNK, **grad_tiles(config)}
+    kernel, grid = loss_kernels.loss_product_kernel, (tiles(shape, config),)
+    return Launch(kernel, grid, args, sizes, config.num_warps, config.num_stages, config.reason)
+
+
+def _finish(
+    statistics: _Statistics,
+    target: Tensor,
+    head: _Head,
+    state: Tensor | None,
+    options: _Options,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> list[Launch]:
+    loss, lse, grad = results
+    m, (n, row_bytes) = len(target), head.weight[0].shape
+    chunks = statistics.maxima.shape[0]
+    factors = coefficients = None
+    if state is not None:
+        factors, coefficients = (torch.empty_like(loss) for _ in range(2))
+    smoothing = {"SMOOTHING": float(options.label_smoothing), "IGNORE": options.ignore_index}
+    constants = {"CAP": float(options.softcap), "Z_LOSS": float(options.z_loss), **smoothing, "BLOCK": 32}
+    args = (*statistics[:4], target, loss, lse, factors, coefficients, m, n, chunks)
+    kernel, reason = loss_kernels.loss_rows_kernel, "a warp of rows a program"
+    launches = [Launch(kernel, (-(-m // 32),), args, constants, 1, 1, reason)]
+    if state is None:
+        return launches
+    k = state.shape[1]
+    args = (state, factors, coefficients, target, *head.weight, head.column_sums, grad, m, n, k, row_bytes, chunks)
+    constants = {**weight_format(head.scheme), **smoothing, "BLOCK_M": 16, "BLOCK_K": 128}
+    kernel, reason = loss_kernels.loss_gradient_kernel, "512 bytes of each row"
+    return [*launches, Launch(kernel, (-(-m // 16), -(-k // 128)), args, constants, 4, 1, reason)]

@@ -1,0 +1,148 @@
+"""What the operators of training launch: random rounding, activations that are saved, weights quantized each step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schemes import QuantScheme
+from . import training_kernels
+from .launch import Launch, Target
+from .plans import ELEMENTS, Plan, power_of_two, product, quantize_activation, quantize_int8, row_major, stored
+
+_SLICE = 1024  # rows whose columns' ranges one program finds
+
+
+def _words(seed: Tensor, stream: int) -> tuple[int, int, int]:
+    """Low and high half of the seed, and the stream, as signed 32-bit integers."""
+    value = int(seed)
+    halves = (value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF, stream)
+    return tuple(half - 2**32 if half >= 2**31 else half for half in halves)
+
+
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int, *, device: Target) -> Plan:
+    """int8 [M, N] and float32 scales [M]."""
+    x = row_major(x)
+    m, n = x.shape
+    q = torch.empty((m, n), dtype=torch.int8, device=x.device)
+    scales = torch.empty((m,), dtype=torch.float32, device=x.device)
+    block = min(max(4, power_of_two(n)), ELEMENTS)
+    constants = {"BLOCK": block, "BLOCKS": -(-n // block)}
+    factors = None if column_factors is None else column_factors.contiguous()
+    args = (x, factors, q, scales, n, x.stride(0), *_words(seed, stream))
+    reason = "a row a program: read twice, the second time from the cache"
+    return Plan((q, scales), [Launch(training_kernels.random_rows_kernel, (m,), args, constants, 4, 1, reason)])
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int, *, device: Target) -> Plan:
+    """int8 [N, M] and float32 scales [N]."""
+    x = row_major(x)
+    m, n = x.shape
+    count = max(1, -(-m // _SLICE))
+    q = torch.empty((n, m), dtype=torch.int8, device=x.device)
+    scales = torch.empty((n,), dtype=torch.float32, device=x.device)
+    bits = torch.empty((count, n), dtype=torch.int32, device=x.device)
+    factors = None if row_factors is None else row_factors.contiguous()
+    shape = (m, n, x.stride(0))
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64}
+    return Plan(
+        (q, scales),
+        [
+            Launch(
+                training_kernels.column_ranges_kernel,
+                (-(-n // 64), count),
+                (x, factors, bits, *shape),
+                {"ROWS": _SLICE, "BLOCK_M": 32, "BLOCK_N": 64},
+                4,
+                1,
+                "128 bytes of each row, in slices so that every processor has some",
+            ),
+            Launch(
+                training_kernels.random_columns_kernel,
+                (-(-n // 64), max(1, -(-m // 64))),
+                (x, factors, bits, q, scales, *shape, count, *_words(seed, stream)),
+                tiles,
+                4,
+                1,
+                "square tiles, turned over on the way: 64 bytes of each row of the result",
+            ),
+        ],
+    )
+
+
+def linear_saving(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None = None,
+    *,
+    device: Target,
+) -> Plan:
+    """[M, N], int8 [M, K] and float32 [M]."""
+    parsed = QuantScheme.parse(scheme)
+    m, k = x.shape
+    activation, launches = quantize_activation(x, scheme, device=device)
+    saved, row_scales = activation[0], activation[1].squeeze(1)
+    if parsed.act_group_size is not None:
+        saved = torch.empty_like(saved)
+        row_scales = torch.empty((m,), dtype=torch.float32, device=x.device)
+        constants = {"GROUP": parsed.act_group_size, "BLOCK": ELEMENTS // parsed.act_group_size}
+        args = (*activation, saved, row_scales, k)
+        reason = "a row a program: its integers are read twice"
+        launches.append(Launch(training_kernels.merge_groups_kernel, (m,), args, constants, 4, 1, reason))
+    out = torch.empty((m, qweight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    if out.numel():
+        launches += product(activation, stored(qweight, scales, zeros), bias, parsed, out, device)
+    return Plan((out, saved, row_scales), launches)
+
+
+def quantize_weight(weight: Tensor, scheme: str, *, device: Target) -> Plan:
+    """qweight, scales and zeros ([N, 0] for symmetric schemes); a scale is NaN where no finite one exists."""
+    parsed = QuantScheme.parse(scheme)
+    n, k = weight.shape
+    if parsed.weight_bits == 8:
+        (q, scales), launches = quantize_int8(weight, parsed.group_size)
+        return Plan((q, scales, scales.new_empty((n, 0), dtype=torch.uint8)), launches)
+    weight = row_major(weight)
+    (scales, inverses, zeros), launches = _int4_parameters(weight, parsed)
+    packed = torch.empty((n, parsed.packed_features(k)), dtype=torch.uint8, device=weight.device)
+    args = (weight, inverses, zeros, packed, n, k, weight.stride(0), packed.shape[1])
+    launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, parsed, (n, k)))
+    return Plan((packed, scales, scales.new_empty((n, 0), dtype=torch.uint8) if zeros is None else zeros), launches)
+
+
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str, *, device: Target) -> Plan:
+    """[N, K] of the dtype of grad."""
+    parsed = QuantScheme.parse(scheme)
+    grad, weight = row_major(grad), row_major(weight)
+    (_, inverses, zeros), launches = _int4_parameters(weight, parsed)
+    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    args = (grad, weight, inverses, zeros, out, *grad.shape, grad.stride(0), weight.stride(0))
+    launches.append(_by_tiles(training_kernels.int4_mask_kernel, args, parsed, grad.shape))
+    return Plan((out,), launches)
+
+
+def _int4_parameters(weight: Tensor, scheme: QuantScheme) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[Launch]]:
+    """float32 scales and their inverses and uint8 zero points (or None), each [N, groups], and what fills them."""
+    n, k = weight.shape
+    size = scheme.group_size or k
+    shape = (n, scheme.weight_groups(k))
+    scales, inverses = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    zeros = None if scheme.symmetric else torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    block = min(power_of_two(size), ELEMENTS)
+    groups = ELEMENTS // block if scheme.group_size else 1
+    constants = {"GROUPS": groups, "BLOCK": block, "BLOCKS": -(-size // block)}
+    args = (weight, scales, inverses, zeros, n, k, weight.stride(0), size)
+    reason = "groups side by side, or a row a program"
+    grid = (-(-scales.numel() // groups),)
+    kernel = training_kernels.int4_parameters_kernel
+    return (scales, inverses, zeros), [Launch(kernel, grid, args, constants, 4, 1, reason)]
+
+
+def _by_tiles(kernel, args: tuple, scheme: QuantScheme, shape: tuple[int, int]) -> Launch:
+    constants = {"GROUP": scheme.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
+    grid = (-(-shape[0] // 16), -(-shape[1] // 128))
+    return Launch(kernel, grid, args, constants, 4, 1, "whole cache lines of each row")
