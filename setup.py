@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
 TORCH_TARGET = "0x020a000000000000ULL"  # 2.10, the oldest torch the binary runs on
-CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC 12 reports its own AVX-512 headers as using uninitialized values.
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
