@@ -50,7 +50,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     """What stands between this installation and each GPU backend."""
     import torch
 
-    from .. import dispatch
+    from .. import cuda, dispatch
     from ..finetune.measure import package_version
 
     if torch.cuda.is_available():
@@ -67,6 +67,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
             "version": package_version("triton") if installed else None,
             "next_step": None if installed else "pip install 'qkernels[triton]'",
         },
+        "cuda": {"loaded": cuda.library().loaded, "reason": cuda.library().reason},
         "kernels": {
             "backend": choice.backend if device else None,
             "available": bool(device) and choice.backend != "reference",
@@ -89,5 +90,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fast bfloat16", "yes" if facts["fast_bfloat16"] else "no: float32 is the faster float dtype here"),
         ("GPU", gpu["device"]["name"] or f"none: {gpu['device']['next_step']}"),
         ("triton", gpu["triton"]["version"] or f"not installed: {gpu['triton']['next_step']}"),
+        ("CUDA kernels", ("loaded: " if gpu["cuda"]["loaded"] else "not loaded: ") + gpu["cuda"]["reason"]),
         ("GPU kernels", ": ".join(filter(None, (gpu["kernels"]["backend"], gpu["kernels"]["reason"])))),
     ]
