@@ -515,7 +515,7 @@ def _register_gpu(name: str) -> None:
 
     def run(*args, **kwargs):
         check(*args, **kwargs)
-        choice = dispatch.select(dispatch.facts_of(args[0].device))
+        choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args, kwargs))
         return dispatch.run(name, choice, args, kwargs)
 
     _LIBRARY.impl(name, run, "CUDA")

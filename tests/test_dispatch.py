@@ -20,6 +20,8 @@ from qkernels.dispatch import Choice, Facts, select
         (Facts("hip", 0, True), "triton", "triton"),
         (Facts("hip", 0, False), "reference", "pip install"),
         (Facts("mps", 0, True), "reference", "mps"),
+        (Facts("cuda", 90, True, cuda=True), "cuda", "CUDA"),
+        (Facts("cuda", 75, True, cuda=True), "reference", "7.5 is below 8.0"),
     ],
 )
 def test_choice(facts, backend, word):

@@ -50,7 +50,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     """What stands between this installation and each GPU backend."""
     import torch
 
-    from .. import dispatch, extensions
+    from .. import cuda, dispatch
     from ..finetune.measure import package_version
 
     if torch.cuda.is_available():
@@ -59,15 +59,15 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
         device, missing = None, "torch finds no GPU; check the driver with nvidia-smi or rocminfo"
     else:
         device, missing = None, "this torch is built for the CPU; install a CUDA or ROCm build from pytorch.org"
-    installed, cuda = dispatch.triton_installed(), extensions.cuda()
+    installed, kernels = dispatch.triton_installed(), cuda.library()
     choice = dispatch.select(dispatch.facts_of(torch.device("cuda" if device else "cpu")))
     return {
         "device": {"name": device, "next_step": missing},
-        "cuda": {"loaded": cuda.loaded, "reason": cuda.reason, "next_step": cuda.remedy},
         "triton": {
             "version": package_version("triton") if installed else None,
             "next_step": None if installed else "pip install 'qkernels[triton]'",
         },
+        "cuda": {"loaded": kernels.loaded, "reason": kernels.reason, "next_step": kernels.remedy},
         "kernels": {
             "backend": choice.backend if device else None,
             "available": bool(device) and choice.backend != "reference",
@@ -76,9 +76,8 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     }
 
 
-def _cuda_row(cuda: dict[str, Any]) -> str:
-    state = "loaded" if cuda["loaded"] else "not loaded"
-    return ": ".join(filter(None, (state, cuda["reason"], cuda["next_step"])))
+def _cuda_row(loaded: bool, reason: str, next_step: str | None) -> str:
+    return f"{'loaded' if loaded else 'not loaded'}: {reason}" + (f"; {next_step}" if next_step else "")
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -94,7 +93,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("... in this build", ", ".join(facts["isas_compiled"])),
         ("fast bfloat16", "yes" if facts["fast_bfloat16"] else "no: float32 is the faster float dtype here"),
         ("GPU", gpu["device"]["name"] or f"none: {gpu['device']['next_step']}"),
-        ("CUDA kernels", _cuda_row(gpu["cuda"])),
         ("triton", gpu["triton"]["version"] or f"not installed: {gpu['triton']['next_step']}"),
+        ("CUDA kernels", _cuda_row(**gpu["cuda"])),
         ("GPU kernels", ": ".join(filter(None, (gpu["kernels"]["backend"], gpu["kernels"]["reason"])))),
     ]
