@@ -34,6 +34,17 @@ def float_weight(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot trace it before torch 2.11
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on devices of this type; None outside of autocast."""
+    autocast = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else None
+
+
 def _check_trainable(scheme: QuantScheme) -> None:
     if scheme.weight_bits != 8 or scheme.group_size is not None:
         raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
@@ -240,9 +251,7 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
-        device_type = x.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        out_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        out_dtype = autocast_dtype(x.device.type)
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
             return quant_linear(x, weight, self.bias, self._scheme_name, out_dtype, self.grad, self.column_scales)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import qkernels as qk
-from qkernels import extensions, isa, ops, reference
+from qkernels import cuda, isa, ops, reference
 
 SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a16-g32", "w8a16")
 
@@ -90,7 +90,7 @@ def check_missing_device() -> None:
         assert "NVIDIA" in str(error) or "CUDA" in str(error), error
     else:
         raise AssertionError("a layer was moved to a GPU that is not there")
-    if extensions.cuda().loaded:
+    if cuda.library().loaded:
         try:
             torch.ops.qkernels_cuda.quantize_activation(torch.randn(3, 40), "w8a8")
         except (RuntimeError, NotImplementedError) as error:
