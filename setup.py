@@ -12,7 +12,9 @@ time. Sources are found by glob, so that a new kernel file needs no change here.
 
 import os
 import re
+import shutil
 import subprocess
+import sysconfig
 from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +30,10 @@ CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-cudart=static", "-DUSE_CUDA"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "--compress-mode=size", "--threads=0"]
 CUDA_TARGETS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX").replace(" ", ";")
-NVCC = os.environ.get("NVCC", "nvcc")
+# On PATH, or that of the package cuda-toolkit[nvcc,cudart,cccl], which keeps its libraries where nvcc does not look.
+PACKAGED_NVCC = glob(f"{sysconfig.get_path('purelib')}/nvidia/cu*/bin/nvcc")
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or next(iter(PACKAGED_NVCC), "nvcc")
+NVCC_LIBRARIES = Path(NVCC).resolve().parents[1] / "lib"
 
 
 class BuildNative(BuildExtension):
@@ -58,7 +63,7 @@ class BuildNative(BuildExtension):
                 name = f"{stub}/libtorch_cuda.so"
                 flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
                 subprocess.run(["cc", *flags, "csrc/cuda/torch_cuda_stub.c", "-o", name], check=True)
-            libraries = [f"-L{path}" for path in (*ext.library_dirs, stub)] + [f"-l{name}" for name in ext.libraries]
+            libraries = [f"-L{path}" for path in (*ext.library_dirs, NVCC_LIBRARIES, stub)] + [f"-l{name}" for name in ext.libraries]
             sources = [*ext.sources, *sorted(glob("csrc/cuda/*.cu"))]
             subprocess.run([*command, *sources, *libraries, "-Xlinker=-rpath,$ORIGIN"], check=True)
 

@@ -100,29 +100,11 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
                       const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
                       std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
   const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
-  const int64_t n = weight.get().n;
-  require(n <= qk::kMaxReduction, "qweight must have at most ", qk::kMaxReduction,
-          " rows for exact int32 sums, got shape ", shape_of(qweight));
-  const Tensor q_grad = as_contiguous(grad_arg), grad_scales = as_contiguous(grad_scales_arg);
-  require(q_grad.scalar_type() == ScalarType::Char && q_grad.dim() == 2 && q_grad.size(1) == n,
-          "q_grad must be torch.int8 with ", n, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
-          shape_of(q_grad));
-  check_vector("grad_scales", grad_scales, q_grad.size(0));
-  const bool grouped = weight.get().scheme.group_size != 0;
-  require(column_scales_arg.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
-          " for scheme ", scheme);
-  std::optional<Tensor> column_scales;
-  if (grouped) {
-    column_scales = as_contiguous(*column_scales_arg);
-    check_vector("column_scales", *column_scales, in_features);
-  }
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(q_grad, {q_grad.size(0), in_features}, dtype);
-  qk::int_grad_input({static_cast<const int8_t*>(q_grad.const_data_ptr()),
-                      static_cast<const float*>(grad_scales.const_data_ptr()), q_grad.size(0), n},
-                     weight.get(), grouped ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
-                     out.mutable_data_ptr(), out_type, parallel());
+  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  qk::int_grad_input(args.rows(), weight.get(), args.column_scales(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 

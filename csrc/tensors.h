@@ -153,6 +153,42 @@ class BiasVector {
   Bias bias_{nullptr, DType::float32};
 };
 
+// The quantized gradient of int_grad_input and the scales of the columns of its weight; keeps the tensors alive.
+class IntGradient {
+ public:
+  IntGradient(const Tensor& q_grad, const Tensor& grad_scales, const Weight& weight, const std::string& scheme,
+              const std::optional<Tensor>& column_scales)
+      : q_grad_(as_contiguous(q_grad)), grad_scales_(as_contiguous(grad_scales)), n_(weight.n) {
+    require(n_ <= kMaxReduction, "qweight must have at most ", kMaxReduction, " rows for exact int32 sums, got ", n_);
+    require(q_grad.scalar_type() == ScalarType::Char && q_grad.dim() == 2 && q_grad.size(1) == n_,
+            "q_grad must be torch.int8 with ", n_, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
+            shape_of(q_grad));
+    check_vector("grad_scales", grad_scales, q_grad.size(0));
+    const bool grouped = weight.scheme.group_size != 0;
+    require(column_scales.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
+            " for scheme ", scheme);
+    if (grouped) {
+      check_vector("column_scales", *column_scales, weight.k);
+      column_scales_ = as_contiguous(*column_scales);
+    }
+  }
+
+  QuantizedRows rows() const {
+    return {static_cast<const int8_t*>(q_grad_.const_data_ptr()),
+            static_cast<const float*>(grad_scales_.const_data_ptr()), q_grad_.size(0), n_};
+  }
+
+  // [weight.k], or null for a weight without groups.
+  const float* column_scales() const {
+    return column_scales_ ? static_cast<const float*>(column_scales_->const_data_ptr()) : nullptr;
+  }
+
+ private:
+  Tensor q_grad_, grad_scales_;
+  std::optional<Tensor> column_scales_;
+  int64_t n_;
+};
+
 inline Random random_of(const Tensor& seed, int64_t stream) {
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
           name_of(seed.scalar_type()), " of shape ", shape_of(seed));

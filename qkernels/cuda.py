@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from .extensions import BUILD
+from .schemes import QuantScheme
 
 LEAST_CAPABILITY = 80  # of cp.async and of the integer product of 16 x 8 x 32
 _MODULE = f"{__package__}._C_cuda"
@@ -87,4 +88,6 @@ def _dotted(version: int) -> str:
 
 def supports(call: Call) -> bool:
     """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
-    return call.operator in ("quantize_activation", "quantize_rows")
+    if call.operator == "linear":
+        return QuantScheme.parse(call.scheme).int_activations
+    return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows")

@@ -6,102 +6,122 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
-#include "cuda/rows.h"
+#include "cuda/api.h"
 #include "tensors.h"
 
 namespace {
 
 using namespace qk::tensors;
-using qk::cuda::Order;
-using qk::cuda::RowsArgs;
 
-// Makes the device of a tensor current; its stream there is the one torch uses.
-class OnDevice {
+// Makes the device of a tensor current for the time of a call. Kernels run on torch's stream; scratch is memory of
+// torch's allocator, which keeps it until they are done.
+class Call {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit Call(const Tensor& t) : like_(t), guard_(t.get_device_index()) {
+    const int index = t.get_device_index();
     void* stream = nullptr;
-    require(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, "no CUDA stream on device ",
-            t.get_device_index());
+    require(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "no CUDA stream on device ", index);
     stream_ = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index);
+    require(error == cudaSuccess, "CUDA device ", index, ": ", cudaGetErrorString(error));
   }
 
-  cudaStream_t stream() const { return stream_; }
+  qk::cuda::Device device() { return {stream_, processors_, allocate, this}; }
 
  private:
+  static void* allocate(size_t bytes, void* self) {
+    auto& call = *static_cast<Call*>(self);
+    const auto size = static_cast<int64_t>(bytes);
+    call.scratch_.push_back(torch::stable::new_empty(call.like_, {size}, ScalarType::Byte));
+    return call.scratch_.back().mutable_data_ptr();
+  }
+
+  Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  int processors_ = 0;
+  std::vector<Tensor> scratch_;
 };
 
 void check_launch(const char* op, cudaError_t error) {
   require(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error));
 }
 
-struct QuantizedRows {
-  Tensor q, scales;
-};
-
-// x quantized for a scheme: per token or per group.
-QuantizedRows quantize_x(const qk::Matrix& view, const Tensor& x, const qk::Scheme& scheme, Order order,
-                         cudaStream_t stream) {
-  const int64_t stride = order == Order::plain ? view.cols : qk::round_up(view.cols, 32);
-  QuantizedRows out{torch::stable::new_empty(x, {view.rows, stride}, ScalarType::Char),
-                    torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float)};
-  const RowsArgs args{.x = view.data,
-                      .factors = nullptr,
-                      .q = static_cast<int8_t*>(out.q.mutable_data_ptr()),
-                      .scales = static_cast<float*>(out.scales.mutable_data_ptr()),
-                      .rows = view.rows,
-                      .cols = view.cols,
-                      .q_stride = stride,
-                      .group = static_cast<int>(scheme.act_group_size),
-                      .dtype = view.dtype,
-                      .order = order,
-                      .random = {}};
-  check_launch("quantize_activation", qk::cuda::quantize_rows(args, stream));
-  return out;
-}
-
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
-  const OnDevice device(x_arg);
+  Call call(x_arg);
   const Tensor x = as_contiguous(x_arg);
-  QuantizedRows out = quantize_x(matrix("x", x, -1), x, scheme, Order::plain, device.stream());
-  return {out.q, out.scales};
+  const qk::Matrix view = matrix("x", x, -1);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float);
+  check_launch("quantize_activation",
+               qk::cuda::quantize_activation(view, scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+                                             static_cast<float*>(scales.mutable_data_ptr()), call.device()));
+  return {q, scales};
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
                                          int64_t stream) {
-  const OnDevice device(x_arg);
+  Call call(x_arg);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
   const float* const factors = factors_of("column_factors", column_factors, view.cols);
   Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
-  const RowsArgs args{.x = view.data,
-                      .factors = factors,
-                      .q = static_cast<int8_t*>(q.mutable_data_ptr()),
-                      .scales = static_cast<float*>(scales.mutable_data_ptr()),
-                      .rows = view.rows,
-                      .cols = view.cols,
-                      .q_stride = view.cols,
-                      .group = 0,
-                      .dtype = view.dtype,
-                      .order = Order::plain,
-                      .random = random_of(seed, stream)};
-  check_launch("quantize_rows", qk::cuda::quantize_rows_stochastic(args, device.stream()));
+  check_launch("quantize_rows", qk::cuda::quantize_rows(view, factors, random_of(seed, stream),
+                                                        static_cast<int8_t*>(q.mutable_data_ptr()),
+                                                        static_cast<float*>(scales.mutable_data_ptr()), call.device()));
   return {q, scales};
+}
+
+Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
+              std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
+  Call call(x_arg);
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
+  check_launch("linear",
+               qk::cuda::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, call.device()));
+  return out;
+}
+
+Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
+                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                      std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
+  Call call(grad_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
+  const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  check_launch("int_grad_input", qk::cuda::int_grad_input(args.rows(), weight.get(), args.column_scales(),
+                                                          out.mutable_data_ptr(), out_type, call.device()));
+  return out;
 }
 
 STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
   m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
   m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
+      "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels_cuda, CUDA, m) {
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
 }
 
 }  // namespace
