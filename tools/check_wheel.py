@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--platform", help="newest platform tag allowed, such as manylinux_2_34")
     parser.add_argument("--archs", help='GPU architectures expected, such as "80;90"')
     arguments = parser.parse_args()
-    archs = sorted(map(int, arguments.archs.split(";"))) if arguments.archs else None
+    archs = sorted(int(arch.rstrip("a")) for arch in arguments.archs.split(";")) if arguments.archs else None
     failed = False
     for wheel in arguments.wheels:
         for problem in check(wheel, arguments.platform, archs):
