@@ -63,7 +63,9 @@ class BuildNative(BuildExtension):
                 name = f"{stub}/libtorch_cuda.so"
                 flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
                 subprocess.run(["cc", *flags, "csrc/cuda/torch_cuda_stub.c", "-o", name], check=True)
-            libraries = [f"-L{path}" for path in (*ext.library_dirs, NVCC_LIBRARIES, stub)] + [f"-l{name}" for name in ext.libraries]
+            libraries = [f"-L{path}" for path in (*ext.library_dirs, NVCC_LIBRARIES, stub)] + [
+                f"-l{name}" for name in ext.libraries
+            ]
             sources = [*ext.sources, *sorted(glob("csrc/cuda/*.cu"))]
             subprocess.run([*command, *sources, *libraries, "-Xlinker=-rpath,$ORIGIN"], check=True)
 

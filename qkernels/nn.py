@@ -34,14 +34,14 @@ def float_weight(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace it before torch 2.11
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+# Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
+# cannot trace it.
+_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on devices of this type; None outside of autocast."""
-    autocast = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else None
 
 

@@ -164,19 +164,23 @@ def test_which_devices_a_build_covers(targets, capability, expected):
     assert cuda.Library(bool(targets), "", None, targets).covers(capability) is expected
 
 
-def broken_copy(folder: Path, **files: str | None) -> dict[str, str]:
-    """The environment of a process whose qkernels is a copy in which these files have other contents, or are gone."""
+def break_copy(folder: Path, **files: str | None) -> None:
+    """Copy the package into a folder; there these modules have other contents, or are gone."""
     shutil.copytree(PACKAGE, folder / "qkernels", ignore=shutil.ignore_patterns("__pycache__", "_C_cuda*"))
     for name, contents in files.items():
         for path in (folder / "qkernels").glob(f"{name}.*"):
             path.unlink()
         if contents is not None:
             (folder / "qkernels" / f"{name}{'.py' if contents else '.abi3.so'}").write_text(contents)
-    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def run(env: dict[str, str], code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+# An editable installation would find the files that the copy lacks.
+NO_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+
+
+def run_in(folder: Path, code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", NO_EDITABLE + code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 # As in `qkernels info --json` beside a torch that is built with CUDA, and then a layer on the CPU.
@@ -205,7 +209,8 @@ def driver_version(): return 12040
     ids=["absent", "broken", "old driver"],
 )
 def test_a_missing_cuda_library_says_why_and_leaves_the_cpu_alone(tmp_path, library, reason, remedy):
-    done = run(broken_copy(tmp_path, _C_cuda=library), INFO)
+    break_copy(tmp_path, _C_cuda=library)
+    done = run_in(tmp_path, INFO)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert not facts["loaded"]
@@ -217,7 +222,8 @@ def test_a_missing_cuda_library_says_why_and_leaves_the_cpu_alone(tmp_path, libr
     ("contents", "word"), [(None, "is not built for this Python"), ("", "does not load with torch")]
 )
 def test_a_missing_required_library_says_what_to_do(tmp_path, name, contents, word):
-    done = run(broken_copy(tmp_path, **{name: contents}), "import qkernels, qkernels.isa")
+    break_copy(tmp_path, **{name: contents})
+    done = run_in(tmp_path, "import qkernels, qkernels.isa")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1
     assert last.startswith(f"ImportError: qkernels.{name} {word}"), last
