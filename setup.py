@@ -33,7 +33,6 @@ CUDA_TARGETS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0
 # On PATH, or that of the package cuda-toolkit[nvcc,cudart,cccl], which keeps its libraries where nvcc does not look.
 PACKAGED_NVCC = glob(f"{sysconfig.get_path('purelib')}/nvidia/cu*/bin/nvcc")
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or next(iter(PACKAGED_NVCC), "nvcc")
-NVCC_LIBRARIES = Path(NVCC).resolve().parents[1] / "lib"
 
 
 class BuildNative(BuildExtension):
@@ -63,11 +62,11 @@ class BuildNative(BuildExtension):
                 name = f"{stub}/libtorch_cuda.so"
                 flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
                 subprocess.run(["cc", *flags, "csrc/cuda/torch_cuda_stub.c", "-o", name], check=True)
-            libraries = [f"-L{path}" for path in (*ext.library_dirs, NVCC_LIBRARIES, stub)] + [
-                f"-l{name}" for name in ext.libraries
-            ]
-            sources = [*ext.sources, *sorted(glob("csrc/cuda/*.cu"))]
-            subprocess.run([*command, *sources, *libraries, "-Xlinker=-rpath,$ORIGIN"], check=True)
+            toolkit = Path(NVCC).resolve().parent.parent / "lib"
+            command += [*ext.sources, *sorted(glob("csrc/cuda/*.cu"))]
+            command += [f"-L{path}" for path in (*ext.library_dirs, toolkit, stub)]
+            command += [f"-l{name}" for name in ext.libraries]
+            subprocess.run([*command, "-Xlinker=-rpath,$ORIGIN"], check=True)
 
 
 def extension(name: str, sources: list[str], **options) -> Extension:
@@ -98,6 +97,8 @@ def cuda_targets() -> list[str]:
 
 def cuda_label() -> str:
     """What the version of a wheel with CUDA kernels ends in, such as "+cu130": the toolkit they were built with."""
+    if shutil.which(NVCC) is None:
+        raise SystemExit("QKERNELS_CUDA=1 needs nvcc: put it on PATH, or pip install 'cuda-toolkit[nvcc,cudart,cccl]'")
     release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([NVCC, "--version"], text=True))
     return f"+cu{release[1]}{release[2]}"
 
