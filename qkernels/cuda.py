@@ -49,5 +49,5 @@ def library() -> Library:
 def supports(call: Call) -> bool:
     """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
     if call.operator == "linear":
-        return QuantScheme.parse(call.scheme).int_activations
+        return QuantScheme.parse(call.scheme).int_activations or call.dtype != torch.float32
     return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows")

@@ -28,7 +28,6 @@ if platform.machine() != "x86_64" or shutil.which("g++") is None:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::DType
 COUNTS = ("products", "matrices", "conflicts", "barriers", "switches")
-PROCESSORS = 2  # so that small matrices reach large tiles
 
 
 DIRECTORY = tempfile.TemporaryDirectory()
@@ -77,7 +76,7 @@ class Emulated:
     """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.reference`.
 
     Attributes:
-        recording: whether launches are kept in `launches` instead of run.
+        processors: of the device; few of them, so that small matrices reach large tiles.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +88,17 @@ class Emulated:
         for name in ("emulator_arguments", "emulator_scratch"):
             getattr(self._library, name).restype = ctypes.c_void_p
         self._kept: list[Tensor] = []
+        self.processors = 2
         self.schedule(0)
 
     def schedule(self, seed: int, early_copies: bool = False) -> None:
         """The order of the warps, and when copies arrive, of the launches from now on."""
         self._library.emulator_schedule(ctypes.c_uint64(seed), int(early_copies))
+
+    def kernels(self) -> set[str]:
+        """Mangled names of all kernels."""
+        listed = subprocess.run(["nm", "-D", self._library._name], capture_output=True, text=True, check=True)
+        return {line.split()[-1] for line in listed.stdout.splitlines() if "_kernel" in line}
 
     def counts(self) -> dict[str, int]:
         """What kernels did since this was last called."""
@@ -206,7 +211,7 @@ class Emulated:
         bias = None if bias is None else self.place(bias)
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         arguments = (x, DTYPES[x.dtype], *x.shape, *weight, n, scheme, bias, bias_dtype)
-        self._call("linear", *arguments, out, DTYPES[out.dtype], PROCESSORS)
+        self._call("linear", *arguments, out, DTYPES[out.dtype], self.processors)
         return out.clone()
 
     def int_grad_input(
@@ -227,5 +232,5 @@ class Emulated:
         columns = None if column_scales is None else self.place(column_scales)
         out = self.noise((q_grad.shape[0], in_features), out_dtype or torch.float32)
         arguments = (q_grad, grad_scales, q_grad.shape[0], *weight, n, in_features, scheme, columns)
-        self._call("int_grad_input", *arguments, out, DTYPES[out.dtype], PROCESSORS)
+        self._call("int_grad_input", *arguments, out, DTYPES[out.dtype], self.processors)
         return out.clone()
