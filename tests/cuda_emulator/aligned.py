@@ -1,7 +1,9 @@
-"""Arguments whose rows start at multiples of 16 bytes, where kernels copy asynchronously, for every size of tile."""
+"""What results must be; and arguments whose rows start at multiples of 16 bytes, for every size of tile."""
 
 import op_samples
 import torch
+from bounds import assert_within_bound
+from helpers import assert_same_bits
 
 from qkernels import QuantScheme, quantize_weight, reference
 
@@ -48,3 +50,19 @@ def sample(op: str, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     weight = quantize_weight(torch.randn(n, shape[2], generator=generator), scheme)
     x = torch.randn(rows, shape[2], generator=generator).to(dtype)
     return op_samples.Sample((x, *weight, torch.randn(n, generator=generator), scheme), label)
+
+
+def check(op: str, scheme: str, sample: op_samples.Sample, actual) -> None:
+    """Equal bits where integers are multiplied, the bound of a float sum otherwise."""
+    if op == "linear" and scheme in op_samples.FLOAT_SCHEMES:
+        x, *stored, bias = sample.args[:5]
+        exact = op_samples.exact_weight(*stored, x.shape[1], scheme)
+        assert_within_bound(as_tuple(actual)[0], x, exact, bias, sample.label)
+        return
+    expected = getattr(reference, op)(*sample.args)
+    for result, wanted in zip(as_tuple(actual), as_tuple(expected), strict=True):
+        assert_same_bits(result, wanted, sample.label)
+
+
+def as_tuple(result) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
