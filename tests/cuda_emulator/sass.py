@@ -1,4 +1,4 @@
-"""Machine code of the CUDA kernels for each GPU: registers, spills, and what a turn of the product's loop is made of."""
+"""Machine code of the CUDA kernels for each GPU: registers, spills, and a turn of the product's loop."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class Fault(NamedTuple):
 NEXT_TILE = """      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
       commit_copies();
 """
-BARRIER = "      sync_block();  // the tile is there for all, and all are done with the one before, which is overwritten next\n"
+BARRIER = """      sync_block();  // the tile is there for all, and all are done with the one before, which is overwritten next
+"""
 WAIT = "      wait_copies<T::kStages - 2>();\n"
 IN_SOURCE = {
     "wait too lax": Fault("int_matmul.cu", WAIT, "      wait_copies<T::kStages - 1>();\n", INT8, "wrong|waited"),
@@ -60,12 +61,13 @@ IN_SOURCE = {
     "scale of the group before": Fault("int_matmul.cu", "load_group(next)", "load_group(k)", INT4, "wrong"),
     "sum that must be positive": Fault("int_matmul.cu", "0x4b400000", "0x4b000000", INT4, "wrong"),
     "pipeline too shallow at its start": Fault(
-        "int_matmul.cu", "s < T::kStages - 1; ++s) {\n      if (s < tiles)", "s < T::kStages - 1; ++s) {\n      if (s < 1)",
-        FEW, "wrong"),
+        "int_matmul.cu", "++s) {\n      if (s < tiles)", "++s) {\n      if (s < 1)", FEW, "wrong"),
     "range of the first warp only": Fault("rows.cu", "i < blockDim.x / 32", "i < 1", QUANTIZE, "wrong"),
     "shuffle in part of a warp": Fault(
-        "rows.cu", "v = lane_max(v, 32);", "if (threadIdx.x != 77) v = lane_max(v, 32);", QUANTIZE, "deadlock|different"),
-    "sign kept in the range": Fault("rules.cuh", "__float_as_uint(v) & 0x7fffffffu", "__float_as_uint(v)", QUANTIZE, "wrong"),
+        "rows.cu", "v = lane_max(v, 32);", "if (threadIdx.x != 77) v = lane_max(v, 32);", QUANTIZE,
+        "deadlock|different"),
+    "sign kept in the range": Fault(
+        "rules.cuh", "__float_as_uint(v) & 0x7fffffffu", "__float_as_uint(v)", QUANTIZE, "wrong"),
     "bfloat16 truncated": Fault("rules.cuh", "(bits + 0x7fff + (bits >> 16 & 1))", "bits", INT8, "wrong"),
 }  # fmt: skip
 
