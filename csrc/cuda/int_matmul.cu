@@ -220,8 +220,9 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
       commit_copies();
     }
     for (int tile = 0; tile < tiles; ++tile) {
+      // After these the tile is there for all, and all are done with the one before, which is overwritten next.
       wait_copies<T::kStages - 2>();
-      sync_block();  // the tile is there for all, and all are done with the one before, which is overwritten next
+      sync_block();
       if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
       commit_copies();
       multiply_stage(tile, finest);

@@ -36,8 +36,7 @@ class Fault(NamedTuple):
 NEXT_TILE = """      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
       commit_copies();
 """
-BARRIER = """      sync_block();  // the tile is there for all, and all are done with the one before, which is overwritten next
-"""
+BARRIER = "      sync_block();\n"
 WAIT = "      wait_copies<T::kStages - 2>();\n"
 IN_SOURCE = {
     "wait too lax": Fault("int_matmul.cu", WAIT, "      wait_copies<T::kStages - 1>();\n", INT8, "wrong|waited"),
