@@ -45,6 +45,12 @@ def test_code(target):
     assert seen == {kernel for kernel, of in registers if of == target}
 
 
+def test_compiler_found_no_undefined_behaviour():
+    """nvcc compiles a path that it takes for undefined into a trap."""
+    for name, text in compiled.texts().items():
+        assert "trap;" not in text, name
+
+
 def test_kernels_of_integers_round_every_operation():
     for name, text in compiled.texts().items():
         if "float_matmul" not in name:
