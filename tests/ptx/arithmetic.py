@@ -126,8 +126,9 @@ def multiply_add(block: Block, instruction: Instruction) -> None:
         return
     _check_rounding(instruction)
     if kind in ("bf16", "bf16x2"):
-        exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
-        if (exact.astype(np.float32) != exact).any():
+        product = a.astype(np.float64) * b.astype(np.float64)
+        exact = product + c
+        if ((exact.astype(np.float32) != exact) | (exact - product != c)).any():
             raise PtxError(f"{name} of {kind} is known only for sums that float32 holds")
         _put(block, destination, exact.astype(np.float32), kind)
         return
