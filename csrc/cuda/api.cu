@@ -67,6 +67,7 @@ cudaError_t linear_float(const Matrix& x, const Weight& weight, const Bias& bias
                           .w_shift = group_shift(weight.scheme.group_size),
                           .slice = 0,
                           .parts = nullptr};
+  if (is_float_row(args)) return float_row(args, device.processors, device.stream);
   args.slice = choose_slices(args, device.processors).size;
   if (args.slice < args.k) args.parts = allocate<float>(device, div_up(args.k, args.slice) * x.rows * weight.n);
   return float_matmul(args, device.stream);

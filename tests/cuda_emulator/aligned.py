@@ -9,9 +9,9 @@ from qkernels import QuantScheme, quantize_weight, reference
 
 FLOAT_SCHEMES = ("w8a16", "w8a16-g64", "w4a16", "w4a16-asym", "w4a16-g32-asym", "w4a16-g128")
 INT_SCHEMES = ("w8a8", "w8a8-g32-ag64", "w4a8-asym", "w4a8-g64", "w4a8-g32-asym", "w4a8-g128-asym-ag32", "w8a8-ag128")
-# Rows, columns, depth: with two processors for the three tiles of integers and the two of floats.
+# Rows, columns, depth: with two processors for the three tiles of integers, and the two of floats and the row.
 INT_SHAPES = ((5, 100, 288), (40, 70, 512), (140, 136, 160))
-FLOAT_SHAPES = ((5, 100, 288), (70, 72, 160))
+FLOAT_SHAPES = ((5, 100, 288), (70, 72, 160), (1, 37, 1184))
 # Of int_grad_input the depth is the columns of the weight's result.
 GRADIENTS = (("w8a8", (40, 96, 80)), ("w8a8", (130, 160, 272)), ("w4a8-g32-asym", (70, 160, 140)))
 

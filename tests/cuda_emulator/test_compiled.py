@@ -29,6 +29,8 @@ CASES = [
     ("linear", "w8a16-g64", (20, 40, 160), F16),
     ("linear", "w4a16-asym", (20, 40, 96), F16),
     ("linear", "w4a16-g32-asym", (5, 40, 160), BF16),
+    ("linear", "w4a16-g32-asym", (1, 9, 288), BF16),
+    ("linear", "w8a16", (1, 9, 288), F16),
     ("int_grad_input", "w8a8", (5, 48, 80), torch.int8),
     ("int_grad_input", "w4a8-g32-asym", (5, 80, 66), torch.int8),
 ]

@@ -53,5 +53,5 @@ def test_compiler_found_no_undefined_behaviour():
 
 def test_kernels_of_integers_round_every_operation():
     for name, text in compiled.texts().items():
-        if "float_matmul" not in name:
+        if "float_matmul" not in name and "float_row" not in name:
             assert not FORBIDDEN.search(text), name
