@@ -102,6 +102,12 @@ class Emulated:
         """The order of the warps, and when copies arrive, of the launches from now on."""
         self._library.emulator_schedule(ctypes.c_uint64(seed), int(early_copies))
 
+    def reason(self, choice: str, rows: int, columns: int, depth: int, processors: int) -> str:
+        """Why `tile` or `slices` are chosen as they are for a product."""
+        function = getattr(self._library, f"{choice}_reason")
+        function.restype = ctypes.c_char_p
+        return function(rows, columns, depth, processors).decode()
+
     def kernels(self) -> set[str]:
         """Mangled names of all kernels."""
         listed = subprocess.run(["nm", "-D", self._library._name], capture_output=True, text=True, check=True)

@@ -75,3 +75,20 @@ def test_samples_reach_every_kernel():
         if supported(op, sample):
             reached |= {launch.kernel for launch in kernels.record(op, *sample.args)}
     assert reached == kernels.kernels()
+
+
+@pytest.mark.parametrize(
+    ("choice", "shape", "reason"),
+    [
+        ("tile", (16, 4096, 4096, 108), "at most 16 rows"),
+        ("tile", (17, 4096, 4096, 108), "64 x 64"),
+        ("tile", (512, 4096, 4096, 108), "128 x 128"),
+        ("tile", (512, 1024, 4096, 108), "64 x 64"),
+        ("tile", (512, 4096, 4100, 108), "16 bytes"),
+        ("slices", (16, 4096, 4096, 108), "idle"),
+        ("slices", (16, 28672, 4096, 108), "occupy"),
+        ("slices", (17, 4096, 4096, 108), "more than 16 rows"),
+    ],
+)
+def test_choice_and_its_reason(choice, shape, reason):
+    assert reason in emulated.library().reason(choice, *shape)
