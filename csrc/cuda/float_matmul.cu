@@ -217,20 +217,9 @@ struct FloatMatmul : WarpTile<T_> {
     clear(acc);
     if constexpr (kGrouped) clear(total);
     load_group(begin);
-    const int tiles = (end - begin + kDepth - 1) / kDepth;
-#pragma unroll
-    for (int s = 0; s < T::kStages - 1; ++s) {
-      if (s < tiles) copy_stage(s);
-      commit_copies();
-    }
-    for (int tile = 0; tile < tiles; ++tile) {
-      // After these the tile is there for all, and all are done with the one before, which is overwritten next.
-      wait_copies<T::kStages - 2>();
-      sync_block();
-      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
-      commit_copies();
-      multiply_stage(tile);
-    }
+    const auto copy = [&](int tile) { copy_stage(tile); };
+    const auto multiply = [&](int tile) { multiply_stage(tile); };
+    pipeline<T::kStages>((end - begin + kDepth - 1) / kDepth, copy, multiply);
     store();
   }
 

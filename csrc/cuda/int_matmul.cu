@@ -214,19 +214,9 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
     }
     restart();
     load_group(0);
-    const int tiles = (args.k + kDepth - 1) / kDepth;
-    for (int s = 0; s < T::kStages - 1; ++s) {
-      if (s < tiles) copy_stage(s);
-      commit_copies();
-    }
-    for (int tile = 0; tile < tiles; ++tile) {
-      // After these the tile is there for all, and all are done with the one before, which is overwritten next.
-      wait_copies<T::kStages - 2>();
-      sync_block();
-      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
-      commit_copies();
-      multiply_stage(tile, finest);
-    }
+    const auto copy = [&](int tile) { copy_stage(tile); };
+    const auto multiply = [&](int tile) { multiply_stage(tile, finest); };
+    pipeline<T::kStages>((args.k + kDepth - 1) / kDepth, copy, multiply);
     store();
   }
 

@@ -58,6 +58,25 @@ __device__ __forceinline__ void copy_window(uint8_t* tile, const Window& from) {
   }
 }
 
+// Runs multiply(tile) for each tile once copy(tile) has filled its place in a ring of kStages, which is kept as full as
+// it can be.
+template <int kStages, class Copy, class Multiply>
+__device__ __forceinline__ void pipeline(int tiles, Copy copy, Multiply multiply) {
+#pragma unroll
+  for (int tile = 0; tile < kStages - 1; ++tile) {
+    if (tile < tiles) copy(tile);
+    commit_copies();
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    // After these the tile is there for all, and all are done with the one before, which is overwritten next.
+    wait_copies<kStages - 2>();
+    sync_block();
+    if (tile + kStages - 1 < tiles) copy(tile + kStages - 1);
+    commit_copies();
+    multiply(tile);
+  }
+}
+
 struct Place {
   int64_t row, column;
 };

@@ -33,17 +33,17 @@ class Fault(NamedTuple):
     shows: str
 
 
-NEXT_TILE = """      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
-      commit_copies();
+NEXT_TILE = """    if (tile + kStages - 1 < tiles) copy(tile + kStages - 1);
+    commit_copies();
 """
-BARRIER = "      sync_block();\n"
-WAIT = "      wait_copies<T::kStages - 2>();\n"
+BARRIER = "    sync_block();\n"
+WAIT = "    wait_copies<kStages - 2>();\n"
+LAX_WAIT = "    wait_copies<kStages - 1>();\n"
 IN_SOURCE = {
-    "wait too lax": Fault("int_matmul.cu", WAIT, "      wait_copies<T::kStages - 1>();\n", INT8, "wrong|waited"),
-    "no barrier": Fault("int_matmul.cu", BARRIER, "", INT8, "wrong"),
+    "wait too lax": Fault("tiles.cuh", WAIT, LAX_WAIT, INT8, "wrong|waited"),
+    "no barrier": Fault("tiles.cuh", BARRIER, "", INT8, "wrong"),
     "tile overwritten while it is read": Fault(
-        "int_matmul.cu", WAIT + BARRIER + NEXT_TILE, NEXT_TILE + "      wait_copies<T::kStages - 1>();\n" + BARRIER,
-        INT8, "wrong"),
+        "tiles.cuh", WAIT + BARRIER + NEXT_TILE, NEXT_TILE + LAX_WAIT + BARRIER, INT8, "wrong"),
     "swapped fragment": Fault("int_matmul.cu", "b[j][1] = r[1];", "b[j][1] = r[2];", INT8, "wrong"),
     "factor not transposed": Fault(
         "int_matmul.cu", "load_matrices_transposed(r,", "load_matrices(r,", GRADIENT, "wrong"),
@@ -60,7 +60,7 @@ IN_SOURCE = {
     "scale of the group before": Fault("int_matmul.cu", "load_group(next)", "load_group(k)", INT4, "wrong"),
     "sum that must be positive": Fault("int_matmul.cu", "0x4b400000", "0x4b000000", INT4, "wrong"),
     "pipeline too shallow at its start": Fault(
-        "int_matmul.cu", "++s) {\n      if (s < tiles)", "++s) {\n      if (s < 1)", FEW, "wrong"),
+        "tiles.cuh", "    if (tile < tiles) copy(tile);", "    if (tile < 1) copy(tile);", FEW, "wrong"),
     "range of the first warp only": Fault("rows.cu", "i < blockDim.x / 32", "i < 1", QUANTIZE, "wrong"),
     "shuffle in part of a warp": Fault(
         "rows.cu", "v = lane_max(v, 32);", "if (threadIdx.x != 77) v = lane_max(v, 32);", QUANTIZE,
