@@ -89,5 +89,7 @@ def _dotted(version: int) -> str:
 def supports(call: Call) -> bool:
     """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
     if call.operator == "linear":
-        return QuantScheme.parse(call.scheme).int_activations
+        return QuantScheme.parse(call.scheme).int_activations or call.dtype != torch.float32
+    if call.operator == "linear_saving":
+        return QuantScheme.parse(call.scheme).act_group_size is None
     return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows")

@@ -17,7 +17,7 @@ struct PhiloxRow {
   uint32_t keys[kPhiloxRounds][2];
   uint32_t row, stream;
 
-  constexpr PhiloxRow(const Random& random, int64_t index) : row(static_cast<uint32_t>(index)), stream(random.stream) {
+  PhiloxRow(const Random& random, int64_t index) : row(static_cast<uint32_t>(index)), stream(random.stream) {
     uint32_t key[2] = {static_cast<uint32_t>(random.seed), static_cast<uint32_t>(random.seed >> 32)};
     for (auto& round : keys) {
       for (int i = 0; i < 2; ++i) {
@@ -27,7 +27,7 @@ struct PhiloxRow {
     }
   }
 
-  constexpr void block(uint32_t index, uint32_t (&words)[kPhiloxWords]) const {
+  void block(uint32_t index, uint32_t (&words)[kPhiloxWords]) const {
     uint32_t c[kPhiloxWords] = {index, row, stream, 0};
     for (const auto& key : keys) {
       const uint64_t product0 = uint64_t{kPhiloxMultiplier[0]} * c[0], product1 = uint64_t{kPhiloxMultiplier[1]} * c[2];

@@ -1,6 +1,7 @@
 // The operators as launches: quantization, what a product needs before it, the product.
 #include "cuda/api.h"
 
+#include "cuda/float_matmul.h"
 #include "cuda/int_matmul.h"
 #include "cuda/rows.h"
 #include "cuda/unpack.h"
@@ -47,9 +48,37 @@ cudaError_t quantize_rows(const Matrix& x, const float* factors, const Random& r
   return quantize_rows_stochastic(args, device.stream);
 }
 
+namespace {
+
+cudaError_t linear_float(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
+                         const Device& device) {
+  FloatMatmulArgs args = {.x = x.data,
+                          .dtype = x.dtype,
+                          .weight = weight.qweight,
+                          .scales = weight.scales,
+                          .zeros = weight.zeros,
+                          .bias = bias,
+                          .out = out,
+                          .out_dtype = out_dtype,
+                          .m = static_cast<int>(x.rows),
+                          .n = static_cast<int>(weight.n),
+                          .k = static_cast<int>(x.cols),
+                          .bits = weight.scheme.weight_bits,
+                          .w_shift = group_shift(weight.scheme.group_size),
+                          .slice = 0,
+                          .parts = nullptr};
+  if (is_float_row(args)) return float_row(args, device.processors, device.stream);
+  args.slice = choose_slices(args, device.processors).size;
+  if (args.slice < args.k) args.parts = allocate<float>(device, div_up(args.k, args.slice) * x.rows * weight.n);
+  return float_matmul(args, device.stream);
+}
+
+}  // namespace
+
 cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
                    const Device& device) {
   if (x.rows == 0 || weight.n == 0) return cudaSuccess;
+  if (!weight.scheme.int_activations()) return linear_float(x, weight, bias, out, out_dtype, device);
   const Scheme& scheme = weight.scheme;
   const Storage storage = scheme.weight_bits == 8 ? Storage::int8 : Storage::int4;
   // Rows of x are padded, so that only the weight decides whether copies are aligned.

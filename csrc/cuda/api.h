@@ -25,7 +25,7 @@ cudaError_t quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q
 cudaError_t quantize_rows(const Matrix& x, const float* factors, const Random& random, int8_t* q, float* scales,
                           const Device& device);
 
-// out: [x.rows, weight.n] of out_dtype. a8 schemes.
+// out: [x.rows, weight.n] of out_dtype. x of `a16` schemes is bfloat16 or float16.
 cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
                    const Device& device);
 

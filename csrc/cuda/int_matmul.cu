@@ -37,15 +37,19 @@ struct Tile<TileSize::square128> {
 
 // The kernel for a tile size, a storage, with or without groups, and for aligned rows or any.
 template <TileSize kSize, Storage kStorage, bool kGrouped, bool kAligned>
-struct IntMatmul {
+struct IntMatmul : WarpTile<Tile<kSize>> {
   using T = Tile<kSize>;
+  using Base = WarpTile<T>;
+  using Base::column0, Base::g, Base::lane, Base::row0, Base::row_of, Base::t, Base::warp_column, Base::warp_row;
+  static constexpr int kThreads = Base::kThreads, kRowTiles = Base::kRowTiles, kColumnTiles = Base::kColumnTiles;
   static constexpr bool kAcross = kStorage == Storage::int8_across;
-  static constexpr int kWarps = (T::kRows / T::kWarpRows) * (T::kColumns / T::kWarpColumns), kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = T::kWarpRows / 16, kColumnTiles = T::kWarpColumns / 8;
+  static constexpr Reads kReads = kAcross ? Reads::across : Reads::neighbours;
   static constexpr int kWeightRows = kAcross ? kDepth : T::kColumns;
   static constexpr int kWeightRowBytes = kAcross ? T::kColumns : (kStorage == Storage::int4 ? kDepth / 2 : kDepth);
   static constexpr int kXBytes = T::kRows * kDepth, kStageBytes = kXBytes + kWeightRows * kWeightRowBytes;
   static constexpr int kSharedBytes = T::kStages * kStageBytes;
+  // Of large tiles two fit on a processor if a thread has at most 128 registers; more accumulators need more.
+  static constexpr int kBlocks = kSize == TileSize::square128 && !kGrouped && !kAcross ? 2 : 1;
   static_assert(kSharedBytes <= 48 * 1024, "more would have to be asked for");
 
   // What a group of the weight brings to the columns of a lane: scales of columns 2 t, + 1 of each tile of 8, and the
@@ -56,29 +60,15 @@ struct IntMatmul {
   };
 
   const IntMatmulArgs& args;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int g = lane / 4, t = lane % 4;
-  const int warp_row = warp / (T::kColumns / T::kWarpColumns) * T::kWarpRows;
-  const int warp_column = warp % (T::kColumns / T::kWarpColumns) * T::kWarpColumns;
-  int row0, column0;  // of the tile
   int32_t acc[kRowTiles][kColumnTiles][4];
   float total[kGrouped ? kRowTiles : 1][kGrouped ? kColumnTiles : 1][4];
   Group group;
 
-  __device__ __forceinline__ explicit IntMatmul(const IntMatmulArgs& args) : args(args) {
-    const Place place = tile_place(blockIdx.x, div_up(args.m, T::kRows), div_up(args.n, T::kColumns));
-    row0 = static_cast<int>(place.row) * T::kRows;
-    column0 = static_cast<int>(place.column) * T::kColumns;
-  }
+  __device__ __forceinline__ explicit IntMatmul(const IntMatmulArgs& args) : Base(args.m, args.n), args(args) {}
 
-  // Row of the result of registers 2 h, + 1 of row tile i.
-  __device__ __forceinline__ int row_of(int i, int h) const { return row0 + warp_row + 16 * i + g + 8 * h; }
-
-  // Column of the result of register e (+ 2 h) of column tile j. Across, a register of the factor holds every other
-  // column of 16.
+  // Across, a register of the factor holds every other column of 16.
   __device__ __forceinline__ int column_of(int j, int e) const {
-    const int inside = kAcross ? 16 * (j / 2) + 4 * t + 2 * e + j % 2 : 8 * j + 2 * t + e;
-    return column0 + warp_column + inside;
+    return kAcross ? column0 + warp_column + 16 * (j / 2) + 4 * t + 2 * e + j % 2 : Base::column_of(j, e);
   }
 
   __device__ __forceinline__ void copy_stage(int tile) const {
@@ -91,7 +81,7 @@ struct IntMatmul {
                           args.n,      args.weight_stride,
                           column0,     kStorage == Storage::int4 ? begin / 2 : begin};
     const Window across = {args.weight, args.weight_stride, args.k, args.n, begin, column0};
-    copy_window<kWeightRows, kWeightRowBytes, kThreads, kAligned, kAcross>(to + kXBytes, kAcross ? across : along);
+    copy_window<kWeightRows, kWeightRowBytes, kThreads, kAligned, kReads>(to + kXBytes, kAcross ? across : along);
   }
 
   __device__ __forceinline__ void load_x(const uint8_t* tile, int step, uint32_t (&a)[kRowTiles][4]) const {
@@ -109,7 +99,8 @@ struct IntMatmul {
       if (kAcross) {
         const int matrix = lane / 8, i = lane % 8;
         const int row = kStep * step + 16 * (matrix / 2) + 2 * (matrix % 2) + 4 * (i / 2) + i % 2;
-        load_matrices_transposed(r, tile + swizzled<kWeightRowBytes, true>(row, (warp_column + 8 * j) / kChunk));
+        load_matrices_transposed(r,
+                                 tile + swizzled<kWeightRowBytes, Reads::across>(row, (warp_column + 8 * j) / kChunk));
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           b[j + odd][0] = permute_bytes(r[0], r[1], odd ? 0x7531 : 0x6420);
@@ -132,23 +123,16 @@ struct IntMatmul {
     return (and_or(nibbles, 0x0f0f0f0f, 0x80808080) - zero) ^ 0x80808080;
   }
 
-  // Scale or zero point `group` of a row, in a matrix of those of all groups; row indices that do not exist stay
-  // inside.
-  __device__ __forceinline__ uint32_t group_index(int row, int rows, int shift, int k) const {
-    const uint32_t groups = (static_cast<uint32_t>(args.k - 1) >> shift) + 1;
-    return static_cast<uint32_t>(row < rows ? row : rows - 1) * groups + static_cast<uint32_t>(k >> shift);
-  }
-
   __device__ __forceinline__ void load_group(int k) {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       if (kStorage == Storage::int4) {
-        const uint32_t index = group_index(column0 + warp_column + 8 * j + g, args.n, args.w_shift, k);
+        const uint32_t index = group_index(column0 + warp_column + 8 * j + g, args.n, args.w_shift, k, args.k);
         group.zero[j] = (args.zeros == nullptr ? 8 : args.zeros[index]) * 0x01010101u;
       }
 #pragma unroll
       for (int e = 0; e < 2 && kGrouped; ++e) {
-        const uint32_t index = group_index(column_of(j, e), args.n, args.w_shift, k);
+        const uint32_t index = group_index(column_of(j, e), args.n, args.w_shift, k, args.k);
         group.scale[j][e] = args.w_shift != kWholeRow ? args.scales[index] : 1.0f;
       }
     }
@@ -171,7 +155,7 @@ struct IntMatmul {
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t index = group_index(row_of(i, h), args.m, args.x_shift, k);
+        const uint32_t index = group_index(row_of(i, h), args.m, args.x_shift, k, args.k);
         const float x_scale = args.x_shift != kWholeRow ? args.x_scales[index] : 1.0f;
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j) {
@@ -230,18 +214,9 @@ struct IntMatmul {
     }
     restart();
     load_group(0);
-    const int tiles = (args.k + kDepth - 1) / kDepth;
-    for (int s = 0; s < T::kStages - 1; ++s) {
-      if (s < tiles) copy_stage(s);
-      commit_copies();
-    }
-    for (int tile = 0; tile < tiles; ++tile) {
-      wait_copies<T::kStages - 2>();
-      sync_block();  // the tile is there for all, and all are done with the one before, which is overwritten next
-      if (tile + T::kStages - 1 < tiles) copy_stage(tile + T::kStages - 1);
-      commit_copies();
-      multiply_stage(tile, finest);
-    }
+    const auto copy = [&](int tile) { copy_stage(tile); };
+    const auto multiply = [&](int tile) { multiply_stage(tile, finest); };
+    pipeline<T::kStages>((args.k + kDepth - 1) / kDepth, copy, multiply);
     store();
   }
 
@@ -293,7 +268,8 @@ struct IntMatmul {
 };
 
 template <TileSize kSize, Storage kStorage, bool kGrouped, bool kAligned>
-__global__ void __launch_bounds__(IntMatmul<kSize, kStorage, kGrouped, kAligned>::kThreads)
+__global__ void __launch_bounds__(IntMatmul<kSize, kStorage, kGrouped, kAligned>::kThreads,
+                                  IntMatmul<kSize, kStorage, kGrouped, kAligned>::kBlocks)
     int_matmul_kernel(const IntMatmulArgs args) {
   IntMatmul<kSize, kStorage, kGrouped, kAligned>(args).run();
 }

@@ -77,12 +77,21 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tens
   return {q, scales};
 }
 
+// What linear multiplies; its kernels count rows in 32 bits, and multiply no float32.
+void check_linear(const qk::Matrix& x, const qk::Weight& weight, const std::string& scheme) {
+  require(x.rows <= INT32_MAX, "x must have less than 2^31 rows, got ", x.rows);
+  require(weight.n <= INT32_MAX, "qweight must have less than 2^31 rows, got ", weight.n);
+  require(weight.scheme.int_activations() || x.dtype != qk::DType::float32, "x must be bfloat16 or float16 for scheme ",
+          scheme, ", got torch.float32");
+}
+
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
               std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
   Call call(x_arg);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
   const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  check_linear(view, weight.get(), scheme);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
@@ -90,6 +99,15 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
   check_launch("linear",
                qk::cuda::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, call.device()));
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                                                 std::string scheme, std::optional<ScalarType> out_dtype) {
+  require(qk::parse_scheme(scheme).act_group_size == 0, "scheme must have no groups of activations, got ", scheme);
+  const auto [q, x_scales] = quantize_activation(x, scheme);
+  const Tensor row_scales = torch::stable::view(x_scales, {x_scales.size(0)});
+  return {linear(x, qweight, scales, zeros, bias, scheme, out_dtype), q, row_scales};
 }
 
 Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
@@ -113,6 +131,9 @@ STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
+      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
       "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
 }
@@ -121,6 +142,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels_cuda, CUDA, m) {
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_saving", TORCH_BOX(&linear_saving));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
 }
 

@@ -72,14 +72,37 @@ __device__ __forceinline__ uint32_t block_max(uint32_t v) {
   return v;
 }
 
+// Block `block` of the random words of a row (PhiloxRow in cpu/philox.h). Arrays of constants have no address on a
+// device.
+__device__ __forceinline__ void random_words(const Random& random, int64_t row, int64_t block,
+                                             uint32_t (&words)[kPhiloxWords]) {
+  constexpr uint32_t kMultiplier0 = kPhiloxMultiplier[0], kMultiplier1 = kPhiloxMultiplier[1];
+  constexpr uint32_t kWeyl0 = kPhiloxWeyl[0], kWeyl1 = kPhiloxWeyl[1];
+  uint32_t key0 = static_cast<uint32_t>(random.seed), key1 = static_cast<uint32_t>(random.seed >> 32);
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(row), c2 = random.stream, c3 = 0;
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = uint64_t{kMultiplier0} * c0, product1 = uint64_t{kMultiplier1} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+    c3 = static_cast<uint32_t>(product0);
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
 template <bool kStochastic>
 __device__ __forceinline__ void round_vector(const RowsArgs& args, int64_t row, int64_t index, float inverse,
                                              const float (&v)[kVector], int8_t (&q)[kVector]) {
   if (kStochastic) {
-    const PhiloxRow philox(args.random, row);
     for (int half = 0; half < 2; ++half) {
       uint32_t words[kPhiloxWords];
-      philox.block(static_cast<uint32_t>(2 * index + half), words);
+      random_words(args.random, row, 2 * index + half, words);
       for (int i = 0; i < 4; ++i) {
         q[4 * half + i] = static_cast<int8_t>(round_stochastic(v[4 * half + i], inverse, words[i]));
       }

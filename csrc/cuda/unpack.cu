@@ -19,7 +19,7 @@ struct UnpackArgs {
 
 // A thread makes the bytes of two neighbouring k.
 __global__ void __launch_bounds__(kThreads) unpack_weight_kernel(const UnpackArgs args) {
-  const int64_t n = blockIdx.y, first = 2 * (int64_t{blockIdx.x} * kThreads + threadIdx.x);
+  const int64_t n = blockIdx.x, first = 2 * (int64_t{blockIdx.y} * kThreads + threadIdx.x);
   for (int i = 0; i < 2; ++i) {
     const int64_t k = first + i;
     if (k >= args.k) return;
@@ -54,7 +54,7 @@ cudaError_t unpack_weight(const Weight& weight, const float* column_scales, int8
                            .groups = weight.groups,
                            .bits = weight.scheme.weight_bits,
                            .group = static_cast<int>(weight.scheme.group_size)};
-  const dim3 grid(static_cast<unsigned>(div_up(weight.k, 2 * kThreads)), static_cast<unsigned>(weight.n));
+  const dim3 grid(static_cast<unsigned>(weight.n), static_cast<unsigned>(div_up(weight.k, 2 * kThreads)));
   return launch(unpack_weight_kernel, grid, kThreads, 0, stream, args);
 }
 

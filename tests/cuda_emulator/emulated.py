@@ -28,7 +28,6 @@ if platform.machine() != "x86_64" or shutil.which("g++") is None:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::DType
 COUNTS = ("products", "matrices", "conflicts", "barriers", "switches")
-PROCESSORS = 2  # so that small matrices reach large tiles
 
 
 DIRECTORY = tempfile.TemporaryDirectory()
@@ -54,8 +53,10 @@ def _object(source: Path) -> Path:
     return compile_source(source, Path(DIRECTORY.name) / f"{source.name}.o")
 
 
-def compile_source(source: Path, to: Path, *flags: str) -> Path:
-    subprocess.run(["g++", *FLAGS, *flags, "-c", str(source), "-o", str(to)], check=True)
+def compile_source(source: Path, to: Path, *flags: str, before: Path | None = None) -> Path:
+    """Compile a kernel; headers are looked for in `before` first."""
+    first = [] if before is None else [f"-I{before}"]
+    subprocess.run(["g++", *first, *FLAGS, *flags, "-c", str(source), "-o", str(to)], check=True)
     return to
 
 
@@ -73,11 +74,15 @@ def link(name: str, **replaced: Path) -> Emulated:
     return Emulated(path)
 
 
+def _bytes_at(address: int, size: int) -> np.ndarray:
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))
+
+
 class Emulated:
     """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.reference`.
 
     Attributes:
-        recording: whether launches are kept in `launches` instead of run.
+        processors: of the device; few of them, so that small matrices reach large tiles.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +94,28 @@ class Emulated:
         for name in ("emulator_arguments", "emulator_scratch"):
             getattr(self._library, name).restype = ctypes.c_void_p
         self._kept: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self.processors = 2
         self.schedule(0)
 
     def schedule(self, seed: int, early_copies: bool = False) -> None:
         """The order of the warps, and when copies arrive, of the launches from now on."""
         self._library.emulator_schedule(ctypes.c_uint64(seed), int(early_copies))
+
+    def reason(self, choice: str, rows: int, columns: int, depth: int, processors: int) -> str:
+        """Why `tile` or `slices` are chosen as they are for a product."""
+        function = getattr(self._library, f"{choice}_reason")
+        function.restype = ctypes.c_char_p
+        return function(rows, columns, depth, processors).decode()
+
+    def kernels(self) -> set[str]:
+        """Mangled names of all kernels."""
+        listed = subprocess.run(["nm", "-D", self._library._name], capture_output=True, text=True, check=True)
+        return {
+            line.split()[-1]
+            for line in listed.stdout.splitlines()
+            if line.split()[-1].startswith("_Z") and "_kernel" in line
+        }
 
     def counts(self) -> dict[str, int]:
         """What kernels did since this was last called."""
@@ -105,8 +127,7 @@ class Emulated:
         """A contiguous copy that ends where memory ends."""
         size = max(1, tensor.numel()) * tensor.element_size()
         address = self._library.emulator_allocate(ctypes.c_size_t(size))
-        array = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))
-        flat = torch.from_numpy(array).view(tensor.dtype)[: tensor.numel()]
+        flat = torch.from_numpy(_bytes_at(address, size)).view(tensor.dtype)[: tensor.numel()]
         placed = flat.view(tensor.shape)
         placed.copy_(tensor)
         self._kept.append(placed)
@@ -116,9 +137,14 @@ class Emulated:
         """Memory for a result, filled with what no result should hold."""
         out = self.place(torch.empty(shape, dtype=dtype))
         out.fill_(torch.nan if dtype.is_floating_point else 0x5A)
+        self._outputs.append(out)
         return out
 
-    def _call(self, name: str, *args) -> None:
+    def results(self) -> tuple[Tensor, ...]:
+        """What the last call's results hold now."""
+        return tuple(out.clone() for out in self._outputs)
+
+    def _call(self, name: str, *args) -> Tensor | tuple[Tensor, ...]:
         converted = []
         for value in args:
             if isinstance(value, Tensor):
@@ -132,12 +158,14 @@ class Emulated:
         error = getattr(self._library, name)(*converted)
         if error:
             raise KernelError(self._library.emulator_message().decode())
+        results = self.results()
+        return results if len(results) > 1 else results[0]
 
-    def record(self, name: str, *args, **keywords) -> tuple[tuple[Tensor, ...], list[Launch]]:
-        """The results of an operator, not computed, and the launches that would."""
+    def record(self, name: str, *args, **keywords) -> list[Launch]:
+        """The launches of an operator, which are not run; its results stay noise."""
         self._library.emulator_record(1)
         try:
-            results = getattr(self, name)(*args, **keywords)
+            getattr(self, name)(*args, **keywords)
         finally:
             self._library.emulator_record(0)
         launches = []
@@ -147,20 +175,16 @@ class Emulated:
             arguments = ctypes.string_at(self._library.emulator_arguments(i), shape[5])
             kernel = self._library.emulator_kernel(i).decode()
             launches.append(Launch(kernel, tuple(shape[:3]), shape[3], shape[4], arguments))
-        return results if isinstance(results, tuple) else (results,), launches
+        return launches
 
-    def buffers(self) -> list[tuple[int, np.ndarray]]:
-        """Address and bytes of everything that the launches of the last call may touch."""
-        found = [(t.data_ptr(), t.numel() * t.element_size()) for t in self._kept]
+    def buffers(self) -> list[tuple[np.ndarray, bool]]:
+        """The bytes of all that the launches of the last call may touch, and whether they hold a value before."""
+        written = {out.data_ptr() for out in self._outputs}
+        found = [(t.data_ptr(), t.numel() * t.element_size(), t.data_ptr() not in written) for t in self._kept]
         for i in range(self._library.emulator_scratch_count()):
             size = ctypes.c_size_t()
-            found.append((self._library.emulator_scratch(i, ctypes.byref(size)), size.value))
-        arrays = []
-        for address, size in found:
-            if size:
-                pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
-                arrays.append((address, np.ctypeslib.as_array(pointer, (size,))))
-        return arrays
+            found.append((self._library.emulator_scratch(i, ctypes.byref(size)), size.value, False))
+        return [(_bytes_at(address, size), defined) for address, size, defined in found if size]
 
     def _stored(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple:
         return self.place(qweight), self.place(scales), None if zeros is None else self.place(zeros)
@@ -169,7 +193,7 @@ class Emulated:
         for tensor in self._kept:
             size = max(1, tensor.numel()) * tensor.element_size()
             self._library.emulator_free(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size))
-        self._kept = []
+        self._kept, self._outputs = [], []
 
     def _begin(self, x: Tensor) -> Tensor:
         self._release()
@@ -180,15 +204,13 @@ class Emulated:
         group = int(scheme.partition("-ag")[2] or x.shape[1])
         q = self.noise(x.shape, torch.int8)
         scales = self.noise((x.shape[0], -(-x.shape[1] // group)), torch.float32)
-        self._call("quantize_activation", x, DTYPES[x.dtype], *x.shape, scheme, q, scales)
-        return q.clone(), scales.clone()
+        return self._call("quantize_activation", x, DTYPES[x.dtype], *x.shape, scheme, q, scales)
 
     def quantize_rows(self, x: Tensor, factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         x = self._begin(x)
         factors = None if factors is None else self.place(factors)
         q, scales = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
-        self._call("quantize_rows", x, DTYPES[x.dtype], *x.shape, factors, seed.item(), stream, q, scales)
-        return q.clone(), scales.clone()
+        return self._call("quantize_rows", x, DTYPES[x.dtype], *x.shape, factors, seed.item(), stream, q, scales)
 
     def linear(
         self,
@@ -206,8 +228,7 @@ class Emulated:
         bias = None if bias is None else self.place(bias)
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         arguments = (x, DTYPES[x.dtype], *x.shape, *weight, n, scheme, bias, bias_dtype)
-        self._call("linear", *arguments, out, DTYPES[out.dtype], PROCESSORS)
-        return out.clone()
+        return self._call("linear", *arguments, out, DTYPES[out.dtype], self.processors)
 
     def int_grad_input(
         self,
@@ -227,5 +248,4 @@ class Emulated:
         columns = None if column_scales is None else self.place(column_scales)
         out = self.noise((q_grad.shape[0], in_features), out_dtype or torch.float32)
         arguments = (q_grad, grad_scales, q_grad.shape[0], *weight, n, in_features, scheme, columns)
-        self._call("int_grad_input", *arguments, out, DTYPES[out.dtype], PROCESSORS)
-        return out.clone()
+        return self._call("int_grad_input", *arguments, out, DTYPES[out.dtype], self.processors)

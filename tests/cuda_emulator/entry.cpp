@@ -5,6 +5,8 @@
 
 #include "cuda/api.h"
 #include "cuda/device.cuh"
+#include "cuda/float_matmul.h"
+#include "cuda/int_matmul.h"
 
 extern "C" {
 void* emulator_allocate(size_t size);
@@ -64,6 +66,23 @@ int linear(const void* x, int dtype, int64_t rows, int64_t cols, const void* qwe
   const qk::Weight weight(qk::parse_scheme(scheme), n, cols, qweight, scales, zeros);
   return qk::cuda::linear(matrix(x, dtype, rows, cols), weight, {bias, static_cast<qk::DType>(bias_dtype)}, out,
                           static_cast<qk::DType>(out_dtype), device(processors));
+}
+
+// Why these tiles: of an `a8` forward with K a multiple of 16 or not, and of an `a16` forward.
+const char* tile_reason(int m, int n, int k, int processors) {
+  qk::cuda::IntMatmulArgs args = {};
+  args.m = m;
+  args.n = n;
+  args.x_stride = args.weight_stride = args.k = k;
+  return qk::cuda::choose_tile(args, qk::cuda::Storage::int8, processors).reason;
+}
+
+const char* slices_reason(int m, int n, int k, int processors) {
+  qk::cuda::FloatMatmulArgs args = {};
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  return qk::cuda::choose_slices(args, processors).reason;
 }
 
 int int_grad_input(const int8_t* grad, const float* grad_scales, int64_t rows, const void* qweight, const float* scales,
