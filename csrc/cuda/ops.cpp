@@ -46,7 +46,9 @@ class Call {
 };
 
 void check_launch(const char* op, cudaError_t error) {
-  require(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error));
+  const bool missing = error == cudaErrorNoKernelImageForDevice;
+  require(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error),
+          missing ? "; build the package with TORCH_CUDA_ARCH_LIST for this device" : "");
 }
 
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
