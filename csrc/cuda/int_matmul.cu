@@ -97,6 +97,8 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
     for (int j = 0; j < kColumnTiles; j += 2) {
       uint32_t r[4];
       if (kAcross) {
+        // Transposed, a register holds two rows of two columns. The rows are chosen so that a lane gets 4 t, + 1 in one
+        // and 4 t + 2, + 3 in the next: the four bytes of each column that its factor needs, after a permutation.
         const int matrix = lane / 8, i = lane % 8;
         const int row = kStep * step + 16 * (matrix / 2) + 2 * (matrix % 2) + 4 * (i / 2) + i % 2;
         load_matrices_transposed(r,
