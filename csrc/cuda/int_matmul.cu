@@ -48,8 +48,8 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
   static constexpr int kWeightRowBytes = kAcross ? T::kColumns : (kStorage == Storage::int4 ? kDepth / 2 : kDepth);
   static constexpr int kXBytes = T::kRows * kDepth, kStageBytes = kXBytes + kWeightRows * kWeightRowBytes;
   static constexpr int kSharedBytes = T::kStages * kStageBytes;
-  // Of large tiles two fit on a processor if a thread has at most 128 registers; more accumulators need more.
-  static constexpr int kBlocks = kSize == TileSize::square128 && !kGrouped && !kAcross ? 2 : 1;
+  // Of large tiles two fit on a processor if a thread has at most 128 registers, which only the plainest get by with.
+  static constexpr int kBlocks = kSize == TileSize::square128 && kStorage == Storage::int8 && !kGrouped ? 2 : 1;
   static_assert(kSharedBytes <= 48 * 1024, "more would have to be asked for");
 
   // What a group of the weight brings to the columns of a lane: scales of columns 2 t, + 1 of each tile of 8, and the
@@ -97,6 +97,8 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
     for (int j = 0; j < kColumnTiles; j += 2) {
       uint32_t r[4];
       if (kAcross) {
+        // Transposed, a register holds two rows of two columns. The rows are chosen so that a lane gets 4 t, + 1 in one
+        // and 4 t + 2, + 3 in the next: the four bytes of each column that its factor needs, after a permutation.
         const int matrix = lane / 8, i = lane % 8;
         const int row = kStep * step + 16 * (matrix / 2) + 2 * (matrix % 2) + 4 * (i / 2) + i % 2;
         load_matrices_transposed(r,

@@ -37,7 +37,8 @@ inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
 inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
 inline float __int_as_float(int32_t v) { return std::bit_cast<float>(v); }
 
-// PTX ISA, Data Movement and Conversion: cvt.rni.s32.f32. NaN becomes 0, and what is out of range the nearest integer in it.
+// PTX ISA, Data Movement and Conversion: cvt.rni.s32.f32. NaN becomes 0, and what is out of range the nearest integer
+// in it.
 inline int __float2int_rn(float v) {
   if (v != v) return 0;
   const double rounded = std::nearbyint(static_cast<double>(v));

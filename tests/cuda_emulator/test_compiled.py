@@ -1,6 +1,6 @@
 """The kernels as compiled by nvcc, executed by the PTX interpreter, give what the reference does."""
 
-import aligned
+import cases
 import compiled
 import emulated
 import op_samples
@@ -39,5 +39,5 @@ IDS = ["-".join(map(str, (op, scheme, *shape, str(dtype)[6:]))) for op, scheme, 
 
 @pytest.mark.parametrize(("op", "scheme", "shape", "dtype"), CASES, ids=IDS)
 def test_compiled_code(op, scheme, shape, dtype):
-    sample: op_samples.Sample = aligned.sample(op, scheme, shape, dtype)
-    aligned.check(op, scheme, sample, compiled.run(op, sample.args))
+    sample: op_samples.Sample = cases.sample(op, scheme, shape, dtype)
+    cases.check(op, scheme, sample, compiled.run(op, sample.args))

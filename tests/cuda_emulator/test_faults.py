@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import aligned
+import cases
 import compiled
 import emulated
 import pytest
@@ -74,7 +74,7 @@ IN_SOURCE = {
 def shown(run, case: tuple) -> str:
     """How running the case shows a fault: the message, "wrong result", or "" for not at all."""
     try:
-        run(case, aligned.sample(*case))
+        run(case, cases.sample(*case))
     except (emulated.KernelError, PtxError) as error:
         return str(error)
     except AssertionError:
@@ -89,7 +89,7 @@ def on_emulator(library: emulated.Emulated):
         library.counts()
         for seed in range(6):
             library.schedule(seed, early_copies=seed % 2 == 1)
-            aligned.check(*case[:2], sample, getattr(library, case[0])(*sample.args))
+            cases.check(*case[:2], sample, getattr(library, case[0])(*sample.args))
         if library.counts()["conflicts"]:
             raise emulated.KernelError("bank conflicts")
 
@@ -137,7 +137,7 @@ IN_PTX = {
 
 def main_kernel(case: tuple) -> str:
     """The kernel that an operator launches last."""
-    return emulated.library().record(case[0], *aligned.sample(*case).args)[-1].kernel
+    return emulated.library().record(case[0], *cases.sample(*case).args)[-1].kernel
 
 
 @pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
@@ -149,6 +149,6 @@ def test_fault_in_the_compiled_code(name):
     assert planted, "nothing is planted"
 
     def run(case: tuple, sample) -> None:
-        aligned.check(*case[:2], sample, compiled.run(case[0], sample.args, {kernel: text}))
+        cases.check(*case[:2], sample, compiled.run(case[0], sample.args, {kernel: text}))
 
     assert re.search(shows, shown(run, case))

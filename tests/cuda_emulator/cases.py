@@ -1,4 +1,4 @@
-"""What results must be; and arguments whose rows start at multiples of 16 bytes, for every size of tile."""
+"""What results must be; and arguments that reach every kernel: aligned rows for every size of tile, and ragged ones."""
 
 import op_samples
 import torch
@@ -27,6 +27,18 @@ CASES += [
     (op, scheme, (3, columns), dtype)
     for op, scheme in (("quantize_activation", "w8a8"), ("quantize_activation", "w8a8-ag64"), ("quantize_rows", "w8a8"))
     for columns, dtype in ((328, torch.float32), (9000, torch.bfloat16), (328, torch.float16))
+]
+CASES += [("linear", scheme, (3, 9, 77), torch.float32) for scheme in ("w8a8", "w8a8-g32", "w4a8-asym", "w4a8-g64")]
+CASES += [
+    ("linear", scheme, (3, 9, 77), dtype)
+    for scheme in ("w8a16", "w8a16-g64", "w4a16", "w4a16-g32-asym")
+    for dtype in (torch.bfloat16, torch.float16)
+]
+CASES += [("int_grad_input", "w8a8", (5, 47, 81), torch.int8)]
+CASES += [
+    (op, scheme, (3, 301), dtype)
+    for op, scheme in (("quantize_activation", "w8a8"), ("quantize_activation", "w8a8-ag64"), ("quantize_rows", "w8a8"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]
 IDS = ["-".join(map(str, (op, scheme, *shape, str(dtype)[6:]))) for op, scheme, shape, dtype in CASES]
 
