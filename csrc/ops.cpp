@@ -1,140 +1,19 @@
-// The torch operators: schemas, checks, allocation, and the core on the CPU. Other devices, fake tensors and the
+// The torch operators: schemas, allocation, and the core on the CPU. Other devices, fake tensors and the
 // public wrappers are in qkernels/ops.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "core/api.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Written only when a message is: formatting the shapes of every call would take longer than a small product.
-struct ShapeOf {
-  const Tensor& tensor;
-};
-
-std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
-  out << "[";
-  for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i != 0 ? ", " : "") << shape.tensor.size(i);
-  return out << "]";
-}
-
-ShapeOf shape_of(const Tensor& t) { return {t}; }
-
-// Raises a RuntimeError whose text is `parts`, without the source location that STD_TORCH_CHECK would put before it.
-template <class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::Char:
-      return "torch.int8";
-    case ScalarType::Byte:
-      return "torch.uint8";
-    default:
-      return torch::headeronly::toString(dtype);
-  }
-}
-
-qk::DType dtype_of(const char* name, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return qk::DType::float32;
-    case ScalarType::BFloat16:
-      return qk::DType::bfloat16;
-    case ScalarType::Half:
-      return qk::DType::float16;
-    default:
-      require(false, name, " must be float32, bfloat16 or float16, got ", name_of(dtype));
-      return qk::DType::float32;
-  }
-}
-
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A float matrix argument; `columns` < 0: any number of them.
-qk::Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
-  const qk::DType dtype = dtype_of(name, t.scalar_type());
-  require(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
-  require(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ", shape_of(t));
-  require(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
-  return {t.const_data_ptr(), dtype, t.size(0), t.size(1)};
-}
-
-void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const std::string& scheme,
-           int64_t k) {
-  const bool ok = t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols;
-  require(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme, " with ", k,
-          " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
-}
-
-void check_vector(const char* name, const Tensor& t, int64_t size) {
-  require(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == size, name,
-          " must be torch.float32 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
-}
-
-// A contiguous float vector of `size`.
-qk::Bias float_vector(const char* name, const Tensor& t, int64_t size) {
-  const qk::DType dtype = dtype_of(name, t.scalar_type());
-  require(t.dim() == 1 && t.size(0) == size, name, " must be a float vector of ", size, ", got shape ", shape_of(t));
-  return {t.const_data_ptr(), dtype};
-}
-
-// The canonical storage of a weight, contiguous; keeps the tensors alive.
-class CanonicalWeight {
- public:
-  CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
-                  const std::string& scheme_name)
-      : qweight_(as_contiguous(qweight)), scales_(as_contiguous(scales)) {
-    const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-    require(k > 0, "in_features must be at least 1, got ", k);
-    require(!scheme.int_activations() || k <= qk::kMaxReduction, "in_features must be at most ", qk::kMaxReduction,
-            " for exact int32 sums, got ", k);
-    const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
-    check("qweight", qweight, scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte, n,
-          scheme.packed_features(k), scheme_name, k);
-    check("scales", scales, ScalarType::Float, n, groups, scheme_name, k);
-    require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
-            " for scheme ", scheme_name);
-    if (zeros.has_value()) {
-      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme_name, k);
-      zeros_ = as_contiguous(*zeros);
-    }
-    weight_.emplace(scheme, n, k, qweight_.const_data_ptr(), static_cast<const float*>(scales_.const_data_ptr()),
-                    zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr);
-  }
-
-  const qk::Weight& get() const { return *weight_; }
-
- private:
-  Tensor qweight_, scales_;
-  std::optional<Tensor> zeros_;
-  std::optional<qk::Weight> weight_;
-};
+using namespace qk::tensors;
 
 // libtorch's own thread pool.
 qk::Parallel parallel() {
@@ -163,24 +42,6 @@ Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optio
   qk::dequantize_weight(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
   return out;
 }
-
-// A bias argument of `n` values, contiguous; keeps the tensor alive.
-class BiasVector {
- public:
-  BiasVector(const std::optional<Tensor>& bias, int64_t n) {
-    if (!bias.has_value()) return;
-    tensor_ = as_contiguous(*bias);
-    bias_ = {tensor_->const_data_ptr(), dtype_of("bias", tensor_->scalar_type())};
-    require(tensor_->dim() == 1 && tensor_->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
-            shape_of(*tensor_));
-  }
-
-  const qk::Bias& get() const { return bias_; }
-
- private:
-  std::optional<Tensor> tensor_;
-  qk::Bias bias_{nullptr, qk::DType::float32};
-};
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
               std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
@@ -239,29 +100,11 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
                       const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
                       std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
   const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
-  const int64_t n = weight.get().n;
-  require(n <= qk::kMaxReduction, "qweight must have at most ", qk::kMaxReduction,
-          " rows for exact int32 sums, got shape ", shape_of(qweight));
-  const Tensor q_grad = as_contiguous(grad_arg), grad_scales = as_contiguous(grad_scales_arg);
-  require(q_grad.scalar_type() == ScalarType::Char && q_grad.dim() == 2 && q_grad.size(1) == n,
-          "q_grad must be torch.int8 with ", n, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
-          shape_of(q_grad));
-  check_vector("grad_scales", grad_scales, q_grad.size(0));
-  const bool grouped = weight.get().scheme.group_size != 0;
-  require(column_scales_arg.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
-          " for scheme ", scheme);
-  std::optional<Tensor> column_scales;
-  if (grouped) {
-    column_scales = as_contiguous(*column_scales_arg);
-    check_vector("column_scales", *column_scales, in_features);
-  }
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(q_grad, {q_grad.size(0), in_features}, dtype);
-  qk::int_grad_input({static_cast<const int8_t*>(q_grad.const_data_ptr()),
-                      static_cast<const float*>(grad_scales.const_data_ptr()), q_grad.size(0), n},
-                     weight.get(), grouped ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
-                     out.mutable_data_ptr(), out_type, parallel());
+  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  qk::int_grad_input(args.rows(), weight.get(), args.column_scales(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
@@ -384,20 +227,6 @@ std::tuple<Tensor, Tensor> scale_gradient(const Tensor& grad_arg, const Tensor& 
   qk::scale_gradient(grad_view, view, scales.get(), scales.scheme(), out.mutable_data_ptr(),
                      static_cast<float*>(grad_scales.mutable_data_ptr()), parallel());
   return {out, grad_scales};
-}
-
-qk::Random random_of(const Tensor& seed, int64_t stream) {
-  require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
-          name_of(seed.scalar_type()), " of shape ", shape_of(seed));
-  require(stream >= 0 && stream <= UINT32_MAX, "stream must be between 0 and 2^32 - 1, got ", stream);
-  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), static_cast<uint32_t>(stream)};
-}
-
-const float* factors_of(const char* name, std::optional<Tensor>& factors, int64_t size) {
-  if (!factors.has_value()) return nullptr;
-  check_vector(name, *factors, size);
-  factors = as_contiguous(*factors);
-  return static_cast<const float*>(factors->const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import cuda, reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
+# Operators that `triton.ops` lacks: those of learned scales, which the reference computes.
+WITHOUT_TRITON = frozenset(("quantize_weight_scaled", "scale_gradient"))
 
 
 @dataclass(frozen=True)
@@ -23,27 +25,31 @@ class Facts:
         device: "cpu", "cuda", "hip", or another device type of torch.
         capability: compute capability times ten of a CUDA device, else 0.
         triton: whether triton is installed.
+        cuda: whether the CUDA C++ operators are loaded and have code for the device.
     """
 
     device: str
     capability: int = 0
     triton: bool = False
+    cuda: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`backend` is "cpu", "triton" or "reference"."""
+    """`backend` is "cpu", "cuda", "triton" or "reference"."""
 
     backend: str
     reason: str
 
 
-def select(facts: Facts) -> Choice:
-    """The backend for a device with these facts."""
+def select(facts: Facts, call: cuda.Call | None = None) -> Choice:
+    """The backend for a call on a device with these facts; without a call, the one that has most of them."""
     if facts.device == "cpu":
         return Choice("cpu", "the compiled kernels of this package")
     if facts.device not in ("cuda", "hip"):
         return Choice("reference", f"there are no kernels for {facts.device} devices")
+    if facts.cuda and facts.capability >= cuda.LEAST_CAPABILITY and (call is None or cuda.supports(call)):
+        return Choice("cuda", "the compiled CUDA kernels of this package")
     if not facts.triton:
         return Choice("reference", "triton is not installed: pip install 'qkernels[triton]'")
     if facts.device == "cuda" and facts.capability < LEAST_CAPABILITY:
@@ -65,12 +71,21 @@ def facts_of(device: torch.device) -> Facts:
     if torch.version.hip:
         return Facts("hip", 0, triton_installed())
     major, minor = torch.cuda.get_device_capability(device)
-    return Facts("cuda", 10 * major + minor, triton_installed())
+    capability = 10 * major + minor
+    return Facts("cuda", capability, triton_installed(), cuda.library().covers(capability))
+
+
+def call_of(name: str, args: tuple, keywords: dict[str, Any]) -> cuda.Call:
+    """What decides about a call of the operator `name`, whose only string is the scheme."""
+    scheme = next((value for value in (*args, *keywords.values()) if isinstance(value, str)), "")
+    return cuda.Call(name, scheme, args[0].dtype)
 
 
 def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:
-    """Compute the operator `name` with the chosen backend, "triton" or "reference"."""
-    if choice.backend == "triton":
+    """Compute the operator `name` with the chosen backend: "cuda", "triton" (where it has it) or "reference"."""
+    if choice.backend == "cuda":
+        return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
+    if choice.backend == "triton" and name not in WITHOUT_TRITON:
         from .triton import ops
 
         return ops.run(name, args, keywords)

@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _native
+from . import extensions
+
+_native = extensions.require("_native")
 
 
 def compiled() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .embedding import QuantEmbedding
-from .nn import QuantLinear
+from .nn import QuantLinear, autocast_dtype
 
 # Logits held at a time where torch computes them: of all tokens, for as many columns of the vocabulary as fit.
 CHUNK_ELEMENTS = 1 << 22
@@ -126,9 +126,9 @@ def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
         raise ValueError(f"head must have shape [N, {hidden.shape[1]}], got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     if weight.dtype != hidden.dtype:
         raise ValueError(f"head must be {hidden.dtype} as hidden is, got {weight.dtype}")
     outside = (target != terms.ignore_index) & ((target < 0) | (target >= weight.shape[0]))

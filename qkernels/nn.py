@@ -35,6 +35,17 @@ def float_weight(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
 
 
+# Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
+# cannot trace it.
+_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on devices of this type; None outside of autocast."""
+    autocast = device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else None
+
+
 def _check_trainable(scheme: QuantScheme) -> None:
     if scheme.weight_bits != 8 or scheme.group_size is not None:
         raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
@@ -276,26 +287,21 @@ class QuantLinear(nn.Linear):
         self._check_input(x)
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
-            args = (weight, self.bias, self._scheme_name, self._autocast_dtype(x), self.grad, self.column_scales)
+            args = (weight, self.bias, self._scheme_name, autocast_dtype(x.device.type), self.grad, self.column_scales)
             return quant_linear(x, *args)
-        return trained_linear(x, self.weight, self.bias, self.scheme, self._autocast_dtype(x), self.grad, self.scales)
+        return trained_linear(
+            x, self.weight, self.bias, self.scheme, autocast_dtype(x.device.type), self.grad, self.scales
+        )
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
         self._check_input(x)
-        args = (self.quantized_weight(), self.bias, self._scheme_name, adapter, self._autocast_dtype(x))
+        args = (self.quantized_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
         return adapted_linear(x, *args, self.grad, self.column_scales)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
-
-    @staticmethod
-    def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-        """The dtype of outputs under autocast; None without."""
-        kind = x.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return torch.get_autocast_dtype(kind) if enabled else None
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, dispatch, reference  # noqa: F401  (importing _C registers the schemas and the CPU kernels)
+from . import dispatch, extensions, reference
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION
 from .schemes import QuantScheme
 
+extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
 _LIBRARY = torch.library.Library("qkernels", "IMPL")
 
@@ -570,7 +571,7 @@ def _register_gpu(name: str) -> None:
 
     def run(*args, **kwargs):
         check(*args, **kwargs)
-        choice = dispatch.select(dispatch.facts_of(args[0].device))
+        choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args, kwargs))
         return dispatch.run(name, choice, args, kwargs)
 
     _LIBRARY.impl(name, run, "CUDA")

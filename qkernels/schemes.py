@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from functools import cache
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -42,23 +41,9 @@ class QuantScheme:
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
 
     @staticmethod
-    @cache
-    def _by_name() -> dict[str, QuantScheme]:
-        groups = (None, *GROUP_SIZES)
-        schemes = [
-            QuantScheme(bits, act_bits, group, symmetric, act_group)
-            for bits in (8, 4)
-            for act_bits in (8, 16)
-            for group in groups
-            for symmetric in ((True, False) if bits == 4 else (True,))
-            for act_group in (groups if act_bits == 8 else (None,))
-        ]
-        return {scheme.name: scheme for scheme in schemes}
-
-    @staticmethod
     def names() -> tuple[str, ...]:
         """Every valid scheme name."""
-        return tuple(QuantScheme._by_name())
+        return tuple(_BY_NAME)
 
     @staticmethod
     def parse(scheme: str | QuantScheme) -> QuantScheme:
@@ -72,17 +57,16 @@ class QuantScheme:
             return scheme
         if not isinstance(scheme, str):
             raise TypeError(f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}")
-        by_name = QuantScheme._by_name()
-        if scheme not in by_name:
-            nearest = difflib.get_close_matches(scheme, by_name, n=1, cutoff=0.0)[0]
+        if scheme not in _BY_NAME:
+            nearest = difflib.get_close_matches(scheme, _BY_NAME, n=1, cutoff=0.0)[0]
             parts = sorted(scheme.split("-"))
-            nearest = next((name for name in by_name if sorted(name.split("-")) == parts), nearest)
+            nearest = next((name for name in _BY_NAME if sorted(name.split("-")) == parts), nearest)
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {nearest!r}? "
                 "Schemes are named w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
                 "(-asym for w4, -ag for a8 only)."
             )
-        return by_name[scheme]
+        return _BY_NAME[scheme]
 
     @property
     def name(self) -> str:
@@ -131,3 +115,18 @@ class QuantScheme:
         if not self.symmetric:
             shapes["zeros"] = (out_features, groups)
         return shapes
+
+
+def _all_schemes() -> list[QuantScheme]:
+    groups = (None, *GROUP_SIZES)
+    return [
+        QuantScheme(bits, act_bits, group, symmetric, act_group)
+        for bits in (8, 4)
+        for act_bits in (8, 16)
+        for group in groups
+        for symmetric in ((True, False) if bits == 4 else (True,))
+        for act_group in (groups if act_bits == 8 else (None,))
+    ]
+
+
+_BY_NAME = {scheme.name: scheme for scheme in _all_schemes()}

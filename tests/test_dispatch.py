@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from qkernels import dispatch, reference
+from qkernels import cuda, dispatch, reference
 from qkernels.dispatch import Choice, Facts, select
 
 
@@ -20,12 +20,45 @@ from qkernels.dispatch import Choice, Facts, select
         (Facts("hip", 0, True), "triton", "triton"),
         (Facts("hip", 0, False), "reference", "pip install"),
         (Facts("mps", 0, True), "reference", "mps"),
+        (Facts("cuda", 90, True, cuda=True), "cuda", "CUDA"),
+        (Facts("cuda", 75, True, cuda=True), "reference", "7.5 is below 8.0"),
     ],
 )
 def test_choice(facts, backend, word):
     choice = select(facts)
     assert choice.backend == backend
     assert word in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("call", "backend"),
+    [
+        (cuda.Call("linear", "w4a8-g32-asym", torch.float32), "cuda"),
+        (cuda.Call("linear", "w4a16-g128", torch.bfloat16), "cuda"),
+        (cuda.Call("linear", "w4a16-g128", torch.float32), "triton"),
+        (cuda.Call("linear_saving", "w8a8", torch.bfloat16), "cuda"),
+        (cuda.Call("linear_saving", "w8a8-ag64", torch.bfloat16), "triton"),
+        (cuda.Call("linear_grad_input", "w8a8", torch.bfloat16), "triton"),
+    ],
+)
+def test_choice_for_a_call(call, backend):
+    assert select(Facts("cuda", 90, triton=True, cuda=True), call).backend == backend
+    assert select(Facts("cuda", 90, triton=True), call).backend == "triton"
+    assert select(Facts("hip", 0, triton=True), call).backend == "triton"
+
+
+def test_call_of_arguments():
+    x = torch.ones(2, 4, dtype=torch.float16)
+    assert dispatch.call_of("quantize_activation", (x, "w8a8"), {}) == cuda.Call(
+        "quantize_activation", "w8a8", torch.float16
+    )
+    assert dispatch.call_of("quantize_rows", (x, None), {"stream": 1}).scheme == ""
+
+
+def test_library_is_not_loaded_without_cuda():
+    library = cuda.library()
+    assert torch.version.cuda or not library.loaded
+    assert "QKERNELS_CUDA=1" in library.reason or "without CUDA" in library.reason or library.loaded
 
 
 def test_facts_of_devices_that_are_here():

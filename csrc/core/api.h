@@ -6,11 +6,6 @@
 
 namespace qk {
 
-struct Bias {
-  const void* data;  // [n], or null: no bias
-  DType dtype;
-};
-
 // q: int8 [rows, cols]; scales: float32 [rows, act_groups]. a8 schemes.
 QK_API void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
                                 const Parallel& parallel);

@@ -56,6 +56,11 @@ struct Matrix {
   const void* row(int64_t r) const { return at(r, 0); }
 };
 
+struct Bias {
+  const void* data;  // [n], or null: no bias
+  DType dtype;
+};
+
 // A row-major int8 matrix with contiguous rows and a scale for each row.
 struct QuantizedRows {
   const int8_t* data;

@@ -50,7 +50,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     """What stands between this installation and each GPU backend."""
     import torch
 
-    from .. import dispatch
+    from .. import cuda, dispatch
     from ..finetune.measure import package_version
 
     if torch.cuda.is_available():
@@ -59,7 +59,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
         device, missing = None, "torch finds no GPU; check the driver with nvidia-smi or rocminfo"
     else:
         device, missing = None, "this torch is built for the CPU; install a CUDA or ROCm build from pytorch.org"
-    installed = dispatch.triton_installed()
+    installed, kernels = dispatch.triton_installed(), cuda.library()
     choice = dispatch.select(dispatch.facts_of(torch.device("cuda" if device else "cpu")))
     return {
         "device": {"name": device, "next_step": missing},
@@ -67,12 +67,17 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
             "version": package_version("triton") if installed else None,
             "next_step": None if installed else "pip install 'qkernels[triton]'",
         },
+        "cuda": {"loaded": kernels.loaded, "reason": kernels.reason, "next_step": kernels.remedy},
         "kernels": {
             "backend": choice.backend if device else None,
             "available": bool(device) and choice.backend != "reference",
             "reason": choice.reason if device else "without a GPU none are used",
         },
     }
+
+
+def _cuda_row(loaded: bool, reason: str, next_step: str | None) -> str:
+    return f"{'loaded' if loaded else 'not loaded'}: {reason}" + (f"; {next_step}" if next_step else "")
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -89,5 +94,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fast bfloat16", "yes" if facts["fast_bfloat16"] else "no: float32 is the faster float dtype here"),
         ("GPU", gpu["device"]["name"] or f"none: {gpu['device']['next_step']}"),
         ("triton", gpu["triton"]["version"] or f"not installed: {gpu['triton']['next_step']}"),
+        ("CUDA kernels", _cuda_row(**gpu["cuda"])),
         ("GPU kernels", ": ".join(filter(None, (gpu["kernels"]["backend"], gpu["kernels"]["reason"])))),
     ]

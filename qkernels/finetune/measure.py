@@ -90,7 +90,10 @@ def environment() -> dict[str, object]:
         "qkernels": __version__,
         "python": platform.python_version(),
         "platform": sys.platform,
-        "packages": {name: package_version(name) for name in ("torch", "transformers", "peft", "triton")},
+        "packages": {
+            "torch": str(torch.__version__),  # with the CUDA it was built for, which its metadata may leave out
+            **{name: package_version(name) for name in ("transformers", "peft", "triton")},
+        },
         "cpu": cpu_features().get("cpu_name") or platform.processor(),
         "threads": torch.get_num_threads(),
         "isa": isa.current(),

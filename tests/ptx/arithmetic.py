@@ -132,6 +132,13 @@ def multiply_add(block: Block, instruction: Instruction) -> None:
         block.write(destination, product + c, kind)
         return
     _check_rounding(instruction)
+    if kind in ("bf16", "bf16x2"):
+        product = a.astype(np.float64) * b.astype(np.float64)
+        exact = product + c
+        if ((exact.astype(np.float32) != exact) | (exact - product != c)).any():
+            raise PtxError(f"{name} of {kind} is known only for sums that float32 holds")
+        _put(block, destination, exact.astype(np.float32), kind)
+        return
     if kind not in ("f32", "f32x2"):
         raise PtxError(f"{name} of {kind} is not known")
     block.write(destination, fused(a, b, c), kind)

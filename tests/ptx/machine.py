@@ -295,6 +295,7 @@ def launch(
     shared_bytes: int = 0,
     *,
     undefined: Sequence[np.ndarray] = (),
+    memory: GlobalMemory | None = None,
     statistics: Statistics | None = None,
 ) -> GlobalMemory:
     """Run a kernel over a grid; arrays are used in place.
@@ -303,9 +304,11 @@ def launch(
         ptx: text with one entry, or a parsed kernel.
         grid: blocks along x, y, z.
         threads: of a block.
-        arguments: contiguous arrays and integers. Parameters beyond them are 0.
+        arguments: contiguous arrays and integers, or a structure as the integer of its bytes. Parameters beyond them
+            are 0.
         shared_bytes: dynamic shared memory of a block.
         undefined: those of the arrays that may not be read before they are written.
+        memory: what addresses in the arguments lie in, besides the arrays.
         statistics: what to count into.
 
     Returns:
@@ -320,7 +323,7 @@ def launch(
         (kernel,) = parse(ptx).values()
     else:
         kernel = ptx
-    memory = GlobalMemory()
+    memory = memory or GlobalMemory()
     if statistics is not None:
         memory.traffic = statistics.traffic
     values = []

@@ -64,6 +64,11 @@ class GlobalMemory:
         self.next = 1 << 40
         self.traffic = Traffic()
 
+    def add_in_place(self, array: np.ndarray, defined: bool = True) -> None:
+        """A contiguous array at the address it has in this process."""
+        data = array.reshape(-1).view(np.uint8)
+        self.buffers.append(Buffer(array.ctypes.data, data, None if defined else np.zeros(len(data), bool)))
+
     def add(self, array: np.ndarray, defined: bool = True) -> int:
         """The address of a contiguous array, as far from a multiple of 16 as in this process; used in place."""
         if not array.flags.c_contiguous:

@@ -44,8 +44,11 @@ def load(block: Block, instruction: Instruction) -> None:
     kind = instruction.parts[-1]
     destination, source = instruction.operands[:2]
     if "param" in instruction.parts:
-        value = block.arguments[source.base.name] & ((1 << bits_of(kind)) - 1)
-        block.write(destination, np.array([value], UNSIGNED[bits_of(kind)]).view(DTYPES[kind]), kind)
+        value = block.arguments[source.base.name] >> 8 * source.offset
+        for element in _elements(destination):
+            low = value & ((1 << bits_of(kind)) - 1)
+            block.write(element, np.array([low], UNSIGNED[bits_of(kind)]).view(DTYPES[kind]), kind)
+            value >>= bits_of(kind)
         return
     shared, elements, size = _space(instruction), _elements(destination), bits_of(kind) // 8
     address = block.address(source, shared)

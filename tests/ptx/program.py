@@ -200,8 +200,8 @@ def parse(text: str) -> dict[str, Kernel]:
     for found in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)", text, re.S):
         parameters = []
         for item in split_list(found[2]):
-            kind, name = re.search(r"\.(\w\d+)\b", item)[1], item.split()[-1]
-            parameters.append((name, _width(kind)))
+            kind, name, _, count = re.search(r"\.(\w\d+)\b.*?([\w$]+)(\[(\d+)\])?$", item.strip(), re.S).groups()
+            parameters.append((name, _width(kind) * int(count or 1)))
         kernel = Kernel(found[1], parameters)
         _read_body(text[text.index("{", found.end()) :], kernel, dynamic)
         for name in dynamic:

@@ -1,11 +1,14 @@
 """Memory, copies and warp-wide instructions, and each fault the interpreter must report."""
 
+import struct
+
 import numpy as np
 import pytest
 
 from . import machine
-from .harness import kernel, run
+from .harness import HEADER, kernel, run
 from .machine import WARP, Statistics
+from .memory import GlobalMemory
 from .program import PtxError, parse
 
 LANES = np.arange(WARP)
@@ -359,3 +362,17 @@ def test_parse_finds_parameters_and_labels():
     assert found.shared == {"buffer": 0} and found.shared_bytes == 48
     assert found.code[found.labels["$here"]].parts == ("bra",)
     assert machine.bits_of("bf16x2") == 32
+
+
+def test_structure_as_a_parameter():
+    """Members by their offset, also two at a time; pointers are addresses of this process."""
+    body = """
+    ld.param.u64 %rd1, [s]; ld.param.v2.u32 {%r1, %r2}, [s+8]; sub.s32 %r3, %r2, %r1; st.global.u32 [%rd1], %r3; ret;
+    """
+    registers = ".reg .b32 %r<9>; .reg .b64 %rd<9>;"
+    text = f"{HEADER}.visible .entry test(.param .align 8 .b8 s[16])\n{{\n{registers}{body}}}\n"
+    out, memory = np.zeros(1, np.int32), GlobalMemory()
+    memory.add_in_place(out)
+    structure = struct.pack("<Qii", out.ctypes.data, 30, 72)
+    machine.launch(text, (1,), 1, [int.from_bytes(structure, "little")], memory=memory)
+    assert out[0] == 42

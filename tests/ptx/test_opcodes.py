@@ -283,6 +283,23 @@ def test_packed(text, kind):
             assert same(result >> half * width & ((1 << width) - 1), exact_or_special(text[:3], x, y, kind), kind)
 
 
+def test_fma_of_packed_bfloat16():
+    """Sums of small integers, which float32 holds and bfloat16 must round; others are refused."""
+    numbers = random.Random(0)
+    rows = [[tuple(numbers.randint(-n, n) for n in (99, 9, 255)) for _ in "lh"] for _ in range(THREADS)]
+    inputs = []
+    for operand in range(3):
+        low, high = (np.array([to_bits(row[half][operand], "bf16") for row in rows], np.uint32) for half in range(2))
+        inputs.append(("b32", low | high << 16))
+    actual = apply("fma.rn.bf16x2 {0}, {1}, {2}, {3}", inputs, "b32")
+    for row, result in zip(rows, actual.tolist(), strict=True):
+        for half, (x, y, z) in enumerate(row):
+            assert same(result >> 16 * half & 0xFFFF, round_exact(Fraction(x * y + z), "bf16"), "bf16")
+    tiny = ("b32", np.full(THREADS, to_bits(2.0**-60, "bf16") * 0x10001, np.uint32))
+    with pytest.raises(PtxError, match="float32 holds"):
+        apply("fma.rn.bf16x2 {0}, {1}, {2}, {3}", [inputs[0], inputs[1], tiny], "b32")
+
+
 def test_fma_rounds_once():
     a, b, c = (random_bits("f32", seed, finite=True) for seed in range(3))
     c[:40] = (a.view(np.float32)[:40] * b.view(np.float32)[:40] * np.float32(-1)).view(np.uint32)  # cancellation

@@ -1,0 +1,151 @@
+// The torch operators on CUDA tensors: checks, allocation on torch's current stream, and the launches. Their schemas
+// are those of the operators of the same name in `qkernels::`; qkernels/dispatch.py says which calls come here.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cuda/api.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace qk::tensors;
+
+// Makes the device of a tensor current for the time of a call. Kernels run on torch's stream; scratch is memory of
+// torch's allocator, which keeps it until they are done.
+class Call {
+ public:
+  explicit Call(const Tensor& t) : like_(t), guard_(t.get_device_index()) {
+    const int index = t.get_device_index();
+    void* stream = nullptr;
+    require(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "no CUDA stream on device ", index);
+    stream_ = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index);
+    require(error == cudaSuccess, "CUDA device ", index, ": ", cudaGetErrorString(error));
+  }
+
+  qk::cuda::Device device() { return {stream_, processors_, allocate, this}; }
+
+ private:
+  static void* allocate(size_t bytes, void* self) {
+    auto& call = *static_cast<Call*>(self);
+    const auto size = static_cast<int64_t>(bytes);
+    call.scratch_.push_back(torch::stable::new_empty(call.like_, {size}, ScalarType::Byte));
+    return call.scratch_.back().mutable_data_ptr();
+  }
+
+  Tensor like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+  int processors_ = 0;
+  std::vector<Tensor> scratch_;
+};
+
+void check_launch(const char* op, cudaError_t error) {
+  const bool missing = error == cudaErrorNoKernelImageForDevice;
+  require(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(error),
+          missing ? "; build the package with TORCH_CUDA_ARCH_LIST for this device" : "");
+}
+
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
+  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
+  Call call(x_arg);
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float);
+  check_launch("quantize_activation",
+               qk::cuda::quantize_activation(view, scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+                                             static_cast<float*>(scales.mutable_data_ptr()), call.device()));
+  return {q, scales};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
+                                         int64_t stream) {
+  Call call(x_arg);
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const float* const factors = factors_of("column_factors", column_factors, view.cols);
+  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
+  Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
+  check_launch("quantize_rows", qk::cuda::quantize_rows(view, factors, random_of(seed, stream),
+                                                        static_cast<int8_t*>(q.mutable_data_ptr()),
+                                                        static_cast<float*>(scales.mutable_data_ptr()), call.device()));
+  return {q, scales};
+}
+
+// What linear multiplies; its kernels count rows in 32 bits, and multiply no float32.
+void check_linear(const qk::Matrix& x, const qk::Weight& weight, const std::string& scheme) {
+  require(x.rows <= INT32_MAX, "x must have less than 2^31 rows, got ", x.rows);
+  require(weight.n <= INT32_MAX, "qweight must have less than 2^31 rows, got ", weight.n);
+  require(weight.scheme.int_activations() || x.dtype != qk::DType::float32, "x must be bfloat16 or float16 for scheme ",
+          scheme, ", got torch.float32");
+}
+
+Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
+              std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
+  Call call(x_arg);
+  const Tensor x = as_contiguous(x_arg);
+  const qk::Matrix view = matrix("x", x, -1);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  check_linear(view, weight.get(), scheme);
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
+  check_launch("linear",
+               qk::cuda::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, call.device()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias,
+                                                 std::string scheme, std::optional<ScalarType> out_dtype) {
+  require(qk::parse_scheme(scheme).act_group_size == 0, "scheme must have no groups of activations, got ", scheme);
+  const auto [q, x_scales] = quantize_activation(x, scheme);
+  const Tensor row_scales = torch::stable::view(x_scales, {x_scales.size(0)});
+  return {linear(x, qweight, scales, zeros, bias, scheme, out_dtype), q, row_scales};
+}
+
+Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
+                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                      std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
+  Call call(grad_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
+  const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  check_launch("int_grad_input", qk::cuda::int_grad_input(args.rows(), weight.get(), args.column_scales(),
+                                                          out.mutable_data_ptr(), out_type, call.device()));
+  return out;
+}
+
+STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
+  m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
+      "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels_cuda, CUDA, m) {
+  m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_saving", TORCH_BOX(&linear_saving));
+  m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
+}
+
+}  // namespace

@@ -1,0 +1,95 @@
+"""The CUDA C++ operators (`csrc/cuda`): whether they are here, and which calls they compute."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .extensions import BUILD
+from .schemes import QuantScheme
+
+LEAST_CAPABILITY = 80  # of cp.async and of the integer product of 16 x 8 x 32
+_MODULE = f"{__package__}._C_cuda"
+BUILD_CUDA = f"QKERNELS_CUDA=1 {BUILD}"
+
+
+@dataclass(frozen=True)
+class Library:
+    """Whether `_C_cuda` is loaded and can be used.
+
+    Attributes:
+        loaded: whether `qkernels_cuda::*` can be called.
+        reason: what it was built for, or why it is not loaded.
+        remedy: what mends that; None if there is nothing to mend.
+        targets: the GPUs it has code for, such as "8.0;9.0;12.0+PTX".
+    """
+
+    loaded: bool
+    reason: str
+    remedy: str | None = None
+    targets: str = ""
+
+    def covers(self, capability: int) -> bool:
+        """Whether it runs on a device of this compute capability times ten.
+
+        Machine code runs on devices of the same major version that are not older, PTX on all that are not older; both
+        on that very device only if the target ends in "a".
+        """
+        return self.loaded and any(_runs_on(target, capability) for target in self.targets.split(";"))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of a call decides whether there is a kernel for it: operator, scheme ("" without) and dtype of its input."""
+
+    operator: str
+    scheme: str = ""
+    dtype: torch.dtype = torch.bfloat16
+
+
+def _runs_on(target: str, capability: int) -> bool:
+    code = target.removesuffix("+PTX")
+    compiled_for = int(code.rstrip("a").replace(".", ""))
+    if code.endswith("a"):
+        return capability == compiled_for
+    return capability >= compiled_for and (code != target or capability // 10 == compiled_for // 10)
+
+
+@cache
+def library() -> Library:
+    """Load the operators `qkernels_cuda::*` if torch has CUDA and the package was built with them; never raises.
+
+    This happens when a CUDA tensor first needs one. Whatever comes of it, the CPU kernels go on working.
+    """
+    if torch.version.hip:
+        return Library(False, "this torch is built for ROCm, where Triton computes")
+    if torch.version.cuda is None:
+        return Library(False, "this torch is built without CUDA", "install a CUDA build of torch from pytorch.org")
+    if importlib.util.find_spec(_MODULE) is None:
+        return Library(False, "this package was built without them", f"{BUILD_CUDA} in the checkout, with nvcc")
+    try:
+        module = importlib.import_module(_MODULE)
+    except ImportError as error:
+        return Library(False, f"they do not load: {error}", f"{BUILD_CUDA} in the checkout, with nvcc")
+    built, driver = module.runtime_version, module.driver_version()
+    if 0 < driver // 1000 < built // 1000:  # 0: there is no driver, and no device either
+        reason = f"they were built with CUDA {_dotted(built)}, and the driver supports only {_dotted(driver)}"
+        return Library(False, reason, f"update the NVIDIA driver, or {BUILD_CUDA} with an nvcc as old as the driver")
+    return Library(True, f"built with CUDA {_dotted(built)} for {module.targets}", None, module.targets)
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def supports(call: Call) -> bool:
+    """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
+    if call.operator == "linear":
+        return QuantScheme.parse(call.scheme).int_activations or call.dtype != torch.float32
+    if call.operator == "linear_saving":
+        return QuantScheme.parse(call.scheme).act_group_size is None
+    return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows")
