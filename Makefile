@@ -47,7 +47,7 @@ build_wheel = rm -rf build/wheel build/repaired && \
 	$(BIN)/python -m build --no-isolation --outdir build/wheel . && \
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 		--wheel-dir build/repaired build/wheel/*.whl && \
-	$(BIN)/python tools/check_wheel.py --platform $(PLATFORM) --archs "$(CUDA_ARCHS)" build/repaired/*.whl && \
+	$(BIN)/python .ci/wheels/check_wheel.py --platform $(PLATFORM) --archs "$(CUDA_ARCHS)" build/repaired/*.whl && \
 	mkdir -p dist
 
 wheel: $(VENV)/.wheel ## the source archive and a wheel with the CPU kernels, in dist/
@@ -60,7 +60,7 @@ wheel-cuda: $(VENV)/.wheel ## a wheel with CPU and CUDA kernels, in dist/; needs
 	mv build/repaired/*.whl dist/
 
 wheel-test: $(VENV)/.wheel ## try the wheels in dist/ under the oldest and the newest torch (7 GB each)
-	for wheel in dist/*.whl; do $(BIN)/python tools/test_wheel.py "$$wheel" $(WHEEL_TORCHES) || exit 1; done
+	for wheel in dist/*.whl; do $(BIN)/python .ci/wheels/test_wheel.py "$$wheel" $(WHEEL_TORCHES) || exit 1; done
 
 # torch first and on its own: a bare requirement on torch would pull a build with gigabytes of CUDA libraries.
 $(VENV)/.venv:

@@ -9,7 +9,7 @@ from helpers import run_python
 import qkernels
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("qkernels", "csrc", "tests", "examples", "benchmarks", "docs", "tools", ".github")
+FOLDERS = ("qkernels", "csrc", "tests", "examples", "benchmarks", "docs", ".ci", ".github")
 SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".md", ".toml", ".yaml", ".yml", ".cfg", ".sh"}
 
 if not (ROOT / "csrc").is_dir():

@@ -21,7 +21,7 @@ PACKAGE = Path(qkernels.__file__).resolve().parent
 
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / ".ci" / "wheels"))
 import check_wheel  # noqa: E402
 import elf  # noqa: E402
 
