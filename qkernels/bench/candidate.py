@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from .roofline import Product
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD, GRAD_INPUT, OVERHEAD = "forward", "grad-input", "overhead"
 WARM, COLD = "warm", "cold"
+
+
+class HasName(Protocol):
+    name: str
+
+
+Named = TypeVar("Named", bound=HasName)
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,11 @@ class Candidate:
         weight_bytes = int(case.n * case.k * self.weight_bits / 8)
         activations = case.m * (case.n + case.k) * self.dtype.itemsize
         return Product(case.m, case.n, case.k, self.kind, weight_bytes, activations)
+
+
+def chosen(found: Iterable[Named], only: tuple[str, ...]) -> list[Named]:
+    """Those whose name matches one of the fnmatch patterns; without patterns, all."""
+    return [item for item in found if not only or any(fnmatchcase(item.name, pattern) for pattern in only)]
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ours
-from .candidate import COLD, DTYPES, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case, relative_error
+from .candidate import COLD, DTYPES, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case, chosen, relative_error
 from .results import Results, Row, Skipped, machine
 from .roofline import Roofline, measure
 from .shapes import parse_layers
@@ -44,6 +44,7 @@ class Plan:
         peers: also time what `benchmarks/peers.txt` installs.
         compiled: also torch.compile.
         device: "cpu" or "cuda", a GPU, whose `threads` mean nothing.
+        only: fnmatch patterns of the candidates' names; empty: all.
     """
 
     layers: str
@@ -58,6 +59,7 @@ class Plan:
     peers: bool = False
     compiled: bool = False
     device: str = "cpu"
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         from ..schemes import QuantScheme
@@ -102,13 +104,13 @@ class Plan:
             found += [ours.Module(case, scheme) for scheme in self.schemes]
         if self.device == "cuda":
             found += gpu.baselines(case, compiled=self.compiled) + (gpu.peers(case) if self.peers else [])
-            return [candidate for candidate in found if case.direction in candidate.directions]
-        found += torch_baselines.baselines(case, compiled=self.compiled)
-        if self.peers:
-            from . import peers
+        else:
+            found += torch_baselines.baselines(case, compiled=self.compiled)
+            if self.peers:
+                from . import peers
 
-            found += peers.peers(case)
-        return [candidate for candidate in found if case.direction in candidate.directions]
+                found += peers.peers(case)
+        return chosen([candidate for candidate in found if case.direction in candidate.directions], self.only)
 
 
 def run(plan: Plan, progress: Progress = lambda message: None) -> Results:
@@ -139,7 +141,10 @@ def run(plan: Plan, progress: Progress = lambda message: None) -> Results:
                     roofline = (gpu.measure if on_gpu else measure)(case.threads, ROOFLINE_SECONDS)
                     results.rooflines.append(roofline)
                     measured_at = time.monotonic()
-                rows, reasons = run_case(plan.candidates(case), roofline, plan.seconds, plan.device)
+                candidates = plan.candidates(case)
+                if not candidates:
+                    continue
+                rows, reasons = run_case(candidates, roofline, plan.seconds, plan.device)
                 results.rows += rows
                 skipped.update(reasons.items())
     finally:

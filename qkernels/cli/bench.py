@@ -22,6 +22,7 @@ Schemes = Annotated[str, typer.Option(help="Schemes, comma-separated.")]
 Directions = Annotated[str, typer.Option(help="forward, grad-input or both, comma-separated.")]
 Weights = Annotated[str, typer.Option(help="warm (in cache if it fits), cold or both, comma-separated.")]
 Threads = Annotated[str | None, typer.Option(help="Numbers of threads, comma-separated.", show_default="torch's")]
+Only = Annotated[str | None, typer.Option(help="Which to time: fnmatch patterns, comma-separated.", show_default="all")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the activations.")]
 
 
@@ -58,6 +59,7 @@ def linear(
     peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = Plan.peers,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, seconds for each case.")] = Plan.compiled,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
+    only: Only = None,
     output: Annotated[Path, typer.Option(help="Folder for linear.json, linear.csv and plots.")] = Path("bench"),
 ) -> None:
     """Time one linear layer: our kernels, verified against the reference first, and those of others, in turn."""
@@ -87,6 +89,7 @@ def linear(
             peers=peers,
             compiled=compiled,
             device=device,
+            only=tuple(only.split(",")) if only else (),
         )
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -107,7 +110,7 @@ def train(
     schemes: Schemes = "w8a8,w4a8-g128",
     grads: Annotated[str, typer.Option(help="float, int8 or both (of ours), comma-separated.")] = "float,int8",
     rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = TrainPlan.rounds,
-    only: Annotated[str | None, typer.Option(help="Contenders, fnmatch patterns, comma-separated.")] = None,
+    only: Only = None,
     peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = TrainPlan.peers,
     memory: Annotated[bool, typer.Option(help="Also memory, in a process for each contender.")] = TrainPlan.memory,
     output: Annotated[Path, typer.Option(help="Folder for train.json.")] = Path("bench"),

@@ -9,12 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..candidate import chosen
 from ..ours import WrongResult
 from ..results import Skipped, machine
 from .cases import CASES, Case, Training
@@ -130,7 +130,7 @@ class TrainPlan:
 
     def contenders(self, case: Case) -> list[Contender]:
         found = contenders(case, self.schemes, self.grads, peers=self.peers)
-        return [c for c in found if not self.only or any(fnmatchcase(c.name, pattern) for pattern in self.only)]
+        return chosen(found, self.only)
 
 
 def run(plan: TrainPlan, progress: Callable[[str], None] = lambda message: None) -> TrainResults:
