@@ -7,26 +7,35 @@
 
 namespace qk {
 
+struct Scratch {
+  void* data;
+  int64_t bytes;
+};
+
+// At least `bytes`. Large blocks that are given back are kept by the thread for its next call: otherwise the system
+// takes them away after each call and clears their pages anew, which can take as long as a product.
+Scratch take_scratch(int64_t bytes);
+void give_scratch(Scratch scratch);
+
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kLine}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{kLine}); }
+  explicit Buffer(int64_t count) : scratch_(take_scratch(count * static_cast<int64_t>(sizeof(T)))) {}
+  ~Buffer() { give_scratch(scratch_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
+    std::swap(scratch_, other.scratch_);
     return *this;
   }
 
-  T* get() { return data_; }
-  const T* get() const { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
+  T* get() { return static_cast<T*>(scratch_.data); }
+  const T* get() const { return static_cast<const T*>(scratch_.data); }
+  T& operator[](int64_t i) { return get()[i]; }
+  const T& operator[](int64_t i) const { return get()[i]; }
 
  private:
-  static constexpr size_t kLine = 64;
-  T* data_;
+  Scratch scratch_;
 };
 
 }  // namespace qk
