@@ -226,7 +226,6 @@ inline Int maskz_load32(uint16_t mask, const void* p) {
   return r;
 }
 
-inline Float floats_of(const Int& v) { return load_ps(v.lane); }
 inline Int bits(const Float& v) { return load(&v); }
 inline Int srli_epi32(const Int& v, int count) {
   return ints([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> count); });
@@ -492,7 +491,6 @@ inline Int permutexvar_epi16(const Int& index, const Int& a) {
 #define _mm512_permutexvar_epi32(i, a) emulated::permutexvar_epi32(i, a)
 #define _mm512_setr_epi32(...) emulated::setr_epi32(__VA_ARGS__)
 #define _mm512_cvtepu8_epi32(a) emulated::cvtepu8_epi32(a)
-#define _mm512_castsi512_ps(a) emulated::floats_of(a)
 #define _mm512_add_epi32(a, b) emulated::add_epi32(a, b)
 #define _mm512_abs_epi8(a) emulated::abs_epi8(a)
 #define _mm512_movepi8_mask(a) emulated::movepi8_mask(a)
