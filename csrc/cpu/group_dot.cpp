@@ -1,6 +1,6 @@
-// Few rows of x and a grouped weight: rows of the weight are read one after the other, as they are stored, with their
-// scales and zero points; the groups of kCombinedRows rows are then scaled and added side by side. Bound by memory
-// bandwidth; nothing is packed.
+// Few rows of x and a grouped weight: rows of the weight are read in streams (NOTE [streams] in row_dot.cpp), as they
+// are stored, with their scales and zero points; the groups of kCombinedRows rows are then scaled and added side by
+// side. Bound by memory bandwidth; nothing is packed.
 #include <algorithm>
 
 #include "cpu/buffer.h"

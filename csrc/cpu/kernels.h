@@ -295,7 +295,8 @@ struct Kernels {
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
-  const GroupDotKernels* group_dots = nullptr;  // or null: grouped schemes take dot_int8, dot_int4 and combine
+  // For grouped schemes; then dot_int8 and dot_int4 are called with one group only. Null: these and combine do it.
+  const GroupDotKernels* group_dots = nullptr;
   float (*dot_float)(const float* x, const float* w, int64_t n);
 
   // Adds a chunk to the softmax of its row and quantizes its gradient (docs/numerics.md, rule 7). `scratch` holds the

@@ -1,5 +1,9 @@
 // Few rows of x: every weight row is read once, as it is stored, and multiplied with all of them. Bound by memory
 // bandwidth; nothing is packed. Four weight rows go together, so that one load of x serves four products.
+//
+// NOTE [streams]. The rows that go together are not neighbours: a thread reads its part of the weight as four streams,
+// a quarter of the part apart. Prefetchers follow long streams across pages, and memory delivers more to several of
+// them than to one; rows side by side would be four short streams that end every time a row does.
 #include <algorithm>
 #include <bit>
 
