@@ -277,7 +277,6 @@ class TestShapes:
         assert [c.dtype for c in plan.cases(fast_bf16=True)] == ["float32", "bfloat16"]
         assert {c.dtype for c in plan.cases(fast_bf16=False)} == {"float32"}
 
-
     def test_candidates_are_chosen_by_name(self):
         plan = suite.Plan("32x64", (1,), ("w8a8", "w4a8-g32"), only=("w4*", "torch bfloat16"))
         assert [candidate.name for candidate in plan.candidates(case())] == ["w4a8-g32", "torch bfloat16"]

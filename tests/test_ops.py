@@ -9,7 +9,7 @@ from helpers import BFLOAT16_ISAS, assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
 
 from qkernels import QuantScheme, isa, ops, reference
-from qkernels.quantize import FLOAT_DTYPES
+from qkernels.quantize import FLOAT_DTYPES, quantize_weight
 
 OPS = torch.ops.qkernels
 
@@ -71,6 +71,15 @@ def assert_equals_reference(op: str, scheme: str, count: int, isa: str) -> None:
 @pytest.mark.parametrize("scheme", INT_SCHEMES)
 def test_linear_equals_reference(each_isa, scheme):
     assert_equals_reference("linear", scheme, 10, each_isa)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag64", "w4a8", "w4a8-g128", "w4a8-g32-asym", "w4a8-g64-ag32"])
+def test_products_deeper_than_a_block_equal_reference(each_isa, scheme):
+    """So deep, and of so many rows, that every driver cuts the depth and the rows into blocks."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(270, 8333, generator=generator)
+    stored = quantize_weight(torch.randn(70, 8333, generator=generator), QuantScheme.parse(scheme))
+    assert_same_bits(OPS.linear(x, *stored, None, scheme), reference.linear(x, *stored, None, scheme))
 
 
 @pytest.mark.parametrize("scheme", OP_SCHEMES["quantize_activation"])

@@ -2,7 +2,9 @@
 // rows are copied or unpacked as they are stored; a tile of sums leaves the tile registers after each group, and its
 // scaled totals stay in vector registers for as many groups as a chunk of the depth has.
 //
-// A chunk of kBlock rows of the weight lies in L1 and meets all rows of x of a block, whose panels stay in L2.
+// A chunk of kBlock rows of the weight lies in L1 and meets the panels of a block of x. Of such a block kMostPanels are
+// enough to pay for unpacking the weight; as much of their depth as L2 holds meets all rows of the weight before the
+// rest of it does, and the totals wait in memory.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -18,8 +20,8 @@ constexpr int64_t kBlock = 2 * kTileRows;  // rows of the weight
 constexpr int64_t kChunk = 512;            // of the depth, a multiple of all group sizes
 constexpr int64_t kMaxGroup = 128;
 constexpr int64_t kPad = 64;  // keeps the rows of a chunk out of each other's cache sets
-constexpr int64_t kTileSize = kTileRows * kTileRows;
-constexpr int64_t kL2PerBlock = 2;  // the panels of a block of x take this part of L2
+constexpr int64_t kMostPanels = 16;
+constexpr int64_t kL2PerBlock = 2;  // a block of x takes this part of L2
 
 }  // namespace
 
@@ -94,10 +96,11 @@ class WeightBlock {
     }
   }
 
-  void load_chunk(int64_t n0, int64_t k0) {
+  // Columns [k0, k0 + kChunk); those of [begin, end) are read before the rows below.
+  void load_chunk(int64_t n0, int64_t k0, int64_t begin, int64_t end) {
     const int64_t count = std::min(kChunk, w_.k - k0), padded = round_up(count, group_);
-    const bool last = k0 + kChunk >= w_.k;  // then the rows below come next
-    const int64_t next_row = last ? kBlock : 0, next_k = last ? 0 : k0 + kChunk;
+    const bool last = k0 + kChunk >= end;
+    const int64_t next_row = last ? kBlock : 0, next_k = last ? begin : k0 + kChunk;
     for (int64_t r = 0; r < kBlock; ++r) {
       const int64_t n = std::min(n0 + r, w_.n - 1);
       const uint8_t* next = w_.row(std::min(n + next_row, w_.n - 1)) + w_.scheme.packed_features(next_k);
@@ -187,38 +190,45 @@ void TileOperand::multiply(const Weight& w, const float* bias, Output out, const
   const Kernels& kernels = qk::kernels();
   const Panels& x = *panels_;
   const bool x_grouped = w.scheme.act_group_size != 0;
-  const int64_t group = w.scheme.acc_group(w.k), panel_bytes = x.units * kTileRows * sizeof(uint32_t);
-  const int64_t block_panels = std::clamp<int64_t>(l2_bytes() / kL2PerBlock / panel_bytes, 1, x.panels);
+  const int64_t group = w.scheme.acc_group(w.k), block_panels = std::min(kMostPanels, x.panels);
+  const int64_t fits = l2_bytes() / kL2PerBlock / (block_panels * kTileRows);  // of the depth, a byte each
+  const int64_t depth = std::max(fits / kChunk * kChunk, kChunk);
+  const int64_t block_totals = block_panels * kBlock * kTileRows;
 
   parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, group);
     WeightBlock block(kernels, w, x.groups);
-    Buffer<float> totals(block_panels * kBlock * kTileRows);
+    Buffer<float> totals((depth < w.k ? end - begin : 1) * block_totals);
     Store store(kernels, w, bias, out, x.rows);
     for (int64_t first = 0; first < x.panels; first += block_panels) {
       const int64_t last = std::min(first + block_panels, x.panels);
-      for (int64_t n0 = begin * kBlock; n0 < std::min(end * kBlock, w.n); n0 += kBlock) {
-        block.load_scales(n0);
-        std::fill_n(totals.get(), (last - first) * kBlock * kTileRows, 0.0f);
-        for (int64_t k0 = 0; k0 < w.k; k0 += kChunk) {
-          block.load_chunk(n0, k0);
-          const int64_t g0 = k0 / group;
-          kernels.dot_tile_grouped({
-              .groups = div_up(std::min(kChunk, w.k - k0), group),
-              .group = group,
-              .w = block.integers(),
-              .stride = WeightBlock::kStride,
-              .panels = last - first,
-              .x = &x.data[(first * x.units + k0 / kernels.unit) * kTileRows],
-              .x_stride = x.units * kTileRows,
-              .w_scales = block.scales() != nullptr ? block.scales() + g0 : nullptr,
-              .row_groups = x.groups,
-              .x_scales = x_grouped ? &x.group_scales[(first * x.groups + g0) * kTileRows] : nullptr,
-              .x_scales_stride = x.groups * kTileRows,
-              .totals = totals.get(),
-          });
+      for (int64_t k_begin = 0; k_begin < w.k; k_begin += depth) {
+        const int64_t k_end = std::min(k_begin + depth, w.k);
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t n0 = b * kBlock;
+          float* const block_total = &totals[depth < w.k ? (b - begin) * block_totals : 0];
+          if (k_begin == 0) std::fill_n(block_total, block_totals, 0.0f);
+          block.load_scales(n0);
+          for (int64_t k0 = k_begin; k0 < k_end; k0 += kChunk) {
+            block.load_chunk(n0, k0, k_begin, k_end);
+            const int64_t g0 = k0 / group;
+            kernels.dot_tile_grouped({
+                .groups = div_up(std::min(kChunk, w.k - k0), group),
+                .group = group,
+                .w = block.integers(),
+                .stride = WeightBlock::kStride,
+                .panels = last - first,
+                .x = &x.data[(first * x.units + k0 / kernels.unit) * kTileRows],
+                .x_stride = x.units * kTileRows,
+                .w_scales = block.scales() != nullptr ? block.scales() + g0 : nullptr,
+                .row_groups = x.groups,
+                .x_scales = x_grouped ? &x.group_scales[(first * x.groups + g0) * kTileRows] : nullptr,
+                .x_scales_stride = x.groups * kTileRows,
+                .totals = block_total,
+            });
+          }
+          if (k_end == w.k) store(x.row_scales.get(), n0, first, last, block_total);
         }
-        store(x.row_scales.get(), n0, first, last, totals.get());
       }
     }
   });
