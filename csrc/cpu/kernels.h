@@ -155,8 +155,8 @@ struct GroupDotKernels {
 };
 
 // Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
-// of the weight, and whether there are groups. Measured on avx2 (docs/performance.md), estimated from instruction
-// counts where no such machine was at hand.
+// of the weight, and whether there are groups. Measured on avx2, avx512vnni and amx (docs/performance.md),
+// estimated from instruction counts where no such machine was at hand.
 struct DotRows {
   int int8, int8_grouped, int4, int4_grouped, floats;
 };
