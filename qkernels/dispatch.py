@@ -13,8 +13,6 @@ from . import cuda, reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
-# Operators that `triton.ops` lacks: those of learned scales, which the reference computes.
-WITHOUT_TRITON = frozenset(("quantize_weight_scaled", "scale_gradient"))
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,10 @@ def call_of(name: str, args: tuple, keywords: dict[str, Any]) -> cuda.Call:
 
 
 def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:
-    """Compute the operator `name` with the chosen backend: "cuda", "triton" (where it has it) or "reference"."""
+    """Compute the operator `name` with the chosen backend: "cuda", "triton" or "reference"."""
     if choice.backend == "cuda":
         return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
-    if choice.backend == "triton" and name not in WITHOUT_TRITON:
+    if choice.backend == "triton":
         from .triton import ops
 
         return ops.run(name, args, keywords)

@@ -9,6 +9,7 @@ import triton.language as tl
 ROUNDER = tl.constexpr(12582912.0)
 INF_BITS = tl.constexpr(0x7F800000)
 TINY_BITS = tl.constexpr(31 << 23)  # of 2^-96
+LANES = tl.constexpr(16)  # of sums whose order is given (rules 7 and 11)
 
 
 @triton.jit
@@ -72,6 +73,15 @@ def exp_nonpositive(x):
     p = p * r + 5.0000001201e-1
     power = (shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)
     return tl.where(x < -87.0, 0.0, ((r * r * p + r) + 1.0) * power.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def sum_of_lanes(lanes):
+    """[rows] from [rows, LANES], by halves: each reduction below is of two numbers, whose order does not matter."""
+    half = tl.sum(tl.reshape(lanes, (lanes.shape[0], 2, 8)), axis=1)
+    half = tl.sum(tl.reshape(half, (lanes.shape[0], 2, 4)), axis=1)
+    half = tl.sum(tl.reshape(half, (lanes.shape[0], 2, 2)), axis=1)
+    return tl.sum(half, axis=1)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .elements import (
+    LANES,
     exp_nonpositive,
     int8_parameters,
     load_integers,
@@ -18,12 +19,12 @@ from .elements import (
     magnitude_bits,
     requantized,
     round_up_or_down,
+    sum_of_lanes,
     tile_of,
 )
 
 # No kernel is compiled anew for a number of rows or classes whose divisibility does not make its loads wider.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LANES = tl.constexpr(16)  # of the sums of a chunk
 RANGES = tl.constexpr(8)  # of the vocabulary that are summed apart
 DITHER_STEP = tl.constexpr(0x9E3779B9)
 
@@ -154,8 +155,8 @@ def softmax_chunk_kernel(
         exp_sums = exp_sums + tl.where(valid, exp_nonpositive(y - largest), 0.0)
     at = tl.cast(first // CHUNK + tl.program_id(1), tl.int64) * M + rows
     tl.store(maxima + at, tl.max(highest, axis=1), mask=rows < M)
-    tl.store(sums + at, _sum_of_lanes(exp_sums), mask=rows < M)
-    tl.store(totals + at, _sum_of_lanes(logit_sums), mask=rows < M)
+    tl.store(sums + at, sum_of_lanes(exp_sums), mask=rows < M)
+    tl.store(totals + at, sum_of_lanes(logit_sums), mask=rows < M)
     has_target = (goal >= begin) & (goal < end)
     tl.store(picked + at, tl.sum(tl.where(has_target, at_target, 0.0), axis=1), mask=rows < M)
 
@@ -191,15 +192,6 @@ def _load_factors(row_factors, columns, first, end):
     else:
         factors = tl.load(row_factors + first + columns, mask=columns < end, other=0.0)
     return factors
-
-
-@triton.jit
-def _sum_of_lanes(lanes):
-    """[BLOCK_M] from [BLOCK_M, 16], by halves: each reduction below is of two numbers, whose order does not matter."""
-    half = tl.sum(tl.reshape(lanes, (lanes.shape[0], 2, 8)), axis=1)
-    half = tl.sum(tl.reshape(half, (lanes.shape[0], 2, 4)), axis=1)
-    half = tl.sum(tl.reshape(half, (lanes.shape[0], 2, 2)), axis=1)
-    return tl.sum(half, axis=1)
 
 
 @triton.jit

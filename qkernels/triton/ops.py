@@ -23,6 +23,8 @@ PLANS: dict[str, Callable[..., plans.Plan]] = {
     "quantize_columns": training_plans.quantize_columns,
     "quantize_rows": training_plans.quantize_rows,
     "quantize_weight": training_plans.quantize_weight,
+    "quantize_weight_scaled": training_plans.quantize_weight_scaled,
+    "scale_gradient": training_plans.scale_gradient,
 }
 # On the CPU, under Triton's interpreter, tiles are those for this target.
 INTERPRETED = Target("cuda", 80, 108, 163 * 1024)
@@ -32,9 +34,12 @@ def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tens
     """Compute the operator `name`.
 
     Raises:
-        RuntimeError: if a weight to quantize holds NaN or Inf, or the range of a group overflows.
+        RuntimeError: if a weight to quantize, or a scale given for it, holds NaN or Inf, or the range of a group
+            overflows.
     """
     device = args[0].device
+    if name == "quantize_weight_scaled" and not all(tensor.isfinite().all() for tensor in args[:2]):  # waits, too
+        raise RuntimeError("weight and scales must be finite, got NaN or Inf")
     configured = INTERPRETED if device.type == "cpu" else Target.of(device)
     results, launches = PLANS[name](*args, **keywords, device=configured)
     run_all(launches, device)

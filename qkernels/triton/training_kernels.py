@@ -1,4 +1,4 @@
-"""Kernels of training: gradients rounded at random, activations with one scale a row, weights made 4 bits."""
+"""Kernels of training: gradients rounded at random, activations with one scale a row, weights quantized each step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import triton.language as tl
 
 from .elements import (
     INF_BITS,
+    LANES,
     TINY_BITS,
     int8_parameters,
     magnitude_bits,
     round_half_even,
     round_up_or_down,
+    sum_of_lanes,
     uniforms,
 )
 
@@ -185,8 +187,10 @@ def int4_parameters_kernel(
 
 
 @triton.jit
-def _int4_integers(weight, inverses, zeros, rows, columns, shape, GROUP: tl.constexpr):
-    """float32 tile: integers of a weight of `shape` (N, K, row stride) plus zero points, before they are clamped."""
+def _integers(weight, inverses, zeros, rows, columns, shape, GROUP: tl.constexpr):
+    """float32 tile: a weight of `shape` (N, K, row stride) times inverse scales, rounded, before it is clamped; plus
+    zero points, if any. What lies beyond 2^22 comes out inexact, but on the same side of any clamp.
+    """
     N = shape[0]
     K = shape[1]
     inside = (rows[:, None] < N) & (columns[None, :] < K)
@@ -196,11 +200,19 @@ def _int4_integers(weight, inverses, zeros, rows, columns, shape, GROUP: tl.cons
         group = rows[:, None] + 0 * columns[None, :]
     else:
         group = rows[:, None] * tl.cdiv(K, GROUP) + columns[None, :] // GROUP
+    integers = round_half_even(value * tl.load(inverses + group, mask=inside, other=0.0))
+    if zeros is not None:
+        integers = integers + tl.load(zeros + group, mask=inside, other=0).to(tl.float32)
+    return integers
+
+
+@triton.jit
+def _int4_integers(weight, inverses, zeros, rows, columns, shape, GROUP: tl.constexpr):
+    """`_integers` as they are stored, 0..15 but for the clamp: without zero points 8 is added."""
+    integers = _integers(weight, inverses, zeros, rows, columns, shape, GROUP)
     if zeros is None:
-        zero = 8.0
-    else:
-        zero = tl.load(zeros + group, mask=inside, other=0).to(tl.float32)
-    return round_half_even(value * tl.load(inverses + group, mask=inside, other=0.0)) + zero
+        integers = integers + 8.0
+    return integers
 
 
 @triton.jit
@@ -253,3 +265,72 @@ def int4_mask_kernel(
     value = tl.load(grad + start * stride_grad + columns[None, :], mask=inside, other=0.0)
     kept = tl.where((integers >= 0.0) & (integers <= 15.0), value, 0.0)
     tl.store(out + start * K + columns[None, :], kept, mask=inside)
+
+
+@triton.jit
+def invert_scales_kernel(scales, out, COUNT, BLOCK: tl.constexpr):
+    """Rule 11: float32 out [COUNT], what a weight is multiplied with for its scale to be the given one."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(scales + at, mask=at < COUNT, other=0.0)
+    usable = tl.abs(scale) >= 1.262177448353619e-29  # 2^-96
+    one = tl.full((BLOCK,), 1.0, tl.float32)
+    tl.store(out + at, tl.where(usable, tl.div_rn(one, tl.where(usable, scale, 1.0)), 0.0), mask=at < COUNT)
+
+
+@triton.jit
+def int8_clamp_kernel(
+    weight, inverses, out, N, K, stride, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Rule 11: int8 out [N, K] of a weight with inverse scales [N, groups]."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    integers = _integers(weight, inverses, None, rows, columns, (N, K, stride), GROUP)
+    clamped = tl.minimum(tl.maximum(integers, -127.0), 127.0).to(tl.int8)
+    inside = (rows[:, None] < N) & (columns[None, :] < K)
+    tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], clamped, mask=inside)
+
+
+@triton.jit(do_not_specialize=("factor_bits", "last_factor_bits"))
+def scale_gradient_kernel(
+    grad,
+    weight,
+    inverses,
+    out,
+    grad_scales,
+    N,
+    K,
+    stride_grad,
+    stride,
+    size,
+    factor_bits,
+    last_factor_bits,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Rule 11 for GROUPS groups of `size` columns: out [N, K], grad where the integer of the weight needs no clamping,
+    and float32 grad_scales [N, groups]. The bits of a factor are float32's; the last group of a row has its own.
+    """
+    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    groups = tl.cdiv(K, size)
+    row = index // groups
+    begin = ((index % groups) * size)[:, None]
+    start = row[:, None]
+    inverse = tl.load(inverses + index, mask=row < N, other=0.0)[:, None]
+    lanes = tl.zeros((GROUPS, LANES), tl.float32)
+    for first in range(0, size, LANES):
+        place = (first + tl.arange(0, LANES))[None, :]
+        columns = begin + place
+        inside = (start < N) & (place < size) & (columns < K)
+        value = tl.load(weight + start * stride + columns, mask=inside, other=0.0).to(tl.float32) * inverse
+        slope = tl.load(grad + start * stride_grad + columns, mask=inside, other=0.0)
+        # Clamped to one beyond the integers, which keeps NaN, so that `round_half_even` holds.
+        near = tl.where(value > HIGH + 1, HIGH + 1.0, tl.where(value < LOW - 1, LOW - 1.0, value))
+        integer = round_half_even(near)
+        kept = (integer >= LOW) & (integer <= HIGH)
+        clamped = tl.where(integer > HIGH, HIGH + 0.0, tl.where(integer < LOW, LOW + 0.0, integer))
+        lanes = lanes + slope.to(tl.float32) * tl.where(kept, clamped - value, clamped)
+        tl.store(out + start * K + columns, tl.where(kept, slope, 0.0), mask=inside)
+    last = index % groups == groups - 1
+    factor = tl.where(last, last_factor_bits, factor_bits).to(tl.float32, bitcast=True)
+    tl.store(grad_scales + index, sum_of_lanes(lanes) * factor, mask=row < N)

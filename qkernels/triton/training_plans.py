@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import struct
+
 import torch
 from torch import Tensor
 
@@ -123,6 +126,58 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str, *, device: Target) -
     args = (grad, weight, inverses, zeros, out, *grad.shape, grad.stride(0), weight.stride(0))
     launches.append(_by_tiles(training_kernels.int4_mask_kernel, args, parsed, grad.shape))
     return Plan((out,), launches)
+
+
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str, *, device: Target) -> Plan:
+    """qweight for finite scales [N, groups] of a symmetric scheme."""
+    parsed = QuantScheme.parse(scheme)
+    n, k = weight.shape
+    weight = row_major(weight)
+    inverses, launches = _inverses(scales)
+    if parsed.weight_bits == 8:
+        out = torch.empty((n, k), dtype=torch.int8, device=weight.device)
+        args = (weight, inverses, out, n, k, weight.stride(0))
+        launches.append(_by_tiles(training_kernels.int8_clamp_kernel, args, parsed, (n, k)))
+    else:
+        out = torch.empty((n, parsed.packed_features(k)), dtype=torch.uint8, device=weight.device)
+        args = (weight, inverses, None, out, n, k, weight.stride(0), out.shape[1])
+        launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, parsed, (n, k)))
+    return Plan((out,), launches)
+
+
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str, *, device: Target) -> Plan:
+    """[N, K] of the dtype of grad, and float32 [N, groups]."""
+    parsed = QuantScheme.parse(scheme)
+    n, k = weight.shape
+    grad, weight = row_major(grad), row_major(weight)
+    inverses, launches = _inverses(scales)
+    out = torch.empty((n, k), dtype=grad.dtype, device=grad.device)
+    grad_scales = torch.empty(scales.shape, dtype=torch.float32, device=grad.device)
+    low, high = parsed.weight_range
+    size = parsed.group_size or k
+    last = k - size * (scales.shape[1] - 1)
+    factors = (_float32_bits(1.0 / math.sqrt(count * high)) for count in (size, last))
+    args = (grad, weight, inverses, out, grad_scales, n, k, grad.stride(0), weight.stride(0), size, *factors)
+    groups = 64 if parsed.group_size else 8
+    constants = {"LOW": low, "HIGH": high, "GROUPS": groups}
+    reason = "64 bytes of each group at a time: the sums of its 16 lanes are in order"
+    grid = (-(-scales.numel() // groups),)
+    launches.append(Launch(training_kernels.scale_gradient_kernel, grid, args, constants, 4, 1, reason))
+    return Plan((out, grad_scales), launches)
+
+
+def _float32_bits(value: float) -> int:
+    """Of the nearest float32, as a signed integer: kernels take no floats."""
+    return struct.unpack("i", struct.pack("f", value))[0]
+
+
+def _inverses(scales: Tensor) -> tuple[Tensor, list[Launch]]:
+    """float32, of the shape of the scales, and what fills them."""
+    scales = scales.contiguous()
+    inverses, block = torch.empty_like(scales), 1024
+    args, grid = (scales, inverses, scales.numel()), (-(-scales.numel() // block),)
+    reason = "each scale is read once"
+    return inverses, [Launch(training_kernels.invert_scales_kernel, grid, args, {"BLOCK": block}, 4, 1, reason)]
 
 
 def _int4_parameters(weight: Tensor, scheme: QuantScheme) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[Launch]]:

@@ -21,6 +21,7 @@ OUTPUTS = {
     "int4_parameters_kernel": ("scales", "inverses", "zeros"),
     "loss_rows_kernel": ("loss", "lse", "factors", "coefficients"),
     "merge_groups_kernel": ("out", "row_scales"),
+    "scale_gradient_kernel": ("out", "grad_scales"),
     "softmax_chunk_kernel": ("q",),
 }
 

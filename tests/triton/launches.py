@@ -47,6 +47,9 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
         add(scheme, "dequantize_weight", *stored, K, scheme)
         add(scheme, "column_scales", *stored, K, scheme)
         add(scheme, "quantize_weight", empty(N, K), scheme)
+        if parsed.symmetric:
+            add(scheme, "quantize_weight_scaled", empty(N, K), stored[1], scheme)
+            add(scheme, "scale_gradient", empty(N, K), empty(N, K), stored[1], scheme)
         if parsed.weight_bits == 4:
             add(scheme, "mask_clipped", empty(N, K), empty(N, K), scheme)
     seed, factors = torch.tensor(1), empty(N, dtype=torch.float32)
