@@ -107,6 +107,14 @@ def test_weight_that_is_not_finite(scheme):
         ops.run("quantize_weight", (weight, scheme), {})
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_weight_or_scale_that_is_not_finite(place):
+    args = (torch.randn(5, 70), torch.rand(5, 3))
+    args[place][3, 2] = torch.nan
+    with pytest.raises(RuntimeError, match="weight and scales must be finite"):
+        ops.run("quantize_weight_scaled", (*args, "w4a8-g32"), {})
+
+
 @pytest.mark.parametrize("grad", ["float", "int8"])
 @pytest.mark.parametrize(
     ("scheme", "mode"), [("w8a8", "frozen"), ("w8a8", "qat"), ("w4a8-g32-asym-ag32", "qat"), ("w8a8", "int8")]
