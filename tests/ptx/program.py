@@ -76,6 +76,10 @@ class Kernel:
 
 _SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid|laneid|warpid)(\.[xyz])?$")
 _DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$", re.S)
+_SPACE = re.compile(r"\s*")
+_LABEL = re.compile(r"([\w$]+):(?!:)")
+_LOCATION = re.compile(r"\.(loc|file)\b")
+_LOCATION_LINE = re.compile(r"\n\s*\.loc[^\n]*")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
 
 
@@ -167,8 +171,8 @@ def _read_body(text: str, kernel: Kernel, dynamic: set[str]) -> None:
     """The statements from the opening brace at the start of `text` to its closing one."""
     body, at = _Body(kernel, dynamic), 0
     while True:
-        at += len(text[at:]) - len(text[at:].lstrip())
-        label = re.compile(r"([\w$]+):(?!:)").match(text, at)
+        at = _SPACE.match(text, at).end()
+        label = _LABEL.match(text, at)
         if text[at] == "{":
             body.count += 1
             body.scopes.append({})
@@ -181,13 +185,13 @@ def _read_body(text: str, kernel: Kernel, dynamic: set[str]) -> None:
         elif label:
             kernel.labels[label[1]] = len(kernel.code)
             at = label.end()
-        elif re.compile(r"\.(loc|file)\b").match(text, at):
+        elif _LOCATION.match(text, at):
             at = text.index("\n", at)
         elif text[at] == ";":
             at += 1
         else:
             end = text.index(";", at)
-            statement = re.sub(r"\n\s*\.loc[^\n]*", "", text[at:end]).strip()
+            statement = _LOCATION_LINE.sub("", text[at:end]).strip()
             body.statement(statement)
             at = end + 1
 
