@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core/api.h"
-#include "core/threads.h"
+#include "core/parallel.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
