@@ -4,7 +4,7 @@
 #include <bit>
 #include <cmath>
 
-#include "core/threads.h"
+#include "core/parallel.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers.h"
 #include "cpu/kernels.h"
@@ -100,7 +100,7 @@ void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dt
   const Choice choice = choose_linear(w.scheme, x.rows, w.n, w.k, parallel.num_threads);
   const bool integer = w.scheme.int_activations();
   const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
-  driver(x, w, bias_data, {out, out_dtype}, {choice.threads, parallel.run});
+  driver(x, w, bias_data, {out, out_dtype}, limit(parallel, x.rows * w.n * w.k));
 }
 
 void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx, float* x_scales,
@@ -118,7 +118,7 @@ void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType
     } else {
       const BiasFloats floats(bias, w.n);
       int_matmul_stored({qx, scales, x.rows, x.cols}, w, floats.get(), {out, out_dtype},
-                        {choice.threads, parallel.run});
+                        limit(parallel, x.rows * w.n * w.k));
     }
   }
   if (grouped) ungroup({qx, scales, x.rows, x.cols}, scheme.act_group_size, qx, x_scales, parallel);

@@ -2,7 +2,7 @@
 // about arguments here is assumed.
 #pragma once
 
-#include "core/types.h"
+#include "core/parallel.h"
 
 namespace qk {
 

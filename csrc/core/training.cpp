@@ -5,10 +5,11 @@
 #include <cstring>
 
 #include "core/api.h"
-#include "core/threads.h"
+#include "core/parallel.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/stream.h"
 
 namespace qk {
 namespace {
@@ -85,6 +86,7 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
 
 void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, void* out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
+  map_pages(out, w.rows * w.cols * size_of(grad.dtype), parallel);
   const int64_t group = scheme.weight_group(w.cols);
   limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols), masked(w.cols);

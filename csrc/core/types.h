@@ -98,21 +98,4 @@ struct Weight {
   const uint8_t* zeros;    // [n, groups], or null: symmetric
 };
 
-// Runs body(begin, end, context) over a partition of [0, tasks), possibly on several threads, and returns when all
-// of it is done. The core has no threads of its own: the binding passes its host's pool.
-struct Parallel {
-  int num_threads;
-  void (*run)(int64_t tasks, void (*body)(int64_t begin, int64_t end, void* context), void* context);
-
-  template <class F>
-  void operator()(int64_t tasks, const F& f) const {
-    auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-    if (tasks <= 1 || num_threads <= 1) {
-      if (tasks > 0) f(0, tasks);
-    } else {
-      run(tasks, body, const_cast<F*>(&f));
-    }
-  }
-};
-
 }  // namespace qk

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "core/parallel.h"
 #include "cpu/kernels.h"
 
 namespace qk {

@@ -1,25 +1,40 @@
 // Results that are larger than the caches.
 //
 // NOTE [stream]. The gradient of a weight is larger than the caches and often lies in memory that is fresh from the
-// system, whose pages (of 2 MB, if huge) are cleared when they are first written to. Threads that work on neighbouring
-// columns get to the same pages at the same time, and all clear them. So the pages are touched first, each by one
-// thread, and the result is stored past the caches, which hold the operands.
+// system, whose pages are cleared when they are first written to. Threads that work on neighbouring columns get to the
+// same pages at the same time, and all fault on them. So the system is asked to map them first, for each by one thread,
+// and the result is stored past the caches, which hold the operands.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdint>
 
-#include "core/types.h"
+#include "core/parallel.h"
 #include "cpu/kernels.h"
 
 namespace qk {
 
-// Whether a result of this size is to be stored past the caches; touches its pages if so.
-inline bool begin_stream(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
-  constexpr int64_t kLeast = 16 << 20, kHugePage = 2 << 20;
-  if (kernels.end_stream == nullptr || bytes < kLeast) return false;
-  parallel(div_up(bytes, kHugePage), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) static_cast<char*>(out)[i * kHugePage] = 0;
+// Has the system map the pages of a result, each by one thread.
+inline void map_pages(void* out, int64_t bytes, const Parallel& parallel) {
+#ifdef MADV_POPULATE_WRITE
+  constexpr int64_t kPage = 4096, kPart = 2 << 20;  // a part of the memory is one huge page, if those are used
+  const auto begin = round_up(reinterpret_cast<int64_t>(out), kPage), end = reinterpret_cast<int64_t>(out) + bytes;
+  const int64_t first = begin / kPart, parts = div_up(end, kPart) - first;
+  parallel(parts, [&](int64_t i, int64_t j) {
+    const int64_t from = std::max(begin, (first + i) * kPart), to = std::min(end / kPage * kPage, (first + j) * kPart);
+    // An old system does not know this: then the pages are mapped as they are written to.
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
   });
+#endif
+}
+
+// Whether a result of this size is to be stored past the caches; maps its pages if so.
+inline bool begin_stream(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
+  constexpr int64_t kLeast = 16 << 20;
+  if (kernels.end_stream == nullptr || bytes < kLeast) return false;
+  map_pages(out, bytes, parallel);
   return true;
 }
 
