@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing else
-# reads; tests/test_smooth.py checks each.
+# Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
+# else reads; tests/test_smooth.py checks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 TINY = 1e-5
 
