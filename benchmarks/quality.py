@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 import qkernels
+from qkernels import calibrate
 from qkernels.bench.results import machine
 from qkernels.bench.training.cases import FULL, LORA
 from qkernels.bench.training.contenders import MODES, Ours
@@ -50,6 +51,7 @@ from qkernels.finetune.demo import write_texts
 from qkernels.finetune.measure import PeakMemory
 from qkernels.finetune.models import DEMO, default_cache, pick_dtype, quantize
 from qkernels.finetune.report import write_json
+from qkernels.finetune.text import evenly_spread
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("gemma-lora", "gemma-full", "minilm-lora", "minilm-full")
@@ -58,13 +60,19 @@ PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work each run gets."""
+    """How much work each run gets.
+
+    Attributes:
+        calibration_blocks: of the Gemma jobs, training blocks that the integers are calibrated on, in training and
+            after it; 0: rounded to nearest.
+    """
 
     steps: int = 100
     seq_len: int = 512
     eval_blocks: int = 32
     sentences: int = 1000  # held out
     minilm_steps: int = 300
+    calibration_blocks: int = 0
 
 
 QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=30)
@@ -134,15 +142,17 @@ def gemma(run: Run) -> dict[str, Any]:
             run.model, [train_text], folder / "tuned", eval_text=[held_out], scheme=run.scheme, mode=run.mode,
             grad=run.grad, method=run.method, steps=budget.steps, seq_len=budget.seq_len, lr=RATES[run.job],
             seed=run.seed, dtype=run.dtype, eval_blocks=budget.eval_blocks, baseline=run.scheme == "none",
+            calibration_blocks=_calibration_blocks(run.scheme, budget),
         )  # fmt: skip
         report = finetune(settings)
         after = {}
         if run.scheme == "none":
             tokenizer = load_tokenizer(resolve_model(run.model, default_cache()))
             blocks = token_blocks(tokenizer, read_texts([held_out]), budget.seq_len, keep_tail=True)
+            train_blocks = token_blocks(tokenizer, read_texts([train_text]), budget.seq_len)
             for scheme in run.schemes:
                 model = _tuned(run, settings.output)
-                quantize(model, scheme)
+                quantize(model, scheme, evenly_spread(train_blocks, _calibration_blocks(scheme, budget)))
                 after[scheme] = perplexity(model, blocks[: budget.eval_blocks], label=f"held-out, {scheme} afterwards")
     measured = report["perplexity"]
     return {
@@ -153,6 +163,12 @@ def gemma(run: Run) -> dict[str, Any]:
         "quantized_afterwards": after,
         **{name: report[name] for name in ("losses", "seconds_per_step", "peak_memory_bytes")},
     }
+
+
+def _calibration_blocks(scheme: str, budget: Budget) -> int:
+    """Those of the budget, for schemes that calibration is for."""
+    applies = scheme != "none" and calibrate.applies(qkernels.QuantScheme.parse(scheme))
+    return budget.calibration_blocks if applies else 0
 
 
 def _tuned(run: Run, output: Path) -> torch.nn.Module:

@@ -8,6 +8,7 @@ from .nn import QuantLinear
 from .patch import patch_loss
 from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
+from .smooth import smooth_
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "quantize_",
     "quantize_activation",
     "quantize_weight",
+    "smooth_",
     "testing",
 ]
 

@@ -74,7 +74,9 @@ def second_moments(
             q, scales = ops.quantize_activation(x, scheme.name)
             rounded = q.to(torch.float32) * expand_groups(scales, scheme.act_group_size, x.shape[1])
             noise = (rounded - x).square().sum(dim=0)
-        inputs, seen = x.t() @ x, moments.get(id(layer))
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not be positive definite
+            inputs = x.t() @ x
+        seen = moments.get(id(layer))
         moments[id(layer)] = (
             Moments(inputs, noise) if seen is None else Moments(seen.inputs + inputs, seen.noise + noise)
         )

@@ -162,7 +162,9 @@ def quantize_(
         calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
             weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
             which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
-            Embeddings, and heads that share their weight, are rounded to nearest.
+            Embeddings, and heads that share their weight, are rounded to nearest. In mode "qat" the float weights
+            become the values of the chosen ones, from which training then starts; `weight_scale="learned"` starts
+            with their scales too, "absmax" finds scales anew and may round some groups a second time.
         never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in `explain.ROWS`, and
             leave those in float that would be slower quantized at any of them (`qkernels.explain` shows the times).
 
@@ -172,7 +174,7 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
         ValueError: for an unknown scheme, mode, grad or weight_scale, a NaN or Inf weight or calibration input (naming
-            the layer), `calibration` for w8a16 or mode "qat", `embeddings` for another mode than "frozen",
+            the layer), `calibration` for w8a16, `embeddings` for another mode than "frozen",
             `never_slower` for layers on another device, or a violation of `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
@@ -187,8 +189,6 @@ def quantize_(
     QuantLinear(1, 1, False, scheme, **kind, device="meta")  # what does not exist is refused here
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
-    if calibration is not None and mode == "qat":
-        raise ValueError("calibration must be None for mode='qat', whose weights stay in float")
     if calibration is not None and not calibrate.applies(scheme):
         raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
     report = QuantizationReport(scheme.name, **kind)

@@ -193,16 +193,23 @@ class QuantLinear(nn.Linear):
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Replace the quantized weight, which must be the canonical storage of this layer's scheme and shape.
 
+        In mode "qat" the float weight becomes a new parameter with the values of `weight` dequantized. Learned scales
+        become those of `weight`, and the layer then multiplies exactly it; scales of the range are found anew.
+
         Raises:
-            RuntimeError: naming the tensor that does not fit, or in mode "qat"; the layer is left as it was.
+            RuntimeError: naming the tensor that does not fit; the layer is left as it was.
         """
-        if self.mode == "qat":
-            raise RuntimeError("a layer in mode 'qat' has a float weight: call freeze_() first")
         expected = self.scheme.storage_shapes(self.in_features, self.out_features)["qweight"]
         if weight.qweight.shape != expected:
             got = list(weight.qweight.shape)
             raise RuntimeError(f"qweight must have shape {list(expected)} for {self.scheme}, got {got}")
         ops.check_weight(*weight, self.in_features, self.scheme)
+        if self.mode == "qat":
+            values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(self.weight.dtype)
+            self.weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+            if self.scales is not None:
+                self.scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
+            return
         if self.mode == "int8":
             self.weight = nn.Parameter(Int8Weight(weight.qweight, weight.scales, self.compute_dtype))
             return

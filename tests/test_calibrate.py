@@ -145,6 +145,14 @@ def test_moments_are_sums_over_all_tokens():
         torch.testing.assert_close(seen.noise, noise)
 
 
+def test_moments_are_float32_sums_under_autocast():
+    model, x = Model(), torch.randn(3, 5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = calibrate.second_moments(model, [model.first], [x], "w4a16")[id(model.first)]
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(seen.inputs, flat.t() @ flat)
+
+
 def test_what_cannot_be_calibrated_changes_nothing():
     model = Model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

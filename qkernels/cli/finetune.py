@@ -24,6 +24,9 @@ def finetune(
         typer.Option(help="Of quantized layers: frozen (lora); or trained with float weights behind (qat) or without."),
     ] = "frozen",
     grad: Annotated[Literal["float", "int8"], typer.Option(help="Gradient products of quantized layers.")] = "float",
+    weight_scale: Annotated[
+        Literal["absmax", "learned"], typer.Option(help="Scales of qat weights: by their range, or trained.")
+    ] = "absmax",
     method: Annotated[
         Literal["lora", "full"], typer.Option(help="lora: adapters on the (quantized) model; full: all weights.")
     ] = "lora",
@@ -48,7 +51,7 @@ def finetune(
     eval_blocks: Annotated[int, typer.Option(help="Held-out blocks to use at most; 0: no evaluation.")] = 64,
     calibration_blocks: Annotated[
         int,
-        typer.Option(help="Training blocks to calibrate the quantized weights on; the base is then saved."),
+        typer.Option(help="Training blocks to calibrate the quantized weights on; a lora base is then saved."),
     ] = 0,
     baseline: Annotated[bool, typer.Option(help="Evaluate the float model too, before it is quantized.")] = True,
     cache: Cache = None,
@@ -70,6 +73,7 @@ def finetune(
         scheme=scheme,
         mode=mode,
         grad=grad,
+        weight_scale=weight_scale,
         method=method,
         steps=steps,
         batch_size=batch_size,

@@ -171,7 +171,12 @@ def check_scheme(scheme: str) -> None:
 
 
 def quantize(
-    model: nn.Module, scheme: str, calibration: Sequence[Tensor] = (), mode: str = "frozen", grad: str = "float"
+    model: nn.Module,
+    scheme: str,
+    calibration: Sequence[Tensor] = (),
+    mode: str = "frozen",
+    grad: str = "float",
+    weight_scale: str = "absmax",
 ) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
@@ -179,7 +184,7 @@ def quantize(
     to the perplexity of Gemma-3-270M.
 
     Args:
-        model, scheme, mode, grad: as in `quantize_`.
+        model, scheme, mode, grad, weight_scale: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
 
     Raises:
@@ -194,7 +199,8 @@ def quantize(
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
         samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
-        report = quantize_(model, scheme, mode, grad=grad, embeddings=embeddings, calibration=samples)
+        kind = {"grad": grad, "weight_scale": weight_scale}
+        report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
     return_free_memory()

@@ -77,3 +77,9 @@ def split_blocks(blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         )
     held_out = max(1, len(blocks) // HELD_OUT_SHARE)
     return list(blocks[:-held_out]), list(blocks[-held_out:])
+
+
+def evenly_spread(blocks: list[Tensor], count: int) -> list[Tensor]:
+    """`count` of the blocks, spread evenly over the text; all of them if there are fewer."""
+    count = min(count, len(blocks))
+    return [blocks[index * len(blocks) // count] for index in range(count)]

@@ -31,7 +31,7 @@ from .models import (
     resolve_model,
 )
 from .report import MARKER, write_report
-from .text import read_texts, split_blocks, token_blocks
+from .text import evenly_spread, read_texts, split_blocks, token_blocks
 
 # Folder below the output that holds the quantized base model, where it was calibrated.
 BASE = "base"
@@ -48,6 +48,7 @@ class FinetuneSettings:
     scheme: str = "w8a8"
     mode: str = "frozen"
     grad: str = "float"
+    weight_scale: str = "absmax"
     method: str = "lora"
     steps: int = 100
     batch_size: int = 1
@@ -96,7 +97,12 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         measured["float"] = perplexity(model, eval_blocks, label="held-out, float")
     if settings.scheme != "none":
         quantized = quantize(
-            model, settings.scheme, _calibration_blocks(settings, train_blocks), settings.mode, settings.grad
+            model,
+            settings.scheme,
+            evenly_spread(train_blocks, settings.calibration_blocks),
+            settings.mode,
+            settings.grad,
+            settings.weight_scale,
         )
         report["quantization"] = quantized.to_dict()
         if eval_blocks:
@@ -123,12 +129,6 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     return report
 
 
-def _calibration_blocks(settings: FinetuneSettings, train_blocks: list[Tensor]) -> list[Tensor]:
-    """Training blocks spread evenly over the text."""
-    count = min(settings.calibration_blocks, len(train_blocks))
-    return [train_blocks[index * len(train_blocks) // count] for index in range(count)]
-
-
 def _check(settings: FinetuneSettings) -> None:
     """Everything that can be refused before slow work starts."""
     check_scheme(settings.scheme)
@@ -140,6 +140,12 @@ def _check(settings: FinetuneSettings) -> None:
         raise InputError(
             f"--method {settings.method} does not go with --mode {settings.mode} (scheme {settings.scheme}): lora "
             "trains adapters on a frozen model, full trains weights, quantized (qat, int8) or not (--scheme none)"
+        )
+    if settings.weight_scale == "learned" and (
+        settings.mode != "qat" or settings.scheme == "none" or not QuantScheme.parse(settings.scheme).symmetric
+    ):
+        raise InputError(
+            f"--weight-scale learned is for --mode qat and symmetric schemes, not {settings.mode} and {settings.scheme}"
         )
     if settings.eval_seq_len is not None and not settings.eval_text:
         raise InputError("--eval-seq-len needs --eval-text: blocks held out of the training text have its --seq-len")

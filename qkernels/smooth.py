@@ -1,0 +1,151 @@
+"""Smoothing: move the outliers of a layer's input channels into its weight, without changing what the model computes.
+
+An int8 row of activations has one scale, so a few large channels take the resolution from all others. SmoothQuant (Xiao
+et al. 2022, arXiv:2211.10438) divides input channel k by s[k] and multiplies column k of the weight by it, with
+
+    s[k] = max|x[k]|^alpha / max|W[:, k]|^(1 - alpha).
+
+The division is folded into what produces the input: the norm before q, k, v and before gate and up, the rows of up
+before down, the rows of v before o (there one factor serves all query heads of a key-value head). Factors are powers of
+two, so that weights keep their bits but for the exponent; only norms that multiply by 1 + weight (Gemma) are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
+# else reads; tests/test_smooth.py checks each.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+TINY = 1e-5
+
+
+def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], alpha: float = 0.5) -> list[str]:
+    """Smooth the inputs of the linear layers of a decoder of transformers, in place; call it before `quantize_`.
+
+    The function of the model stays the same up to rounding.
+
+    Args:
+        model: a float model of one of `MODEL_TYPES`.
+        inputs: sample inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        alpha: in [0, 1]: how much of the range is moved from the activations to the weights.
+
+    Returns:
+        The names of the layers whose inputs were smoothed.
+
+    Raises:
+        ValueError: for another model type, layers that are not plain `nn.Linear` (quantized, adapted), alpha out of
+            range, or inputs that do not reach every layer with finite values. The model is then as it was.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    config = getattr(model, "config", None)
+    kind = config.get_text_config().model_type if hasattr(config, "get_text_config") else type(model).__name__
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model type must be one of {', '.join(MODEL_TYPES)}, got {kind}")
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [module for module in names if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+    layers = [layer for block in blocks for layer in _linears(block)]
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            raise ValueError(f"{names[layer]} must be an nn.Linear, got {type(layer).__name__}")
+    ranges = _input_ranges(model, layers, inputs)
+    for layer in layers:
+        if layer not in ranges or not ranges[layer].isfinite().all():
+            raise ValueError(f"inputs must reach {names[layer]} with finite values; nothing was changed")
+    with torch.no_grad():
+        for block in blocks:
+            _smooth_block(block, ranges, alpha)
+    return [names[layer] for layer in layers]
+
+
+def _linears(block: nn.Module) -> list[nn.Module]:
+    attention, mlp = block.self_attn, block.mlp
+    heads = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*heads, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _input_ranges(
+    model: nn.Module, layers: Sequence[nn.Module], inputs: Iterable[Tensor | Mapping[str, Any]]
+) -> dict[nn.Module, Tensor]:
+    """max|x| of each input channel [K] of the layers, over all tokens; the model runs in evaluation mode."""
+    ranges: dict[nn.Module, Tensor] = {}
+
+    def watch(layer: nn.Module, args: tuple[Tensor]) -> None:
+        seen = args[0].detach().flatten(0, -2).abs().amax(dim=0).to(torch.float32)
+        ranges[layer] = torch.maximum(ranges[layer], seen) if layer in ranges else seen
+
+    training = [module for module in model.modules() if module.training]
+    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in inputs:
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                else:
+                    model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return ranges
+
+
+def _smooth_block(block: nn.Module, ranges: Mapping[nn.Module, Tensor], alpha: float) -> None:
+    attention, mlp = block.self_attn, block.mlp
+    # Gemma 2 and 3 have norms around both halves; elsewhere the norm after the attention is the one before the MLP.
+    before_mlp = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)
+    for norm, consumers in (
+        (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (before_mlp, (mlp.gate_proj, mlp.up_proj)),
+    ):
+        columns = torch.stack([_column_range(layer) for layer in consumers]).amax(dim=0)
+        factors = _factors(ranges[consumers[0]], columns, alpha)
+        offset = _offset(norm)
+        norm.weight.copy_((norm.weight.to(torch.float32) + offset) / factors - offset)
+        for layer in consumers:
+            layer.weight.mul_(factors)
+    factors = _factors(ranges[mlp.down_proj], _column_range(mlp.down_proj), alpha)
+    _divide_rows(mlp.up_proj, factors)
+    mlp.down_proj.weight.mul_(factors)
+    # Query heads of a group read the same values, channel by channel: one factor for all of them.
+    size, kv_heads = attention.head_dim, attention.v_proj.out_features // attention.head_dim
+    per_head = (kv_heads, -1, size)
+    seen, columns = (
+        values.view(per_head).amax(dim=1).flatten()
+        for values in (ranges[attention.o_proj], _column_range(attention.o_proj))
+    )
+    factors = _factors(seen, columns, alpha)
+    _divide_rows(attention.v_proj, factors)
+    queries = attention.o_proj.in_features // (kv_heads * size)
+    attention.o_proj.weight.mul_(factors.view(kv_heads, 1, size).expand(-1, queries, -1).flatten())
+
+
+def _column_range(layer: nn.Linear) -> Tensor:
+    return layer.weight.abs().amax(dim=0).to(torch.float32)
+
+
+def _factors(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """Powers of two near s, whose geometric mean is made 1: only their ratios matter."""
+    exponents = alpha * inputs.clamp(min=TINY).log2() - (1 - alpha) * columns.clamp(min=TINY).log2()
+    return (exponents - exponents.mean()).round().exp2()
+
+
+def _divide_rows(layer: nn.Linear, factors: Tensor) -> None:
+    layer.weight.div_(factors.unsqueeze(1))
+    if layer.bias is not None:
+        layer.bias.div_(factors)
+
+
+def _offset(norm: nn.Module) -> float:
+    """What the norm adds to its weight before it multiplies by it: 1 for Gemma's, else 0."""
+    weight = norm.weight.detach()
+    ones = torch.ones(1, weight.numel(), dtype=weight.dtype, device=weight.device)
+    zero_weight = {"weight": torch.zeros_like(weight)}
+    return 1.0 if torch.func.functional_call(norm, zero_weight, ones).any() else 0.0
