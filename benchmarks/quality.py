@@ -65,6 +65,7 @@ class Budget:
     Attributes:
         calibration_blocks: of the Gemma jobs, training blocks that the integers are calibrated on, in training and
             after it; 0: rounded to nearest.
+        smooth: whether models with int8 activations are smoothed on these blocks before.
     """
 
     steps: int = 100
@@ -73,6 +74,7 @@ class Budget:
     sentences: int = 1000  # held out
     minilm_steps: int = 300
     calibration_blocks: int = 0
+    smooth: bool = False
 
 
 QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=30)
@@ -142,7 +144,7 @@ def gemma(run: Run) -> dict[str, Any]:
             run.model, [train_text], folder / "tuned", eval_text=[held_out], scheme=run.scheme, mode=run.mode,
             grad=run.grad, method=run.method, steps=budget.steps, seq_len=budget.seq_len, lr=RATES[run.job],
             seed=run.seed, dtype=run.dtype, eval_blocks=budget.eval_blocks, baseline=run.scheme == "none",
-            calibration_blocks=_calibration_blocks(run.scheme, budget),
+            calibration_blocks=_calibration_blocks(run.scheme, budget), smooth=_smooth(run.scheme, budget),
         )  # fmt: skip
         report = finetune(settings)
         after = {}
@@ -152,7 +154,8 @@ def gemma(run: Run) -> dict[str, Any]:
             train_blocks = token_blocks(tokenizer, read_texts([train_text]), budget.seq_len)
             for scheme in run.schemes:
                 model = _tuned(run, settings.output)
-                quantize(model, scheme, evenly_spread(train_blocks, _calibration_blocks(scheme, budget)))
+                blocks_of_text = evenly_spread(train_blocks, _calibration_blocks(scheme, budget))
+                quantize(model, scheme, blocks_of_text, smooth=_smooth(scheme, budget))
                 after[scheme] = perplexity(model, blocks[: budget.eval_blocks], label=f"held-out, {scheme} afterwards")
     measured = report["perplexity"]
     return {
@@ -169,6 +172,10 @@ def _calibration_blocks(scheme: str, budget: Budget) -> int:
     """Those of the budget, for schemes that calibration is for."""
     applies = scheme != "none" and calibrate.applies(qkernels.QuantScheme.parse(scheme))
     return budget.calibration_blocks if applies else 0
+
+
+def _smooth(scheme: str, budget: Budget) -> bool:
+    return budget.smooth and scheme != "none" and qkernels.QuantScheme.parse(scheme).int_activations
 
 
 def _tuned(run: Run, output: Path) -> torch.nn.Module:
@@ -380,6 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="*", help="fnmatch patterns of runs, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     for name, value in asdict(Budget()).items():
+        if isinstance(value, bool):
+            parser.add_argument(f"--{name}", action="store_true", default=None, help="see Budget; default: not")
+            continue
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}; with --quick less")
     parser.add_argument("--quick", action="store_true", help="one seed, a few short steps: does everything work?")
     parser.add_argument("--model", default=DEMO, help="of the gemma jobs: a transformers folder")

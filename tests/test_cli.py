@@ -160,7 +160,7 @@ class TestFinetune:
 
     def test_calibrated_base_is_saved_with_its_adapter(self, llama, text, tmp_path):
         output = tmp_path / "run"
-        held_out = ("--eval-text", text, "--eval-blocks", 4)
+        held_out = ("--eval-text", text, "--eval-blocks", 4, "--smooth")
         result = small_run(llama, text, output, "--scheme", "w4a8-g32-asym", "--calibration-blocks", 3, *held_out)
         assert result.exit_code == 0, result.output
         expected = json.loads((output / "report.json").read_text())["perplexity"]["finetuned"]
@@ -172,6 +172,8 @@ class TestFinetune:
         assert json.loads(again.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
         refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a16", "--calibration-blocks", 3)
         assert_refused(refused, "--calibration-blocks", "w4", "w8a16")
+        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a8", "--smooth")
+        assert_refused(refused, "--smooth", "--calibration-blocks", "w8a8")
 
     def test_full_writes_a_model_that_loads(self, llama, text, tmp_path):
         output = tmp_path / "run"

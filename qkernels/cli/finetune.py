@@ -53,6 +53,9 @@ def finetune(
         int,
         typer.Option(help="Training blocks to calibrate the quantized weights on; a lora base is then saved."),
     ] = 0,
+    smooth: Annotated[
+        bool, typer.Option(help="First move outliers of the activations into the weights (with --calibration-blocks).")
+    ] = False,
     baseline: Annotated[bool, typer.Option(help="Evaluate the float model too, before it is quantized.")] = True,
     cache: Cache = None,
 ) -> None:
@@ -88,6 +91,7 @@ def finetune(
         dtype=dtype,
         eval_blocks=eval_blocks,
         calibration_blocks=calibration_blocks,
+        smooth=smooth,
         baseline=baseline,
         cache=cache or default_cache(),
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..convert import QuantizationReport, quantize_
 from ..schemes import QuantScheme
+from ..smooth import smooth_
 from .errors import InputError
 
 DEMO = "demo"
@@ -177,6 +178,7 @@ def quantize(
     mode: str = "frozen",
     grad: str = "float",
     weight_scale: str = "absmax",
+    smooth: bool = False,
 ) -> QuantizationReport:
     """`quantize_`, with a weight that cannot be quantized as an error of the user's model.
 
@@ -186,9 +188,10 @@ def quantize(
     Args:
         model, scheme, mode, grad, weight_scale: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
+        smooth: apply `smooth_` with these blocks before.
 
     Raises:
-        InputError: naming the layer.
+        InputError: naming the layer, or saying why the model cannot be smoothed.
     """
     inputs: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -198,6 +201,8 @@ def quantize(
     embeddings = mode == "frozen" and embedding_scheme(scheme)
     batches = [{"input_ids": block.unsqueeze(0).to(device()), **inputs} for block in calibration]
     try:
+        if smooth:
+            smooth_(model, batches)
         samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
         kind = {"grad": grad, "weight_scale": weight_scale}
         report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)

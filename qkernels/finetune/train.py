@@ -63,6 +63,7 @@ class FinetuneSettings:
     dtype: str = "auto"
     eval_blocks: int = 64
     calibration_blocks: int = 0
+    smooth: bool = False
     baseline: bool = True
     cache: Path = field(default_factory=default_cache)
 
@@ -103,6 +104,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
             settings.mode,
             settings.grad,
             settings.weight_scale,
+            settings.smooth,
         )
         report["quantization"] = quantized.to_dict()
         if eval_blocks:
@@ -136,6 +138,8 @@ def _check(settings: FinetuneSettings) -> None:
         settings.scheme == "none" or not calibrate.applies(QuantScheme.parse(settings.scheme))
     ):
         raise InputError(f"--calibration-blocks is for w4 and a8 schemes, and the scheme is {settings.scheme!r}")
+    if settings.smooth and not (settings.calibration_blocks and QuantScheme.parse(settings.scheme).int_activations):
+        raise InputError(f"--smooth is for a8 schemes with --calibration-blocks, and the scheme is {settings.scheme!r}")
     if settings.scheme != "none" and (settings.method == "full") == (settings.mode == "frozen"):
         raise InputError(
             f"--method {settings.method} does not go with --mode {settings.mode} (scheme {settings.scheme}): lora "
