@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import heap, ops
 from .int8_weight import Int8Weight
 from .quantize import QuantizedWeight, weight_integers
 from .schemes import QuantScheme
@@ -261,6 +261,8 @@ class _TrainedLinear(torch.autograd.Function):
                 grad_weight, grad_scales = ops.scale_gradient(grad_weight, master, learned, name)
             elif master is not None:
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
+            if not torch.compiler.is_compiling():
+                heap.count_gradient(grad_weight)
         if needs_bias:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
         return grad_x, grad_weight, grad_scales, grad_bias, None, None, None

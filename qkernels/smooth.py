@@ -24,7 +24,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_
 TINY = 1e-5
 
 
-def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], alpha: float = 0.5) -> list[str]:
+def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], alpha: float = 0.7) -> list[str]:
     """Smooth the inputs of the linear layers of a decoder of transformers, in place; call it before `quantize_`.
 
     The function of the model stays the same up to rounding.
@@ -32,7 +32,7 @@ def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], alph
     Args:
         model: a float model of one of `MODEL_TYPES`.
         inputs: sample inputs: a mapping is passed as keyword arguments, anything else as the only argument.
-        alpha: in [0, 1]: how much of the range is moved from the activations to the weights.
+        alpha: in [0, 1]: how much of the range is moved from the activations to the weights (0.5 in the paper).
 
     Returns:
         The names of the layers whose inputs were smoothed.

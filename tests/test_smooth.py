@@ -42,7 +42,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_the_float_model_computes_the_same_and_int8_loses_less(kind):
     model = model_of(kind).train()
     plain = copy.deepcopy(model).eval()
-    names = qk.smooth_(model, [{"input_ids": tokens(), "use_cache": False}])
+    names = qk.smooth_(model, [{"input_ids": tokens(), "use_cache": False}], alpha=0.5)
     assert len(names) == 2 * 7 and all(module.training for module in model.modules())
     model.eval()
     expected = logits(plain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import importlib
 import inspect
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import heap
 from ..convert import QuantizationReport, quantize_
 from ..schemes import QuantScheme
 from ..smooth import smooth_
@@ -208,7 +208,7 @@ def quantize(
         report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return_free_memory()
+    heap.trim()
     return report
 
 
@@ -218,12 +218,6 @@ def embedding_scheme(scheme: str) -> str:
     if parsed.weight_bits == 8:
         return parsed.name
     return "w8a8" if parsed.int_activations else "w8a16"
-
-
-def return_free_memory() -> None:
-    """Give freed blocks back to the system where the C library (glibc) can: float weights and moments were large."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def check_length(model: nn.Module, tokens: int) -> None:

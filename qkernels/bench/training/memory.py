@@ -52,14 +52,14 @@ def measure(case: str, contender: str, schemes: Sequence[str], grads: Sequence[s
 def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
     import psutil
 
+    from ... import heap
     from ...finetune.measure import PeakMemory
-    from ...finetune.models import return_free_memory
     from .cases import CASES
     from .contenders import contenders
 
     def resident() -> int:
         gc.collect()
-        return_free_memory()
+        heap.trim()
         return psutil.Process().memory_info().rss
 
     found, chosen = CASES[case], contenders(CASES[case], schemes, grads, peers=True)

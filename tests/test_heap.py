@@ -1,0 +1,38 @@
+"""The heap is trimmed now and then in trainings of all weights (NOTE [heap])."""
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels as qk
+from qkernels import heap
+
+
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_gradients_of_weights_count(monkeypatch, mode):
+    trims = []
+    monkeypatch.setattr(heap, "trim", lambda: trims.append(True))
+    monkeypatch.setattr(heap, "_since_trim", 0)
+    monkeypatch.setattr(heap, "GRADIENTS_PER_TRIM", 3 * 4 * 33 * 64)
+    layer = qk.QuantLinear.from_float(nn.Linear(64, 33), "w8a8", mode=mode)
+    counts = []
+    for _ in range(7):
+        layer(torch.randn(5, 64)).sum().backward()
+        counts.append(len(trims))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+    layer.requires_grad_(False)
+    layer(torch.randn(5, 64, requires_grad=True)).sum().backward()
+    assert heap._since_trim == 4 * 33 * 64
+
+
+def test_trimming_gives_memory_back():
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process()
+    # Blocks small enough for the heap, with a used one between each two.
+    blocks = [torch.ones(100_000) for _ in range(400)]
+    del blocks[::2]
+    before = process.memory_info().rss
+    heap.trim()
+    if before == process.memory_info().rss:
+        pytest.skip("this C library cannot trim")
+    assert process.memory_info().rss < before - 40e6
