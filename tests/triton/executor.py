@@ -1,10 +1,7 @@
 """Runs launches by executing the PTX that Triton compiles them to."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,17 +39,6 @@ def array(tensor: Tensor) -> np.ndarray:
     return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
 
 
-def in_parallel(function: Callable[[Launch], Any], launches: Iterable[Launch]) -> list:
-    """Of each launch: triton, whose compiler takes most of the time of these tests, lets go of Python's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, launches))
-
-
-def compile_all(launches: Iterable[Launch], target: str) -> None:
-    """Have each ready in the cache."""
-    in_parallel(lambda launch: compile_launch(launch, target), launches)
-
-
 def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> None:
     """Fill the outputs of `launch` as `target` would."""
     compiled = compile_launch(launch, target)
@@ -79,6 +65,5 @@ def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machin
 
 
 def execute_all(launches: Sequence[Launch], target: str) -> None:
-    compile_all(launches, target)
     for launch in launches:
         execute(launch, target)
