@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def pretrain(
     seq_len = min(seq_len, case.seq_len)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     with tempfile.TemporaryDirectory() as folder:
-        train, held_out = (token_blocks(tokenizer, read_texts([path]), seq_len) for path in write_texts(Path(folder)))
+        text, held_out = (token_blocks(tokenizer, read_texts([path]), seq_len) for path in write_texts(Path(folder)))
 
     def collate(seed: int) -> DataCollatorForLanguageModeling:
         return DataCollatorForLanguageModeling(tokenizer, mlm=case.masked, mlm_probability=MASKED, seed=seed)
@@ -62,29 +62,40 @@ def pretrain(
     set_seed(seed)
     model = contender.convert(case.build(torch.float32))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=contender.dtype == torch.bfloat16)
-    batches = _batches(train, case.rows, collate(seed), torch.Generator().manual_seed(seed))
+    batches = _batches(text, case.rows, collate(seed), torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     warm_up = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
+    measured = train(model, lambda: next(batches) | case.inputs, schedule, steps, autocast)
+    with autocast:
+        tuned = _held_out(model, case, held_out[:eval_blocks], collate(HELD_OUT_SEED))
+    return {"tuned": tuned} | measured
+
+
+def train(
+    model: nn.Module,
+    next_batch: Callable[[], Mapping[str, Any]],
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    steps: int,
+    autocast: torch.autocast,
+) -> dict[str, Any]:
+    """Take `steps` steps with the optimizer of `schedule`: `losses`, `seconds_per_step`, `peak_memory_bytes`."""
     losses, seconds = [], []
     model.train()
     with PeakMemory() as peak:
         for _ in range(steps):
             start = time.perf_counter()
             with autocast:  # entered at each step: it keeps the weights it has cast
-                loss = model(**next(batches), **case.inputs).loss
+                loss = model(**next_batch()).loss
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            schedule.optimizer.step()
+            schedule.optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - start)
-    with autocast:
-        tuned = _held_out(model, case, held_out[:eval_blocks], collate(HELD_OUT_SEED))
-    measured = {"seconds_per_step": statistics.median(seconds[1:]), "peak_memory_bytes": peak.bytes}
-    return {"tuned": tuned, "losses": losses} | measured
+    return {"losses": losses, "seconds_per_step": statistics.median(seconds[1:]), "peak_memory_bytes": peak.bytes}
 
 
 def _batches(

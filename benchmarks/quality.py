@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretraining import minilm_folder, off_reference, pretrain
+from pretraining import minilm_folder, off_reference, pretrain, train
 
 import qkernels
 from qkernels import calibrate
@@ -49,7 +48,6 @@ from qkernels.finetune import (
     token_blocks,
 )
 from qkernels.finetune.demo import write_texts
-from qkernels.finetune.measure import PeakMemory
 from qkernels.finetune.models import DEMO, default_cache, pick_dtype, quantize
 from qkernels.finetune.report import write_json
 from qkernels.finetune.text import evenly_spread
@@ -244,23 +242,11 @@ def prepare(model: torch.nn.Module, run: Run) -> torch.nn.Module:
 def train_minilm(
     model: torch.nn.Module, run: Run, next_batch: Callable[[], dict[str, torch.Tensor]], autocast: torch.autocast
 ) -> dict[str, Any]:
-    """AdamW with a linear schedule: losses, time of a step, peak memory."""
-    steps, losses, seconds = run.budget.minilm_steps, [], []
+    """AdamW with a linear schedule."""
+    steps = run.budget.minilm_steps
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[run.job])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    model.train()
-    with PeakMemory() as peak:
-        for _ in range(steps):
-            start = time.perf_counter()
-            with autocast:  # entered at each step: it keeps the weights it has cast
-                loss = model(**next_batch()).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
-            seconds.append(time.perf_counter() - start)
-    return {"losses": losses, "seconds_per_step": statistics.median(seconds[1:]), "peak_memory_bytes": peak.bytes}
+    return train(model, next_batch, schedule, steps, autocast)
 
 
 def from_random(run: Run) -> dict[str, Any]:
@@ -435,7 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"jobs must be of {', '.join(JOBS)}, got {', '.join(sorted(unknown))}")
     seeds, budget = (1, QUICK) if options.quick else (options.seeds, Budget())
     given = {name: value for name in asdict(budget) if (value := getattr(options, name)) is not None}
-    planned = runs(jobs, options.schemes.split(","), options.grads.split(","), seeds, replace(budget, **given))
+    budget = replace(budget, **given)
+    if budget.smooth and not budget.calibration_blocks:
+        parser.error("--smooth needs --calibration-blocks, whose text says what the activations are like")
+    planned = runs(jobs, options.schemes.split(","), options.grads.split(","), seeds, budget)
     patterns = options.only.split(",")
     planned = [run for run in planned if any(fnmatchcase(run.name, pattern) for pattern in patterns)]
     if not planned:

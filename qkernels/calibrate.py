@@ -15,7 +15,7 @@ as they are correlated. Stored format and kernels are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +67,7 @@ def second_moments(
     scheme = QuantScheme.parse(scheme)
     moments: dict[int, Moments] = {}
 
-    def watch(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["input"]).detach().flatten(0, -2).to(torch.float32)
+    def watch(layer: nn.Module, x: Tensor) -> None:
         noise = torch.zeros(x.shape[1], device=x.device)
         if scheme.int_activations:
             q, scales = ops.quantize_activation(x, scheme.name)
@@ -81,8 +80,29 @@ def second_moments(
             Moments(inputs, noise) if seen is None else Moments(seen.inputs + inputs, seen.noise + noise)
         )
 
+    run_watched(model, layers, batches, watch)
+    return moments
+
+
+def run_watched(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    watch: Callable[[nn.Module, Tensor], None],
+) -> None:
+    """Run `model` on sample inputs, in evaluation mode and without gradients.
+
+    Args:
+        layers: the linear layers whose inputs are wanted.
+        batches: inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        watch: called before each of these layers with it and its input, float32 [M, K].
+    """
+
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        watch(layer, (args[0] if args else kwargs["input"]).detach().flatten(0, -2).to(torch.float32))
+
     training = [module for module in model.modules() if module.training]
-    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     model.eval()
     try:
         with torch.no_grad():
@@ -96,7 +116,6 @@ def second_moments(
             handle.remove()
         for module in training:
             module.training = True
-    return moments
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme, moments: Moments) -> QuantizedWeight:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibrate import run_watched
+
 # Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
 # else reads; tests/test_smooth.py checks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -75,25 +77,11 @@ def _input_ranges(
     """max|x| of each input channel [K] of the layers, over all tokens; the model runs in evaluation mode."""
     ranges: dict[nn.Module, Tensor] = {}
 
-    def watch(layer: nn.Module, args: tuple[Tensor]) -> None:
-        seen = args[0].detach().flatten(0, -2).abs().amax(dim=0).to(torch.float32)
+    def watch(layer: nn.Module, x: Tensor) -> None:
+        seen = x.abs().amax(dim=0)
         ranges[layer] = torch.maximum(ranges[layer], seen) if layer in ranges else seen
 
-    training = [module for module in model.modules() if module.training]
-    handles = [layer.register_forward_pre_hook(watch) for layer in layers]
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in inputs:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    run_watched(model, layers, inputs, watch)
     return ranges
 
 

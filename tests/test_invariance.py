@@ -43,6 +43,18 @@ def test_thread_count_invariance(each_isa, scheme, shape):
             assert_same_bits(more, one, f"{each_isa} {scheme} {shape}")
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g32-asym"])
+def test_threads_share_large_products(scheme):
+    """Large enough for each thread's share to be cut into pieces, which others may take (NOTE [shares])."""
+    x, weight, bias = arguments(scheme, 150, 1210, 515)
+    torch.set_num_threads(1)
+    expected = ops.linear(x, *weight, bias, scheme)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            assert_same_bits(ops.linear(x, *weight, bias, scheme), expected, f"{scheme} {threads}")
+
+
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_integer_gradients_depend_on_neither_batch_nor_threads(each_isa, scheme):
     for rows, out_features, in_features in ((150, 37, 161), (9, 130, 515), (61, 515, 40)):

@@ -39,6 +39,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_the_float_model_computes_the_same_by_default(kind):
+    model = model_of(kind)
+    expected = logits(model)
+    qk.smooth_(model, [{"input_ids": tokens(), "use_cache": False}])
+    assert (logits(model) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_the_float_model_computes_the_same_and_int8_loses_less(kind):
     model = model_of(kind).train()
     plain = copy.deepcopy(model).eval()

@@ -16,9 +16,12 @@
 
 namespace qk {
 
-// Has the system map the pages of a result, each by one thread.
+constexpr int64_t kLargeResult = 16 << 20;  // bytes
+
+// Has the system map the pages of a large result, each by one thread. Smaller ones are seldom fresh, and asking costs.
 inline void map_pages(void* out, int64_t bytes, const Parallel& parallel) {
 #ifdef MADV_POPULATE_WRITE
+  if (bytes < kLargeResult) return;
   constexpr int64_t kPage = 4096, kPart = 2 << 20;  // a part of the memory is one huge page, if those are used
   const auto begin = round_up(reinterpret_cast<int64_t>(out), kPage), end = reinterpret_cast<int64_t>(out) + bytes;
   const int64_t first = begin / kPart, parts = div_up(end, kPart) - first;
@@ -32,8 +35,7 @@ inline void map_pages(void* out, int64_t bytes, const Parallel& parallel) {
 
 // Whether a result of this size is to be stored past the caches; maps its pages if so.
 inline bool begin_stream(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
-  constexpr int64_t kLeast = 16 << 20;
-  if (kernels.end_stream == nullptr || bytes < kLeast) return false;
+  if (kernels.end_stream == nullptr || bytes < kLargeResult) return false;
   map_pages(out, bytes, parallel);
   return true;
 }
