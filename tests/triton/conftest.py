@@ -1,4 +1,4 @@
-"""Settings of all tests here: small chunks of the vocabulary, and a process that interprets kernels meanwhile."""
+"""Settings of all tests here: small chunks of the vocabulary, and checks in processes of their own, on other cores."""
 
 import os
 import subprocess
@@ -10,10 +10,8 @@ import pytest
 from qkernels import reference
 
 CHUNK = 64  # of the vocabulary, so that a small one has many
-INTERPRETED = "test_interpreted.py"
-CHECKS = Path(__file__).with_name("interpreted_checks.py")
 
-_child: list[subprocess.Popen] = []
+_children: dict[str, subprocess.Popen] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +20,24 @@ def small_chunks(monkeypatch):
 
 
 def pytest_collection_finish(session):
-    """Start the checks under the interpreter, which need a process of their own, beside the tests before theirs."""
-    if any(item.path.name == INTERPRETED for item in session.items) and not session.config.option.collectonly:
-        command = [sys.executable, "-m", "pytest", str(CHECKS), "-q", "-x", "--disable-warnings"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        _child.append(subprocess.Popen(command, env=environment, **pipes))
+    """Start the checks that selected tests wait for (test_processes.py), so that they run beside the tests before."""
+    if session.config.option.collectonly:
+        return
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for item in session.items:
+        if "checks" in getattr(item, "fixturenames", ()):
+            file, environment = item.callspec.params["checks"]
+            command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(file)), "-q", "--disable-warnings"]
+            _children[file] = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
 
 
 @pytest.fixture
-def interpreting() -> subprocess.Popen:
-    """That process."""
-    return _child[0]
+def child(checks) -> subprocess.Popen:
+    """The process of these checks."""
+    return _children[checks[0]]
 
 
 def pytest_sessionfinish():
-    for child in _child:
+    for child in _children.values():
         child.kill()
         child.wait()
