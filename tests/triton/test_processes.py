@@ -13,7 +13,7 @@ TARGETS = ("target_checks.py", {})
 # Of each: tests that pass at least, so that it cannot pass by collecting nothing.
 @pytest.mark.parametrize(("checks", "least"), [(INTERPRETED, 300), (TARGETS, 6)], ids=["interpreted", "targets"])
 def test_checks(checks, least, child):
-    output, _ = child.communicate(timeout=600)
+    output, _ = child.communicate(timeout=400)
     assert child.returncode == 0, output[-8000:]
     passed = re.search(r"(\d+) passed", output)
     assert passed and int(passed[1]) >= least, output[-2000:]
