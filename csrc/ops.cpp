@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "core/api.h"
@@ -23,9 +22,9 @@ qk::Parallel parallel() {
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
-  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
+  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
   Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
@@ -36,18 +35,18 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string 
 }
 
 Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
-                         std::string scheme) {
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+                         int64_t scheme_code) {
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
   Tensor out = torch::stable::new_empty(scales, {weight.get().n, in_features}, ScalarType::Float);
   qk::dequantize_weight(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
   return out;
 }
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
-              std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
+              std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
@@ -58,11 +57,11 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
 
 std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
                                                  std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
-                                                 std::string scheme, std::optional<ScalarType> out_dtype) {
+                                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
-  require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
+  require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", weight.get().scheme);
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
@@ -76,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tens
 }
 
 Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Tensor& scales,
-                         std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                         std::optional<Tensor> zeros, int64_t in_features, int64_t scheme_code,
                          std::optional<ScalarType> out_dtype) {
   const Tensor grad_out = as_contiguous(grad_arg);
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
   const qk::Matrix view = matrix("grad_out", grad_out, weight.get().n);
   const ScalarType dtype = out_dtype.value_or(grad_out.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
@@ -89,18 +88,18 @@ Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Te
 }
 
 Tensor column_scales(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
-                     std::string scheme) {
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
+                     int64_t scheme_code) {
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
   Tensor out = torch::stable::new_empty(scales, {in_features}, ScalarType::Float);
   qk::column_scales(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
   return out;
 }
 
 Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
-                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, int64_t scheme_code,
                       std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
-  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), column_scales_arg);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
@@ -118,12 +117,12 @@ const int64_t* int64_vector(const char* name, const Tensor& t, int64_t size) {
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg, const Tensor& target_arg,
                                                         const Tensor& qweight, const Tensor& scales,
                                                         std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
-                                                        std::string scheme, std::optional<Tensor> dither_arg,
+                                                        int64_t scheme_code, std::optional<Tensor> dither_arg,
                                                         double softcap, double z_loss, double label_smoothing,
                                                         int64_t ignore_index) {
   const Tensor hidden = as_contiguous(hidden_arg), target = as_contiguous(target_arg);
   const qk::Matrix view = matrix("hidden", hidden, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
   const int64_t n = weight.get().n;
   require(softcap == 0 || label_smoothing == 0, "softcap must be 0 with label_smoothing, got ", softcap, " and ",
           label_smoothing);
@@ -158,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   return {loss, lse, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, std::string scheme_name) {
-  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
+std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int64_t scheme_code) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
   const Tensor weight = as_contiguous(weight_arg);
   const qk::Matrix view = matrix("weight", weight, -1);
   const int64_t n = view.rows, groups = scheme.weight_groups(view.cols);
@@ -174,9 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, std
   return {qweight, scales, zeros};
 }
 
-Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, std::string scheme_name) {
-  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-  require(scheme.weight_bits == 4, "scheme must be a w4 scheme, got ", scheme_name);
+Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, int64_t scheme_code) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
+  require(scheme.weight_bits == 4, "scheme must be a w4 scheme, got ", scheme);
   const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
   const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
   require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
@@ -188,11 +187,10 @@ Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, std::strin
 // The scales [N, groups] of a symmetric scheme, contiguous; keeps the tensor alive.
 class GivenScales {
  public:
-  GivenScales(const Tensor& scales, const qk::Matrix& weight, const std::string& scheme_name)
-      : scheme_(qk::parse_scheme(scheme_name)), scales_(as_contiguous(scales)) {
-    require(scheme_.symmetric, "scheme must be symmetric, got ", scheme_name);
-    check("scales", scales, ScalarType::Float, weight.rows, scheme_.weight_groups(weight.cols), scheme_name,
-          weight.cols);
+  GivenScales(const Tensor& scales, const qk::Matrix& weight, int64_t scheme_code)
+      : scheme_(qk::scheme_of(scheme_code)), scales_(as_contiguous(scales)) {
+    require(scheme_.symmetric, "scheme must be symmetric, got ", scheme_);
+    check("scales", scales, ScalarType::Float, weight.rows, scheme_.weight_groups(weight.cols), scheme_, weight.cols);
   }
 
   const qk::Scheme& scheme() const { return scheme_; }
@@ -203,10 +201,10 @@ class GivenScales {
   Tensor scales_;
 };
 
-Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg, std::string scheme_name) {
+Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg, int64_t scheme_code) {
   const Tensor weight = as_contiguous(weight_arg);
   const qk::Matrix view = matrix("weight", weight, -1);
-  const GivenScales scales(scales_arg, view, scheme_name);
+  const GivenScales scales(scales_arg, view, scheme_code);
   const qk::Scheme& scheme = scales.scheme();
   Tensor qweight = torch::stable::new_empty(weight, {view.rows, scheme.packed_features(view.cols)},
                                             scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
@@ -216,11 +214,11 @@ Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg
 }
 
 std::tuple<Tensor, Tensor> scale_gradient(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& scales_arg,
-                                          std::string scheme_name) {
+                                          int64_t scheme_code) {
   const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
   const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
   require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
-  const GivenScales scales(scales_arg, view, scheme_name);
+  const GivenScales scales(scales_arg, view, scheme_code);
   Tensor out = torch::stable::new_empty(grad, {view.rows, view.cols}, grad.scalar_type());
   Tensor grad_scales =
       torch::stable::new_empty(weight, {view.rows, scales.scheme().weight_groups(view.cols)}, ScalarType::Float);
@@ -254,30 +252,30 @@ std::tuple<Tensor, Tensor> quantize_columns(const Tensor& x_arg, std::optional<T
 }
 
 STABLE_TORCH_LIBRARY(qkernels, m) {
-  m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
-  m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
+  m.def("quantize_activation(Tensor x, int scheme) -> (Tensor, Tensor)");
+  m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
-      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
-  m.def("quantize_weight(Tensor weight, str scheme) -> (Tensor, Tensor, Tensor)");
-  m.def("mask_clipped(Tensor grad, Tensor weight, str scheme) -> Tensor");
-  m.def("quantize_weight_scaled(Tensor weight, Tensor scales, str scheme) -> Tensor");
-  m.def("scale_gradient(Tensor grad, Tensor weight, Tensor scales, str scheme) -> (Tensor, Tensor)");
+  m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
+  m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
+  m.def("quantize_weight_scaled(Tensor weight, Tensor scales, int scheme) -> Tensor");
+  m.def("scale_gradient(Tensor grad, Tensor weight, Tensor scales, int scheme) -> (Tensor, Tensor)");
   m.def(
-      "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme, "
+      "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
   m.def("quantize_columns(Tensor x, Tensor? row_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
-  m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, str scheme) -> Tensor");
+  m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme) -> Tensor");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
-      "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
+      "int in_features, int scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor target, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
-      "str scheme, Tensor? dither=None, *, float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, "
+      "int scheme, Tensor? dither=None, *, float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, "
       "int ignore_index=-100) -> (Tensor loss, Tensor lse, Tensor grad_hidden)");
 }
 

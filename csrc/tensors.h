@@ -29,6 +29,9 @@ inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
   return out << "]";
 }
 
+// The same for the name of a scheme.
+inline std::ostream& operator<<(std::ostream& out, const Scheme& scheme) { return out << qk::name_of(scheme); }
+
 inline ShapeOf shape_of(const Tensor& t) { return {t}; }
 
 // Raises a RuntimeError whose text is `parts`, without the source location that STD_TORCH_CHECK would put before it.
@@ -84,8 +87,8 @@ inline Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
   return {t.const_data_ptr(), dtype, t.size(0), t.size(1)};
 }
 
-inline void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols,
-                  const std::string& scheme, int64_t k) {
+inline void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const Scheme& scheme,
+                  int64_t k) {
   const bool ok = t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols;
   require(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme, " with ", k,
           " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
@@ -107,20 +110,19 @@ inline Bias float_vector(const char* name, const Tensor& t, int64_t size) {
 class CanonicalWeight {
  public:
   CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
-                  const std::string& scheme_name)
+                  const Scheme& scheme)
       : qweight_(as_contiguous(qweight)), scales_(as_contiguous(scales)) {
-    const Scheme scheme = parse_scheme(scheme_name);
     require(k > 0, "in_features must be at least 1, got ", k);
     require(!scheme.int_activations() || k <= kMaxReduction, "in_features must be at most ", kMaxReduction,
             " for exact int32 sums, got ", k);
     const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
     check("qweight", qweight, scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte, n,
-          scheme.packed_features(k), scheme_name, k);
-    check("scales", scales, ScalarType::Float, n, groups, scheme_name, k);
+          scheme.packed_features(k), scheme, k);
+    check("scales", scales, ScalarType::Float, n, groups, scheme, k);
     require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
-            " for scheme ", scheme_name);
+            " for scheme ", scheme);
     if (zeros.has_value()) {
-      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme_name, k);
+      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme, k);
       zeros_ = as_contiguous(*zeros);
     }
     weight_.emplace(scheme, n, k, qweight_.const_data_ptr(), static_cast<const float*>(scales_.const_data_ptr()),
@@ -156,7 +158,7 @@ class BiasVector {
 // The quantized gradient of int_grad_input and the scales of the columns of its weight; keeps the tensors alive.
 class IntGradient {
  public:
-  IntGradient(const Tensor& q_grad, const Tensor& grad_scales, const Weight& weight, const std::string& scheme,
+  IntGradient(const Tensor& q_grad, const Tensor& grad_scales, const Weight& weight,
               const std::optional<Tensor>& column_scales)
       : q_grad_(as_contiguous(q_grad)), grad_scales_(as_contiguous(grad_scales)), n_(weight.n) {
     require(n_ <= kMaxReduction, "qweight must have at most ", kMaxReduction, " rows for exact int32 sums, got ", n_);
@@ -166,7 +168,7 @@ class IntGradient {
     check_vector("grad_scales", grad_scales, q_grad.size(0));
     const bool grouped = weight.scheme.group_size != 0;
     require(column_scales.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
-            " for scheme ", scheme);
+            " for scheme ", weight.scheme);
     if (grouped) {
       check_vector("column_scales", *column_scales, weight.k);
       column_scales_ = as_contiguous(*column_scales);

@@ -44,10 +44,10 @@ class Library:
 
 @dataclass(frozen=True)
 class Call:
-    """What of a call decides whether there is a kernel for it: operator, scheme ("" without) and dtype of its input."""
+    """What of a call decides whether there is a kernel for it: operator, scheme or None, and dtype of its input."""
 
     operator: str
-    scheme: str = ""
+    scheme: QuantScheme | None = None
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -89,7 +89,7 @@ def _dotted(version: int) -> str:
 def supports(call: Call) -> bool:
     """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
     if call.operator == "linear":
-        return QuantScheme.parse(call.scheme).int_activations or call.dtype != torch.float32
+        return call.scheme.int_activations or call.dtype != torch.float32
     if call.operator == "linear_saving":
-        return QuantScheme.parse(call.scheme).act_group_size is None
+        return call.scheme.act_group_size is None
     return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import cuda, reference
+from .schemes import QuantScheme
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
@@ -73,16 +74,35 @@ def facts_of(device: torch.device) -> Facts:
     return Facts("cuda", capability, triton_installed(), cuda.library().covers(capability))
 
 
-def call_of(name: str, args: tuple, keywords: dict[str, Any]) -> cuda.Call:
-    """What decides about a call of the operator `name`, whose only string is the scheme."""
-    scheme = next((value for value in (*args, *keywords.values()) if isinstance(value, str)), "")
-    return cuda.Call(name, scheme, args[0].dtype)
+@cache
+def _scheme_index(name: str) -> int | None:
+    """Where the schema of the operator `name` has the code of the scheme; None if it has none."""
+    arguments = getattr(torch.ops.qkernels, name).default._schema.arguments
+    return next((index for index, argument in enumerate(arguments) if argument.name == "scheme"), None)
+
+
+def call_of(name: str, args: tuple) -> cuda.Call:
+    """What decides about a call of the operator `name` with these arguments of its schema."""
+    index = _scheme_index(name)
+    return cuda.Call(name, None if index is None else QuantScheme.from_code(args[index]), args[0].dtype)
 
 
 def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:
-    """Compute the operator `name` with the chosen backend: "cuda", "triton" or "reference"."""
+    """Compute the operator `name` with the chosen backend.
+
+    Args:
+        args, keywords: as the schema has them: the scheme is a code.
+
+    Raises:
+        ValueError: unless the backend is "cuda", "triton" or "reference".
+    """
     if choice.backend == "cuda":
         return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
+    if choice.backend not in ("triton", "reference"):
+        raise ValueError(f"backend must be 'cuda', 'triton' or 'reference', got {choice.backend!r}")
+    index = _scheme_index(name)
+    if index is not None:
+        args = (*args[:index], QuantScheme.from_code(args[index]), *args[index + 1 :])
     if choice.backend == "triton":
         from .triton import ops
 

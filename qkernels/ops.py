@@ -1,7 +1,8 @@
 """The one Python door to `torch.ops.qkernels.*`: wrappers, fake kernels and the reference on every device.
 
-The schemas and the CPU kernels live in `csrc/ops.cpp`. On GPUs `dispatch.py` chooses; devices without a kernel of their
-own run `reference.py`.
+The schemas and the CPU kernels live in `csrc/ops.cpp`; they take a scheme as its `QuantScheme.code`, for torch leaks
+the memory of each string that it hands to such a kernel. On GPUs `dispatch.py` chooses; devices without a kernel of
+their own run `reference.py`.
 """
 
 from __future__ import annotations
@@ -9,72 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, extensions, reference
+from . import checks, dispatch, extensions
+from .checks import check_weight as check_weight
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION
-from .schemes import QuantScheme
+from .schemes import QuantScheme, scheme_code
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
 _LIBRARY = torch.library.Library("qkernels", "IMPL")
 
 
-def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:
-    """Raise RuntimeError, naming the tensor, unless the three are the canonical storage of `scheme`."""
-    torch._check(in_features >= 1, lambda: f"in_features must be at least 1, got {in_features}")
-    torch._check(qweight.dim() == 2, lambda: f"qweight must be a matrix, got shape {list(qweight.shape)}")
-    expected = scheme.storage_shapes(in_features, qweight.shape[0])
-    integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
-    for name, tensor, dtype in (
-        ("qweight", qweight, integer),
-        ("scales", scales, torch.float32),
-        ("zeros", zeros, torch.uint8),
-    ):
-        if name in expected:
-            torch._check(tensor is not None, lambda name=name: f"{name} is required for scheme {scheme}")
-            message = (
-                f"{name} must be {dtype} of shape {list(expected[name])} for scheme {scheme} with "
-                f"{in_features} input features, got {tensor.dtype} of shape {list(tensor.shape)}"
-            )
-            torch._check(tensor.shape == expected[name] and tensor.dtype == dtype, lambda message=message: message)
-            _check_device(name, tensor, qweight.device)
-        else:
-            torch._check(tensor is None, lambda: f"zeros must be None for scheme {scheme}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    torch._check(tensor.device == device, lambda: f"{name} must be on {device}, got {tensor.device}")
-
-
-def _check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
-    torch._check(x.dtype in FLOAT_DTYPES, lambda: f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-    torch._check(x.dim() == 2, lambda: f"{name} must be a matrix, got shape {list(x.shape)}")
-    if columns is not None:
-        torch._check(x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}")
-
-
-def _check_vector(name: str, tensor: Tensor, size: int, device: torch.device) -> None:
-    torch._check(
-        tensor.dtype == torch.float32 and tensor.shape == (size,),
-        lambda: f"{name} must be torch.float32 of shape [{size}], got {tensor.dtype} of shape {list(tensor.shape)}",
-    )
-    _check_device(name, tensor, device)
-
-
-def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    torch._check(
-        out_dtype is None or out_dtype in FLOAT_DTYPES,
-        lambda: f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}",
-    )
-
-
-def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
     """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups]; see `quantize.quantize_activation`."""
-    return _ops.quantize_activation.default(x, scheme)
+    return _ops.quantize_activation.default(x, scheme_code(scheme))
 
 
-def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
     """float32 [N, in_features]: the weight as it is multiplied."""
-    return _ops.dequantize_weight.default(qweight, scales, zeros, in_features, scheme)
+    return _ops.dequantize_weight.default(qweight, scales, zeros, in_features, scheme_code(scheme))
 
 
 def linear(
@@ -83,7 +38,7 @@ def linear(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` on the quantized weight, without a gradient (see `autograd.quant_linear`).
@@ -92,7 +47,7 @@ def linear(
         x: float32, bfloat16 or float16 [M, K].
         qweight, scales, zeros: the canonical storage of a weight [N, K] (`QuantScheme.storage_shapes`).
         bias: float [N] or None.
-        scheme: the canonical scheme name.
+        scheme: the scheme or its canonical name.
         out_dtype: dtype of the result; None: x.dtype.
 
     Returns:
@@ -102,7 +57,7 @@ def linear(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.linear.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    return _ops.linear.default(x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
 def linear_saving(
@@ -111,7 +66,7 @@ def linear_saving(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear` of an `a8` scheme, and x as the gradient of the weight needs it.
@@ -127,20 +82,20 @@ def linear_saving(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.linear_saving.default(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    return _ops.linear_saving.default(x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
-def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize.quantize_weight` by the kernels; zeros is uint8 [N, 0] for symmetric schemes.
 
     Raises:
         RuntimeError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
         ValueError: for an unknown scheme.
     """
-    return _ops.quantize_weight.default(weight, scheme)
+    return _ops.quantize_weight.default(weight, scheme_code(scheme))
 
 
-def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
     """Straight-through gradient of quantizing a weight to 4 bits.
 
     Args:
@@ -155,20 +110,20 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.mask_clipped.default(grad, weight, scheme)
+    return _ops.mask_clipped.default(grad, weight, scheme_code(scheme))
 
 
-def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> Tensor:
     """`qweight` of the canonical storage of float `weight [N, K]` for given float32 `scales [N, groups]`.
 
     Raises:
         RuntimeError: naming the argument that does not fit; for an asymmetric scheme; for NaN or Inf in either.
         ValueError: for an unknown scheme.
     """
-    return _ops.quantize_weight_scaled.default(weight, scales, scheme)
+    return _ops.quantize_weight_scaled.default(weight, scales, scheme_code(scheme))
 
 
-def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
     """Straight-through gradient of `dequantize(quantize_weight_scaled(weight, scales))`: learned step size.
 
     Args:
@@ -178,7 +133,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) ->
     Returns:
         grad where nothing was clamped, else 0, of its dtype; and float32 [N, groups] (rule 11 of docs/numerics.md).
     """
-    return _ops.scale_gradient.default(grad, weight, scales, scheme)
+    return _ops.scale_gradient.default(grad, weight, scales, scheme_code(scheme))
 
 
 def linear_grad_input(
@@ -187,16 +142,18 @@ def linear_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of `linear` with respect to x: float `grad_out [M, N]` -> [M, in_features]."""
-    return _ops.linear_grad_input.default(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype)
+    return _ops.linear_grad_input.default(grad_out, qweight, scales, zeros, in_features, scheme_code(scheme), out_dtype)
 
 
-def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+def column_scales(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
     """float32 [in_features]: the largest magnitude of each column of the weight / 127, for `int_grad_input`."""
-    return _ops.column_scales.default(qweight, scales, zeros, in_features, scheme)
+    return _ops.column_scales.default(qweight, scales, zeros, in_features, scheme_code(scheme))
 
 
 def int_grad_input(
@@ -206,7 +163,7 @@ def int_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
@@ -218,7 +175,7 @@ def int_grad_input(
         grad_scales: float32 [M]. If the weight has one scale per row, that scale was multiplied into the gradient
             before it was quantized.
         qweight, scales, zeros: the canonical storage of a weight [N, in_features].
-        scheme: the canonical scheme name; only the format of the weight matters.
+        scheme: the scheme or its canonical name; only the format of the weight matters.
         column_scales: what the function of this name returns for the weight; for `-g` schemes only, whose weight is
             requantized with it.
         out_dtype: dtype of the result; None: float32.
@@ -231,7 +188,15 @@ def int_grad_input(
         ValueError: for an unknown scheme.
     """
     return _ops.int_grad_input.default(
-        q_grad, grad_scales, qweight, scales, zeros, in_features, scheme, column_scales, out_dtype=out_dtype
+        q_grad,
+        grad_scales,
+        qweight,
+        scales,
+        zeros,
+        in_features,
+        scheme_code(scheme),
+        column_scales,
+        out_dtype=out_dtype,
     )
 
 
@@ -242,7 +207,7 @@ def linear_cross_entropy(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,
@@ -257,7 +222,7 @@ def linear_cross_entropy(
         target: int64 [M], in [0, N) or `ignore_index`.
         qweight, scales, zeros: the canonical storage of a weight [N, K].
         bias: float [N] or None.
-        scheme: the canonical scheme name.
+        scheme: the scheme or its canonical name.
         dither: int64 [M] in [0, 2^32), where the gradient's rounding starts in each row (docs/numerics.md, rule 7);
             uniform random numbers make the rounding unbiased. None: no gradient.
         softcap: c of `c * tanh(logit / c)`; 0: none. Not together with `label_smoothing`.
@@ -274,7 +239,9 @@ def linear_cross_entropy(
         ValueError: for an unknown scheme.
     """
     options = {"softcap": softcap, "z_loss": z_loss, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    return _ops.linear_cross_entropy.default(hidden, target, qweight, scales, zeros, bias, scheme, dither, **options)
+    return _ops.linear_cross_entropy.default(
+        hidden, target, qweight, scales, zeros, bias, scheme_code(scheme), dither, **options
+    )
 
 
 def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -313,10 +280,10 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
 
 
 @torch.library.register_fake("qkernels::quantize_activation")
-def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    parsed = QuantScheme.parse(scheme)
-    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {scheme}")
-    _check_matrix("x", x)
+def _quantize_activation_fake(x: Tensor, scheme: int) -> tuple[Tensor, Tensor]:
+    parsed = QuantScheme.from_code(scheme)
+    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {parsed}")
+    checks.check_matrix("x", x)
     rows, columns = x.shape
     torch._check(columns >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
     scales = x.new_empty((rows, parsed.act_groups(columns)), dtype=torch.float32)
@@ -325,9 +292,9 @@ def _quantize_activation_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("qkernels::dequantize_weight")
 def _dequantize_weight_fake(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: int
 ) -> Tensor:
-    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
     return scales.new_empty((qweight.shape[0], in_features), dtype=torch.float32)
 
 
@@ -338,14 +305,14 @@ def _linear_fake(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: int,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_matrix("x", x)
-    _check_out_dtype(out_dtype)
-    parsed = QuantScheme.parse(scheme)
-    check_weight(qweight, scales, zeros, x.shape[1], parsed)
-    _check_device("qweight", qweight, x.device)
+    checks.check_matrix("x", x)
+    checks.check_out_dtype(out_dtype)
+    parsed = QuantScheme.from_code(scheme)
+    checks.check_weight(qweight, scales, zeros, x.shape[1], parsed)
+    checks.check_device("qweight", qweight, x.device)
     torch._check(
         not parsed.int_activations or x.shape[1] <= MAX_REDUCTION,
         lambda: f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}",
@@ -356,7 +323,7 @@ def _linear_fake(
             bias.shape == (out_features,) and bias.dtype in FLOAT_DTYPES,
             lambda: f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}",
         )
-        _check_device("bias", bias, x.device)
+        checks.check_device("bias", bias, x.device)
     return x.new_empty((x.shape[0], out_features), dtype=out_dtype or x.dtype)
 
 
@@ -367,20 +334,21 @@ def _linear_saving_fake(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: int,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _linear_fake(x, qweight, scales, zeros, bias, scheme, out_dtype)
-    torch._check(QuantScheme.parse(scheme).int_activations, lambda: f"scheme must be an a8 scheme, got {scheme}")
+    parsed = QuantScheme.from_code(scheme)
+    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {parsed}")
     return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("qkernels::quantize_weight")
-def _quantize_weight_fake(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
-    _check_matrix("weight", weight)
+def _quantize_weight_fake(weight: Tensor, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_matrix("weight", weight)
     rows, columns = weight.shape
     torch._check(columns >= 1, lambda: f"weight must have at least 1 column, got shape {list(weight.shape)}")
-    parsed = QuantScheme.parse(scheme)
+    parsed = QuantScheme.from_code(scheme)
     shapes = parsed.storage_shapes(columns, rows)
     qweight = weight.new_empty(shapes["qweight"], dtype=torch.int8 if parsed.weight_bits == 8 else torch.uint8)
     zeros = weight.new_empty(shapes.get("zeros", (rows, 0)), dtype=torch.uint8)
@@ -388,48 +356,49 @@ def _quantize_weight_fake(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, 
 
 
 @torch.library.register_fake("qkernels::mask_clipped")
-def _mask_clipped_fake(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
-    torch._check(QuantScheme.parse(scheme).weight_bits == 4, lambda: f"scheme must be a w4 scheme, got {scheme}")
-    _check_matrix("weight", weight)
-    _check_matrix("grad", grad, columns=weight.shape[1])
+def _mask_clipped_fake(grad: Tensor, weight: Tensor, scheme: int) -> Tensor:
+    parsed = QuantScheme.from_code(scheme)
+    torch._check(parsed.weight_bits == 4, lambda: f"scheme must be a w4 scheme, got {parsed}")
+    checks.check_matrix("weight", weight)
+    checks.check_matrix("grad", grad, columns=weight.shape[1])
     torch._check(
         grad.shape[0] == weight.shape[0],
         lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
     )
-    _check_device("weight", weight, grad.device)
+    checks.check_device("weight", weight, grad.device)
     return grad.new_empty(grad.shape)
 
 
-def _check_scaled(weight: Tensor, scales: Tensor, scheme: str) -> QuantScheme:
-    _check_matrix("weight", weight)
-    parsed = QuantScheme.parse(scheme)
-    torch._check(parsed.symmetric, lambda: f"scheme must be symmetric, got {scheme}")
+def _check_scaled(weight: Tensor, scales: Tensor, scheme: int) -> QuantScheme:
+    checks.check_matrix("weight", weight)
+    parsed = QuantScheme.from_code(scheme)
+    torch._check(parsed.symmetric, lambda: f"scheme must be symmetric, got {parsed}")
     expected = (weight.shape[0], parsed.weight_groups(weight.shape[1]))
     torch._check(weight.shape[1] > 0, lambda: f"weight must have at least one column, got {list(weight.shape)}")
     torch._check(
         scales.dtype == torch.float32 and scales.shape == expected,
         lambda: f"scales must be torch.float32 of shape {list(expected)}, got {scales.dtype} of {list(scales.shape)}",
     )
-    _check_device("scales", scales, weight.device)
+    checks.check_device("scales", scales, weight.device)
     return parsed
 
 
 @torch.library.register_fake("qkernels::quantize_weight_scaled")
-def _quantize_weight_scaled_fake(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+def _quantize_weight_scaled_fake(weight: Tensor, scales: Tensor, scheme: int) -> Tensor:
     parsed = _check_scaled(weight, scales, scheme)
     dtype = torch.int8 if parsed.weight_bits == 8 else torch.uint8
     return weight.new_empty((weight.shape[0], parsed.packed_features(weight.shape[1])), dtype=dtype)
 
 
 @torch.library.register_fake("qkernels::scale_gradient")
-def _scale_gradient_fake(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def _scale_gradient_fake(grad: Tensor, weight: Tensor, scales: Tensor, scheme: int) -> tuple[Tensor, Tensor]:
     _check_scaled(weight, scales, scheme)
-    _check_matrix("grad", grad, columns=weight.shape[1])
+    checks.check_matrix("grad", grad, columns=weight.shape[1])
     torch._check(
         grad.shape[0] == weight.shape[0],
         lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
     )
-    _check_device("weight", weight, grad.device)
+    checks.check_device("weight", weight, grad.device)
     return grad.new_empty(grad.shape), torch.empty_like(scales, memory_format=torch.contiguous_format)
 
 
@@ -440,19 +409,19 @@ def _linear_grad_input_fake(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: int,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
-    _check_matrix("grad_out", grad_out, columns=qweight.shape[0])
-    _check_out_dtype(out_dtype)
-    _check_device("qweight", qweight, grad_out.device)
+    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
+    checks.check_matrix("grad_out", grad_out, columns=qweight.shape[0])
+    checks.check_out_dtype(out_dtype)
+    checks.check_device("qweight", qweight, grad_out.device)
     return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
 
 
 @torch.library.register_fake("qkernels::column_scales")
-def _column_scales_fake(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
-    check_weight(qweight, scales, zeros, in_features, QuantScheme.parse(scheme))
+def _column_scales_fake(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: int) -> Tensor:
+    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
     return scales.new_empty((in_features,), dtype=torch.float32)
 
 
@@ -464,13 +433,13 @@ def _int_grad_input_fake(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: int,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    parsed = QuantScheme.parse(scheme)
-    check_weight(qweight, scales, zeros, in_features, parsed)
+    parsed = QuantScheme.from_code(scheme)
+    checks.check_weight(qweight, scales, zeros, in_features, parsed)
     out_features = qweight.shape[0]
     torch._check(
         out_features <= MAX_REDUCTION,
@@ -482,14 +451,14 @@ def _int_grad_input_fake(
             f"q_grad must be torch.int8 with {out_features} columns, got {q_grad.dtype} of shape {list(q_grad.shape)}"
         ),
     )
-    _check_device("qweight", qweight, q_grad.device)
-    _check_vector("grad_scales", grad_scales, q_grad.shape[0], q_grad.device)
+    checks.check_device("qweight", qweight, q_grad.device)
+    checks.check_vector("grad_scales", grad_scales, q_grad.shape[0], q_grad.device)
     if parsed.group_size is None:
-        torch._check(column_scales is None, lambda: f"column_scales must be None for scheme {scheme}")
+        torch._check(column_scales is None, lambda: f"column_scales must be None for scheme {parsed}")
     else:
-        torch._check(column_scales is not None, lambda: f"column_scales is required for scheme {scheme}")
-        _check_vector("column_scales", column_scales, in_features, q_grad.device)
-    _check_out_dtype(out_dtype)
+        torch._check(column_scales is not None, lambda: f"column_scales is required for scheme {parsed}")
+        checks.check_vector("column_scales", column_scales, in_features, q_grad.device)
+    checks.check_out_dtype(out_dtype)
     return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
 
 
@@ -501,7 +470,7 @@ def _linear_cross_entropy_fake(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: int,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,
@@ -519,7 +488,7 @@ def _linear_cross_entropy_fake(
                     f"{name} must be torch.int64 of shape [{rows}], got {tensor.dtype} of shape {list(tensor.shape)}"
                 ),
             )
-            _check_device(name, tensor, hidden.device)
+            checks.check_device(name, tensor, hidden.device)
     torch._check(
         softcap == 0 or label_smoothing == 0,
         lambda: f"softcap must be 0 with label_smoothing, got {softcap} and {label_smoothing}",
@@ -530,10 +499,10 @@ def _linear_cross_entropy_fake(
 
 
 def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
-    _check_matrix("x", x)
+    checks.check_matrix("x", x)
     torch._check(x.shape[1] >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
     if factors is not None:
-        _check_vector(name, factors, x.shape[dim], x.device)
+        checks.check_vector(name, factors, x.shape[dim], x.device)
     torch._check(
         seed.dtype == torch.int64 and seed.dim() == 0,
         lambda: f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}",
@@ -556,11 +525,11 @@ def _quantize_columns_fake(x: Tensor, row_factors: Tensor | None, seed: Tensor, 
 
 def _register_reference(name: str) -> None:
     """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
-    check, compute = globals()[f"_{name}_fake"], getattr(reference, name)
+    check, choice = globals()[f"_{name}_fake"], dispatch.Choice("reference", "")
 
     def run(*args, **kwargs):
         check(*args, **kwargs)
-        return compute(*args, **kwargs)
+        return dispatch.run(name, choice, args, kwargs)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
 
@@ -571,7 +540,7 @@ def _register_gpu(name: str) -> None:
 
     def run(*args, **kwargs):
         check(*args, **kwargs)
-        choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args, kwargs))
+        choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
         return dispatch.run(name, choice, args, kwargs)
 
     _LIBRARY.impl(name, run, "CUDA")

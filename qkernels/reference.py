@@ -17,11 +17,13 @@ from .quantize import weight_integers
 from .schemes import QuantScheme
 
 
-def quantize_activation(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
     return quantize.quantize_activation(x, scheme)
 
 
-def dequantize_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
     return quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
 
 
@@ -31,7 +33,7 @@ def linear(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x [M, K]` times the quantized weight `[N, K]` transposed, plus bias: `[M, N]` of `out_dtype` or x.dtype."""
@@ -83,7 +85,7 @@ def linear_saving(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear`, and x quantized with one scale a row (rule 9): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
@@ -101,13 +103,13 @@ def linear_saving(
     return out, merged.to(torch.int8).flatten(1)[:, : x.shape[1]].contiguous(), row_scales
 
 
-def quantize_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """The canonical storage; zeros is [N, 0] for symmetric schemes."""
     qweight, scales, zeros = quantize.quantize_weight(weight, scheme)
     return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
 
 
-def mask_clipped(grad: Tensor, weight: Tensor, scheme: str) -> Tensor:
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
     """`grad [N, K]` where the integer of the weight lies in 0..15 before it is clamped, and 0 elsewhere."""
     parsed = QuantScheme.parse(scheme)
     groups = quantize.grouped(weight.to(torch.float32), parsed.group_size)
@@ -125,7 +127,7 @@ def _in_scales(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Ten
     return values, values.round().clamp(*scheme.weight_range)
 
 
-def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str) -> Tensor:
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> Tensor:
     """Rule 11: `qweight` of the canonical storage for given scales."""
     if not (weight.isfinite().all() and scales.isfinite().all()):
         raise RuntimeError("weight and scales must be finite, got NaN or Inf")
@@ -134,7 +136,7 @@ def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str) -> Tenso
     return integers.to(torch.int8) if parsed.weight_bits == 8 else quantize.pack_int4((integers + 8).to(torch.uint8))
 
 
-def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
     """Rule 11: what a gradient `[N, K]` is for the weight and, [N, groups], for its scales."""
     parsed = QuantScheme.parse(scheme)
     in_features = weight.shape[1]
@@ -154,7 +156,9 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str) ->
     return masked, lanes.squeeze(-1) * factors
 
 
-def column_scales(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str) -> Tensor:
+def column_scales(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
     """float32 [in_features]: rule 1 on each column of the dequantized weight."""
     weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
     return quantize.int8_groups(pad(weight, (0, 0, 0, 1)).t().unsqueeze(1))[1].flatten()  # a zero, should N be 0
@@ -167,7 +171,7 @@ def int_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
@@ -190,7 +194,7 @@ def linear_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
@@ -291,7 +295,7 @@ def linear_cross_entropy(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,

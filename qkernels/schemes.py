@@ -81,6 +81,32 @@ class QuantScheme:
         return self.name
 
     @property
+    def code(self) -> int:
+        """What the operators of `torch.ops.qkernels` take for the scheme: an integer, the same in every version.
+
+        Its decimal digits are the name in order: one of the bits of the weight, two of the bits of the activations,
+        three of the group size, one that is 1 for `-asym`, three of the activation group size; 0 where there is none.
+
+        >>> QuantScheme.parse("w4a8-g32-asym-ag64").code
+        4080321064
+        """
+        bits = self.weight_bits * 10**9 + self.act_bits * 10**7
+        groups = (self.group_size or 0) * 10**4 + (self.act_group_size or 0)
+        return bits + groups + (0 if self.symmetric else 1000)
+
+    @staticmethod
+    def from_code(code: int) -> QuantScheme:
+        """The scheme with this `code`.
+
+        Raises:
+            ValueError: for any other number.
+        """
+        scheme = _BY_CODE.get(code)
+        if scheme is None:
+            raise ValueError(f"unknown scheme code {code!r}; QuantScheme.code is {_EXAMPLE.code} for {_EXAMPLE}")
+        return scheme
+
+    @property
     def int_activations(self) -> bool:
         return self.act_bits == 8
 
@@ -130,3 +156,13 @@ def _all_schemes() -> list[QuantScheme]:
 
 
 _BY_NAME = {scheme.name: scheme for scheme in _all_schemes()}
+_BY_CODE = {scheme.code: scheme for scheme in _BY_NAME.values()}
+_CODES = {name: scheme.code for name, scheme in _BY_NAME.items()}
+_EXAMPLE = _BY_NAME["w8a8"]
+
+
+def scheme_code(scheme: str | QuantScheme) -> int:
+    """`QuantScheme.parse(scheme).code`, and as cheap as a look-up for a name."""
+    if isinstance(scheme, str) and scheme in _CODES:
+        return _CODES[scheme]
+    return QuantScheme.parse(scheme).code

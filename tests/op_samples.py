@@ -298,6 +298,11 @@ def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:
         yield sample._replace(label=f"{op} {scheme}: {sample.label}")
 
 
+def schema_args(args: tuple) -> tuple:
+    """The arguments as the schema of the operator takes them: the name of the scheme, their only string, as a code."""
+    return tuple(QuantScheme.parse(value).code if isinstance(value, str) else value for value in args)
+
+
 @cache
 def expected(op: str, scheme: str, count: int = 8) -> list[tuple[Sample, tuple[Tensor, ...]]]:
     """The samples with what the reference makes of them."""

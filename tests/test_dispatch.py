@@ -4,8 +4,11 @@ import pytest
 import torch
 from helpers import run_python
 
-from qkernels import cuda, dispatch, reference
+from qkernels import QuantScheme, cuda, dispatch, reference
 from qkernels.dispatch import Choice, Facts, select
+from qkernels.quantize import quantize_weight
+
+parse = QuantScheme.parse
 
 
 @pytest.mark.parametrize(
@@ -33,12 +36,12 @@ def test_choice(facts, backend, word):
 @pytest.mark.parametrize(
     ("call", "backend"),
     [
-        (cuda.Call("linear", "w4a8-g32-asym", torch.float32), "cuda"),
-        (cuda.Call("linear", "w4a16-g128", torch.bfloat16), "cuda"),
-        (cuda.Call("linear", "w4a16-g128", torch.float32), "triton"),
-        (cuda.Call("linear_saving", "w8a8", torch.bfloat16), "cuda"),
-        (cuda.Call("linear_saving", "w8a8-ag64", torch.bfloat16), "triton"),
-        (cuda.Call("linear_grad_input", "w8a8", torch.bfloat16), "triton"),
+        (cuda.Call("linear", parse("w4a8-g32-asym"), torch.float32), "cuda"),
+        (cuda.Call("linear", parse("w4a16-g128"), torch.bfloat16), "cuda"),
+        (cuda.Call("linear", parse("w4a16-g128"), torch.float32), "triton"),
+        (cuda.Call("linear_saving", parse("w8a8"), torch.bfloat16), "cuda"),
+        (cuda.Call("linear_saving", parse("w8a8-ag64"), torch.bfloat16), "triton"),
+        (cuda.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
     ],
 )
 def test_choice_for_a_call(call, backend):
@@ -49,10 +52,12 @@ def test_choice_for_a_call(call, backend):
 
 def test_call_of_arguments():
     x = torch.ones(2, 4, dtype=torch.float16)
-    assert dispatch.call_of("quantize_activation", (x, "w8a8"), {}) == cuda.Call(
-        "quantize_activation", "w8a8", torch.float16
+    assert dispatch.call_of("quantize_activation", (x, parse("w8a8-ag32").code)) == cuda.Call(
+        "quantize_activation", parse("w8a8-ag32"), torch.float16
     )
-    assert dispatch.call_of("quantize_rows", (x, None), {"stream": 1}).scheme == ""
+    stored = quantize_weight(torch.ones(3, 4), "w4a8")
+    assert dispatch.call_of("linear", (x, *stored, None, parse("w4a8").code)).scheme == parse("w4a8")
+    assert dispatch.call_of("quantize_rows", (x, None, torch.tensor(0), 1)).scheme is None
 
 
 def test_library_is_not_loaded_without_cuda():
@@ -68,8 +73,13 @@ def test_facts_of_devices_that_are_here():
 
 def test_reference_is_run():
     x = torch.randn(3, 40)
-    result = dispatch.run("quantize_activation", Choice("reference", ""), (x, "w8a8"), {})
+    result = dispatch.run("quantize_activation", Choice("reference", ""), (x, parse("w8a8").code), {})
     assert all(map(torch.equal, result, reference.quantize_activation(x, "w8a8")))
+
+
+def test_a_backend_that_cannot_be_run_here_is_refused():
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'cpu'"):
+        dispatch.run("quantize_activation", select(Facts("cpu")), (torch.ones(3, 40), parse("w8a8").code), {})
 
 
 def test_every_operator_has_a_gpu_kernel():

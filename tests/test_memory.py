@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, {here!r})
 import op_samples
 from helpers import assert_same_bits
-from qkernels import isa
+from qkernels import isa, ops
 
 switch = ctypes.c_int.in_dll(ctypes.CDLL(None), "guard_on")
 count = ctypes.c_int.in_dll(ctypes.CDLL(None), "guard_count")
@@ -29,7 +29,7 @@ for op in op_samples.SAMPLERS:
             print(op, scheme, label, flush=True)
             switch.value = 1
             guarded = [a.clone(memory_format=torch.contiguous_format) if torch.is_tensor(a) else a for a in args]
-            out = getattr(torch.ops.qkernels, op)(*guarded)
+            out = getattr(ops, op)(*guarded)
             del guarded
             switch.value = 0
             calls += 1

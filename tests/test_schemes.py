@@ -5,11 +5,12 @@ import dataclasses
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme
-from qkernels.schemes import GROUP_SIZES
+from qkernels.schemes import GROUP_SIZES, scheme_code
 
 NAMES = QuantScheme.names()
 
@@ -28,6 +29,29 @@ def test_round_trip(name):
     rebuilt = QuantScheme(**dataclasses.asdict(scheme))
     assert rebuilt == scheme and hash(rebuilt) == hash(scheme)
     assert pickle.loads(pickle.dumps(scheme)) == copy.deepcopy(scheme) == scheme
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_is_read_back(name):
+    scheme = QuantScheme.parse(name)
+    assert QuantScheme.from_code(scheme.code) is scheme
+    assert scheme_code(name) == scheme_code(scheme) == scheme.code
+
+
+def test_codes_are_the_digits_of_the_name():
+    """Exported graphs hold them: they never change."""
+    codes = {"w8a8": 8080000000, "w8a16-g128": 8161280000, "w4a8-ag128": 4080000128, "w4a8-g32-asym-ag64": 4080321064}
+    assert {name: QuantScheme.parse(name).code for name in codes} == codes
+    assert len({QuantScheme.parse(name).code for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("code", [0, -1, 8, 8080000001, 8081000000, 2080000000, 8160000032, 48080000000, 2**62, "w8a8"])
+def test_other_codes_are_refused(code):
+    with pytest.raises(ValueError, match=f"unknown scheme code {code!r}; "):
+        QuantScheme.from_code(code)
+    if isinstance(code, int):
+        with pytest.raises((RuntimeError, ValueError), match=f"unknown scheme code {code}"):
+            torch.ops.qkernels.quantize_activation(torch.ones(1, 4), code)
 
 
 def test_schemes_are_distinct_and_frozen():

@@ -75,7 +75,7 @@ def test_frozen_model_with_int8_gradients_is_loaded(scheme, folder, tmp_path):
             assert (columns is None) == (scheme == "w8a8")
             if columns is not None:
                 weight = layer.quantized_weight()
-                assert_same_bits(columns, torch.ops.qkernels.column_scales(*weight, layer.in_features, scheme))
+                assert_same_bits(columns, qk.ops.column_scales(*weight, layer.in_features, scheme))
         hidden = torch.randn(1, 5, 48, requires_grad=True)
         model(inputs_embeds=hidden).logits.sum().backward()
         assert hidden.grad.isfinite().all() and hidden.grad.any()

@@ -93,7 +93,7 @@ def check_missing_device() -> None:
         raise AssertionError("a layer was moved to a GPU that is not there")
     if cuda.library().loaded:
         try:
-            torch.ops.qkernels_cuda.quantize_activation(torch.randn(3, 40), "w8a8")
+            torch.ops.qkernels_cuda.quantize_activation(torch.randn(3, 40), qk.QuantScheme.parse("w8a8").code)
         except (RuntimeError, NotImplementedError) as error:
             assert "CPU" in str(error), error
         else:

@@ -21,6 +21,8 @@ int64_t take_group(std::string_view& text) {
   return 0;
 }
 
+bool is_group(int64_t size) { return size == 0 || size == 32 || size == 64 || size == 128; }
+
 }  // namespace
 
 Scheme parse_scheme(std::string_view name) {
@@ -50,6 +52,29 @@ Scheme parse_scheme(std::string_view name) {
   }
   if (!rest.empty()) throw invalid();
   return scheme;
+}
+
+Scheme scheme_of(int64_t code) {
+  const auto invalid = [&] { return std::invalid_argument("unknown scheme code " + std::to_string(code)); };
+  if (code < 0 || code / 10'000'000'000 != 0) throw invalid();
+  const int64_t asymmetric = code / 1000 % 10;
+  const Scheme scheme{.weight_bits = static_cast<int>(code / 1'000'000'000),
+                      .act_bits = static_cast<int>(code / 10'000'000 % 100),
+                      .group_size = code / 10'000 % 1000,
+                      .act_group_size = code % 1000,
+                      .symmetric = asymmetric == 0};
+  const bool valid =
+      (scheme.weight_bits == 8 || scheme.weight_bits == 4) && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
+      is_group(scheme.group_size) && is_group(scheme.act_group_size) && asymmetric <= 1 &&
+      (scheme.symmetric || scheme.weight_bits == 4) && (scheme.act_group_size == 0 || scheme.act_bits == 8);
+  if (!valid) throw invalid();
+  return scheme;
+}
+
+std::string name_of(const Scheme& scheme) {
+  const auto group = [](const char* prefix, int64_t size) { return size == 0 ? "" : prefix + std::to_string(size); };
+  return "w" + std::to_string(scheme.weight_bits) + "a" + std::to_string(scheme.act_bits) +
+         group("-g", scheme.group_size) + (scheme.symmetric ? "" : "-asym") + group("-ag", scheme.act_group_size);
 }
 
 }  // namespace qk

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #define QK_API __attribute__((visibility("default")))
@@ -43,6 +44,13 @@ struct Scheme {
 
 // Reads a canonical scheme name. Throws std::invalid_argument for anything else.
 QK_API Scheme parse_scheme(std::string_view name);
+
+// The scheme of an operator's argument: `QuantScheme.code` of qkernels/schemes.py. Throws std::invalid_argument for a
+// number that is no code.
+QK_API Scheme scheme_of(int64_t code);
+
+// The canonical name.
+QK_API std::string name_of(const Scheme& scheme);
 
 // A row-major float matrix with contiguous rows.
 struct Matrix {

@@ -51,9 +51,9 @@ void check_launch(const char* op, cudaError_t error) {
           missing ? "; build the package with TORCH_CUDA_ARCH_LIST for this device" : "");
 }
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, std::string scheme_name) {
-  const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme_name);
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
+  require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
   Call call(x_arg);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
@@ -80,20 +80,20 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tens
 }
 
 // What linear multiplies; its kernels count rows in 32 bits, and multiply no float32.
-void check_linear(const qk::Matrix& x, const qk::Weight& weight, const std::string& scheme) {
+void check_linear(const qk::Matrix& x, const qk::Weight& weight) {
   require(x.rows <= INT32_MAX, "x must have less than 2^31 rows, got ", x.rows);
   require(weight.n <= INT32_MAX, "qweight must have less than 2^31 rows, got ", weight.n);
   require(weight.scheme.int_activations() || x.dtype != qk::DType::float32, "x must be bfloat16 or float16 for scheme ",
-          scheme, ", got torch.float32");
+          weight.scheme, ", got torch.float32");
 }
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
-              std::optional<Tensor> bias_arg, std::string scheme, std::optional<ScalarType> out_dtype) {
+              std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   Call call(x_arg);
   const Tensor x = as_contiguous(x_arg);
   const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, scheme);
-  check_linear(view, weight.get(), scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
+  check_linear(view, weight.get());
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
@@ -105,19 +105,20 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
 
 std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                                                  std::optional<Tensor> zeros, std::optional<Tensor> bias,
-                                                 std::string scheme, std::optional<ScalarType> out_dtype) {
-  require(qk::parse_scheme(scheme).act_group_size == 0, "scheme must have no groups of activations, got ", scheme);
-  const auto [q, x_scales] = quantize_activation(x, scheme);
+                                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
+  require(scheme.act_group_size == 0, "scheme must have no groups of activations, got ", scheme);
+  const auto [q, x_scales] = quantize_activation(x, scheme_code);
   const Tensor row_scales = torch::stable::view(x_scales, {x_scales.size(0)});
-  return {linear(x, qweight, scales, zeros, bias, scheme, out_dtype), q, row_scales};
+  return {linear(x, qweight, scales, zeros, bias, scheme_code, out_dtype), q, row_scales};
 }
 
 Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
-                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, std::string scheme,
+                      const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, int64_t scheme_code,
                       std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
   Call call(grad_arg);
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, scheme);
-  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), scheme, column_scales_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
+  const IntGradient args(grad_arg, grad_scales_arg, weight.get(), column_scales_arg);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
@@ -127,17 +128,17 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
 }
 
 STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
-  m.def("quantize_activation(Tensor x, str scheme) -> (Tensor, Tensor)");
+  m.def("quantize_activation(Tensor x, int scheme) -> (Tensor, Tensor)");
   m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
   m.def(
-      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
-      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, "
+      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
-      "int in_features, str scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
+      "int in_features, int scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels_cuda, CUDA, m) {

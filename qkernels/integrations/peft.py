@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from .. import ops
 from ..autograd import LowRank
 from ..convert import AFTER_QUANTIZE, QuantizationReport
 from ..nn import QuantLinear, relative_error
@@ -143,9 +144,7 @@ class QuantLoraLinear(LoraLinear):
     def _merged(self, base: QuantLinear, original: dict[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor | None]:
         """float32 weight [N, K] and bias [N] of the original layer with the adapters `names` added."""
         quantized = (original[name] for name in ("qweight", "scales"))
-        weight = torch.ops.qkernels.dequantize_weight(
-            *quantized, original.get("zeros"), base.in_features, base.scheme.name
-        )
+        weight = ops.dequantize_weight(*quantized, original.get("zeros"), base.in_features, base.scheme.name)
         bias = original["bias"].to(torch.float32) if "bias" in original else None
         for name in names:
             weight += self.get_delta_weight(name).to(torch.float32)

@@ -65,7 +65,7 @@ def linear_cross_entropy(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,

@@ -43,7 +43,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def quantize_activation(x: Tensor, scheme: str, *, device: Target) -> Plan:
+def quantize_activation(x: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
     """int8 [M, K] and float32 scales [M, groups]."""
     return quantize_int8(x, QuantScheme.parse(scheme).act_group_size)
 
@@ -74,7 +74,13 @@ def weight_format(scheme: QuantScheme) -> dict[str, int]:
 
 
 def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str, *, device: Target
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str | QuantScheme,
+    *,
+    device: Target,
 ) -> Plan:
     """float32 [N, in_features]."""
     parsed = QuantScheme.parse(scheme)
@@ -88,7 +94,13 @@ def dequantize_weight(
 
 
 def column_scales(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str, *, device: Target
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str | QuantScheme,
+    *,
+    device: Target,
 ) -> Plan:
     """float32 [in_features]."""
     weight = stored(qweight, scales, zeros)
@@ -121,7 +133,7 @@ def linear(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
     *,
     device: Target,
@@ -235,7 +247,7 @@ def linear_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
     *,
     device: Target,
@@ -257,7 +269,7 @@ def int_grad_input(
     scales: Tensor,
     zeros: Tensor | None,
     in_features: int,
-    scheme: str,
+    scheme: str | QuantScheme,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,

@@ -79,7 +79,7 @@ def linear_saving(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
     *,
     device: Target,
@@ -102,7 +102,7 @@ def linear_saving(
     return Plan((out, saved, row_scales), launches)
 
 
-def quantize_weight(weight: Tensor, scheme: str, *, device: Target) -> Plan:
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
     """qweight, scales and zeros ([N, 0] for symmetric schemes); a scale is NaN where no finite one exists."""
     parsed = QuantScheme.parse(scheme)
     n, k = weight.shape
@@ -117,7 +117,7 @@ def quantize_weight(weight: Tensor, scheme: str, *, device: Target) -> Plan:
     return Plan((packed, scales, scales.new_empty((n, 0), dtype=torch.uint8) if zeros is None else zeros), launches)
 
 
-def mask_clipped(grad: Tensor, weight: Tensor, scheme: str, *, device: Target) -> Plan:
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
     """[N, K] of the dtype of grad."""
     parsed = QuantScheme.parse(scheme)
     grad, weight = row_major(grad), row_major(weight)
@@ -128,7 +128,7 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str, *, device: Target) -
     return Plan((out,), launches)
 
 
-def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str, *, device: Target) -> Plan:
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
     """qweight for finite scales [N, groups] of a symmetric scheme."""
     parsed = QuantScheme.parse(scheme)
     n, k = weight.shape
@@ -145,7 +145,7 @@ def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str, *, devic
     return Plan((out,), launches)
 
 
-def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str, *, device: Target) -> Plan:
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
     """[N, K] of the dtype of grad, and float32 [N, groups]."""
     parsed = QuantScheme.parse(scheme)
     n, k = weight.shape

@@ -21,7 +21,7 @@ CASES = [
 
 
 def supported(op: str, sample: op_samples.Sample) -> bool:
-    return cuda.supports(dispatch.call_of(op, sample.args, {}))
+    return cuda.supports(dispatch.call_of(op, op_samples.schema_args(sample.args)))
 
 
 @pytest.mark.parametrize(("op", "scheme"), CASES)

@@ -151,5 +151,5 @@ def test_training_step(scheme, mode, grad, monkeypatch):
 def test_dispatch_reaches_triton():
     x = torch.randn(3, 40)
     choice = dispatch.select(dispatch.Facts("cuda", 80, triton=True))
-    q, scales = dispatch.run("quantize_activation", choice, (x, "w8a8"), {})
+    q, scales = dispatch.run("quantize_activation", choice, (x, QuantScheme.parse("w8a8").code), {})
     check("quantize_activation", "w8a8", op_samples.Sample((x, "w8a8"), "dispatched"), (q, scales))

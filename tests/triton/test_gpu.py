@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import invoke
 
-from qkernels import QuantLinear, dispatch, linear_cross_entropy, reference
+from qkernels import QuantLinear, dispatch, linear_cross_entropy, ops, reference
 from qkernels.nn import GRADS
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
@@ -30,7 +30,7 @@ def moved(args: tuple, device: str) -> tuple:
 def test_operator(op, scheme):
     assert dispatch.select(dispatch.facts_of(torch.device("cuda:0"))).backend == "triton"
     for sample in op_samples.samples(op, scheme):
-        result = getattr(torch.ops.qkernels, op)(*moved(sample.args, "cuda"))
+        result = getattr(ops, op)(*moved(sample.args, "cuda"))
         check(op, scheme, sample, tuple(r.cpu() for r in (result if isinstance(result, tuple) else (result,))))
 
 
@@ -41,7 +41,7 @@ def test_real_shapes_equal_the_reference(shape, scheme):
     layer = QuantLinear.from_float(torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16), scheme)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     stored = (layer.qweight, layer.scales, layer.zeros, layer.bias, scheme)
-    assert torch.equal(torch.ops.qkernels.linear(x, *stored), reference.linear(x, *stored))
+    assert torch.equal(ops.linear(x, *stored), reference.linear(x, *stored))
 
 
 def test_layer_trains_and_compiles():
