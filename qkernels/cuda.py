@@ -44,11 +44,19 @@ class Library:
 
 @dataclass(frozen=True)
 class Call:
-    """What of a call decides whether there is a kernel for it: operator, scheme or None, and dtype of its input."""
+    """What of a call decides which kernel computes it.
+
+    Attributes:
+        operator: its name.
+        scheme: None for an operator without one.
+        dtype: of its input.
+        multiply_adds: M * N * K of a `linear`, 0 otherwise.
+    """
 
     operator: str
     scheme: QuantScheme | None = None
     dtype: torch.dtype = torch.bfloat16
+    multiply_adds: int = 0
 
 
 def _runs_on(target: str, capability: int) -> bool:

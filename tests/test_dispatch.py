@@ -50,13 +50,32 @@ def test_choice_for_a_call(call, backend):
     assert select(Facts("hip", 0, triton=True), call).backend == "triton"
 
 
+@pytest.mark.parametrize(
+    ("capability", "scheme", "multiply_adds", "backend"),
+    [
+        (90, "w8a8", dispatch.WARPGROUP_MULTIPLY_ADDS, "triton"),
+        (90, "w8a8", dispatch.WARPGROUP_MULTIPLY_ADDS - 1, "cuda"),
+        (90, "w4a8", 2**40, "cuda"),
+        (90, "w8a16", 2**40, "cuda"),
+        (90, "w8a8-ag128", 2**40, "cuda"),
+        (80, "w8a8", 2**40, "cuda"),
+        (120, "w8a8", 2**40, "cuda"),
+    ],
+)
+def test_large_int8_products_on_hopper_go_to_triton(capability, scheme, multiply_adds, backend):
+    call = cuda.Call("linear", parse(scheme), torch.bfloat16, multiply_adds)
+    assert select(Facts("cuda", capability, triton=True, cuda=True), call).backend == backend
+    assert select(Facts("cuda", capability, cuda=True), call).backend == "cuda"
+
+
 def test_call_of_arguments():
     x = torch.ones(2, 4, dtype=torch.float16)
     assert dispatch.call_of("quantize_activation", (x, parse("w8a8-ag32").code)) == cuda.Call(
         "quantize_activation", parse("w8a8-ag32"), torch.float16
     )
     stored = quantize_weight(torch.ones(3, 4), "w4a8")
-    assert dispatch.call_of("linear", (x, *stored, None, parse("w4a8").code)).scheme == parse("w4a8")
+    call = dispatch.call_of("linear", (x, *stored, None, parse("w4a8").code))
+    assert call.scheme == parse("w4a8") and call.multiply_adds == 2 * 3 * 4
     assert dispatch.call_of("quantize_rows", (x, None, torch.tensor(0), 1)).scheme is None
 
 

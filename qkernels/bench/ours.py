@@ -135,7 +135,7 @@ class Module(Operator):
         self.name = f"{scheme} QuantLinear"
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        layer = QuantLinear(self.case.k, self.case.n, scheme=self.scheme).requires_grad_(False)
+        layer = QuantLinear(self.case.k, self.case.n, scheme=self.scheme, device=weight.device).requires_grad_(False)
         layer.set_weight(self.stored(weight))
         layer.bias.copy_(bias)
         return layer
