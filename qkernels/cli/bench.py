@@ -113,14 +113,18 @@ def train(
     only: Only = None,
     peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = TrainPlan.peers,
     memory: Annotated[bool, typer.Option(help="Also memory, in a process for each contender.")] = TrainPlan.memory,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for train.json.")] = Path("bench"),
 ) -> None:
     """Time whole training steps: float, our layers, and other libraries, in turn in one process."""
+    import torch
     from rich.console import Console
 
     from ..bench.training.run import run
     from ..finetune import InputError
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device must be cpu where torch finds no GPU, got cuda: nothing was timed")
     try:
         plan = TrainPlan(
             cases=tuple(cases.split(",")),
@@ -130,6 +134,7 @@ def train(
             only=tuple(only.split(",")) if only else (),
             peers=peers,
             memory=memory,
+            device=device,
         )
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -56,9 +56,9 @@ class Mlp:
         layers = nn.Linear(self.width, self.hidden), nn.GELU(), nn.Linear(self.hidden, self.width)
         return nn.Sequential(*layers).to(dtype)
 
-    def start(self, model: nn.Module, dtype: torch.dtype) -> Training:
+    def start(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> Training:
         generator = torch.Generator().manual_seed(1)
-        x, grad_out = (torch.randn(self.rows, self.width, generator=generator).to(dtype) for _ in range(2))
+        x, grad_out = (torch.randn(self.rows, self.width, generator=generator).to(device, dtype) for _ in range(2))
         if self.trains == FROZEN:
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
@@ -69,7 +69,7 @@ class Mlp:
     def measure(self, result: Tensor) -> float:
         """Relative error (Frobenius) of the gradient of the input."""
         exact = self.start(self.model(torch.float32), torch.float32).step().double()
-        return ((result.double() - exact).norm() / exact.norm()).item()
+        return ((result.cpu().double() - exact).norm() / exact.norm()).item()
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,20 @@ class Language:
         torch.manual_seed(0)
         return self.build(dtype).train()
 
-    def start(self, model: nn.Module, dtype: torch.dtype) -> Training:
+    def start(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> Training:
         torch.manual_seed(1)
         ids = torch.randint(model.config.get_text_config().vocab_size, (self.rows, self.seq_len))
         labels = ids
         if self.masked:
             labels = ids.masked_fill(torch.rand(ids.shape) >= MASKED, IGNORE)
+        ids, labels = ids.to(device), labels.to(device)
         if self.trains == LORA:
             from peft import LoraConfig, get_peft_model
 
             config = LoraConfig(
                 task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"
             )
-            model = get_peft_model(model, config)
+            model = get_peft_model(model, config).to(device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
         def step() -> Tensor:

@@ -106,7 +106,8 @@ class TrainPlan:
         rounds: steps of each contender that are timed, after one that is not.
         only: fnmatch patterns of contenders; empty: all.
         peers: also what `benchmarks/peers.txt` installs.
-        memory: also measure memory, each contender in a process of its own.
+        memory: also measure memory, each contender in a process of its own; of the CPU only.
+        device: "cpu" or "cuda", a GPU.
     """
 
     cases: tuple[str, ...]
@@ -116,6 +117,7 @@ class TrainPlan:
     only: tuple[str, ...] = ()
     peers: bool = False
     memory: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         from ...schemes import QuantScheme
@@ -125,6 +127,8 @@ class TrainPlan:
             raise ValueError(f"cases must be of {', '.join(CASES)}, got {', '.join(unknown) or 'nothing'}")
         if self.rounds < MIN_ROUNDS:
             raise ValueError(f"rounds must be at least {MIN_ROUNDS}, got {self.rounds}")
+        if self.device not in ("cpu", "cuda") or (self.memory and self.device != "cpu"):
+            raise ValueError(f"device must be cpu or cuda, and cpu with memory, got {self.device!r}")
         for scheme in self.schemes:
             QuantScheme.parse(scheme)
 
@@ -140,7 +144,8 @@ def run(plan: TrainPlan, progress: Callable[[str], None] = lambda message: None)
         WrongResult: if a layer of ours computes a gradient far from float32's.
     """
     # Large blocks are mapped afresh at every step unless torch asks for huge pages, so the times depend on it.
-    surroundings = machine() | {"huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"}
+    gpu = {"gpu": torch.cuda.get_device_name()} if plan.device == "cuda" else {}
+    surroundings = machine() | gpu | {"huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"}
     results = TrainResults(surroundings, [], [])
     for name in plan.cases:
         case = CASES[name]
@@ -154,7 +159,7 @@ def run(plan: TrainPlan, progress: Callable[[str], None] = lambda message: None)
                 progress(f"{name}: memory of {contender.name}")
                 if contender.unavailable() is None:
                     memories[contender.name] = _memory(plan, name, contender, results.skipped)
-        rows, skipped = run_case(case, chosen, plan.rounds, progress)
+        rows, skipped = run_case(case, chosen, plan.rounds, progress, plan.device)
         results.rows += [dataclasses.replace(row, memory=memories.get(row.name)) for row in rows]
         results.skipped += skipped
     return results
@@ -171,7 +176,11 @@ def _memory(plan: TrainPlan, case: str, contender: Contender, skipped: list[Skip
 
 
 def run_case(
-    case: Case, chosen: Sequence[Contender], rounds: int, progress: Callable[[str], None] = lambda message: None
+    case: Case,
+    chosen: Sequence[Contender],
+    rounds: int,
+    progress: Callable[[str], None] = lambda message: None,
+    device: str = "cpu",
 ) -> tuple[list[TrainRow], list[Skipped]]:
     """Time the contenders of one case in turn; also the reason for each that was left out.
 
@@ -185,7 +194,7 @@ def run_case(
         reason = contender.unavailable()
         if reason is None:
             try:
-                ready.append((contender, *_start(case, contender)))
+                ready.append((contender, *_start(case, contender, device)))
                 continue
             except Exception as error:
                 if contender.ours:
@@ -200,14 +209,21 @@ def run_case(
             with contender.scope():
                 start = time.perf_counter()
                 training.step()
+                _finish(device)
                 samples[contender.name].append(time.perf_counter() - start)
     return [_timed(case, *item, samples[item[0].name][1:]) for item in ready], skipped
 
 
-def _start(case: Case, contender: Contender) -> tuple[Training, float]:
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _start(case: Case, contender: Contender, device: str) -> tuple[Training, float]:
     """A first step, and what it computed."""
     with contender.scope():
-        training = case.start(contender.convert(case.model(contender.dtype)), contender.dtype)
+        model = contender.convert(case.model(contender.dtype)).to(device)
+        training = case.start(model, contender.dtype, device)
         result = training.step()
     value = case.measure(result)
     if training.metric == "error" and not value <= contender.tolerance:
