@@ -66,19 +66,32 @@ qk::Weight weight(const py::array& qweight, const Array<float>& scales, const st
   return {scheme, n, k, qweight.data(), scales.data(), zeros ? zeros->data() : nullptr};
 }
 
-// Plain threads, started for each call.
+// Plain threads, started for each call. The caller takes the first share, and those whose thread cannot be started.
 qk::Parallel threads(int count) {
   if (count < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(count));
-  static thread_local int current = 1;
-  current = count;
-  const auto run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-    std::vector<std::thread> pool;
-    for (int t = 0; t < current; ++t) {
-      pool.emplace_back(body, tasks * t / current, tasks * (t + 1) / current, context);
+  const auto run = [](int64_t shares, void (*body)(int64_t, int64_t, void*), void* context) {
+    qk::FirstError error;
+    const auto work = [&](int64_t begin, int64_t end) { error.guard([&] { body(begin, end, context); }); };
+    std::vector<std::thread> started;
+    started.reserve(shares - 1);
+    int64_t share = 1;
+    try {
+      for (; share < shares; ++share) started.emplace_back(work, share, share + 1);
+    } catch (const std::exception&) {  // the system has no more threads, or no memory for one
     }
-    for (std::thread& thread : pool) thread.join();
+    work(0, 1);
+    if (share < shares) work(share, shares);
+    for (std::thread& thread : started) thread.join();
+    error.rethrow();
   };
   return {count, run};
+}
+
+// What the core computes, while other Python threads run.
+template <class F>
+void without_gil(const F& f) {
+  const py::gil_scoped_release released;
+  f();
 }
 
 py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_name, int num_threads) {
@@ -88,7 +101,10 @@ py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_n
   if (view.cols < 1) throw std::invalid_argument("x must have at least one column, got shape " + shape_of(x));
   Array<int8_t> q({view.rows, view.cols});
   Array<float> scales({view.rows, scheme.act_groups(view.cols)});
-  qk::quantize_activation(view, scheme, q.mutable_data(), scales.mutable_data(), threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const q_data = q.mutable_data();
+  auto* const scale_data = scales.mutable_data();
+  without_gil([&] { qk::quantize_activation(view, scheme, q_data, scale_data, parallel); });
   return py::make_tuple(q, scales);
 }
 
@@ -97,7 +113,9 @@ Array<float> dequantize_weight(const py::array& qweight, const Array<float>& sca
                                const std::string& scheme, int num_threads) {
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   Array<float> out({w.n, w.k});
-  qk::dequantize_weight(w, out.mutable_data(), threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const data = out.mutable_data();
+  without_gil([&] { qk::dequantize_weight(w, data, parallel); });
   return out;
 }
 
@@ -108,8 +126,10 @@ Array<float> linear(const Array<float>& x, const py::array& qweight, const Array
   const qk::Weight w = weight(qweight, scales, zeros, view.cols, scheme);
   if (bias) expect_shape("bias", *bias, {w.n});
   Array<float> out({view.rows, w.n});
-  qk::linear(view, w, {bias ? bias->data() : nullptr, qk::DType::float32}, out.mutable_data(), qk::DType::float32,
-             threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const data = out.mutable_data();
+  const qk::Bias floats = {bias ? bias->data() : nullptr, qk::DType::float32};
+  without_gil([&] { qk::linear(view, w, floats, data, qk::DType::float32, parallel); });
   return out;
 }
 
@@ -120,7 +140,9 @@ Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qw
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   expect_shape("grad_out", grad_out, {view.rows, w.n});
   Array<float> out({view.rows, w.k});
-  qk::linear_grad_input(view, w, out.mutable_data(), qk::DType::float32, threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const data = out.mutable_data();
+  without_gil([&] { qk::linear_grad_input(view, w, data, qk::DType::float32, parallel); });
   return out;
 }
 
@@ -129,7 +151,9 @@ Array<float> column_scales(const py::array& qweight, const Array<float>& scales,
                            int num_threads) {
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   Array<float> out(w.k);
-  qk::column_scales(w, out.mutable_data(), threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const data = out.mutable_data();
+  without_gil([&] { qk::column_scales(w, data, parallel); });
   return out;
 }
 
@@ -152,8 +176,11 @@ Array<float> int_grad_input(const Array<int8_t>& q_grad, const Array<float>& gra
   }
   if (grouped) expect_shape("column_scales", *column_scales, {w.k});
   Array<float> out({m, w.k});
-  qk::int_grad_input({q_grad.data(), grad_scales.data(), m, w.n}, w, grouped ? column_scales->data() : nullptr,
-                     out.mutable_data(), qk::DType::float32, threads(num_threads));
+  const qk::Parallel parallel = threads(num_threads);
+  auto* const data = out.mutable_data();
+  const qk::QuantizedRows rows = {q_grad.data(), grad_scales.data(), m, w.n};
+  const float* const columns = grouped ? column_scales->data() : nullptr;
+  without_gil([&] { qk::int_grad_input(rows, w, columns, data, qk::DType::float32, parallel); });
   return out;
 }
 

@@ -14,10 +14,14 @@ namespace {
 
 using namespace qk::tensors;
 
-// libtorch's own thread pool.
+// libtorch's own thread pool. All of it wakes, as for any operator of torch, but only as many threads as there are
+// shares get one.
 qk::Parallel parallel() {
-  const auto run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-    torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  const auto run = [](int64_t shares, void (*body)(int64_t, int64_t, void*), void* context) {
+    qk::FirstError error;
+    torch::stable::parallel_for(0, shares, 1,
+                                [&](int64_t begin, int64_t end) { error.guard([&] { body(begin, end, context); }); });
+    error.rethrow();
   };
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }

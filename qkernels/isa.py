@@ -7,6 +7,7 @@ instruction sets give the same bits for `a8` schemes.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,16 +45,44 @@ def reason() -> str:
     return f"{name}: forced by qkernels.isa.force"
 
 
+class _Forced:
+    """The blocks of `force` that are open, in the order in which they began, and what was in use before them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[tuple[object, str]] = []
+        self._before = ""
+
+    def begin(self, block: object, name: str) -> None:
+        with self._lock:
+            before = current()
+            _native.force_isa(name)
+            if not self._open:
+                self._before = before
+            self._open.append((block, name))
+
+    def end(self, block: object) -> None:
+        with self._lock:
+            self._open = [entry for entry in self._open if entry[0] is not block]
+            _native.force_isa(self._open[-1][1] if self._open else self._before)
+
+
+_forced = _Forced()
+
+
 @contextmanager
 def force(name: str) -> Iterator[None]:
     """Use the instruction set `name` inside the block, in all threads.
 
+    A call of an operator that runs in another thread meanwhile goes on with the one it began with. Where blocks of
+    several threads overlap, the one that began last and has not ended counts.
+
     Raises:
         ValueError: if it is unknown or this CPU lacks it.
     """
-    before = current()
-    _native.force_isa(name)
+    block = object()
+    _forced.begin(block, name)
     try:
         yield
     finally:
-        _native.force_isa(before)
+        _forced.end(block)

@@ -1,4 +1,7 @@
-"""Shared settings: deterministic data, two threads, and one fixture that runs a test on every instruction set."""
+"""Shared settings: deterministic data, two threads, and one fixture that runs a test on every instruction set.
+
+`pytest --threads 16` runs the tests with another number of threads.
+"""
 
 import importlib.util
 import os
@@ -24,10 +27,14 @@ hypothesis.settings.register_profile("qkernels", deadline=None, derandomize=True
 hypothesis.settings.load_profile("qkernels")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=2, help="torch.set_num_threads of each test (default: 2)")
+
+
 @pytest.fixture(autouse=True)
-def deterministic():
+def deterministic(request):
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.config.getoption("--threads"))
 
 
 @pytest.fixture(params=isa.supported())

@@ -18,8 +18,9 @@ constexpr int64_t kScaleColumns = 256;
 
 class BiasFloats {
  public:
-  BiasFloats(const Bias& bias, int64_t n) : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
-    if (given_) kernels().to_float(bias.data, bias.dtype, n, floats_.get());
+  BiasFloats(const Kernels& kernels, const Bias& bias, int64_t n)
+      : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
+    if (given_) kernels.to_float(bias.data, bias.dtype, n, floats_.get());
   }
 
   const float* get() const { return given_ ? floats_.get() : nullptr; }
@@ -30,8 +31,8 @@ class BiasFloats {
 };
 
 // Rows with a scale for each group -> rows with one scale: the largest of those that count (rule 9). In place.
-void ungroup(const QuantizedRows& x, int64_t group, int8_t* q, float* scales, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8_t* q, float* scales,
+             const Parallel& parallel) {
   const int64_t groups = div_up(x.cols, group);
   limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> ones(group);
@@ -61,10 +62,8 @@ void ungroup(const QuantizedRows& x, int64_t group, int8_t* q, float* scales, co
   });
 }
 
-}  // namespace
-
-void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
+              const Parallel& parallel) {
   const int64_t groups = scheme.act_groups(x.cols);
   limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols);
@@ -72,6 +71,22 @@ void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float
       quantize_row(kernels, x, m, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups, floats.get());
     }
   });
+}
+
+void multiply(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias, Output out,
+              const Parallel& parallel) {
+  if (x.rows == 0 || w.n == 0) return;
+  const BiasFloats floats(kernels, bias, w.n);
+  const Choice choice = choose_linear(kernels, w.scheme, x.rows, w.n, w.k, parallel.num_threads);
+  const bool integer = w.scheme.int_activations();
+  const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
+  driver(kernels, x, w, floats.get(), out, limit(parallel, x.rows * w.n * w.k));
+}
+
+}  // namespace
+
+void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales, const Parallel& parallel) {
+  quantize(kernels(), x, scheme, q, scales, parallel);
 }
 
 void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
@@ -83,7 +98,11 @@ void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
 }
 
 Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {
-  const DotRows& limits = kernels().dot_rows;
+  return choose_linear(kernels(), scheme, m, n, k, threads);
+}
+
+Choice choose_linear(const Kernels& kernels, const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {
+  const DotRows& limits = kernels.dot_rows;
   const bool integer = scheme.int_activations();
   const int limit_int8 = scheme.grouped() ? limits.int8_grouped : limits.int8;
   const int limit_int4 = scheme.grouped() ? limits.int4_grouped : limits.int4;
@@ -94,43 +113,41 @@ Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int 
 }
 
 void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel) {
-  if (x.rows == 0 || w.n == 0) return;
-  const BiasFloats floats(bias, w.n);
-  const float* bias_data = floats.get();
-  const Choice choice = choose_linear(w.scheme, x.rows, w.n, w.k, parallel.num_threads);
-  const bool integer = w.scheme.int_activations();
-  const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
-  driver(x, w, bias_data, {out, out_dtype}, limit(parallel, x.rows * w.n * w.k));
+  multiply(kernels(), x, w, bias, {out, out_dtype}, parallel);
 }
 
 void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx, float* x_scales,
                    const Parallel& parallel) {
+  const Kernels& kernels = qk::kernels();
   const Scheme& scheme = w.scheme;
   const int64_t groups = scheme.act_groups(x.cols);
   const bool grouped = scheme.act_group_size != 0;
   Buffer<float> group_scales(grouped ? x.rows * groups : 0);
   float* const scales = grouped ? group_scales.get() : x_scales;
-  quantize_activation(x, scheme, qx, scales, parallel);
+  quantize(kernels, x, scheme, qx, scales, parallel);
   if (x.rows > 0 && w.n > 0) {
-    const Choice choice = choose_linear(scheme, x.rows, w.n, w.k, parallel.num_threads);
+    const Choice choice = choose_linear(kernels, scheme, x.rows, w.n, w.k, parallel.num_threads);
     if (choice.dots) {  // so few rows that quantizing them once more does not matter
-      linear(x, w, bias, out, out_dtype, parallel);
+      multiply(kernels, x, w, bias, {out, out_dtype}, parallel);
     } else {
-      const BiasFloats floats(bias, w.n);
-      int_matmul_stored({qx, scales, x.rows, x.cols}, w, floats.get(), {out, out_dtype},
+      const BiasFloats floats(kernels, bias, w.n);
+      int_matmul_stored(kernels, {qx, scales, x.rows, x.cols}, w, floats.get(), {out, out_dtype},
                         limit(parallel, x.rows * w.n * w.k));
     }
   }
-  if (grouped) ungroup({qx, scales, x.rows, x.cols}, scheme.act_group_size, qx, x_scales, parallel);
+  if (grouped) ungroup(kernels, {qx, scales, x.rows, x.cols}, scheme.act_group_size, qx, x_scales, parallel);
 }
 
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
-  float_matmul_grad_input(grad_out, w, {out, out_dtype}, limit(parallel, grad_out.rows * w.n * w.k));
+  float_matmul_grad_input(kernels(), grad_out, w, {out, out_dtype}, limit(parallel, grad_out.rows * w.n * w.k));
 }
 
 void column_scales(const Weight& w, float* out, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+  column_scales(kernels(), w, out, parallel);
+}
+
+void column_scales(const Kernels& kernels, const Weight& w, float* out, const Parallel& parallel) {
   limit(parallel, w.n * w.k)(div_up(w.k, kScaleColumns), [&](int64_t begin, int64_t end) {
     Buffer<int8_t> integers(kScaleColumns);
     Buffer<float> row(kScaleColumns);
@@ -151,7 +168,7 @@ void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float*
                     DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
   const Parallel limited = limit(parallel, grad_out.rows * w.n * w.k);
-  int_matmul_grad_input(grad_out, w, column_scales, {out, out_dtype}, limited);
+  int_matmul_grad_input(kernels(), grad_out, w, column_scales, {out, out_dtype}, limited);
 }
 
 }  // namespace qk

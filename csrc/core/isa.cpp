@@ -141,8 +141,8 @@ std::vector<std::string> supported_isas() {
 
 std::string current_isa() { return kernels().name; }
 
-void force_isa(const std::string& name) { current().store(&find(name, "isa")); }
+void force_isa(const std::string& name) { current().store(&find(name, "isa"), std::memory_order_release); }
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *current().load(std::memory_order_acquire); }
 
 }  // namespace qk

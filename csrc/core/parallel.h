@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "core/types.h"
@@ -59,36 +60,60 @@ class Shares {
   std::vector<Share> shares_;
 };
 
-// Runs body(begin, end, context) over a partition of [0, tasks), possibly on several threads, and returns when all
-// of it is done. The core has no threads of its own: the binding passes its host's pool.
+// Carries the first exception of a call's threads over to the one that called.
+class FirstError {
+ public:
+  // f(), whatever it throws.
+  template <class F>
+  void guard(const F& f) noexcept {
+    try {
+      f();
+    } catch (...) {
+      if (!taken_.test_and_set()) error_ = std::current_exception();
+    }
+  }
+
+  // When all threads are done.
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic_flag taken_;
+  std::exception_ptr error_;
+};
+
+// How a call may use threads. The core has none of its own: the binding passes its host's pool.
 struct Parallel {
   int num_threads;
-  void (*run)(int64_t tasks, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+  // Calls body(begin, end, context) over a partition of [0, shares), each range of it in any thread, and returns when
+  // all of it is done. There are never more shares than num_threads, so a pool of any size runs so many threads.
+  void (*run)(int64_t shares, void (*body)(int64_t begin, int64_t end, void* context), void* context);
   int64_t pieces = 1;  // of a thread's share
 
-  // Calls f(begin, end) for pieces of [0, tasks).
+  // Calls f(begin, end) for pieces of [0, tasks), in at most num_threads threads.
   template <class F>
   void operator()(int64_t tasks, const F& f) const {
     if (tasks <= 1 || num_threads <= 1) {
       if (tasks > 0) f(0, tasks);
       return;
     }
+    const auto count = static_cast<int>(std::min<int64_t>(num_threads, tasks));
     if (pieces == 1) {
-      spread(tasks, f);
+      spread(count, [&](int64_t begin, int64_t end) { f(tasks * begin / count, tasks * end / count); });
       return;
     }
-    const auto count = static_cast<int>(std::min<int64_t>(num_threads, tasks));
     Shares shares(tasks, count, pieces);
     spread(count, [&](int64_t begin, int64_t end) {
       for (int64_t own = begin; own < end; ++own) shares.take(own, f);
     });
   }
 
-  // Calls f(begin, end) for one range a thread.
+ private:
   template <class F>
-  void spread(int64_t tasks, const F& f) const {
+  void spread(int64_t shares, const F& f) const {
     auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-    run(tasks, body, const_cast<F*>(&f));
+    run(shares, body, const_cast<F*>(&f));
   }
 };
 

@@ -299,21 +299,22 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
   });
 }
 
-void matmul(const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
+void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
             const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
   const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr;
   (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
 }
 
 }  // namespace
 
-void float_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  matmul(x, w, false, bias, out, parallel);
+void float_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+                  const Parallel& parallel) {
+  matmul(kernels, x, w, false, bias, out, parallel);
 }
 
-void float_matmul_grad_input(const Matrix& grad_out, const Weight& w, Output out, const Parallel& parallel) {
-  matmul(grad_out, w, true, nullptr, out, parallel);
+void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, Output out,
+                             const Parallel& parallel) {
+  matmul(kernels, grad_out, w, true, nullptr, out, parallel);
 }
 
 }  // namespace qk

@@ -114,8 +114,8 @@ class RowGroups {
 
 }  // namespace
 
-void int_group_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+void int_group_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+                   const Parallel& parallel) {
   const GroupDotKernels& dots = *kernels.group_dots;
   const Scheme& scheme = w.scheme;
   const bool int4 = scheme.weight_bits == 4, w_grouped = scheme.group_size != 0, x_grouped = scheme.act_group_size != 0;

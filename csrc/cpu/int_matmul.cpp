@@ -59,8 +59,8 @@ struct Plan {
   int64_t panels, row_panels;         // of a block of the weight and of A
   int64_t block_units, chunk_units;   // along the depth of a block, of a chunk of it
 
-  Plan(const Weight& weight, bool grad_input, int threads)
-      : kernels(qk::kernels()),
+  Plan(const Kernels& table, const Weight& weight, bool grad_input, int threads)
+      : kernels(table),
         nibbles(weight.scheme.weight_bits == 4 && !grad_input ? kernels.nibbles : nullptr),
         w(weight),
         depth(grad_input ? weight.n : weight.k),
@@ -523,14 +523,13 @@ struct IntOperand::Packed {
   std::optional<TileOperand> tiles;
 };
 
-IntOperand::IntOperand(const Matrix& x, const Weight& w, const Parallel& parallel)
-    : packed_(std::make_unique<Packed>(x.rows)) {
-  const Kernels& kernels = qk::kernels();
+IntOperand::IntOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel)
+    : kernels_(kernels), packed_(std::make_unique<Packed>(x.rows)) {
   if (takes_tile_groups(kernels, w.scheme)) {
-    packed_->tiles.emplace(x, w, parallel);
+    packed_->tiles.emplace(kernels, x, w, parallel);
     return;
   }
-  const Plan plan(w, false, parallel.num_threads);
+  const Plan plan(kernels, w, false, parallel.num_threads);
   PackedA& a = packed_->panels.emplace(plan, div_up(x.rows, plan.mr));
   parallel(div_up(x.rows, plan.mr), [&](int64_t begin, int64_t end) {
     pack_a(plan, x.rows, QuantizeRows(kernels, w.scheme, x), begin, end, a);
@@ -544,27 +543,29 @@ void IntOperand::multiply(const Weight& w, const float* bias, Output out, const 
     packed_->tiles->multiply(w, bias, out, parallel);
     return;
   }
-  const Plan plan(w, false, parallel.num_threads);
+  const Plan plan(kernels_, w, false, parallel.num_threads);
   multiply_panels<PackAlong>(plan, packed_->rows, *packed_->panels, bias, out, parallel);
 }
 
-void int_matmul(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  IntOperand(x, w, parallel).multiply(w, bias, out, parallel);
+void int_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+                const Parallel& parallel) {
+  IntOperand(kernels, x, w, parallel).multiply(w, bias, out, parallel);
 }
 
-void int_matmul_stored(const QuantizedRows& x, const Weight& w, const float* bias, Output out,
+void int_matmul_stored(const Kernels& kernels, const QuantizedRows& x, const Weight& w, const float* bias, Output out,
                        const Parallel& parallel) {
-  if (takes_tile_groups(qk::kernels(), w.scheme)) return TileOperand(x, w, parallel).multiply(w, bias, out, parallel);
-  const Plan plan(w, false, parallel.num_threads);
+  if (takes_tile_groups(kernels, w.scheme))
+    return TileOperand(kernels, x, w, parallel).multiply(w, bias, out, parallel);
+  const Plan plan(kernels, w, false, parallel.num_threads);
   const int64_t panels = div_up(x.rows, plan.mr), groups = w.scheme.act_groups(x.cols);
   PackedA a(plan, panels);
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, StoredRows(x, groups), begin, end, a); });
   multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
 }
 
-void int_matmul_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, Output out,
-                           const Parallel& parallel) {
-  const Plan plan(w, true, parallel.num_threads);
+void int_matmul_grad_input(const Kernels& kernels, const QuantizedRows& grad_out, const Weight& w,
+                           const float* column_scales, Output out, const Parallel& parallel) {
+  const Plan plan(kernels, w, true, parallel.num_threads);
   const int64_t rows = grad_out.rows, panels = div_up(rows, plan.mr);
   PackedA a(plan, panels);
   parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, rows, StoredRows(grad_out), begin, end, a); });

@@ -60,9 +60,9 @@ const Parallel kSerial{1, nullptr};
 
 class CrossEntropy {
  public:
-  CrossEntropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
+  CrossEntropy(const Kernels& kernels, const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
                const Parallel& parallel)
-      : args_(args), w_(w), result_(result), parallel_(parallel), chunks_(div_up(w.n, kChunk)) {
+      : kernels_(kernels), args_(args), w_(w), result_(result), parallel_(parallel), chunks_(div_up(w.n, kChunk)) {
     for (int64_t m = 0; m < args.hidden.rows; ++m) {
       if (args.target[m] != args.ignore_index) valid_.push_back(m);
     }
@@ -117,7 +117,7 @@ class CrossEntropy {
   void column_scales_of_chunks() {
     column_scales_ = Buffer<float>(chunks_ * w_.k);
     parallel_(chunks_, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) column_scales(chunk(c), &column_scales_[c * w_.k], kSerial);
+      for (int64_t c = begin; c < end; ++c) column_scales(kernels_, chunk(c), &column_scales_[c * w_.k], kSerial);
     });
   }
 
@@ -173,16 +173,16 @@ class CrossEntropy {
     }
     const Matrix x{&rows_[row0 * k * size_of(args_.hidden.dtype)], args_.hidden.dtype, rows, k};
     const int64_t first = range * chunks_ / kRanges, last = (range + 1) * chunks_ / kRanges;
-    const bool dots = choose_linear(w_.scheme, rows, width, k, 1).dots, integer = w_.scheme.int_activations();
+    const bool dots = choose_linear(kernels_, w_.scheme, rows, width, k, 1).dots, integer = w_.scheme.int_activations();
     std::optional<IntOperand> packed;  // for all chunks
-    if (integer && !dots && first < last) packed.emplace(x, chunk(first), kSerial);
+    if (integer && !dots && first < last) packed.emplace(kernels_, x, chunk(first), kSerial);
     const auto driver = integer ? int_dot : dots ? float_dot : float_matmul;
     for (int64_t c = first; c < last; ++c) {
       const Weight w = chunk(c);
       const int64_t n0 = c * kChunk;
       const float* bias = args_.bias.data != nullptr ? &bias_[n0] : nullptr;
       const Output out{logits.get(), DType::float32};
-      packed.has_value() ? packed->multiply(w, bias, out, kSerial) : driver(x, w, bias, out, kSerial);
+      packed.has_value() ? packed->multiply(w, bias, out, kSerial) : driver(kernels_, x, w, bias, out, kSerial);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = valid_[first_ + row0 + i];
         const LogitRow row = {
@@ -201,7 +201,8 @@ class CrossEntropy {
       }
       if (!gradient) continue;
       const float* columns = w_.scheme.group_size != 0 ? &column_scales_[c * k] : nullptr;
-      int_matmul_grad_input({q.get(), scales.get(), rows, w.n}, w, columns, {product.get(), DType::float32}, kSerial);
+      int_matmul_grad_input(kernels_, {q.get(), scales.get(), rows, w.n}, w, columns, {product.get(), DType::float32},
+                            kSerial);
       for (int64_t i = 0; i < rows; ++i) {
         kernels_.scale_and_add(sums(row0 + i, range), k, before[i], &product[i * k]);
       }
@@ -246,7 +247,7 @@ class CrossEntropy {
     for (int64_t j = 0; j < k; ++j) grad[j] = static_cast<float>(grad[j] - smoothing / classes * column_sums_[j]);
   }
 
-  const Kernels& kernels_ = kernels();
+  const Kernels& kernels_;
   const CrossEntropyArgs& args_;
   const Weight& w_;
   const CrossEntropyResult& result_;
@@ -267,7 +268,7 @@ class CrossEntropy {
 
 void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
                           const Parallel& parallel) {
-  CrossEntropy(args, w, result, parallel).run();
+  CrossEntropy(kernels(), args, w, result, parallel).run();
 }
 
 }  // namespace qk

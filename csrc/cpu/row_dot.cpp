@@ -220,10 +220,10 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
 
 }  // namespace
 
-void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
-  if (takes_tile_dot(kernels, w.scheme, x.rows)) return int_tile_dot(x, w, bias, out, parallel);
-  if (kernels.group_dots != nullptr && w.scheme.grouped()) return int_group_dot(x, w, bias, out, parallel);
+void int_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+             const Parallel& parallel) {
+  if (takes_tile_dot(kernels, w.scheme, x.rows)) return int_tile_dot(kernels, x, w, bias, out, parallel);
+  if (kernels.group_dots != nullptr && w.scheme.grouped()) return int_group_dot(kernels, x, w, bias, out, parallel);
   const Activations activations(kernels, x, w.scheme, parallel);
 
   parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
@@ -247,8 +247,8 @@ void int_dot(const Matrix& x, const Weight& w, const float* bias, Output out, co
   });
 }
 
-void float_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+void float_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+               const Parallel& parallel) {
   Buffer<float> floats(x.rows * w.k);
   for (int64_t m = 0; m < x.rows; ++m) kernels.to_float(x.row(m), x.dtype, w.k, &floats[m * w.k]);
 

@@ -52,8 +52,8 @@ bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows) 
          rows <= kMaxPanels * kernels.dot_tile_rows;
 }
 
-void int_tile_dot(const Matrix& x, const Weight& w, const float* bias, Output out, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
+                  const Parallel& parallel) {
   const Panels a(kernels, x);
   const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
   const int64_t bytes = a.units * kernels.unit;

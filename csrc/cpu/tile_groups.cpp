@@ -169,25 +169,24 @@ bool takes_tile_groups(const Kernels& kernels, const Scheme& scheme) {
   return kernels.dot_tile_grouped != nullptr && scheme.grouped();
 }
 
-TileOperand::TileOperand(const Matrix& x, const Weight& w, const Parallel& parallel)
-    : panels_(std::make_unique<Panels>(qk::kernels(), w, x.rows)) {
-  const Kernels& kernels = qk::kernels();
+TileOperand::TileOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel)
+    : kernels_(kernels), panels_(std::make_unique<Panels>(kernels, w, x.rows)) {
   parallel(panels_->panels, [&](int64_t begin, int64_t end) {
     panels_->pack(kernels, w, QuantizeRows(kernels, w.scheme, x), begin, end);
   });
 }
 
-TileOperand::TileOperand(const QuantizedRows& x, const Weight& w, const Parallel& parallel)
-    : panels_(std::make_unique<Panels>(qk::kernels(), w, x.rows)) {
+TileOperand::TileOperand(const Kernels& kernels, const QuantizedRows& x, const Weight& w, const Parallel& parallel)
+    : kernels_(kernels), panels_(std::make_unique<Panels>(kernels, w, x.rows)) {
   parallel(panels_->panels, [&](int64_t begin, int64_t end) {
-    panels_->pack(qk::kernels(), w, StoredRows(x, w.scheme.act_groups(x.cols)), begin, end);
+    panels_->pack(kernels, w, StoredRows(x, w.scheme.act_groups(x.cols)), begin, end);
   });
 }
 
 TileOperand::~TileOperand() = default;
 
 void TileOperand::multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const {
-  const Kernels& kernels = qk::kernels();
+  const Kernels& kernels = kernels_;
   const Panels& x = *panels_;
   const bool x_grouped = w.scheme.act_group_size != 0;
   const int64_t group = w.scheme.acc_group(w.k), block_panels = std::min(kMostPanels, x.panels);
