@@ -11,7 +11,7 @@ import qkernels
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests/core/core_check.cpp"
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
-FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{ROOT / 'csrc'}"]
 
 
 def _call(*command: str | Path) -> None:

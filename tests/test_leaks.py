@@ -47,3 +47,28 @@ def test_operators_leave_nothing_behind():
     grown = {op: float(number) for op, number in map(str.split, lines)}
     assert grown.keys() == op_samples.SAMPLERS.keys()
     assert max(grown.values()) < 8, f"bytes a call: {grown}"
+
+
+PEAK = """
+import torch
+from qkernels import ops
+
+torch.set_num_threads(2)
+weight = (torch.ones(65536, 128, dtype=torch.int8), torch.ones(65536, 1), None)
+grad_out = torch.ones(512, 65536)
+open("/proc/self/clear_refs", "w").write("5")
+
+def memory(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name + ":"))
+    return int(line.split()[1]) / 1024
+
+before = memory("VmRSS")
+ops.linear_grad_input(grad_out, *weight, 128, "w8a8")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux")
+def test_float_products_do_not_copy_the_whole_input():
+    """The gradient of a head with many classes: it has 128 MB, of which 32 are packed at a time."""
+    assert float(run_python(PEAK).stdout) < 64, "MB"

@@ -232,6 +232,24 @@ def test_bfloat16_around_the_smallest_normal_number(each_isa, scheme):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32-asym"])
+def test_parts_of_a_float_product_give_the_bits_of_the_whole(each_isa, scheme, dtype):
+    """Many rows are packed in blocks, and many of great depth in ranges of it; 16 rows are packed at once."""
+    draw = op_samples.Draw(f"parts {scheme}")
+    deep, wide = draw.weight(5, 45003, QuantScheme.parse(scheme)), draw.weight(33, 70, QuantScheme.parse(scheme))
+    x, tall = draw.floats(400, 45003).to(dtype), draw.floats(9300, 70).to(dtype)
+    for rows, weight in ((x, deep), (tall, wide)):
+        out = ops.linear(rows, *weight, None, scheme, torch.float32)
+        for first in (0, 100, len(rows) - 16):
+            part = ops.linear(rows[first : first + 16], *weight, None, scheme, torch.float32)
+            assert_same_bits(out[first : first + 16], part, f"{each_isa} {scheme} row {first}")
+    grad_out, weight = draw.floats(400, 45003).to(dtype), draw.weight(45003, 5, QuantScheme.parse(scheme))
+    gradient = ops.linear_grad_input(grad_out, *weight, 5, scheme, torch.float32)
+    part = ops.linear_grad_input(grad_out[200:216], *weight, 5, scheme, torch.float32)
+    assert_same_bits(gradient[200:216], part, f"{each_isa} {scheme} gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
 def test_non_finite_rows_of_float_products(each_isa, scheme, dtype):
     """NaN and Inf come out where a float product has them, and nowhere else."""

@@ -1,5 +1,10 @@
 // The blocked float matrix driver: x [M, depth] times the dequantized weight, packed panel by panel, for the a16
-// schemes (depth = k) and for the gradient with respect to x (depth = n). The weight is never dequantized as a whole.
+// schemes (depth = k) and for the gradient with respect to x (depth = n). Neither the weight nor x is converted as a
+// whole.
+//
+// NOTE [parts]. x is packed in parts of at most kMostPacked units: blocks of rows, for each of which the weight is
+// packed anew, and, where x is deeper than that allows, ranges of the depth, between which the sums wait in memory. The
+// sum of a result is formed in the same order whatever the parts are.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -18,6 +23,10 @@ namespace {
 constexpr int64_t kBlockUnits = 256;
 constexpr int64_t kPanels = 4;
 constexpr int64_t kBlockRows = 384;
+constexpr int64_t kMostPacked = int64_t{8} << 20;  // 32 MB
+// A part has at least so many rows, for which packing the weight does not count, and at most so many, whose sums of one
+// block of the weight a thread holds.
+constexpr int64_t kLeastRows = 2 * kBlockRows, kMostRows = 24 * kBlockRows;
 // Rows to be transposed together lie a line further apart than their length, so as not to share the same sets of L1.
 constexpr int64_t kLineUnits = 16;
 
@@ -34,9 +43,11 @@ class Float32 {
 
   Float32(const Kernels& kernels, const Weight& w, bool) : kernels_(kernels), w_(w) {}
 
-  // The units of row m of x, in place or in scratch.
-  static const uint32_t* x_row(const Kernels& kernels, const Matrix& x, int64_t m, uint32_t* scratch) {
-    return reinterpret_cast<const uint32_t*>(float_row(kernels, x, m, reinterpret_cast<float*>(scratch)));
+  // The units of columns [k0, k0 + count) of row m of x, in place or in scratch.
+  static const uint32_t* x_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t k0, int64_t count,
+                               uint32_t* scratch) {
+    const Matrix part = {x.at(m, k0), x.dtype, 1, count};
+    return reinterpret_cast<const uint32_t*>(float_row(kernels, part, 0, reinterpret_cast<float*>(scratch)));
   }
 
   // Depth along a stored row: the units of `count` columns from k0 on of weight row n. `scratch` holds count integers.
@@ -82,9 +93,10 @@ class Bfloat16 {
     std::fill_n(scales_.get(), kPanels * kMaxGroups * kernels.nr, 1.0f);
   }
 
-  static const uint32_t* x_row(const Kernels&, const Matrix& x, int64_t m, uint32_t* scratch) {
-    scratch[x.cols / 2] = 0;  // an odd row ends in half a unit
-    std::memcpy(scratch, x.row(m), x.cols * size_of(x.dtype));
+  static const uint32_t* x_row(const Kernels&, const Matrix& x, int64_t m, int64_t k0, int64_t count,
+                               uint32_t* scratch) {
+    scratch[count / 2] = 0;  // an odd row ends in half a unit
+    if (count > 0) std::memcpy(scratch, x.at(m, k0), count * size_of(x.dtype));
     return scratch;
   }
 
@@ -218,10 +230,11 @@ class PackedB {
   std::vector<const uint32_t*> rows_;
 };
 
-// Packs panels of x into [blocks, panels, kBlockUnits, mr].
+// Packs columns [k0, k0 + depth) of panels of x into [blocks, panels, kBlockUnits, mr].
 template <class Format>
-void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end, uint32_t* packed) {
-  const int64_t mr = Format::mr(kernels), panels = div_up(x.rows, mr), used = div_up(x.cols, Format::kUnit);
+void pack_a(const Kernels& kernels, const Matrix& x, int64_t k0, int64_t depth, int64_t begin, int64_t end,
+            uint32_t* packed) {
+  const int64_t mr = Format::mr(kernels), panels = div_up(x.rows, mr), used = div_up(depth, Format::kUnit);
   const int64_t units = round_up(used, Format::depth_step(kernels));
   Buffer<uint32_t> encoded(mr * (units + kLineUnits));
   std::vector<const uint32_t*> rows(mr);
@@ -231,7 +244,7 @@ void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end,
       uint32_t* scratch = &encoded[i * (units + kLineUnits)];
       const int64_t m = panel * mr + i;
       std::fill(scratch + (m < x.rows ? used : 0), scratch + units, 0u);
-      rows[i] = m < x.rows ? Format::x_row(kernels, x, m, scratch) : scratch;
+      rows[i] = m < x.rows ? Format::x_row(kernels, x, m, k0, depth, scratch) : scratch;
     }
     for (int64_t u = 0; u < units; u += kBlockUnits) {
       const int64_t count = std::min(kBlockUnits, units - u);
@@ -241,62 +254,84 @@ void pack_a(const Kernels& kernels, const Matrix& x, int64_t begin, int64_t end,
   }
 }
 
+// The product of the rows of x, which are a block of them: NOTE [parts].
 template <class Format>
-void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
-            const Parallel& parallel) {
+void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias,
+                   Output out, const Parallel& parallel) {
   const int mr = Format::mr(kernels), nr = kernels.nr;
   const int64_t units = round_up(div_up(x.cols, Format::kUnit), Format::depth_step(kernels)),
-                panels = div_up(x.rows, mr);
+                panels = div_up(x.rows, mr), row_panels = kBlockRows / mr;
   const int64_t cols = grad_input ? w.k : w.n, width = kPanels * nr;
   const Split split(panels, div_up(cols, width), parallel.num_threads);
+  const int64_t fits = kMostPacked / (panels * mr) / kBlockUnits * kBlockUnits;
+  const int64_t part_units = std::clamp<int64_t>(units, 1, std::max(fits, kBlockUnits));
+  const bool one_part = part_units >= units;
 
-  Buffer<uint32_t> a(panels * mr * units);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a<Format>(kernels, x, begin, end, a.get()); });
+  Buffer<uint32_t> a(panels * mr * part_units);
+  Buffer<float> totals(one_part ? 0 : div_up(cols, width) * panels * mr * width);
+  for (int64_t begin_units = 0; begin_units == 0 || begin_units < units; begin_units += part_units) {
+    const int64_t end_units = std::min(begin_units + part_units, units), k0 = begin_units * Format::kUnit;
+    const int64_t depth = std::min(end_units * Format::kUnit, x.cols) - k0;
+    parallel(panels, [&](int64_t begin, int64_t end) { pack_a<Format>(kernels, x, k0, depth, begin, end, a.get()); });
 
-  const int64_t row_panels = kBlockRows / mr;
-  parallel(split.tasks(), [&](int64_t begin, int64_t end) {
-    const TileState state(kernels, Format::kUnit * kGroupStep);
-    PackedB<Format> b(kernels, w, grad_input);
-    Buffer<float> tiles(panels * mr * width), ones(std::max(mr, nr)), bias_panel(nr);
-    std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t c0 = split.column(task) * width;
-      const int64_t first = split.row_begin(task), last = split.row_end(task);
-      const int64_t used = std::min(kPanels, div_up(cols - c0, nr));
-      const auto tile = [&](int64_t p, int64_t panel) { return &tiles[(p * panels + panel) * mr * nr]; };
+    parallel(split.tasks(), [&](int64_t begin, int64_t end) {
+      const TileState state(kernels, Format::kUnit * kGroupStep);
+      PackedB<Format> b(kernels, w, grad_input);
+      Buffer<float> tiles(one_part ? panels * mr * width : 0), ones(std::max(mr, nr)), bias_panel(nr);
+      std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c0 = split.column(task) * width;
+        const int64_t first = split.row_begin(task), last = split.row_end(task);
+        const int64_t used = std::min(kPanels, div_up(cols - c0, nr));
+        float* const sums = one_part ? tiles.get() : &totals[split.column(task) * panels * mr * width];
+        const auto tile = [&](int64_t p, int64_t panel) { return sums + (p * panels + panel) * mr * nr; };
 
-      for (int64_t p = 0; p < used; ++p) std::fill(tile(p, first), tile(p, last), 0.0f);
-      for (int64_t u = 0; u < units; u += kBlockUnits) {
-        const int64_t count = std::min(kBlockUnits, units - u), d0 = u * Format::kUnit;
-        b.pack(d0, std::min(count * Format::kUnit, x.cols - d0), c0);
-        for (int64_t block = first; block < last; block += row_panels) {
-          for (int64_t p = 0; p < used; ++p) {
-            for (int64_t panel = block; panel < std::min(block + row_panels, last); ++panel) {
-              b.multiply(p, count, &a[(u * panels + panel * count) * mr], tile(p, panel));
+        for (int64_t p = 0; p < used && begin_units == 0; ++p) std::fill(tile(p, first), tile(p, last), 0.0f);
+        for (int64_t u = begin_units; u < end_units; u += kBlockUnits) {
+          const int64_t count = std::min(kBlockUnits, end_units - u), d0 = u * Format::kUnit, at = u - begin_units;
+          b.pack(d0, std::min(count * Format::kUnit, x.cols - d0), c0);
+          for (int64_t block = first; block < last; block += row_panels) {
+            for (int64_t p = 0; p < used; ++p) {
+              for (int64_t panel = block; panel < std::min(block + row_panels, last); ++panel) {
+                b.multiply(p, count, &a[(at * panels + panel * count) * mr], tile(p, panel));
+              }
             }
           }
         }
-      }
-      for (int64_t p = 0; p < used; ++p) {
-        const int64_t column = c0 + p * nr, valid = std::min<int64_t>(nr, cols - column);
-        if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
-        for (int64_t panel = first; panel < last; ++panel) {
-          const int64_t m0 = panel * mr;
-          kernels.store_float(tile(p, panel),
-                              {
-                                  .row_scales = ones.get(),
-                                  .col_scales = ones.get(),
-                                  .bias = bias != nullptr ? bias_panel.get() : nullptr,
-                                  .rows = static_cast<int>(std::min<int64_t>(mr, x.rows - m0)),
-                                  .cols = static_cast<int>(valid),
-                                  .out = static_cast<char*>(out.data) + (m0 * cols + column) * size_of(out.dtype),
-                                  .stride = cols,
-                                  .dtype = out.dtype,
-                              });
+        for (int64_t p = 0; p < used && end_units == units; ++p) {
+          const int64_t column = c0 + p * nr, valid = std::min<int64_t>(nr, cols - column);
+          if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
+          for (int64_t panel = first; panel < last; ++panel) {
+            const int64_t m0 = panel * mr;
+            kernels.store_float(tile(p, panel),
+                                {
+                                    .row_scales = ones.get(),
+                                    .col_scales = ones.get(),
+                                    .bias = bias != nullptr ? bias_panel.get() : nullptr,
+                                    .rows = static_cast<int>(std::min<int64_t>(mr, x.rows - m0)),
+                                    .cols = static_cast<int>(valid),
+                                    .out = static_cast<char*>(out.data) + (m0 * cols + column) * size_of(out.dtype),
+                                    .stride = cols,
+                                    .dtype = out.dtype,
+                                });
+          }
         }
       }
-    }
-  });
+    });
+  }
+}
+
+template <class Format>
+void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
+            const Parallel& parallel) {
+  const int64_t units = std::max<int64_t>(div_up(x.cols, Format::kUnit), 1), cols = grad_input ? w.k : w.n;
+  const int64_t most = std::clamp(kMostPacked / units / kBlockRows * kBlockRows, kLeastRows, kMostRows);
+  const int64_t step = round_up(div_up(x.rows, div_up(x.rows, most)), Format::mr(kernels));
+  for (int64_t m = 0; m < x.rows; m += step) {
+    const Matrix rows = {x.row(m), x.dtype, std::min(step, x.rows - m), x.cols};
+    const Output to = {static_cast<char*>(out.data) + m * cols * size_of(out.dtype), out.dtype};
+    multiply_rows<Format>(kernels, rows, w, grad_input, bias, to, parallel);
+  }
 }
 
 void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
