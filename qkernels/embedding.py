@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import ops, quantize
+from .frozen_weight import FrozenWeight
 from .nn import QuantLinear
+from .products import refuse_write
 from .quantize import FLOAT_DTYPES, QuantizedWeight
 from .schemes import QuantScheme
 
@@ -26,7 +28,7 @@ def is_embedding(module: nn.Module) -> bool:
 class QuantEmbedding(nn.Embedding):
     """An embedding whose rows are dequantized as they are looked up.
 
-    The weight is frozen and gets no gradient. `weight` is None; the state dict holds `qweight`, `scales` and `zeros`
+    The weight is frozen and gets no gradient. The state dict holds `qweight`, `scales` and `zeros`
     (asymmetric schemes) as that of a `QuantLinear` with num_embeddings output features does, and a tied head shares
     the parameters (`quantize_` with `embeddings=True`). Only the format of the scheme's weight matters.
 
@@ -64,9 +66,30 @@ class QuantEmbedding(nn.Embedding):
         self.compute_dtype = dtype or torch.get_default_dtype()
         if self.compute_dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        self.register_parameter("weight", None)
         empty = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
         self.set_weight(QuantizedWeight(empty.qweight, empty.scales, empty.zeros))
+
+    # TorchScript compiles properties, and cannot compile this one.
+    __jit_unused_properties__ = ["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        """A read-only `FrozenWeight` [N, K]: the rows before `embed_scale`, without a copy."""
+        return FrozenWeight(self.quantized_weight(), self.scheme.name, self.embedding_dim, self.compute_dtype)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise refuse_write("weight = ...")
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise refuse_write("del weight")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`, but a `weight` is refused with RuntimeError."""
+        if name == "weight" or isinstance(param, FrozenWeight):
+            raise refuse_write(f"parameter {name!r}")
+        super().register_parameter(name, param)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The canonical storage."""

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from . import ops, quantize
 from .autograd import LowRank, adapted_linear, quant_linear, trained_linear
+from .frozen_weight import FrozenWeight
 from .int8_weight import Int8Weight
+from .products import autocast_dtype, check_input, follow, refuse_write
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .schemes import QuantScheme
 
@@ -30,20 +32,10 @@ def float_weight(layer: nn.Module) -> Tensor:
     """
     if is_conv1d(layer):
         return layer.weight.detach().t()
-    if isinstance(layer, nn.Linear) and layer.weight is not None:
-        return layer.weight.detach()
+    weight = layer.weight if isinstance(layer, nn.Linear) else None
+    if weight is not None and not isinstance(weight, FrozenWeight):
+        return weight.detach()
     raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
-
-
-# Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
-# cannot trace it.
-_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for on devices of this type; None outside of autocast."""
-    autocast = device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else None
 
 
 def _check_trainable(scheme: QuantScheme) -> None:
@@ -65,9 +57,9 @@ class QuantLinear(nn.Linear):
 
     Gradients pass straight through every rounding. What is trained, and stored, is a matter of the mode:
 
-    - "frozen": the bias, and the input that adapters such as LoRA need. `weight` is None; the state dict holds
-      `qweight`, `scales`, `zeros` (asymmetric schemes) and `bias`, all plain tensors in the canonical storage that the
-      kernels read directly.
+    - "frozen": the bias, and the input that adapters such as LoRA need. The state dict holds `qweight`, `scales`,
+      `zeros` (asymmetric schemes) and `bias`, all plain tensors in the canonical storage that the kernels read
+      directly. `weight` is a read-only view of them as a float tensor, made when it is read (see `FrozenWeight`).
     - "qat": a float `weight`, which is quantized in each forward; its gradient is 0 where clamping changed a 4-bit
       integer. The state dict is that of an `nn.Linear`; `freeze_()` makes the layer frozen, with the same outputs.
       With `weight_scale="learned"` the scales are a parameter too, `scales`, which the state dict holds as well.
@@ -149,7 +141,8 @@ class QuantLinear(nn.Linear):
             qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
             scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
             weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
-        self.register_parameter("weight", weight)
+        if weight is not None:
+            self.register_parameter("weight", weight)
         # Of a grouped weight, for its int8 gradient: derived from it, never saved.
         needs_columns = mode == "frozen" and grad == "int8" and self.scheme.group_size is not None
         columns = torch.empty(in_features, dtype=torch.float32, device=device) if needs_columns else None
@@ -158,6 +151,58 @@ class QuantLinear(nn.Linear):
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
+
+    # TorchScript compiles properties, and cannot compile this one.
+    __jit_unused_properties__ = ["weight"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K]: the parameter that is trained, or a read-only `FrozenWeight` of a frozen layer.
+
+        Products of the parent with it are those of the layer, whatever the mode.
+        """
+        weight = self._trained_weight()
+        if weight is not None:
+            return follow(weight, self)
+        if self.mode != "frozen":
+            raise AttributeError(f"a {type(self).__name__} of mode {self.mode!r} without a weight")
+        return FrozenWeight(
+            self.quantized_weight(),
+            self._scheme_name,
+            self.in_features,
+            self.compute_dtype,
+            self.grad,
+            self.column_scales,
+        )
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if self.mode == "frozen":
+            raise refuse_write("weight = ...")
+        vars(self)["weight"] = value  # no parameter: what pruning and weight normalization compute
+
+    @weight.deleter
+    def weight(self) -> None:
+        if self.mode == "frozen":
+            raise refuse_write("del weight")
+        vars(self).pop("weight", None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`, but a frozen layer refuses a `weight`.
+
+        Raises:
+            RuntimeError: for the weight of a frozen layer.
+        """
+        if isinstance(param, FrozenWeight):
+            raise refuse_write(f"parameter {name!r}")
+        if name == "weight" and self.mode == "frozen":
+            raise refuse_write("weight = ...")
+        super().register_parameter(name, param)
+
+    def _trained_weight(self) -> Tensor | None:
+        """The weight that this layer trains, which is no parameter where pruning computes it; None: it is frozen."""
+        weight = self._parameters.get("weight")
+        return vars(self).get("weight") if weight is None else weight
 
     @classmethod
     def from_float(
@@ -205,8 +250,9 @@ class QuantLinear(nn.Linear):
             raise RuntimeError(f"qweight must have shape {list(expected)} for {self.scheme}, got {got}")
         ops.check_weight(*weight, self.in_features, self.scheme)
         if self.mode == "qat":
-            values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(self.weight.dtype)
-            self.weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+            own = self._trained_weight()
+            values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(own.dtype)
+            self.weight = nn.Parameter(values, requires_grad=own.requires_grad)
             if self.scales is not None:
                 self.scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
             return
@@ -223,12 +269,13 @@ class QuantLinear(nn.Linear):
         """The weight as it is multiplied, in the canonical storage; in mode "qat" it is quantized for this call."""
         if self.mode == "frozen":
             return QuantizedWeight(self.qweight, self.scales, self.zeros)
+        weight = self._trained_weight()
         if self.mode == "int8":
-            return QuantizedWeight(self.weight.qweight, self.weight.scales, None)
+            return QuantizedWeight(weight.qweight, weight.scales, None)
         if self.scales is not None:
-            weight, scales = self.weight.detach(), self.scales.detach()
+            weight, scales = weight.detach(), self.scales.detach()
             return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
-        qweight, scales, zeros = ops.quantize_weight(self.weight.detach(), self._scheme_name)
+        qweight, scales, zeros = ops.quantize_weight(weight.detach(), self._scheme_name)
         return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
 
     def freeze_(self) -> QuantLinear:
@@ -236,7 +283,8 @@ class QuantLinear(nn.Linear):
         if self.mode == "frozen":
             return self
         weight = self.quantized_weight()
-        self.mode, self.weight, self.weight_scale = "frozen", None, "absmax"
+        del self.weight
+        self.mode, self.weight_scale = "frozen", "absmax"
         if self.grad == "int8" and self.scheme.group_size is not None:
             self.column_scales = torch.empty(self.in_features, dtype=torch.float32, device=weight.scales.device)
         self.set_weight(weight)
@@ -263,9 +311,9 @@ class QuantLinear(nn.Linear):
 
     def reset_scales(self) -> None:
         """Let learned scales begin anew, with those of the weight's range; without learned scales nothing changes."""
-        if self.weight_scale == "learned" and not self.weight.is_meta:
+        if self.weight_scale == "learned" and not self._trained_weight().is_meta:
             with torch.no_grad():
-                _, scales, _ = ops.quantize_weight(self.weight, self._scheme_name)
+                _, scales, _ = ops.quantize_weight(self._trained_weight(), self._scheme_name)
                 self.scales = nn.Parameter(scales, requires_grad=self.scales.requires_grad)
 
     def reset_parameters(self) -> None:
@@ -276,8 +324,9 @@ class QuantLinear(nn.Linear):
             return
         with torch.no_grad():
             if self.mode == "int8":
-                self.weight.qweight.zero_()
-                self.weight.scales.fill_(1.0)
+                weight = self.quantized_weight()
+                weight.qweight.zero_()
+                weight.scales.fill_(1.0)
                 if self.bias is not None:
                     self.bias.zero_()
                 return
@@ -290,25 +339,20 @@ class QuantLinear(nn.Linear):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(input, self.in_features)
+        dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":
             weight = QuantizedWeight(self.qweight, self.scales, self.zeros)
-            args = (weight, self.bias, self._scheme_name, autocast_dtype(x.device.type), self.grad, self.column_scales)
-            return quant_linear(x, *args)
-        return trained_linear(
-            x, self.weight, self.bias, self.scheme, autocast_dtype(x.device.type), self.grad, self.scales
-        )
+            return quant_linear(input, weight, self.bias, self._scheme_name, dtype, self.grad, self.column_scales)
+        weight = self._trained_weight()
+        return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad, self.scales)
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
-        self._check_input(x)
+        check_input(x, self.in_features)
         args = (self.quantized_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
         return adapted_linear(x, *args, self.grad, self.column_scales)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(f"input must have shape [..., {self.in_features}], got {list(x.shape)}")
 
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [out_features, in_features]."""
@@ -316,7 +360,7 @@ class QuantLinear(nn.Linear):
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
-        stored = (self.weight, self.scales) if self.mode == "qat" else self.quantized_weight()
+        stored = (self._trained_weight(), self.scales) if self.mode == "qat" else self.quantized_weight()
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def extra_repr(self) -> str:
@@ -328,7 +372,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         """Move everything, but keep the scales float32 when `fn` casts (`.half()`, `.to(torch.bfloat16)`)."""
-        device = next(tensor for tensor in (self.scales, self.weight) if tensor is not None).device
+        device = next(tensor for tensor in (self.scales, self._trained_weight()) if tensor is not None).device
         kept = [tensor for tensor in (self.scales, self.column_scales) if tensor is not None]
         before = [tensor.detach() for tensor in kept]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
@@ -393,7 +437,7 @@ class QuantLinear(nn.Linear):
                 else:
                     tensor.copy_(given[name])
         others = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in _STORAGE}
-        others[prefix + "weight"] = self.weight.detach()
+        others[prefix + "weight"] = self._trained_weight().detach()
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
     def _problem(self, name: str, tensor: Tensor | None, own: Tensor | None) -> str | None:

@@ -55,7 +55,7 @@ def assert_gradient(layer: QuantLinear, gradient: torch.Tensor, grad_out: torch.
 def test_from_float(scheme):
     linear = nn.Linear(K, N).eval()
     layer = QuantLinear.from_float(linear, scheme)
-    assert isinstance(layer, nn.Linear) and layer.weight is None and not layer.training
+    assert isinstance(layer, nn.Linear) and "weight" not in layer._parameters and not layer.training
     assert layer.bias is linear.bias and layer.bias.requires_grad
     assert (layer.in_features, layer.out_features, layer.compute_dtype) == (K, N, torch.float32)
     for name, tensor in quantize_weight(linear.weight, scheme)._asdict().items():

@@ -1,0 +1,382 @@
+"""Products with `layer.weight`: whoever multiplies the weight of a layer gets the product that the layer computes.
+
+Parents of a layer, losses and adapters read its weight, and some multiply it themselves. The tensors here see the
+functions they are passed to. A frozen layer's is a `FrozenWeight`; `follow` makes one of the parameter that is trained.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .autograd import quant_linear, trained_linear
+from .int8_weight import Int8Weight
+from .quantize import FLOAT_DTYPES
+from .schemes import QuantScheme
+
+# Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
+# cannot trace it.
+_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on devices of this type; None outside of autocast."""
+    autocast = device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else None
+
+
+def refuse_write(what: str) -> RuntimeError:
+    """The error for a write to the weight of a frozen layer."""
+    return RuntimeError(
+        f"{what}: the weight of a frozen quantized layer is read-only, because it is stored as integers and scales. "
+        "Replace it with layer.set_weight(qkernels.quantize_weight(values, layer.scheme)); keep the layer in float "
+        'with quantize_(model, ..., skip=[its name]); train it with mode="qat" or mode="int8"; or change a copy: '
+        "layer.dequantize()"
+    )
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise RuntimeError unless x is [..., in_features]."""
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input must have shape [..., {in_features}], got {list(x.shape)}")
+
+
+class Operand:
+    """Of a tensor that is the weight of a layer, or rows of it: its products are those of the layer.
+
+    Attributes:
+        transposed: whether its shape is [K, N].
+    """
+
+    transposed = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return _torch_function(func, args, kwargs or {})
+
+
+class ReadOnly(Operand):
+    """An operand that refuses writes: `FrozenWeight`."""
+
+
+class _Product(NamedTuple):
+    """How a trained weight is multiplied: the scheme, `grad`, the learned scales if any, and its layer."""
+
+    scheme: QuantScheme
+    grad: str
+    scales: Tensor | None
+    layer: weakref.ref
+
+
+class _Trained(Operand):
+    """Of a trained weight, or rows of it, whose products are those of its layer: what is common to the classes below.
+
+    Attributes:
+        product: how it is multiplied; None (after a copy): like any tensor.
+    """
+
+    product: _Product | None = None
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a kernel multiplies it."""
+        return self.product is not None and self.dim() == 2
+
+    def rounded(self) -> Tensor:
+        """The values that are multiplied, with a gradient that passes straight through to this weight."""
+        weight = (self.t() if self.transposed else self).detach()
+        if not isinstance(weight, Int8Weight):
+            scheme, _, scales, _ = self.product
+            if scales is None:
+                stored = ops.quantize_weight(weight, scheme)
+            else:
+                stored = (ops.quantize_weight_scaled(weight, scales, scheme), scales.detach(), None)
+            zeros = None if scheme.symmetric else stored[2]
+            weight = ops.dequantize_weight(*stored[:2], zeros, weight.shape[1], scheme).to(weight.dtype)
+        else:
+            weight = weight.dequantize()
+        weight = weight.t() if self.transposed else weight
+        with torch._C.DisableTorchFunctionSubclass():
+            return self + (weight - self.detach()) if self.requires_grad and torch.is_grad_enabled() else weight
+
+
+class TrainedWeight(_Trained, nn.Parameter):
+    """A float weight of mode "qat" that was read as `layer.weight`. See `follow`."""
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+
+
+class TrainedInt8Weight(_Trained, Int8Weight):
+    """A weight of mode "int8" that was read as `layer.weight`. See `follow`."""
+
+    def __reduce_ex__(self, protocol):
+        plain = Int8Weight(self.qweight, self.scales, self.dtype)
+        plain = nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
+        return plain.__reduce_ex__(protocol)
+
+
+class TrainedView(_Trained, Tensor):
+    """Rows of a `TrainedWeight`, perhaps transposed or cast."""
+
+
+_FOLLOWED = {nn.Parameter: TrainedWeight, Int8Weight: TrainedInt8Weight}
+
+
+def follow(weight: Tensor, layer: nn.Module) -> Tensor:
+    """Let products of a trained weight outside of its layer be those of the layer, and return the weight.
+
+    The tensor stays the object that it is, a parameter which an optimizer updates; its class becomes a subclass that
+    sees the functions it is passed to. `F.linear`, `matmul`, `mm` and `addmm` with it, with rows of it or with its
+    transpose run `trained_linear`; other products see the rounded values. Some functions, such as `torch.cat`, take the
+    values from where no product can be seen: they warn.
+    """
+    kind = _FOLLOWED.get(type(weight))
+    if kind is not None:
+        weight.__class__ = kind
+    if isinstance(weight, _Trained):
+        product = weight.product
+        if product is None or product.layer() is not layer or product[:3] != (layer.scheme, layer.grad, layer.scales):
+            weight.product = _Product(layer.scheme, layer.grad, layer.scales, weakref.ref(layer))
+    return weight
+
+
+follow._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo here
+
+
+def _torch_function(func, args, kwargs):
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        result = handler(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func in _PRODUCTS:
+        args = tuple(_rounded(value) for value in args)
+        kwargs = {name: _rounded(value) for name, value in kwargs.items()}
+    elif func in _HIDING:
+        _warn_hidden(func, args, kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _rounded(value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rounded(item) for item in value)
+    return value.rounded() if isinstance(value, _Trained) and value.multiplies else value
+
+
+def _warn_hidden(func, args, kwargs) -> None:
+    for value in (*args, *kwargs.values()):
+        for weight in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(weight, _Trained) and weight.product is not None:
+                warnings.warn(
+                    f"{func.__name__} takes the weight of {weight.product.layer()} as floats, so what is computed with "
+                    "the result is not quantized; keep that layer in float with skip=[its name]",
+                    stacklevel=4,
+                )
+                return
+
+
+def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` for W [N, K] (the weight, not transposed), as the layer computes it: [..., N]."""
+    dtype = autocast_dtype(x.device.type)
+    if isinstance(weight, ReadOnly):
+        check_input(x, weight.in_features)
+        return quant_linear(x, weight.storage, bias, weight.scheme, dtype, weight.grad_mode, weight.columns)
+    scheme, grad, scales, _ = weight.product
+    weight = weight.t() if weight.transposed else weight
+    check_input(x, weight.shape[1])
+    return trained_linear(x, weight, bias, scheme, dtype, grad, scales)
+
+
+def _is_operand(value) -> bool:
+    return isinstance(value, Operand) and value.multiplies
+
+
+def _linear(input, weight, bias=None):
+    if not _is_operand(weight) or weight.transposed or not _is_factor(input):
+        return NotImplemented
+    return _multiply(input, weight, bias)
+
+
+def _is_factor(value) -> bool:
+    return not isinstance(value, Operand) and value.dtype in FLOAT_DTYPES
+
+
+def _matmul(input, other, *, out=None):
+    if _is_operand(other) and other.transposed and _is_factor(input):
+        result = _multiply(input, other)
+    elif _is_operand(input) and not input.transposed and _is_factor(other):
+        result = _multiply(other, input) if other.dim() == 1 else _multiply(other.mT, input).mT
+    else:
+        return NotImplemented
+    return result if out is None else out.resize_(result.shape).copy_(result)
+
+
+def _reversed_matmul(input, other):
+    return _matmul(other, input)
+
+
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
+    if (
+        beta == alpha == 1
+        and input.shape == mat2.shape[1:]
+        and _is_operand(mat2)
+        and mat2.transposed
+        and _is_factor(mat1)
+    ):
+        result = _multiply(mat1, mat2, input)
+    else:
+        product = _matmul(mat1, mat2)
+        if product is NotImplemented:
+            return product
+        result = beta * input + alpha * product
+    return result if out is None else out.resize_(result.shape).copy_(result)
+
+
+def _requires_grad(weight, value=True):
+    if isinstance(weight, ReadOnly):
+        if value:
+            raise refuse_write("requires_grad_(True)")
+        return weight
+    return NotImplemented
+
+
+def _assign_data(weight, value):
+    if isinstance(weight, ReadOnly):
+        raise refuse_write("weight.data = ...")
+    return NotImplemented
+
+
+def _assign_grad(weight, value):
+    if isinstance(weight, ReadOnly) and value is not None:
+        raise refuse_write("weight.grad = ...")
+    return NotImplemented
+
+
+def _on_dequantized(method):
+    """A method that reads memory, which a `FrozenWeight` has none of: it sees the values."""
+
+    def call(weight, *args, **kwargs):
+        if isinstance(weight, ReadOnly):
+            return getattr(weight.dequantize(), method)(*args, **kwargs)
+        return NotImplemented
+
+    return call
+
+
+def _on_integers(method):
+    """A method that asks for the memory: that of the stored integers."""
+
+    def call(weight, *args, **kwargs):
+        if isinstance(weight, ReadOnly):
+            held = weight.values if weight.storage is None else weight.storage.qweight
+            return getattr(held, method)(*args, **kwargs)
+        return NotImplemented
+
+    return call
+
+
+def _share_memory(weight):
+    return weight if isinstance(weight, ReadOnly) else NotImplemented
+
+
+def _view(function):
+    """A function that gives rows of a trained weight, its transpose or a cast: the result multiplies as the weight."""
+
+    def call(weight, *args, **kwargs):
+        if not isinstance(weight, _Trained) or not weight.multiplies:
+            return NotImplemented
+        rows = _row_slice(function, weight, args, kwargs)
+        if rows is None:
+            return NotImplemented
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(weight, *args, **kwargs)
+            if result is weight or not result.is_floating_point():
+                return result
+            if isinstance(result, Int8Weight):
+                result.__class__ = TrainedInt8Weight
+            else:  # of an int8 weight too: the values of a row are rounded to the integers that they come from
+                result = result.as_subclass(TrainedView)
+        result.transposed = weight.transposed != (function in _TRANSPOSES)
+        scales = weight.product.scales
+        result.product = weight.product._replace(scales=None if scales is None else scales[rows])
+        return result
+
+    return call
+
+
+def _row_slice(function, weight, args, kwargs):
+    """The rows that the result of a function in `_VIEWS` has; None: it is not rows of the weight."""
+    everything = slice(None)
+    if function in _TRANSPOSES:
+        axes = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        return everything if not axes or [axis % 2 for axis in axes] in ([0, 1], [1, 0]) else None
+    if function is Tensor.__getitem__:
+        sliced = isinstance(args[0], slice) and not weight.transposed
+        return args[0] if sliced else None
+    return everything
+
+
+_TRANSPOSES = (
+    torch.t,
+    Tensor.t,
+    Tensor.T.__get__,
+    Tensor.mT.__get__,
+    torch.transpose,
+    Tensor.transpose,
+)
+_CASTS = (Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type_as, Tensor.contiguous)
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
+_HANDLERS = {
+    F.linear: _linear,
+    **dict.fromkeys(_MATMULS, _matmul),
+    Tensor.__rmatmul__: _reversed_matmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.requires_grad.__set__: _requires_grad,
+    Tensor.data.__set__: _assign_data,
+    Tensor.grad.__set__: _assign_grad,
+    Tensor.share_memory_: _share_memory,
+    **{
+        getattr(Tensor, name): _on_dequantized(name)
+        for name in ("numpy", "tolist", "__array__", "__dlpack__", "__contains__")
+    },
+    **{
+        getattr(Tensor, name): _on_integers(name)
+        for name in ("data_ptr", "untyped_storage", "is_shared", "__dlpack_device__")
+    },
+    **{function: _view(function) for function in (*_TRANSPOSES, *_CASTS, Tensor.__getitem__)},
+}
+_PRODUCTS = {
+    F.linear,
+    *_MATMULS,
+    Tensor.__rmatmul__,
+    *(getattr(space, name) for space in (torch, Tensor) for name in ("addmm", "bmm", "baddbmm", "inner")),
+    torch.einsum,
+    torch.tensordot,
+    F.bilinear,
+    F.conv1d,
+    F.conv2d,
+}
+# What takes values of a trained weight from where no product is seen.
+_HIDING = {
+    torch.cat,
+    torch.concat,
+    torch.stack,
+    torch.hstack,
+    torch.vstack,
+    torch.index_select,
+    Tensor.index_select,
+    torch.unsqueeze,
+    Tensor.unsqueeze,
+    F.embedding,
+    F.multi_head_attention_forward,
+}
