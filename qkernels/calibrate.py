@@ -7,21 +7,24 @@ the outputs' error is, for errors e that are not correlated with x,
     E |W x - W' x^|^2 = tr (W' - W*) (H + N) (W' - W*)^T + const,
     W* = W H (H + N)^-1,   H = E x x^T,   N = E e e^T.
 
-W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 8-bit weights are W*
-rounded to nearest. 4-bit weights come from W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds
+W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 4-bit weights come from W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds
 one input column after the other and makes up for each column's error with the columns that are still to come, as far
 as they are correlated. Stored format and kernels are the same.
+
+8-bit weights are refused: their own rounding leaves nothing to gain, and W* alone fits the model to the sample inputs so
+closely that it computes worse on text of another kind. Smoothing (`smooth.py`) helps int8 activations there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, quantize
+from . import ops
 from .quantize import QuantizedWeight, expand_groups, int4_nibbles, int4_parameters, pack_int4
 from .schemes import QuantScheme
 
@@ -50,7 +53,7 @@ class Moments(NamedTuple):
 def second_moments(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     scheme: str | QuantScheme,
 ) -> dict[int, Moments]:
     """Run `model` on sample inputs and sum up the moments of the inputs of each linear layer.
@@ -58,7 +61,7 @@ def second_moments(
     Args:
         model: run in evaluation mode, without gradients.
         layers: the linear layers to watch.
-        batches: inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        batches: see `run_watched`.
         scheme: says how the inputs will be quantized.
 
     Returns:
@@ -87,35 +90,44 @@ def second_moments(
 def run_watched(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     watch: Callable[[nn.Module, Tensor], None],
+    argument: str = "calibration",
 ) -> None:
     """Run `model` on sample inputs, in evaluation mode and without gradients.
 
     Args:
         layers: the linear layers whose inputs are wanted.
-        batches: inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        batches: inputs: a mapping is passed as keyword arguments, a tensor as the only argument. Of a tuple or list
+            as many elements are passed as `model.forward` requires, so that targets may follow.
         watch: called before each of these layers with it and its input, float32 [M, K].
+        argument: what the caller calls `batches`.
+
+    Raises:
+        TypeError: if a batch is something else.
+        ValueError: if there is no batch.
     """
+    number = -1
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        watch(layer, (args[0] if args else kwargs["input"]).detach().flatten(0, -2).to(torch.float32))
+        x = (args[0] if args else kwargs["input"]).detach()
+        watch(layer, x.reshape(-1, x.shape[-1]).to(torch.float32))
 
     training = [module for module in model.modules() if module.training]
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch)
+            for number, batch in enumerate(checked_batches(batches, argument=argument)):
+                args, kwargs = _arguments(model, batch, f"{argument}[{number}]")
+                model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
+    if number < 0:
+        raise ValueError(f"{argument} must hold at least one batch, got none")
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme, moments: Moments) -> QuantizedWeight:
@@ -123,28 +135,82 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, moments: Moments)
 
     Args:
         weight: float [N, K], finite.
-        scheme: any scheme but w8a16 ones, whose rounding to nearest leaves nothing to gain.
+        scheme: any scheme with 4-bit weights.
         moments: of sample inputs of the layer.
 
     Raises:
-        ValueError: if the scheme has 8-bit weights and float activations, or the moments do not fit or are not finite.
+        ValueError: if the scheme has 8-bit weights, or the moments do not fit or are not finite.
     """
     scheme = QuantScheme.parse(scheme)
     if not applies(scheme):
-        raise ValueError(f"scheme must have 4-bit weights or 8-bit activations, got {scheme}")
+        raise ValueError(f"scheme must have 4-bit weights, got {scheme}")
     columns = weight.shape[1]
     for name, moment, shape in (("inputs", moments.inputs, [columns, columns]), ("noise", moments.noise, [columns])):
         if list(moment.shape) != shape or not moment.isfinite().all():
             raise ValueError(f"moments.{name} must be finite and of shape {shape}, got {list(moment.shape)}")
     target = _filtered(weight.detach().to(torch.float32), moments)
-    if scheme.weight_bits == 8:
-        return quantize.quantize_weight(target, scheme)
     return _gptq(target, scheme, moments.inputs + moments.noise.diag())
 
 
 def applies(scheme: QuantScheme) -> bool:
-    """Whether calibration can improve a scheme."""
-    return scheme.weight_bits == 4 or scheme.int_activations
+    """Whether calibration is known to improve a scheme, on text that it has not seen too."""
+    return scheme.weight_bits == 4
+
+
+def checked_batches(
+    batches: Any, scheme: str | QuantScheme | None = None, argument: str = "calibration"
+) -> Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]:
+    """Refuse what cannot be sample inputs, before any model runs; the single batches are checked as they are used.
+
+    Raises:
+        TypeError: if `batches` is one batch instead of an iterable of them, or text.
+        ValueError: if it is empty, or the scheme has 8-bit weights.
+    """
+    if scheme is not None and not applies(scheme := QuantScheme.parse(scheme)):
+        smooth = (
+            "; to lose less to int8 activations call qkernels.smooth_(model, inputs) before quantize_"
+            if scheme.int_activations
+            else ""
+        )
+        raise ValueError(
+            f"{argument} must be None for {scheme}: it chooses 4-bit weights, and 8-bit weights are as good as can be "
+            f"when rounded to nearest{smooth}"
+        )
+    expected = f"{argument} must be an iterable of batches"
+    if isinstance(batches, Tensor | Mapping):
+        got = f"a tensor of shape {list(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
+        raise TypeError(f"{expected}, got one batch, {got}; pass [batch]")
+    if isinstance(batches, str | bytes):
+        raise TypeError(f"{expected}, got a string; tokenize it and pass [{{'input_ids': ids}}]")
+    if not isinstance(batches, Iterable) or hasattr(batches, "__array__"):
+        raise TypeError(f"{expected} such as [x], [{{'input_ids': ids}}] or a DataLoader, got {type(batches).__name__}")
+    if isinstance(batches, Sequence) and not batches:
+        raise ValueError(f"{argument} must hold at least one batch, got an empty {type(batches).__name__}")
+    return batches
+
+
+def _arguments(model: nn.Module, batch: Any, where: str) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with which `model` is called for one batch.
+
+    Raises:
+        TypeError: if the batch is neither a tensor, nor a mapping, nor a tuple or list of tensors.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        kinds = inspect.signature(model.forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = sum(p.kind in positional and p.default is inspect.Parameter.empty for p in kinds)
+        return tuple(batch[: max(required, 1)]), {}  # what is left are targets
+    got = type(batch).__name__ + (f" of {type(batch[0]).__name__}" if isinstance(batch, tuple | list) and batch else "")
+    how = "; tokenize texts first" if isinstance(batch, str) or got.endswith(" of str") else ""
+    how = "; torch.as_tensor makes a tensor of it" if hasattr(batch, "__array__") else how
+    raise TypeError(
+        f"{where} must be a tensor, a mapping of the model's keyword arguments, or a tuple or list that begins with "
+        f"the model's inputs as tensors, got {got}{how}"
+    )
 
 
 def _filtered(weight: Tensor, moments: Moments) -> Tensor:

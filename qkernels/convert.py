@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,108 +16,28 @@ from torch.nn.utils import parametrize
 
 from . import calibrate
 from .embedding import QuantEmbedding, embedding_reason
+from .leftover import is_matrix, leftover_reason, matrix_weights
 from .nn import QuantLinear, float_weight, is_conv1d, relative_error
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
+from .report import LayerReport, QuantizationReport
 from .schemes import QuantScheme
+from .watch import watch_training
 
-# Why a layer stays in float although it could be quantized: the reasons that `strict` accepts.
+# Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
 SKIPPED = "skipped by pattern"
 NOT_INCLUDED = "not included"
 SLOWER = "float is faster"
+NOT_ASKED = "embedding: embeddings=True was not asked for"
+QUANTIZED = "already quantized"
+KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values overflow float16"
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one linear layer, or embedding.
-
-    Attributes:
-        name: its first name in the model.
-        kind: the class of the layer before the conversion.
-        shape: (N, K) = (out_features, in_features).
-        scheme: name of the scheme it is quantized with; None: it is in float.
-        bytes_before, bytes_after: of the weight, without the bias; 0 if it is shared with an earlier row.
-        weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call.
-        reason: why this call left it as it was; None: it was quantized.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    scheme: str | None
-    bytes_before: int
-    bytes_after: int
-    weight_error: float | None = None
-    reason: str | None = None
-
-
-@dataclass
-class QuantizationReport:
-    """One row for each linear layer, and each embedding if they were asked for; `str()` is a plain-text table.
-
-    Attributes:
-        scheme, mode, grad, weight_scale: what the call asked for.
-        rows: in the order of the model's modules.
-        warnings: patterns that matched nothing.
-    """
-
-    scheme: str
-    mode: str
-    grad: str
-    rows: list[LayerReport] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    weight_scale: str = "absmax"
-
-    @property
-    def quantized(self) -> list[LayerReport]:
-        """The rows of the layers that this call quantized."""
-        return [row for row in self.rows if row.reason is None]
-
-    @property
-    def left(self) -> list[LayerReport]:
-        """The rows of the layers that this call left as they were."""
-        return [row for row in self.rows if row.reason is not None]
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(row.bytes_before for row in self.rows)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(row.bytes_after for row in self.rows)
-
-    def to_dict(self) -> dict:
-        """The report as plain data, with the totals; JSON can hold it."""
-        totals = {
-            "layers": len(self.rows),
-            "quantized_layers": len(self.quantized),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-        return {**asdict(self), **totals}
-
-    def __str__(self) -> str:
-        header = ("layer", "kind", "shape", "scheme", "before", "after", "error", "left because")
-        lines = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        ratio = f" ({self.bytes_after / self.bytes_before:.2f}x)" if self.bytes_before else ""
-        text.append(
-            f"total: {len(self.quantized)} of {len(self.rows)} layers quantized to {self.scheme}, "
-            f"{_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)}{ratio}"
-        )
-        return "\n".join(text + [f"warning: {warning}" for warning in self.warnings])
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.3f} MB"
-
-
-def _cells(row: LayerReport) -> tuple[str, ...]:
-    error = "" if row.weight_error is None else f"{row.weight_error:.4f}"
-    sizes = (_megabytes(row.bytes_before), _megabytes(row.bytes_after))
-    return (row.name, row.kind, f"{row.shape[0]}x{row.shape[1]}", row.scheme or "-", *sizes, error, row.reason or "")
-
-
+# What a subclass of nn.Linear may define and still compute the same; the dunders are those of any class statement.
+_CONSTRUCTION = {"__init__", "reset_parameters", "extra_repr", "__repr__"} | {
+    "__annotations__", "__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__", "__orig_bases__",
+    "__constants__", "__parameters__",
+}  # fmt: skip
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 # Called as f(model) after each `freeze_`, likewise.
@@ -134,16 +55,19 @@ def quantize_(
     grad: str = "float",
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
-    calibration: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None = None,
     never_slower: bool = False,
 ) -> QuantizationReport:
     """Swap every `nn.Linear` and transformers `Conv1D` of `model` for a `QuantLinear`, in place.
 
     Everything is checked before anything is changed. Layers are then converted one by one and each float weight is
-    freed at once. A layer that cannot be quantized without changing what the model computes stays in float and is
-    listed with the reason: its weight is tied to another module's (a head that shares the embedding), parametrized,
+    freed at once. Whatever stays in float is a row of the report, with the reason: convolutions, fused experts and all
+    other matrix weights that are no linear layer, too. A layer that cannot be quantized without changing what the model computes stays in float and is
+    listed so: its weight is tied to another module's (a head that shares the embedding), parametrized,
     not float32/bfloat16/float16, on the meta device, or read directly by its parent (`nn.MultiheadAttention`,
-    `nn.TransformerEncoderLayer`, PEFT adapters); or the layer is a subclass of `nn.Linear` with a behaviour of its own.
+    `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside float16 (T5); or the layer is
+    a subclass of `nn.Linear` with a behaviour of its own. It warns if nothing is quantized, if layers keep another
+    scheme or mode from an earlier call, and once, later, if an optimizer trains the frozen model as it is.
 
     A pattern is a layer's name, the last component of its name ("lm_head"), or an fnmatch glob ("*.mlp.*").
 
@@ -155,30 +79,37 @@ def quantize_(
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
-            matches no linear layer (which is otherwise a warning).
+            matches no layer (which is otherwise a warning).
         embeddings: also swap every embedding for a `QuantEmbedding` with the weight format of `scheme`, or of the
             scheme given here ("w8a8" with 4-bit layers, say). A head that is tied to an embedding is quantized with it,
             and both share one storage and scheme.
-        calibration: sample inputs of the model (a mapping is passed as keyword arguments), for any scheme but w8a16:
-            weights are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`),
-            which takes the time of running them, a [K, K] float32 matrix a layer, and, for w4, some seconds a layer.
-            Embeddings, and heads that share their weight, are rounded to nearest. In mode "qat" the float weights
-            become the values of the chosen ones, from which training then starts; `weight_scale="learned"` starts
-            with their scales too, "absmax" finds scales anew and may round some groups a second time.
+        calibration: an iterable of sample inputs of the model, for schemes with 4-bit weights: tensors, mappings of
+            keyword arguments, or tuples and lists that begin with the inputs as tensors (a `DataLoader`, say). Weights
+            are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`), which takes
+            the time of running them, a [K, K] float32 matrix a layer, and some seconds a layer. Embeddings, and
+            heads that share their weight, are rounded to nearest. In mode "qat" the float weights become the
+            values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
+            scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
+            refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
         never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in `explain.ROWS`, and
             leave those in float that would be slower quantized at any of them (`qkernels.explain` shows the times).
 
     Returns:
-        A `QuantizationReport` with one row for each linear layer.
+        A `QuantizationReport` with one row for each linear layer, embedding and other matrix weight.
 
     Raises:
-        TypeError: if `model` is itself a linear layer, or `skip` or `include` is a single string.
+        TypeError: if `model` is itself a linear layer, scripted, or wrapped by DDP, if `skip` or `include` is a single
+            string or holds something else than strings, or for a `calibration` that is no iterable of inputs.
         ValueError: for an unknown scheme, mode, grad or weight_scale, a NaN or Inf weight or calibration input (naming
-            the layer), `calibration` for w8a16, `embeddings` for another mode than "frozen",
+            the layer), an empty `calibration` or one for 8-bit weights, `embeddings` for another mode than "frozen",
             `never_slower` for layers on another device, or a violation of `strict`. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be an nn.Module that is not scripted or traced; quantize it first")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError("model must not be wrapped by DistributedDataParallel yet; quantize it first, then wrap it")
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; "
@@ -189,13 +120,13 @@ def quantize_(
     QuantLinear(1, 1, False, scheme, **kind, device="meta")  # what does not exist is refused here
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
-    if calibration is not None and not calibrate.applies(scheme):
-        raise ValueError(f"calibration must be None for {scheme}: it is for 4-bit weights and 8-bit activations")
+    if calibration is not None:
+        calibration = calibrate.checked_batches(calibration, scheme)
     report = QuantizationReport(scheme.name, **kind)
     layers = plan(model, scheme, skip, include, report, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and layer.module.weight.is_meta:
-            layer.reason = "weight on the meta device"
+            layer.reason = "weight on the meta device: load it first, then quantize"
     for layer in layers:
         if layer.reason is None:
             _check_finite(layer.name, layer.module.weight, scheme)
@@ -204,11 +135,14 @@ def quantize_(
     if strict:
         _check_strict(layers, report)
     moments = {} if calibration is None else _calibrate(model, layers, calibration, scheme, report)
+    report.warnings += unexpected_results(layers, report, embeddings)
     for message in report.warnings:
         warnings.warn(message, stacklevel=2)
     for layer in layers:
-        seen = moments.pop(id(layer.module), None)
-        report.rows.append(layer.convert(kind, seen) if layer.reason is None else layer.row())
+        if layer.reason is None:
+            layer.convert(kind, moments.pop(id(layer.module), None))
+    report.rows = rows_of(layers)
+    watch_frozen(model, layers)
     for callback in AFTER_QUANTIZE:
         callback(model, report)
     return report
@@ -236,7 +170,10 @@ def freeze_(model: nn.Module) -> nn.Module:
 
 @dataclass
 class Layer:
-    """A linear layer or embedding found in a model, every place it is registered at, and why it stays if it does."""
+    """A linear layer or embedding found in a model, every place it is registered at, and why it stays if it does.
+
+    Or another matrix weight: the parameter `key` of `module`, which always stays.
+    """
 
     names: list[str]
     module: nn.Module
@@ -245,15 +182,27 @@ class Layer:
     scheme: QuantScheme | None = None  # what it will be quantized to
     peers: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
     converted: LayerReport | None = None
+    key: str | None = None
 
     @property
     def name(self) -> str:
         return self.names[0]
 
+    def weight_id(self) -> int:
+        """Equal for two layers that share their weight."""
+        for name in (self.key or "weight", "qweight"):
+            tensor = self.module._parameters.get(name, self.module._buffers.get(name))
+            if tensor is not None:
+                return id(tensor)
+        return id(self.module)
+
     def row(self) -> LayerReport:
         """The report's row for the layer as it is."""
         module, scheme = self.module, None
-        if isinstance(module, QuantLinear):
+        if self.key is not None:
+            weight = module._parameters[self.key]
+            shape, size = tuple(weight.shape), weight.numel() * weight.element_size()
+        elif isinstance(module, QuantLinear):
             shape, size, scheme = (module.out_features, module.in_features), module.storage_bytes(), module.scheme.name
         elif isinstance(module, nn.Embedding):
             shape, size = (module.num_embeddings, module.embedding_dim), _weight_bytes(module)
@@ -314,6 +263,7 @@ class Layer:
         if not isinstance(quantized, QuantEmbedding):  # whose number it holds itself
             quantized._buffers.update(self.module._buffers)
         quantized.train(self.module.training)
+        quantized.float_type = type(self.module)
         for parent, key in self.slots:
             setattr(parent, key, quantized)
         self.module = quantized
@@ -336,6 +286,99 @@ def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
     return list(layers.values())
 
 
+def find_weights(model: nn.Module) -> list[Layer]:
+    """Every linear layer and embedding below `model`, and every other matrix weight, in the order of the modules."""
+    layers = find_layers(model, embeddings=True)
+    layers += [
+        Layer(names, module, [], key=key)
+        for names, module, key in matrix_weights(model, [layer.module for layer in layers])
+    ]
+    position = {id(module): at for at, module in enumerate(model.modules())}
+    return sorted(layers, key=lambda layer: position[id(layer.module)])
+
+
+def _kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of the layers that transformers keeps in float32 when the rest of the model is float16 or bfloat16."""
+    kept: set[str] = set()
+    for prefix, owner in model.named_modules():
+        always, half = (
+            getattr(owner, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", "")
+        )
+        if not (always or half):
+            continue
+        dtypes = {parameter.dtype for parameter in owner.parameters()}
+        patterns = [*half] if torch.float16 in dtypes else []
+        patterns += [*always] if dtypes & {torch.float16, torch.bfloat16} else []
+        patterns = [pattern.replace("*", ".*") for pattern in patterns]  # as transformers reads them
+        for name, _ in owner.named_modules(prefix=prefix):
+            below = f"{name}.weight".removeprefix(f"{prefix}." if prefix else "")
+            if any(re.search(pattern, below) for pattern in patterns):
+                kept.add(name)
+    return kept
+
+
+def rows_of(layers: Iterable[Layer]) -> list[LayerReport]:
+    """The report's rows of layers that were converted or stay; a weight that several of them share counts once."""
+    seen: set[int] = set()
+    rows = []
+    for layer in layers:
+        row, shared = layer.converted or layer.row(), layer.weight_id() in seen
+        seen.add(layer.weight_id())
+        rows.append(replace(row, bytes_before=0, bytes_after=0) if shared and row.reason is not None else row)
+    return rows
+
+
+def watch_frozen(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Let `watch_training` warn who trains the model as it is; who left a layer in float by a pattern may train that."""
+    frozen = any(isinstance(module, QuantLinear) and module.mode == "frozen" for module in model.modules())
+    if frozen and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
+        watch_training(model)
+
+
+def unexpected_results(
+    layers: Sequence[Layer], report: QuantizationReport, embeddings: bool | str | QuantScheme
+) -> list[str]:
+    """What the caller will hardly expect: nothing is quantized, or layers keep another scheme or mode."""
+    messages = []
+    asked = {"mode": report.mode, "grad": report.grad, "weight_scale": report.weight_scale}
+    lookups = [layer.module for layer in layers if isinstance(layer.module, QuantEmbedding)]
+    shared = {id(module.qweight) for module in lookups}
+    other = []
+    for layer in layers:
+        module = layer.module
+        if not (layer.reason or "").startswith(QUANTIZED):
+            continue
+        if isinstance(module, QuantEmbedding):
+            differs = bool(embeddings) and module.scheme != layer.scheme
+        else:
+            tied = module.mode == "frozen" and id(module.qweight) in shared
+            own = {key: getattr(module, key) for key in asked}
+            differs = own != asked or (module.scheme != layer.scheme and not tied)
+        if differs:
+            other.append(layer)
+    if other:
+        kinds = sorted({layer.reason.partition(" (")[2].rstrip(")") for layer in other})
+        change = (
+            "call freeze_(model) to freeze them"
+            if report.mode == "frozen" and any(layer.module.mode != "frozen" for layer in other)
+            else "quantize the float model instead, or call dequantize_(model) first"
+        )
+        messages.append(
+            f"already quantized ({'; '.join(kinds)}), and not changed to {report.scheme}, {report.mode}: "
+            f"{other[0].name}{f' and {len(other) - 1} more layers' if other[1:] else ''}; {change}, "
+            "or name them in skip= if they are to stay"
+        )
+    patterns = (SKIPPED, NOT_INCLUDED)
+    left = [layer for layer in layers if not (layer.reason or "").startswith((*patterns, QUANTIZED))]
+    if any((layer.reason or "").startswith(patterns) for layer in layers):
+        left = [layer for layer in left if layer.reason != NOT_ASKED]
+    if all(layer.reason is not None for layer in left) and (left or not layers):
+        reasons = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in left)
+        why = "; ".join([*reasons][:3]) or "the model has no linear layer"
+        messages.append(f"nothing was quantized: {why}{'; ...' if len(reasons) > 3 else ''}")
+    return messages
+
+
 def plan(
     model: nn.Module,
     scheme: QuantScheme,
@@ -356,15 +399,29 @@ def plan(
     for argument, patterns in (("skip", skip), ("include", include)):
         if isinstance(patterns, str):
             raise TypeError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
-    layers = find_layers(model, bool(embeddings))
+        for pattern in patterns or ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{argument} must be patterns of layer names, such as 'lm_head', got {pattern!r}")
+    layers = find_weights(model)
     _match_patterns(layers, skip, include, report)
     structure = _structure_reasons(model)
     groups = _tied_groups(model, tied or {})
+    kept = _kept_in_float32(model)
     for layer in layers:
         if layer.reason is None:
-            layer.reason = structure.get(id(layer.module)) or _layer_reason(layer.module, scheme)
+            layer.reason = structure.get(id(layer.module))
+        if layer.reason is None:
+            if layer.key is not None:
+                layer.reason = leftover_reason(layer.name, layer.module, layer.key)
+            elif type(layer.module) is not QuantEmbedding and isinstance(layer.module, nn.Embedding) and not embeddings:
+                layer.reason = NOT_ASKED
+            elif any(name in kept for name in layer.names) and not isinstance(layer.module, QuantLinear):
+                layer.reason = KEPT
+            else:
+                layer.reason = _layer_reason(layer.module, scheme)
+    by_module = {id(layer.module): layer for layer in layers if layer.key is None}
     for group in groups:
-        _settle_tied(group, {id(layer.module): layer for layer in layers}, bool(embeddings))
+        _settle_tied(group, by_module, bool(embeddings))
     embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
     for layer in layers:
         looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.peers))
@@ -411,6 +468,16 @@ def _matches(pattern: str, name: str) -> bool:
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 
+def is_plain_linear(kind: type[nn.Module]) -> bool:
+    """True for `nn.Linear` and subclasses that compute the same: nothing but their construction is their own."""
+    if kind.__module__ == "transformers.models.falcon.modeling_falcon" and kind.__name__ == "FalconLinear":
+        return True  # its forward is x @ weight.T + bias
+    if not issubclass(kind, nn.Linear) or issubclass(kind, nn.modules.lazy.LazyModuleMixin):
+        return False
+    added = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
+    return added <= _CONSTRUCTION
+
+
 def _structure_reasons(model: nn.Module) -> dict[int, str]:
     """By id of a linear layer: the reason its parents give for leaving it in float."""
     reasons: dict[int, str] = {}
@@ -438,13 +505,13 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
 def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
     """The reason the layer itself gives for leaving it as it is."""
     if isinstance(module, QuantLinear | QuantEmbedding):
-        return "already quantized"
+        return f"{QUANTIZED} ({module.scheme}, {module.mode})"
     if isinstance(module, nn.Embedding):
         return embedding_reason(module)
     if parametrize.is_parametrized(module) or set(module._parameters) != {"weight", "bias"}:
         return "parametrized weight"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"{type(module).__name__} is a subclass of nn.Linear"
+    if not (is_conv1d(module) or is_plain_linear(type(module))):
+        return f"{type(module).__name__} is a subclass of nn.Linear: its forward may compute something else"
     if "forward" in vars(module):
         return "forward is replaced on the instance"
     if module.weight is None or module.weight.dtype not in FLOAT_DTYPES:
@@ -481,7 +548,7 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
 def _calibrate(
     model: nn.Module,
     layers: list[Layer],
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     scheme: QuantScheme,
     report: QuantizationReport,
 ) -> dict[int, calibrate.Moments]:
@@ -519,7 +586,7 @@ def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
 
 
 def _check_strict(layers: list[Layer], report: QuantizationReport) -> None:
-    allowed = (SKIPPED, NOT_INCLUDED, SLOWER, "already quantized")
+    allowed = (SKIPPED, NOT_INCLUDED, SLOWER, NOT_ASKED, QUANTIZED)
     problems = [
         f"{layer.name} stays in float: {layer.reason}"
         for layer in layers
@@ -537,6 +604,5 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _weight_bytes(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
-    if weight is None or nn.parameter.is_lazy(weight):
-        return 0
-    return weight.numel() * weight.element_size()
+    parts = [weight] if weight is not None else filter(is_matrix, module.parameters())  # a parametrized weight's
+    return sum(part.numel() * part.element_size() for part in parts if not nn.parameter.is_lazy(part))

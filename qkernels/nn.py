@@ -233,6 +233,7 @@ class QuantLinear(nn.Linear):
         else:
             quantized.set_weight(quantize.quantize_weight(weight, quantized.scheme))
         quantized.bias = layer.bias
+        quantized.float_type = type(layer)  # what `dequantize_` makes of it again
         return quantized.train(layer.training)
 
     def set_weight(self, weight: QuantizedWeight) -> None:

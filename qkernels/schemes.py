@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 GROUP_SIZES = (32, 64, 128)
@@ -56,13 +57,17 @@ class QuantScheme:
         if isinstance(scheme, QuantScheme):
             return scheme
         if not isinstance(scheme, str):
-            raise TypeError(f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}")
+            how = ""
+            if isinstance(scheme, dict):
+                how = "; for several schemes call quantize_ once for each, with include= and its patterns"
+            elif isinstance(scheme, set | frozenset | list | tuple):
+                how = "; layers are chosen by name, with include= and skip="
+            raise TypeError(
+                f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}{how}"
+            )
         if scheme not in _BY_NAME:
-            nearest = difflib.get_close_matches(scheme, _BY_NAME, n=1, cutoff=0.0)[0]
-            parts = sorted(scheme.split("-"))
-            nearest = next((name for name in _BY_NAME if sorted(name.split("-")) == parts), nearest)
             raise ValueError(
-                f"unknown scheme {scheme!r}; did you mean {nearest!r}? "
+                f"unknown scheme {scheme!r}; did you mean {_nearest(scheme)!r}? "
                 "Schemes are named w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
                 "(-asym for w4, -ag for a8 only)."
             )
@@ -141,6 +146,17 @@ class QuantScheme:
         if not self.symmetric:
             shapes["zeros"] = (out_features, groups)
         return shapes
+
+
+def _nearest(scheme: str) -> str:
+    """The name of a valid scheme that is most like `scheme`, in number of bits rather than in letters."""
+    name = re.sub(r"[\s_]+", "-", scheme.strip().lower())
+    if bits := re.match(r"w(\d+)-?a(\d+)", name):
+        weight, act = (int(number) for number in bits.groups())
+        name = f"w{4 if weight < 6 else 8}a{8 if act < 12 else 16}{name[bits.end() :]}"
+    parts = sorted(name.split("-"))
+    nearest = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)[0]
+    return next((valid for valid in _BY_NAME if sorted(valid.split("-")) == parts), nearest)
 
 
 def _all_schemes() -> list[QuantScheme]:

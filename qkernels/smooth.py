@@ -26,20 +26,22 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_
 TINY = 1e-5
 
 
-def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any]], alpha: float = 0.7) -> list[str]:
+def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]], alpha: float = 0.7) -> list[str]:
     """Smooth the inputs of the linear layers of a decoder of transformers, in place; call it before `quantize_`.
 
     The function of the model stays the same up to rounding.
 
     Args:
         model: a float model of one of `MODEL_TYPES`.
-        inputs: sample inputs: a mapping is passed as keyword arguments, anything else as the only argument.
+        inputs: an iterable of sample inputs: tensors, mappings of keyword arguments, or tuples and lists that begin
+            with the inputs as tensors, as a `DataLoader` yields them.
         alpha: in [0, 1]: how much of the range is moved from the activations to the weights (0.5 in the paper).
 
     Returns:
         The names of the layers whose inputs were smoothed.
 
     Raises:
+        TypeError: for inputs of another kind.
         ValueError: for another model type, layers that are not plain `nn.Linear` (quantized, adapted), alpha out of
             range, or inputs that do not reach every layer with finite values. The model is then as it was.
     """
@@ -72,7 +74,7 @@ def _linears(block: nn.Module) -> list[nn.Module]:
 
 
 def _input_ranges(
-    model: nn.Module, layers: Sequence[nn.Module], inputs: Iterable[Tensor | Mapping[str, Any]]
+    model: nn.Module, layers: Sequence[nn.Module], inputs: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
 ) -> dict[nn.Module, Tensor]:
     """max|x| of each input channel [K] of the layers, over all tokens; the model runs in evaluation mode."""
     ranges: dict[nn.Module, Tensor] = {}
@@ -81,7 +83,7 @@ def _input_ranges(
         seen = x.abs().amax(dim=0)
         ranges[layer] = torch.maximum(ranges[layer], seen) if layer in ranges else seen
 
-    run_watched(model, layers, inputs, watch)
+    run_watched(model, layers, inputs, watch, argument="inputs")
     return ranges
 
 

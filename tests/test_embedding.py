@@ -9,6 +9,7 @@ from helpers import assert_same_bits
 from torch import nn
 
 import qkernels as qk
+from qkernels.convert import NOT_ASKED
 from qkernels import QuantScheme
 
 
@@ -107,13 +108,15 @@ def test_a_skipped_twin_keeps_both_in_float(skip):
 
 def test_embeddings_stay_in_float_unless_asked_for():
     report = qk.quantize_(Tied(), "w8a8")
-    assert {row.name: row.reason for row in report.left} == {"head": "tied to embed"}
+    assert {row.name: row.reason for row in report.left} == {"embed": NOT_ASKED, "head": "tied to embed"}
 
 
 def test_reasons_for_float():
     model = nn.ModuleDict({"norm": nn.Embedding(9, 4, max_norm=1.0), "bag": nn.EmbeddingBag(9, 4)})
-    report = qk.quantize_(model, "w8a8", embeddings=True)
-    assert [(row.name, row.reason) for row in report.rows] == [("norm", "max_norm changes the weight")]
+    with pytest.warns(UserWarning, match="nothing was quantized: norm: max_norm changes the weight; bag: nn.EmbeddingBag"):
+        report = qk.quantize_(model, "w8a8", embeddings=True)
+    assert [row.name for row in report.rows] == ["norm", "bag"]
+    assert report.rows[0].reason == "max_norm changes the weight"
     with pytest.raises(TypeError, match="max_norm"):
         qk.QuantEmbedding.from_float(model["norm"], "w8a8")
     with pytest.raises(TypeError, match=r"must be an nn.Embedding, got Linear"):

@@ -73,7 +73,10 @@ def test_schemes_are_distinct_and_frozen():
         ("w4a16-g32-ag32", "w4a8-g32-ag32"),
         (" w8a8", "w8a8"),
         ("w8a8\n", "w8a8"),
-        ("w3a8", "w8a8"),
+        ("w3a8", "w4a8"),
+        ("w8a8_g32", "w8a8-g32"),
+        ("W4A16_G32_ASYM", "w4a16-g32-asym"),
+        ("w16a16", "w8a16"),
     ],
 )
 def test_wrong_names_offer_the_nearest(wrong, nearest):

@@ -19,7 +19,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import ops
-from ..convert import AFTER_FREEZE, AFTER_QUANTIZE, Layer, QuantizationReport, find_layers, plan
+from ..convert import (
+    AFTER_FREEZE,
+    AFTER_QUANTIZE,
+    Layer,
+    QuantizationReport,
+    find_layers,
+    plan,
+    rows_of,
+    unexpected_results,
+    watch_frozen,
+)
 from ..embedding import QuantEmbedding
 from ..nn import QuantLinear, float_weight
 from ..quantize import QuantizedWeight
@@ -91,7 +101,8 @@ class _QuantizeLinear(ConversionOps):
         for name, tensor in input_dict.items():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             done = self.quantizer.quantize_parameter(name, tensor)
-            missing_keys.difference_update(done)
+            if missing_keys is not None:
+                missing_keys.difference_update(done)
             if not done:
                 kept[name] = tensor
         return kept
@@ -151,6 +162,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._layers = plan(
             model, self.scheme, config.skip, None, self._report, tied=ties, embeddings=config.embeddings
         )
+        self._report.warnings += unexpected_results(self._layers, self._report, config.embeddings)
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
         self._pending = {
@@ -196,6 +208,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         _unguard(self._layers)
         if self.pre_quantized:
             self._check_restored()
+            watch_frozen(model, ())
             return
         for layer in self._pending.values():
             if layer.converted is None:
@@ -205,7 +218,8 @@ class QKernelsHfQuantizer(HfQuantizer):
                 layer.module.bias.data.zero_()
             if isinstance(layer.module, QuantLinear):
                 layer.module.update_column_scales()
-        self._report.rows = [layer.converted or layer.row() for layer in self._layers]
+        self._report.rows = rows_of(self._layers)
+        watch_frozen(model, self._layers)
         model.quantization_report = self._report
         self.quantization_config.layers = _scheme_by_name(self._report, "")
         self._layers, self._pending = [], {}
