@@ -2,6 +2,7 @@
 
 from . import integrations, testing
 from .convert import QuantizationReport, freeze_, quantize_
+from .dequantize import dequantize_
 from .embedding import QuantEmbedding
 from .loss import linear_cross_entropy
 from .nn import QuantLinear
@@ -18,6 +19,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",
+    "dequantize_",
     "dequantize_weight",
     "freeze_",
     "linear_cross_entropy",

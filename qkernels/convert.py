@@ -301,9 +301,7 @@ def _kept_in_float32(model: nn.Module) -> set[str]:
     """Names of the layers that transformers keeps in float32 when the rest of the model is float16 or bfloat16."""
     kept: set[str] = set()
     for prefix, owner in model.named_modules():
-        always, half = (
-            getattr(owner, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", "")
-        )
+        always, half = (getattr(owner, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", ""))
         if not (always or half):
             continue
         dtypes = {parameter.dtype for parameter in owner.parameters()}

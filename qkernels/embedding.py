@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from . import ops, quantize
 from .frozen_weight import FrozenWeight
-from .nn import QuantLinear
+from .nn import QuantLinear, leave_out_marker
 from .products import refuse_write
 from .quantize import FLOAT_DTYPES, QuantizedWeight
 from .schemes import QuantScheme
@@ -137,6 +137,7 @@ class QuantEmbedding(nn.Embedding):
             device="meta",
             dtype=embedding.weight.dtype,
         )
+        layer.float_type = type(embedding)  # what `dequantize_` makes of it again
         return layer.train(embedding.training)
 
     def set_weight(self, weight: QuantizedWeight) -> None:
@@ -196,6 +197,7 @@ class QuantEmbedding(nn.Embedding):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        leave_out_marker(state_dict, prefix, unexpected_keys)
 
     _problem = QuantLinear._problem
 

@@ -95,7 +95,9 @@ class QuantizationReport:
     def _total(self) -> str:
         shares = self._shares()
         ratio = f" ({self.bytes_after / self.bytes_before:.2f}x)" if self.bytes_before else ""
-        left = ", ".join(f"{_percent(share)} {why}" for why, share in shares.most_common() if share and why != "quantized")
+        left = ", ".join(
+            f"{_percent(share)} {why}" for why, share in shares.most_common() if share and why != "quantized"
+        )
         return (
             f"total: {len(self.quantized)} of {len(self.rows)} layers quantized to {self.scheme}, "
             f"{_percent(shares['quantized'])} of the matrix weights, "

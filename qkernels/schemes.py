@@ -62,9 +62,7 @@ class QuantScheme:
                 how = "; for several schemes call quantize_ once for each, with include= and its patterns"
             elif isinstance(scheme, set | frozenset | list | tuple):
                 how = "; layers are chosen by name, with include= and skip="
-            raise TypeError(
-                f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}{how}"
-            )
+            raise TypeError(f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}{how}")
         if scheme not in _BY_NAME:
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {_nearest(scheme)!r}? "

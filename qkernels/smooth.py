@@ -26,7 +26,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_
 TINY = 1e-5
 
 
-def smooth_(model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]], alpha: float = 0.7) -> list[str]:
+def smooth_(
+    model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]], alpha: float = 0.7
+) -> list[str]:
     """Smooth the inputs of the linear layers of a decoder of transformers, in place; call it before `quantize_`.
 
     The function of the model stays the same up to rounding.

@@ -113,7 +113,9 @@ def test_embeddings_stay_in_float_unless_asked_for():
 
 def test_reasons_for_float():
     model = nn.ModuleDict({"norm": nn.Embedding(9, 4, max_norm=1.0), "bag": nn.EmbeddingBag(9, 4)})
-    with pytest.warns(UserWarning, match="nothing was quantized: norm: max_norm changes the weight; bag: nn.EmbeddingBag"):
+    with pytest.warns(
+        UserWarning, match="nothing was quantized: norm: max_norm changes the weight; bag: nn.EmbeddingBag"
+    ):
         report = qk.quantize_(model, "w8a8", embeddings=True)
     assert [row.name for row in report.rows] == ["norm", "bag"]
     assert report.rows[0].reason == "max_norm changes the weight"

@@ -18,13 +18,20 @@ import warnings
 from types import ModuleType
 
 # Library, and name of the integration -> the oldest version it works with.
-_OLDEST = {"transformers": (5, 23), "peft": (0, 21)}
-# Module of the library that the integration extends -> the library.
-_EXTENDED = {"transformers.quantizers.auto": "transformers", "peft.tuners.lora.model": "peft"}
+_OLDEST = {"transformers": (5, 23), "peft": (0, 21), "diffusers": (0, 35), "huggingface_hub": (0, 30)}
+# Module of the library that an integration extends -> the library, and the name of the integration.
+_EXTENDED = {
+    "transformers.quantizers.auto": ("transformers", "transformers"),
+    "transformers.modeling_utils": ("transformers", "transformers_saving"),
+    "peft.tuners.lora.model": ("peft", "peft"),
+    "diffusers.quantizers.auto": ("diffusers", "diffusers"),
+    "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
+    "huggingface_hub.hub_mixin": ("huggingface_hub", "huggingface_hub"),
+}
 
 
-def load(library: str) -> ModuleType:
-    """Import the integration with `library`.
+def load(library: str, name: str | None = None) -> ModuleType:
+    """Import the integration with `library`, or the one of these that is called `name`.
 
     Raises:
         ImportError: if the library is absent or too old; the message says what to install.
@@ -36,13 +43,13 @@ def load(library: str) -> ModuleType:
         raise ImportError(f"{library} is not installed: pip install '{library}>={oldest}'") from None
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST[library]:
         raise ImportError(f"qkernels works with {library} >= {oldest}, got {version}")
-    return importlib.import_module(f"{__name__}.{library}")
+    return importlib.import_module(f"{__name__}.{name or library}")
 
 
-def _load_or_warn(library: str) -> None:
+def _load_or_warn(library: str, name: str | None = None) -> None:
     """Load an integration that nobody asked for by name: an unsupported version must not break the library itself."""
     try:
-        load(library)
+        load(library, name)
     except ImportError as error:
         warnings.warn(f"the qkernels integration with {library} is not active: {error}", stacklevel=2)
 
@@ -58,7 +65,7 @@ class _LoadAfterLibrary(importlib.abc.MetaPathFinder):
 
         def exec_and_load(module):
             exec_module(module)
-            _load_or_warn(_EXTENDED[fullname])
+            _load_or_warn(*_EXTENDED[fullname])
 
         spec.loader.exec_module = exec_and_load
         return spec
@@ -67,6 +74,6 @@ class _LoadAfterLibrary(importlib.abc.MetaPathFinder):
 def register() -> None:
     """Load the integrations of the libraries imported so far, and each other one when its library is imported."""
     sys.meta_path.insert(0, _LoadAfterLibrary())
-    for module, library in _EXTENDED.items():
+    for module, names in _EXTENDED.items():
         if module in sys.modules:
-            _load_or_warn(library)
+            _load_or_warn(*names)

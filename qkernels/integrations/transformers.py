@@ -8,7 +8,10 @@ saved from a quantized model lists its quantized layers in `config.json`; these 
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import warnings
+from collections.abc import Iterable
 
 import torch
 import transformers
@@ -31,11 +34,16 @@ from ..convert import (
     watch_frozen,
 )
 from ..embedding import QuantEmbedding
-from ..nn import QuantLinear, float_weight
+from ..nn import QuantLinear
+from ..dequantize import AFTER_DEQUANTIZE, dequantize_
 from ..quantize import QuantizedWeight
 from ..schemes import QuantScheme
+from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
 
-METHOD = "qkernels"
+_NO_DISK = (
+    "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. Load "
+    "the model into memory, then call accelerate.disk_offload(model, folder)"
+)
 
 
 @register_quantization_config(METHOD)
@@ -49,11 +57,14 @@ class QKernelsConfig(QuantizationConfigMixin):
         mode, grad, weight_scale: of the layers; see `QuantLinear`.
         embeddings: quantize embeddings too, and the head that is tied to one, to `scheme` (True) or to the scheme given
             here; see `quantize_`.
-        layers: name -> scheme of the quantized layers of a saved model; filled in when a model is quantized.
+        include: patterns of the layers to quantize; None: all.
+        modules_to_not_convert: another name of `skip`, that of transformers' own configurations.
+        layers: name -> scheme of the quantized layers of a saved model, or a mapping with scheme, mode, grad and
+            weight_scale; filled in when a model is quantized or saved.
 
     Raises:
         ValueError: for an unknown scheme, mode, grad or weight_scale.
-        TypeError: if `skip` is a single string.
+        TypeError: if `skip` is a single string, or for an unknown argument.
     """
 
     def __init__(
@@ -65,13 +76,24 @@ class QKernelsConfig(QuantizationConfigMixin):
         *,
         weight_scale: str = "absmax",
         embeddings: bool | str | QuantScheme = False,
-        layers: dict[str, str] | None = None,
+        include: list[str] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        layers: dict[str, str | dict[str, str]] | None = None,
+        **unknown: object,
     ) -> None:
-        if isinstance(skip, str):
-            raise TypeError(f"skip must be a list of patterns, got the string {skip!r}")
+        if unknown:
+            raise TypeError(_unknown_arguments(unknown))
+        if modules_to_not_convert is not None:
+            if skip is not None:
+                raise TypeError("modules_to_not_convert is another name of skip: give one of them")
+            skip = modules_to_not_convert
+        for argument, patterns in (("skip", skip), ("include", include)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{argument} must be a list of patterns, got the string {patterns!r}")
         self.quant_method = METHOD
         self.scheme = QuantScheme.parse(scheme).name
         self.skip = list(skip or ())
+        self.include = None if include is None else list(include)
         self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
         self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
         self.layers = dict(layers or {})
@@ -88,6 +110,19 @@ class QKernelsConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         arguments = {key: value for key, value in config_dict.items() if key != "quant_method"}
         return super().from_dict(arguments, return_unused_kwargs, **kwargs)
+
+
+def _unknown_arguments(unknown: Iterable[str]) -> str:
+    """The message about arguments that `QKernelsConfig` does not have."""
+    known = [name for name in inspect.signature(QKernelsConfig.__init__).parameters if name not in ("self", "unknown")]
+    parts = []
+    for name in unknown:
+        if name == "calibration":
+            parts.append("calibration needs the float model: load it in float and call quantize_(..., calibration=...)")
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        parts.append(f"{name} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+    return f"QKernelsConfig has the arguments {', '.join(known)}: {'; '.join(parts)}"
 
 
 class _QuantizeLinear(ConversionOps):
@@ -115,6 +150,8 @@ class QKernelsHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QKernelsConfig, **kwargs) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: list[Layer] = []
+        self.state_dict_to_save: dict[str, torch.Tensor] | None = None
+        self._to_thaw: list[QuantLinear] = []  # to mode "int8", once their tensors are read
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
 
     @property
@@ -128,7 +165,10 @@ class QKernelsHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("device_map must not offload layers to disk: qkernels cannot quantize or run them there")
+            raise ValueError(_NO_DISK)
+
+    def get_state_dict_and_metadata(self, model):
+        return self.state_dict_to_save, {}
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return param_name in self._pending
@@ -152,7 +192,17 @@ class QKernelsHfQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        _refuse_tensor_parallel(model.config)
         self._model = model
+        saved = set(self.quantization_config.layers)
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def check_keys(loading_info) -> None:
+            del model._adjust_missing_and_unexpected_keys
+            self._check_unexpected(model, saved, loading_info)
+            adjust(loading_info)
+
+        model._adjust_missing_and_unexpected_keys = check_keys
         if self.pre_quantized:
             self._restore_layers(model)
             return
@@ -160,7 +210,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._report = QuantizationReport(config.scheme, **config.kind)
         ties = model.all_tied_weights_keys
         self._layers = plan(
-            model, self.scheme, config.skip, None, self._report, tied=ties, embeddings=config.embeddings
+            model, self.scheme, config.skip, config.include, self._report, tied=ties, embeddings=config.embeddings
         )
         self._report.warnings += unexpected_results(self._layers, self._report, config.embeddings)
         for message in self._report.warnings:
@@ -221,21 +271,45 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._report.rows = rows_of(self._layers)
         watch_frozen(model, self._layers)
         model.quantization_report = self._report
-        self.quantization_config.layers = _scheme_by_name(self._report, "")
+        self.quantization_config.layers = describe(model).get("layers", {})
         self._layers, self._pending = [], {}
+
+    def _check_unexpected(self, model, saved: set[str], loading_info) -> None:
+        """Refuse quantized weights that no layer takes; leave out the marker for programs without qkernels."""
+        unexpected = loading_info.unexpected_keys
+        lost = unclaimed(unexpected, model, saved, f"{model.base_model_prefix}.")
+        if lost:
+            loading_info.mismatched_keys.clear()  # of which transformers would complain instead
+            raise ValueError(
+                f"the folder holds quantized weights that this {type(model).__name__} has no quantized layer for: "
+                f"{', '.join(lost[:5])}{' and more' if lost[5:] else ''}; quantization_config.layers in its config.json "
+                "must name their layers (qkernels writes it when it saves a model)"
+            )
+        modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+        for key in [key for key in unexpected if key.endswith(".weight")]:
+            name = key.removesuffix(".weight")
+            found = (modules.get(known) for known in (name, prefix + name, name.removeprefix(prefix)))
+            if any(isinstance(module, QuantLinear | QuantEmbedding) for module in found):
+                unexpected.discard(key)
+
+    def _dequantize(self, model, dtype=None):
+        return dequantize_(model, dtype)
 
     def _restore_layers(self, model) -> None:
         """Swap the layers that the saved model says are quantized, before their tensors are read."""
         config = self.quantization_config
         prefix = f"{model.base_model_prefix}."
         by_name = {name: layer for layer in find_layers(model, embeddings=True) for name in layer.names}
-        for name, scheme in config.layers.items():
+        for name, entry in config.layers.items():
             # The folder may have been saved from the model with a head and be loaded without, or the reverse.
             names = (name, prefix + name, name.removeprefix(prefix))
             layer = next((by_name[candidate] for candidate in names if candidate in by_name), None)
             if layer is None or isinstance(layer.module, QuantLinear | QuantEmbedding):
                 continue  # the layer belongs to another head, or is known by a second name
-            layer.replace(self._empty_like(layer.module, scheme))
+            scheme, kind = layer_entry(entry, config.kind)
+            layer.replace(empty_like(layer.module, scheme, kind))
+            if kind["mode"] == "int8":
+                self._to_thaw.append(layer.module)
             _guard_from_initialization(layer.module)
             self._layers.append(layer)
         for target, source in model.all_tied_weights_keys.items():
@@ -249,24 +323,7 @@ class QKernelsHfQuantizer(HfQuantizer):
                 f"{sorted(config.layers)[:3] or 'none'}; to quantize a float checkpoint pass "
                 "quantization_config=QKernelsConfig(...) to from_pretrained"
             )
-        config.layers = {layer.name: layer.module.scheme.name for layer in self._layers}
-
-    def _empty_like(self, module: nn.Module, scheme: str) -> QuantLinear | QuantEmbedding:
-        """The quantized twin of a float layer, on the meta device."""
-        if isinstance(module, nn.Embedding):
-            return QuantEmbedding.like(module, scheme)
-        weight, kind = float_weight(module), self.quantization_config.kind
-        if kind["mode"] == "int8":  # which is stored like that
-            kind["mode"] = "frozen"
-        return QuantLinear(
-            weight.shape[1],
-            weight.shape[0],
-            module.bias is not None,
-            scheme,
-            **kind,
-            device="meta",
-            dtype=weight.dtype,
-        )
+        config.layers = describe(model)["layers"]
 
     def _check_restored(self) -> None:
         for layer in self._layers:
@@ -278,9 +335,10 @@ class QKernelsHfQuantizer(HfQuantizer):
                 ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
             if isinstance(module, QuantLinear):
                 module.update_column_scales()
-                if self.quantization_config.mode == "int8":
+                if any(module is layer for layer in self._to_thaw):
                     module.thaw_int8_()
-        self._layers = []
+        self.quantization_config.layers = describe(self._model)["layers"]
+        self._layers, self._to_thaw = [], []
 
 
 def _module_of(model: nn.Module, key: str) -> nn.Module | None:
@@ -303,8 +361,8 @@ def _tie_storage(model: transformers.PreTrainedModel) -> None:
             names = [name for name in ("qweight", "scales", "zeros") if getattr(owner, name) is not None]
             source, target = (key.removesuffix("weight") for key in (source, target))
             ties.update((target + name, source + name) for name in names)
-        else:
-            ties[target] = source
+        elif not any(isinstance(module, QuantLinear | QuantEmbedding) for module in (owner, other)):
+            ties[target] = source  # one quantized and one float weight are no longer the same
     if ties != model.all_tied_weights_keys:
         model.all_tied_weights_keys, model._tied_weights_keys = ties, dict(ties)
 
@@ -325,56 +383,98 @@ def _is_loaded(parameter: nn.Parameter | None) -> bool:
     return parameter is None or getattr(parameter, "_is_hf_initialized", False)
 
 
-def _scheme_by_name(report: QuantizationReport, prefix: str) -> dict[str, str]:
-    """Scheme of each quantized layer below `prefix`, by its name below it and without PEFT's wrappers."""
-    return {
-        row.name.removeprefix(prefix).replace(".base_layer", ""): row.scheme
-        for row in report.rows
-        if row.scheme is not None and row.name.startswith(prefix)
-    }
+def _refuse_tensor_parallel(config: transformers.PreTrainedConfig) -> None:
+    distributed = getattr(config, "distributed_config", None)
+    asked = [name for name in ("tp_size", "ep_size", "pp_size") if (getattr(distributed, name, None) or 1) > 1]
+    if getattr(distributed, "tp_plan", None):
+        asked.append("tp_plan")
+    if asked:
+        raise ValueError(
+            f"{' and '.join(asked)} must not be set for a model that qkernels quantizes: tensor, expert and pipeline "
+            "parallelism are not supported. Load it without; DistributedDataParallel and FSDP2 (fully_shard) work"
+        )
 
 
-def _attach_config(model: nn.Module, report: QuantizationReport) -> None:
-    """After `quantize_`: record the quantized layers in the model's config, so that a saved folder can be loaded."""
-    covered: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, transformers.PreTrainedModel) or id(module) in covered:
-            continue
-        covered.update(id(submodule) for submodule in module.modules())
-        _tie_storage(module)
-        layers = _scheme_by_name(report, f"{name}." if name else "")
-        config = getattr(module.config, "quantization_config", None)
-        if isinstance(config, dict) and config.get("quant_method") == METHOD:
-            config = None  # of the folder that the config was read from, not of this model
-        if isinstance(config, QKernelsConfig):
-            config.layers.update(layers)
-        elif config is None and layers:
-            module.config.quantization_config = QKernelsConfig(
-                report.scheme,
-                mode=report.mode,
-                grad=report.grad,
-                weight_scale=report.weight_scale,
-                layers=layers,
-            )
-        elif layers:
+def _our_config(model: nn.Module) -> bool:
+    """Whether the model's quantization_config is of qkernels."""
+    config = getattr(model.config, "quantization_config", None)
+    return isinstance(config, QKernelsConfig) or (isinstance(config, dict) and config.get("quant_method") == METHOD)
+
+
+def record_layers(model: transformers.PreTrainedModel) -> bool:
+    """Let the config of `model` name the layers that are quantized now, so that a folder saved from it can be loaded.
+
+    Returns:
+        Whether there are quantized layers that it names.
+    """
+    found, existing = describe(model), getattr(model.config, "quantization_config", None)
+    for part in model.modules():  # only the outermost config is looked at when a folder is loaded
+        if isinstance(part, transformers.PreTrainedModel) and part.config is not model.config and _our_config(part):
+            del part.config.quantization_config
+    if existing is not None and not _our_config(model):
+        if found:
             warnings.warn(
                 "the model has another quantization_config already: a folder saved from it will not load the layers "
                 "that qkernels quantized",
-                stacklevel=3,
+                stacklevel=4,
             )
+        return False
+    if not found:
+        if existing is not None:
+            forget_quantization(model)
+        return False
+    _tie_storage(model)
+    if isinstance(existing, QKernelsConfig):
+        kept = {"scheme": existing.scheme, "skip": existing.skip, "include": existing.include}
+        embeddings = existing.embeddings if found["mode"] == "frozen" else False
+        found = {**found, **kept, "embeddings": embeddings}
+    model.config.quantization_config = QKernelsConfig(**found)
+    if isinstance(getattr(model, "hf_quantizer", None), QKernelsHfQuantizer):
+        model.hf_quantizer.quantization_config = model.config.quantization_config
+    return True
 
 
-def _record_frozen(model: nn.Module) -> None:
-    """After `freeze_`: a saved folder is that of frozen layers."""
+def forget_quantization(model: transformers.PreTrainedModel) -> None:
+    """Make `model` a float model to transformers; its layers are."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            vars(part.config).pop("_is_quantized", None)
+
+
+def _outermost(model: nn.Module) -> list[transformers.PreTrainedModel]:
+    """The transformers models below `model` that are not part of another one."""
+    covered: set[int] = set()
+    found = []
     for module in model.modules():
-        config = getattr(getattr(module, "config", None), "quantization_config", None)
-        if isinstance(config, QKernelsConfig):
-            config.mode, config.weight_scale = "frozen", "absmax"
-        quantizer = getattr(module, "hf_quantizer", None)
-        if isinstance(quantizer, QKernelsHfQuantizer):
-            config = quantizer.quantization_config
-            config.mode, config.weight_scale = "frozen", "absmax"
+        if isinstance(module, transformers.PreTrainedModel) and id(module) not in covered:
+            covered.update(id(part) for part in module.modules())
+            found.append(module)
+    return found
 
 
-AFTER_QUANTIZE.append(_attach_config)
-AFTER_FREEZE.append(_record_frozen)
+def _record(model: nn.Module, report: QuantizationReport | None = None) -> None:
+    """After `quantize_` and `freeze_`."""
+    for part in _outermost(model):
+        record_layers(part)
+
+
+def _untie_storage(model: nn.Module) -> None:
+    """After `dequantize_`: ties are those of float weights again, and nothing says that the model is quantized."""
+    for part in _outermost(model):
+        ties = {}
+        for target, source in getattr(part, "all_tied_weights_keys", {}).items():
+            if target.endswith("qweight"):
+                target, source = (key.removesuffix("qweight") + "weight" for key in (target, source))
+            if not target.endswith(("scales", "zeros")):
+                ties[target] = source
+        part.all_tied_weights_keys, part._tied_weights_keys = ties, dict(ties)
+        record_layers(part)
+
+
+AFTER_QUANTIZE.append(_record)
+AFTER_FREEZE.append(_record)
+AFTER_DEQUANTIZE.append(_untie_storage)

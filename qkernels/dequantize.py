@@ -1,0 +1,104 @@
+"""`dequantize_`: the way back from quantized layers to float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .convert import find_layers
+from .embedding import QuantEmbedding
+from .nn import QuantLinear
+from .quantize import FLOAT_DTYPES
+
+# Called as f(model) after each `dequantize_`; an integration adds its own when its library is imported.
+AFTER_DEQUANTIZE: list[Callable[[nn.Module], None]] = []
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put float layers in the place of every `QuantLinear` and `QuantEmbedding` of `model`, in place.
+
+    A float layer is of the class that was quantized and has the weight that is multiplied now, rounded to its dtype:
+    the model's outputs change by the rounding of activations and of that dtype, and what the quantization cost stays
+    lost. Weights that were shared stay shared. A transformers model forgets that it was quantized: the folder that
+    `save_pretrained` writes needs no qkernels.
+
+    >>> import torch, qkernels as qk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = qk.quantize_(model, "w8a8")
+    >>> qk.dequantize_(model)
+    Sequential(
+      (0): Linear(in_features=8, out_features=4, bias=True)
+    )
+
+    Args:
+        model: the module that contains the layers.
+        dtype: of the float weights; None: each layer's `compute_dtype`. Biases and all else keep theirs.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: if `model` is itself a quantized layer, or `dtype` is not float32, bfloat16 or float16.
+        ValueError: if a quantized layer has PEFT adapters. The model is then as it was.
+    """
+    if isinstance(model, QuantLinear | QuantEmbedding):
+        raise TypeError(
+            f"model is itself a {type(model).__name__} and cannot be replaced in place; use its dequantize()"
+        )
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    layers = [
+        layer for layer in find_layers(model, embeddings=True) if isinstance(layer.module, QuantLinear | QuantEmbedding)
+    ]
+    for layer in layers:
+        if any(key == "base_layer" for _, key in layer.slots):
+            raise ValueError(
+                f"{layer.name} has PEFT adapters: call merge_and_unload() or unload() first; nothing was changed"
+            )
+    weights: dict[int, nn.Parameter] = {}  # by id of the storage
+    for layer in layers:
+        quantized = layer.module
+        shared = id(quantized.quantized_weight().qweight) if quantized.mode == "frozen" else id(quantized)
+        if shared not in weights:
+            values = quantized.dequantize().to(dtype or quantized.compute_dtype)
+            weights[shared] = nn.Parameter(values)
+        replacement = _float_twin(quantized, weights[shared])
+        for key, value in vars(quantized).items():
+            if key.startswith(("_forward", "_backward", "_is_full_backward")) or (
+                key not in vars(replacement) and key not in _OWN
+            ):
+                vars(replacement)[key] = value
+        replacement.train(quantized.training)
+        for parent, key in layer.slots:
+            setattr(parent, key, replacement)
+    for callback in AFTER_DEQUANTIZE:
+        callback(model)
+    return model
+
+
+# Instance attributes of the quantized layers, which a float layer does not have.
+_OWN = {*vars(QuantLinear(1, 1, device="meta")), *vars(QuantEmbedding(1, 1, device="meta")), "float_type"}
+
+
+def _float_twin(quantized: QuantLinear | QuantEmbedding, weight: Tensor) -> nn.Module:
+    kind = getattr(quantized, "float_type", None)
+    n, k = quantized.out_features, quantized.in_features
+    if isinstance(quantized, QuantEmbedding):
+        scale = () if quantized.embed_scale is None else (quantized.embed_scale,)
+        with torch.device("meta"):
+            twin = (kind or nn.Embedding)(n, k, quantized.padding_idx, *scale)
+        if "embed_scale" in twin._buffers:
+            twin.embed_scale = torch.tensor(quantized.embed_scale, device=weight.device)
+    elif kind is not None and kind.__name__ == "Conv1D":
+        with torch.device("meta"):
+            twin = kind(n, k)
+        weight = nn.Parameter(weight.detach().t().contiguous())
+        twin.bias = quantized.bias
+    else:
+        twin = nn.Linear(k, n, False, device="meta")
+        twin.__class__ = kind or nn.Linear
+        twin.bias = quantized.bias
+    twin.weight = weight
+    return twin

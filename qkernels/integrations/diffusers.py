@@ -1,0 +1,153 @@
+"""diffusers: models that `quantize_` quantized save themselves and load again, and quantize as they are loaded.
+
+`from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))` loads the float model and calls `quantize_`;
+`DiffusersConfig` is for programs without transformers. A folder saved from a quantized model lists its layers in `config.json`; these are swapped before the tensors are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .. import ops
+from ..convert import find_layers, quantize_
+from ..dequantize import dequantize_
+from ..nn import QuantLinear
+from ..schemes import QuantScheme
+from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
+
+
+class DiffusersConfig(QuantizationConfigMixin):
+    """How to quantize a diffusers model: `from_pretrained(path, quantization_config=DiffusersConfig("w8a8"))`.
+
+    Args:
+        scheme, mode, skip, include, grad, weight_scale: as in `quantize_`.
+        layers: the quantized layers of a saved model; filled in when it is saved.
+
+    Raises:
+        ValueError: for an unknown scheme, mode, grad or weight_scale.
+    """
+
+    def __init__(
+        self,
+        scheme: str | QuantScheme = "w8a8",
+        mode: str = "frozen",
+        skip: list[str] | None = None,
+        include: list[str] | None = None,
+        *,
+        grad: str = "float",
+        weight_scale: str = "absmax",
+        layers: dict[str, Any] | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = METHOD
+        self.scheme, self.mode, self.grad, self.weight_scale = QuantScheme.parse(scheme).name, mode, grad, weight_scale
+        self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
+        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta")  # refuses unknown values
+
+    @property
+    def kind(self) -> dict[str, str]:
+        """The keywords of `QuantLinear`."""
+        return {"mode": self.mode, "grad": self.grad, "weight_scale": self.weight_scale}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: what `repr` shows."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        known = inspect.signature(cls).parameters
+        config = cls(**{key: value for key, value in config_dict.items() if key in known})
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class QKernelsDiffusersQuantizer(DiffusersQuantizer):
+    """Quantizes a float model once it is loaded, or loads a saved quantized model."""
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map must not offload layers to disk; load the model, then accelerate.disk_offload it"
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
+        self._keys = set(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        by_name = {name: layer for layer in find_layers(model, embeddings=True) for name in layer.names}
+        for name, entry in config.layers.items():
+            if name not in by_name:
+                raise ValueError(f"config.json names the quantized layer {name}, which {type(model).__name__} lacks")
+            by_name[name].replace(empty_like(by_name[name].module, *layer_entry(entry, config.kind)))
+        lost = unclaimed(self._keys - set(model.state_dict()), model, set(config.layers), "")
+        if lost:
+            raise ValueError(
+                f"the folder holds quantized weights for layers that its config.json does not name: {lost[:5]}"
+            )
+        keep_in_fp32_modules.append("scales")  # of which diffusers looks at the last part of a name, too
+
+    def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            model.quantization_report = quantize_(
+                model, config.scheme, config.mode, config.skip, config.include, grad=config.grad,
+                weight_scale=config.weight_scale,
+            )  # fmt: skip
+            return
+        for name, entry in config.layers.items():
+            module = model.get_submodule(name)
+            for key, parameter in [*module.named_parameters(), *module.named_buffers()]:
+                if parameter.is_meta:
+                    raise ValueError(f"{name}.{key} is missing in the checkpoint or does not fit {module}")
+            if module.mode == "frozen":
+                ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
+            if isinstance(module, QuantLinear):
+                module.update_column_scales()
+                if layer_entry(entry, config.kind)[1]["mode"] == "int8":
+                    module.thaw_int8_()
+
+    def _dequantize(self, model):
+        return dequantize_(model)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def record_layers(model) -> None:
+    """Let the config of `model` name the layers that are quantized now."""
+    found = describe(model)
+    existing = model.config.get("quantization_config")
+    method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", METHOD)
+    if method != METHOD:
+        if found:
+            raise ValueError(
+                f"the model is quantized by {method} and by qkernels; it cannot be saved so that it loads again"
+            )
+        return
+    if found:
+        model.register_to_config(quantization_config=DiffusersConfig(**found).to_dict())
+    elif existing is not None:
+        model._internal_dict = type(model._internal_dict)(
+            {key: value for key, value in model._internal_dict.items() if key != "quantization_config"}
+        )
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DiffusersConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = QKernelsDiffusersQuantizer

@@ -1,0 +1,20 @@
+"""diffusers: `save_pretrained` of any model first records which of its layers are quantized now."""
+
+from __future__ import annotations
+
+import functools
+
+from diffusers.models.modeling_utils import ModelMixin
+
+_original = ModelMixin.save_pretrained
+
+
+@functools.wraps(_original)
+def save_pretrained(self, *args, **kwargs):
+    from .diffusers import record_layers
+
+    record_layers(self)
+    return _original(self, *args, **kwargs)
+
+
+ModelMixin.save_pretrained = save_pretrained

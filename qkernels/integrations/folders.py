@@ -1,0 +1,110 @@
+"""What a saved folder says of its quantized layers, for every library whose models save themselves.
+
+`config.json` names the quantized layers of the model as it is when it is saved, whatever was done to it since `quantize_`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..embedding import QuantEmbedding
+from ..nn import QuantLinear, float_weight
+
+
+class _Method(str):
+    """The name of the method; diffusers expects it to be a member of an enumeration."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+METHOD = _Method("qkernels")
+_KIND = ("mode", "grad", "weight_scale")
+_DEFAULT = {"mode": "frozen", "grad": "float", "weight_scale": "absmax"}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+    """The quantized layers below `model` by name, without PEFT's wrappers; each once."""
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear | QuantEmbedding)
+    }
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The arguments of `QKernelsConfig` that describe the quantized layers of `model`; empty if it has none.
+
+    `layers` says the scheme of each by name. A layer whose mode, grad or weight_scale is not that of most is a mapping.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        return {}
+    kinds = {name: kind_of(module) for name, module in layers.items() if isinstance(module, QuantLinear)}
+    common = _DEFAULT
+    if kinds:
+        common = dict(zip(_KIND, Counter(tuple(kind.values()) for kind in kinds.values()).most_common(1)[0][0]))
+    entries: dict[str, str | dict[str, str]] = {}
+    for name, module in layers.items():
+        own = kinds.get(name, common)
+        entries[name] = module.scheme.name if own == common else {"scheme": module.scheme.name, **own}
+    scheme = Counter(module.scheme.name for module in layers.values()).most_common(1)[0][0]
+    return {"scheme": scheme, **common, "layers": entries}
+
+
+def kind_of(module: QuantLinear) -> dict[str, str]:
+    """Its mode, grad and weight_scale."""
+    return {key: getattr(module, key) for key in _KIND}
+
+
+def layer_entry(entry: str | dict[str, str], kind: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Scheme and kind of a layer from its entry in `layers`; `kind` is that of layers whose entry is a scheme alone."""
+    if isinstance(entry, str):
+        return entry, kind
+    return entry["scheme"], {key: entry[key] for key in _KIND}
+
+
+def empty_like(module: nn.Module, scheme: str, kind: dict[str, str]) -> QuantLinear | QuantEmbedding:
+    """The quantized twin of a float layer, on the meta device, as it is stored: mode "int8" as "frozen"."""
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding.like(module, scheme)
+    weight = float_weight(module)
+    if kind["mode"] == "int8":
+        kind = {**kind, "mode": "frozen"}
+    options = {**kind, "device": "meta", "dtype": weight.dtype}
+    return QuantLinear(weight.shape[1], weight.shape[0], module.bias is not None, scheme, **options)
+
+
+def marker(model: nn.Module) -> dict[str, Tensor]:
+    """A tensor for the file of `model` that lets a program without qkernels fail, where it would go on with noise.
+
+    transformers initializes what a file lacks at random and only logs it, but refuses a weight of a wrong shape. So the
+    file holds an empty `weight` for one quantized layer; where qkernels loads, it is left out.
+    """
+    names = [name for name, module in quantized_layers(model).items() if module.mode != "qat"]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # below it, it is there for a model without a head too
+    name = next((name for name in names if name.startswith(prefix)), names[0] if names else None)
+    return {} if name is None else {f"{name}.weight": torch.empty(0, dtype=torch.int8)}
+
+
+def unclaimed(keys: set[str], model: nn.Module, known: set[str], prefix: str) -> list[str]:
+    """The quantized weights among the unexpected keys of a folder that `model` should have had a place for.
+
+    Args:
+        keys: unexpected keys.
+        known: names of the layers of the folder; one that `model` lacks belongs to another head.
+        prefix: of the base model, which a folder may have or lack.
+    """
+    heads = {f"{prefix}{name}" for name in known} | {name.removeprefix(prefix) for name in known} | known
+    modules = dict(model.named_modules())
+    lost = []
+    for key in sorted(keys):
+        name, _, tensor = key.rpartition(".")
+        if tensor == "qweight" and (name not in heads or name in modules):
+            lost.append(key)
+    return lost

@@ -1,0 +1,86 @@
+"""diffusers: a quantized model saves itself and loads again with the same bits, or is refused."""
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import nn
+
+import qkernels as qk
+
+pytest.importorskip("diffusers")
+from diffusers import UNet2DConditionModel  # noqa: E402
+
+X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+CONTEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+
+
+def build() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def output(model):
+    dtype = model.conv_in.weight.dtype
+    return model(X.to(dtype), torch.tensor([3]), CONTEXT.to(dtype)).sample
+
+
+def kinds(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, qk.QuantLinear)}
+    return {name: (layer.scheme.name, layer.mode) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("mode", ["frozen", "int8", "qat"])
+def test_saved_and_loaded_with_the_same_bits(mode, tmp_path):
+    model = build()
+    qk.quantize_(model, "w8a8", mode)
+    model.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert kinds(again) == kinds(model) != {}
+    assert_same_bits(output(again), output(model))
+
+
+def test_a_model_edited_since_saves_what_it_is(tmp_path):
+    model = build()
+    qk.quantize_(model, "w8a8", include=["down_blocks.*"])
+    attention = model.up_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.to_q = qk.QuantLinear.from_float(attention.to_q, "w4a16-g32")
+    model.time_embedding.linear_1 = nn.Linear(16, 64)
+    model.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert kinds(again) == kinds(model)
+    assert_same_bits(output(again), output(model))
+    qk.dequantize_(again)
+    again.save_pretrained(tmp_path)
+    assert kinds(UNet2DConditionModel.from_pretrained(tmp_path)) == {}
+
+
+def test_quantized_as_it_is_loaded_and_scales_stay_float32(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "float")
+    loaded = UNet2DConditionModel.from_pretrained(
+        tmp_path / "float", quantization_config=qk.QKernelsConfig("w4a8-g32"), torch_dtype=torch.bfloat16
+    )
+    assert set(kinds(loaded).values()) == {("w4a8-g32", "frozen")} and loaded.quantization_report.quantized
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "quantized", torch_dtype=torch.bfloat16)
+    assert {m.scales.dtype for m in again.modules() if isinstance(m, qk.QuantLinear)} == {torch.float32}
+    assert_same_bits(output(again), output(loaded))
+
+
+def test_a_folder_that_does_not_name_its_layers_is_refused(tmp_path):
+    model = build()
+    qk.quantize_(model, "w8a8")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    name = "time_embedding.linear_1"
+    (tmp_path / "config.json").write_text(text.replace(f'"{name}"', f'"{name}x"'))
+    with pytest.raises(ValueError, match=f"names the quantized layer {name}x, which UNet2DConditionModel lacks"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace(f'"{name}": "w8a8",', ""))
+    with pytest.raises(ValueError, match=f"does not name: .*{name}.qweight"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
