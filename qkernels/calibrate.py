@@ -7,12 +7,13 @@ the outputs' error is, for errors e that are not correlated with x,
     E |W x - W' x^|^2 = tr (W' - W*) (H + N) (W' - W*)^T + const,
     W* = W H (H + N)^-1,   H = E x x^T,   N = E e e^T.
 
-W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 4-bit weights come from W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds
-one input column after the other and makes up for each column's error with the columns that are still to come, as far
-as they are correlated. Stored format and kernels are the same.
+W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 4-bit weights come from
+W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds one input column after the other and makes up
+for each column's error with the columns that are still to come, as far as they are correlated. Stored format and
+kernels are the same.
 
-8-bit weights are refused: their own rounding leaves nothing to gain, and W* alone fits the model to the sample inputs so
-closely that it computes worse on text of another kind. Smoothing (`smooth.py`) helps int8 activations there too.
+8-bit weights are refused: their own rounding leaves nothing to gain, and W* alone fits the model to the sample inputs
+so closely that it computes worse on text of another kind. Smoothing (`smooth.py`) helps int8 activations there too.
 """
 
 from __future__ import annotations

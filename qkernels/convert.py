@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from . import calibrate
 from .embedding import QuantEmbedding, embedding_reason
-from .leftover import is_matrix, leftover_reason, matrix_weights
+from .leftover import is_matrix, is_plain_linear, kept_in_float32, leftover_reason, matrix_weights
 from .nn import QuantLinear, float_weight, is_conv1d, relative_error
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .report import LayerReport, QuantizationReport
@@ -32,12 +31,6 @@ QUANTIZED = "already quantized"
 KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values overflow float16"
 
 
-# What a subclass of nn.Linear may define and still compute the same; the dunders are those of any class statement.
-_CONSTRUCTION = {"__init__", "reset_parameters", "extra_repr", "__repr__"} | {
-    "__annotations__", "__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__",
-    "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__", "__orig_bases__",
-    "__constants__", "__parameters__",
-}  # fmt: skip
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 # Called as f(model) after each `freeze_`, likewise.
@@ -62,12 +55,13 @@ def quantize_(
 
     Everything is checked before anything is changed. Layers are then converted one by one and each float weight is
     freed at once. Whatever stays in float is a row of the report, with the reason: convolutions, fused experts and all
-    other matrix weights that are no linear layer, too. A layer that cannot be quantized without changing what the model computes stays in float and is
-    listed so: its weight is tied to another module's (a head that shares the embedding), parametrized,
-    not float32/bfloat16/float16, on the meta device, or read directly by its parent (`nn.MultiheadAttention`,
-    `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside float16 (T5); or the layer is
-    a subclass of `nn.Linear` with a behaviour of its own. It warns if nothing is quantized, if layers keep another
-    scheme or mode from an earlier call, and once, later, if an optimizer trains the frozen model as it is.
+    other matrix weights that are no linear layer, too. A layer that cannot be quantized without changing what the
+    model computes stays in float: its weight is tied to another module's (a head that shares the embedding),
+    parametrized, not float32/bfloat16/float16, on the meta device, or read directly by its parent
+    (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside
+    float16 (T5); or the layer is a subclass of `nn.Linear` with a behaviour of its own. A warning tells if nothing is
+    quantized, if layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the
+    frozen model as it is.
 
     A pattern is a layer's name, the last component of its name ("lm_head"), or an fnmatch glob ("*.mlp.*").
 
@@ -297,24 +291,6 @@ def find_weights(model: nn.Module) -> list[Layer]:
     return sorted(layers, key=lambda layer: position[id(layer.module)])
 
 
-def _kept_in_float32(model: nn.Module) -> set[str]:
-    """Names of the layers that transformers keeps in float32 when the rest of the model is float16 or bfloat16."""
-    kept: set[str] = set()
-    for prefix, owner in model.named_modules():
-        always, half = (getattr(owner, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", ""))
-        if not (always or half):
-            continue
-        dtypes = {parameter.dtype for parameter in owner.parameters()}
-        patterns = [*half] if torch.float16 in dtypes else []
-        patterns += [*always] if dtypes & {torch.float16, torch.bfloat16} else []
-        patterns = [pattern.replace("*", ".*") for pattern in patterns]  # as transformers reads them
-        for name, _ in owner.named_modules(prefix=prefix):
-            below = f"{name}.weight".removeprefix(f"{prefix}." if prefix else "")
-            if any(re.search(pattern, below) for pattern in patterns):
-                kept.add(name)
-    return kept
-
-
 def rows_of(layers: Iterable[Layer]) -> list[LayerReport]:
     """The report's rows of layers that were converted or stay; a weight that several of them share counts once."""
     seen: set[int] = set()
@@ -327,7 +303,7 @@ def rows_of(layers: Iterable[Layer]) -> list[LayerReport]:
 
 
 def watch_frozen(model: nn.Module, layers: Iterable[Layer]) -> None:
-    """Let `watch_training` warn who trains the model as it is; who left a layer in float by a pattern may train that."""
+    """Let `watch_training` warn who trains the model as it is, unless a pattern left a layer in float to train."""
     frozen = any(isinstance(module, QuantLinear) and module.mode == "frozen" for module in model.modules())
     if frozen and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
         watch_training(model)
@@ -404,7 +380,7 @@ def plan(
     _match_patterns(layers, skip, include, report)
     structure = _structure_reasons(model)
     groups = _tied_groups(model, tied or {})
-    kept = _kept_in_float32(model)
+    kept = kept_in_float32(model)
     for layer in layers:
         if layer.reason is None:
             layer.reason = structure.get(id(layer.module))
@@ -464,16 +440,6 @@ def _match_patterns(
 
 def _matches(pattern: str, name: str) -> bool:
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
-
-
-def is_plain_linear(kind: type[nn.Module]) -> bool:
-    """True for `nn.Linear` and subclasses that compute the same: nothing but their construction is their own."""
-    if kind.__module__ == "transformers.models.falcon.modeling_falcon" and kind.__name__ == "FalconLinear":
-        return True  # its forward is x @ weight.T + bias
-    if not issubclass(kind, nn.Linear) or issubclass(kind, nn.modules.lazy.LazyModuleMixin):
-        return False
-    added = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
-    return added <= _CONSTRUCTION
 
 
 def _structure_reasons(model: nn.Module) -> dict[int, str]:

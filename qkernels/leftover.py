@@ -1,9 +1,11 @@
-"""The matrix weights of a model that no rule quantizes, and why: what `quantize_` reports beside its layers."""
+"""What stays in float, and why: matrix weights that no rule quantizes, and layers that only look like linear ones."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 _RULES = "only linear layers and embeddings are quantized"
@@ -14,6 +16,14 @@ _KINDS = (
     (nn.Bilinear, "nn.Bilinear"),
     (nn.EmbeddingBag, "nn.EmbeddingBag"),
 )
+
+
+# What a subclass of nn.Linear may define and still compute the same; the dunders are those of any class statement.
+_CONSTRUCTION = {"__init__", "reset_parameters", "extra_repr", "__repr__"} | {
+    "__annotations__", "__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__", "__orig_bases__",
+    "__constants__", "__parameters__",
+}  # fmt: skip
 
 
 def is_matrix(tensor: Tensor | None) -> bool:
@@ -49,3 +59,31 @@ def leftover_reason(name: str, module: nn.Module, key: str) -> str:
     if "router" in words or words.partition(" ")[0].endswith(("gate", "gate.weight")):
         return f"router: a parameter of {type(module).__name__}; {_RULES}"
     return f"parameter of {type(module).__name__}: {_RULES}"
+
+
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of the layers that transformers keeps in float32 when the rest of the model is float16 or bfloat16."""
+    kept: set[str] = set()
+    for prefix, owner in model.named_modules():
+        always, half = (getattr(owner, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", ""))
+        if not (always or half):
+            continue
+        dtypes = {parameter.dtype for parameter in owner.parameters()}
+        patterns = [*half] if torch.float16 in dtypes else []
+        patterns += [*always] if dtypes & {torch.float16, torch.bfloat16} else []
+        patterns = [pattern.replace("*", ".*") for pattern in patterns]  # as transformers reads them
+        for name, _ in owner.named_modules(prefix=prefix):
+            below = f"{name}.weight".removeprefix(f"{prefix}." if prefix else "")
+            if any(re.search(pattern, below) for pattern in patterns):
+                kept.add(name)
+    return kept
+
+
+def is_plain_linear(kind: type[nn.Module]) -> bool:
+    """True for `nn.Linear` and subclasses that compute the same: nothing but their construction is their own."""
+    if kind.__module__ == "transformers.models.falcon.modeling_falcon" and kind.__name__ == "FalconLinear":
+        return True  # its forward is x @ weight.T + bias
+    if not issubclass(kind, nn.Linear) or issubclass(kind, nn.modules.lazy.LazyModuleMixin):
+        return False
+    added = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
+    return added <= _CONSTRUCTION

@@ -1,7 +1,7 @@
 """One warning for who trains a model whose quantized layers are frozen, without adapters: it hardly learns.
 
-A hook on the steps of all optimizers looks for it, so that no forward pays anything. It looks once at each optimizer, and
-goes away with the last model that it watches.
+A hook on the steps of all optimizers looks for it, so that no forward pays anything. It looks once at each optimizer,
+and goes away with the last model that it watches.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
         more = any(is_matrix(parameter) and id(parameter) not in left for parameter in trained)
         if left <= ids and not more:
             warnings.warn(
-                f"the quantized layers of this {type(model).__name__} are frozen, and the optimizer trains only what is "
-                "left: norms, biases, weights in float. Add adapters (PEFT), or quantize the float model with "
+                f"the quantized layers of this {type(model).__name__} are frozen, and the optimizer trains only what "
+                "is left: norms, biases, weights in float. Add adapters (PEFT), or quantize the float model with "
                 'mode="qat" or mode="int8". If it is meant, set requires_grad to False for what is not to be trained.',
                 stacklevel=3,
             )

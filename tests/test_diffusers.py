@@ -8,7 +8,7 @@ from torch import nn
 import qkernels as qk
 
 pytest.importorskip("diffusers")
-from diffusers import UNet2DConditionModel  # noqa: E402
+from diffusers import UNet2DConditionModel
 
 X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 CONTEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))

@@ -9,8 +9,8 @@ from helpers import assert_same_bits
 from torch import nn
 
 import qkernels as qk
-from qkernels.convert import NOT_ASKED
 from qkernels import QuantScheme
+from qkernels.convert import NOT_ASKED
 
 
 class Tied(nn.Module):

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import qkernels as qk
-from qkernels.convert import NOT_ASKED
 from qkernels import integrations
+from qkernels.convert import NOT_ASKED
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

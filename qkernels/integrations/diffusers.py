@@ -1,7 +1,8 @@
 """diffusers: models that `quantize_` quantized save themselves and load again, and quantize as they are loaded.
 
 `from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))` loads the float model and calls `quantize_`;
-`DiffusersConfig` is for programs without transformers. A folder saved from a quantized model lists its layers in `config.json`; these are swapped before the tensors are read.
+`DiffusersConfig` is for programs without transformers. A folder saved from a quantized model lists its layers in
+`config.json`; these are swapped before the tensors are read.
 """
 
 from __future__ import annotations

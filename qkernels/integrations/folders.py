@@ -1,6 +1,7 @@
 """What a saved folder says of its quantized layers, for every library whose models save themselves.
 
-`config.json` names the quantized layers of the model as it is when it is saved, whatever was done to it since `quantize_`.
+`config.json` names the quantized layers of the model as it is when it is saved, whatever was done to it since
+`quantize_`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     kinds = {name: kind_of(module) for name, module in layers.items() if isinstance(module, QuantLinear)}
     common = _DEFAULT
     if kinds:
-        common = dict(zip(_KIND, Counter(tuple(kind.values()) for kind in kinds.values()).most_common(1)[0][0]))
+        common = dict(
+            zip(_KIND, Counter(tuple(kind.values()) for kind in kinds.values()).most_common(1)[0][0], strict=True)
+        )
     entries: dict[str, str | dict[str, str]] = {}
     for name, module in layers.items():
         own = kinds.get(name, common)

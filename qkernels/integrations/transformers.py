@@ -33,16 +33,16 @@ from ..convert import (
     unexpected_results,
     watch_frozen,
 )
+from ..dequantize import AFTER_DEQUANTIZE, dequantize_
 from ..embedding import QuantEmbedding
 from ..nn import QuantLinear
-from ..dequantize import AFTER_DEQUANTIZE, dequantize_
 from ..quantize import QuantizedWeight
 from ..schemes import QuantScheme
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
 
 _NO_DISK = (
-    "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. Load "
-    "the model into memory, then call accelerate.disk_offload(model, folder)"
+    "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. "
+    "Load the model into memory, then call accelerate.disk_offload(model, folder)"
 )
 
 
@@ -282,7 +282,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             loading_info.mismatched_keys.clear()  # of which transformers would complain instead
             raise ValueError(
                 f"the folder holds quantized weights that this {type(model).__name__} has no quantized layer for: "
-                f"{', '.join(lost[:5])}{' and more' if lost[5:] else ''}; quantization_config.layers in its config.json "
+                f"{', '.join(lost[:5])}{' and more' if lost[5:] else ''}; quantization_config.layers in config.json "
                 "must name their layers (qkernels writes it when it saves a model)"
             )
         modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."

@@ -1,7 +1,7 @@
 """transformers: `save_pretrained` of any model first records which of its layers are quantized now.
 
-A model may have been edited since `quantize_`, or its layers converted one by one, so what it is can only be seen when it
-is saved; and only the method of the class is called by everyone.
+A model may have been edited since `quantize_`, or its layers converted one by one, so what it is can only be seen
+when it is saved; and only the method of the class is called by everyone.
 """
 
 from __future__ import annotations
