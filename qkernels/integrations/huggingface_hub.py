@@ -21,8 +21,8 @@ def _save_pretrained(self, *args, **kwargs):
     if layers:
         raise ValueError(
             f"{next(iter(layers))} and {len(layers) - 1} more layers are quantized, and PyTorchModelHubMixin cannot "
-            "load them again: save the float model (qkernels.dequantize_), or torch.save(model.state_dict(), path), and "
-            "load that into a model after the same quantize_ call"
+            "load them again: save the float model (qkernels.dequantize_), or torch.save(model.state_dict(), path), "
+            "and load that into a model after the same quantize_ call"
         )
     return _original(self, *args, **kwargs)
 
