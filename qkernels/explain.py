@@ -37,6 +37,7 @@ class Timing:
         reason: why this one.
         threads: how many it uses.
         seconds, float_seconds: medians of the quantized and of the float layer, timed in turn.
+        quartiles, float_quartiles: of the same timings, the first and the third.
         limit_seconds: no implementation of the quantized product is faster on this CPU.
         limited_by: the instruction or the memory that sets the limit.
     """
@@ -50,6 +51,8 @@ class Timing:
     threads: int
     seconds: float
     float_seconds: float
+    quartiles: tuple[float, float]
+    float_quartiles: tuple[float, float]
     limit_seconds: float
     limited_by: str
 
@@ -59,8 +62,8 @@ class Timing:
 
     @property
     def slower(self) -> bool:
-        """Whether the float layer is faster, beyond the noise of timing."""
-        return self.seconds > NOISE * self.float_seconds
+        """Whether the float layer is faster, beyond the noise of timing and the spread of both."""
+        return self.seconds > NOISE * self.float_seconds and self.quartiles[0] > self.float_quartiles[1]
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ class Explanation:
             "kernel",
             "threads",
             "ms",
+            "quartiles",
             f"{self.dtype} ms",
+            "quartiles",
             "speed-up",
             "of limit",
             "limit",
@@ -114,9 +119,14 @@ class Explanation:
 def _cells(t: Timing) -> tuple[str, ...]:
     layers = t.layers[0] if len(t.layers) == 1 else f"{t.layers[0]} and {len(t.layers) - 1} more"
     return (
-        layers, f"{t.shape[0]} x {t.shape[1]}", str(t.m), t.kernel, str(t.threads), f"{t.seconds * 1e3:.3f}",
-        f"{t.float_seconds * 1e3:.3f}", f"{t.speedup:.2f}x", f"{t.limit_seconds / t.seconds:.0%}", t.limited_by,
+        layers, f"{t.shape[0]} x {t.shape[1]}", str(t.m), t.kernel, str(t.threads),
+        f"{t.seconds * 1e3:.3f}", _range(t.quartiles), f"{t.float_seconds * 1e3:.3f}", _range(t.float_quartiles),
+        f"{t.speedup:.2f}x", f"{t.limit_seconds / t.seconds:.0%}", t.limited_by,
     )  # fmt: skip
+
+
+def _range(seconds: tuple[float, float]) -> str:
+    return "..".join(f"{value * 1e3:.3f}" for value in seconds)
 
 
 def explain(
@@ -204,12 +214,14 @@ def _time(
 
     turns = [Turns([quantized], x), Turns([lambda x: nn.functional.linear(x, weight, bias)], x)]
     interleave(turns, seconds)
-    times = [sorted(turn.samples)[len(turn.samples) // 2] for turn in turns]
+    ordered = [sorted(turn.samples) for turn in turns]
+    times = [samples[len(samples) // 2] for samples in ordered]
+    quartiles = [(samples[len(samples) // 4], samples[3 * len(samples) // 4]) for samples in ordered]
     choice = _native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
     limit = roofline.limit(Product.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
     return Timing(
         names, (n, k), m, scheme.name, choice["kernel"], _reason(m, choice["dot_rows"]), choice["threads"], *times,
-        limit.seconds, limit.by,
+        *quartiles, limit.seconds, limit.by,
     )  # fmt: skip
 
 

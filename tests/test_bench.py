@@ -349,7 +349,7 @@ class TestGpu:
         assert len(waited) >= 4  # around each timed burst, of which there are at least two
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_without_a_gpu_it_is_skipped(self, tmp_path):
+    def test_without_a_gpu_it_is_refused(self, tmp_path):
         result = invoke("bench", "linear", "--device", "cuda", "--output", str(tmp_path / "bench"))
-        assert "skipped: torch finds no GPU" in result.output
+        assert_refused(result, "--device cuda", "no GPU")
         assert not list(tmp_path.iterdir())

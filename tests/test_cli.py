@@ -172,8 +172,10 @@ class TestFinetune:
         assert json.loads(again.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
         refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a16", "--calibration-blocks", 3)
         assert_refused(refused, "--calibration-blocks", "w4", "w8a16")
-        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a8", "--smooth")
-        assert_refused(refused, "--smooth", "--calibration-blocks", "w8a8")
+        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w8a8", "--calibration-blocks", 3)
+        assert_refused(refused, "--calibration-blocks", "w8a8", "worse on any other", "--smooth")
+        refused = small_run(llama, text, tmp_path / "other", "--scheme", "w4a16-g32", "--smooth")
+        assert_refused(refused, "--smooth", "a8", "w4a16-g32")
 
     def test_full_writes_a_model_that_loads(self, llama, text, tmp_path):
         output = tmp_path / "run"
@@ -202,7 +204,7 @@ class TestFinetune:
         ("more", "words"),
         [
             (["--scheme", "w8a9"], ["w8a9", "did you mean", "w8a8"]),
-            (["--method", "full"], ["--scheme none"]),
+            (["--method", "full", "--mode", "frozen"], ["--scheme none"]),
             (["--mode", "qat"], ["--method lora", "--mode qat"]),
             (["--steps", 0], ["--steps", "at least 1"]),
             (["--lr", 0], ["--lr", "positive"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from .results import Results, Row
 
 
 def save_plots(results: Results, folder: Path) -> list[Path]:
-    """Write the pictures as PNG into `folder`; layers timed at a single M get none."""
+    """Write the pictures as PNG into `folder`; layers timed at a single M get none, all of them without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no plots: they need the package matplotlib (pip install matplotlib)", file=sys.stderr)
+        return []
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in results.rows:
         if row.direction != OVERHEAD:

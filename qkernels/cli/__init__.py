@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+from typing import Annotated
 
 import typer
 
 from .bench import bench
-from .common import one_line_errors
+from .common import keep_quiet, one_line_errors
 from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
@@ -17,7 +17,6 @@ from .info import info
 from .tune import tune
 
 app = typer.Typer(
-    help="int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,13 +31,27 @@ app.command()(tune)
 app.add_typer(bench, name="bench")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"qkernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 @one_line_errors
-def check_instruction_set() -> None:
-    """Refuse a bad QKERNELS_ISA before any command starts."""
+def prepare(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure."""
+    # A bad QKERNELS_ISA is refused before any command starts.
     from .. import isa
     from ..finetune import InputError
 
+    keep_quiet()
     try:
         isa.current()
     except ValueError as error:
@@ -47,6 +60,4 @@ def check_instruction_set() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    # A deprecation between transformers and PEFT, on which a user of this program cannot act.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     app(prog_name="qkernels")

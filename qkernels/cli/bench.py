@@ -16,21 +16,23 @@ from .common import one_line_errors
 
 bench = typer.Typer(help="Time linear layers against the limits of this CPU and against others.", no_args_is_help=True)
 
-Layers = Annotated[str, typer.Option(help="Models or shapes NxK, comma-separated.")]
-Rows = Annotated[str, typer.Option("--rows", "-m", help="Values of M, comma-separated.")]
-Schemes = Annotated[str, typer.Option(help="Schemes, comma-separated.")]
-Directions = Annotated[str, typer.Option(help="forward, grad-input or both, comma-separated.")]
-Weights = Annotated[str, typer.Option(help="warm (in cache if it fits), cold or both, comma-separated.")]
-Threads = Annotated[str | None, typer.Option(help="Numbers of threads, comma-separated.", show_default="torch's")]
-Only = Annotated[str | None, typer.Option(help="Which to time: fnmatch patterns, comma-separated.", show_default="all")]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the activations.")]
+Layers = Annotated[str, typer.Option(help="Time layers of these models or shapes NxK (separate by commas).")]
+Rows = Annotated[str, typer.Option("--rows", "-m", help="Multiply x of this many rows (separate by commas).")]
+Schemes = Annotated[str, typer.Option(help="Time these schemes (separate by commas).")]
+Directions = Annotated[str, typer.Option(help="Time forward, grad-input or both (separate by commas).")]
+Weights = Annotated[str, typer.Option(help="Take warm weights (in cache if they fit), cold ones, or both.")]
+Threads = Annotated[
+    str | None, typer.Option(help="Use this many threads (separate by commas).", show_default="torch's")
+]
+Only = Annotated[str | None, typer.Option(help="Time what these fnmatch patterns name.", show_default="all")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Take activations of this dtype.")]
 
 
 @bench.command()
 @one_line_errors
 def roofline(
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option(help="For each number of threads.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Measure this long for each number of threads.")] = 2.0,
 ) -> None:
     """Measure instruction peaks and read bandwidths: what no kernel on this CPU can exceed."""
     import torch
@@ -54,13 +56,13 @@ def linear(
     weights: Weights = WARM,
     threads: Threads = None,
     dtype: Dtype = Plan.dtype,
-    seconds: Annotated[float, typer.Option(help="Timing of each row.")] = Plan.seconds,
-    overhead: Annotated[bool, typer.Option(help="Also time the bare calls, at 1 x 64 x 64.")] = Plan.overhead,
-    peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = Plan.peers,
-    compiled: Annotated[bool, typer.Option(help="Also torch.compile, seconds for each case.")] = Plan.compiled,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Time each row this long.")] = Plan.seconds,
+    overhead: Annotated[bool, typer.Option(help="Time the bare calls too, at 1 x 64 x 64.")] = Plan.overhead,
+    peers: Annotated[bool, typer.Option(help="Time what benchmarks/peers.txt installs, too.")] = Plan.peers,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow).")] = Plan.compiled,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Time on the CPU, or on a GPU (cuda).")] = "cpu",
     only: Only = None,
-    output: Annotated[Path, typer.Option(help="Folder for linear.json, linear.csv and plots.")] = Path("bench"),
+    output: Annotated[Path, typer.Option(help="Write results and plots to this folder.")] = Path("bench"),
 ) -> None:
     """Time one linear layer: our kernels, verified against the reference first, and those of others, in turn."""
     import torch
@@ -69,17 +71,15 @@ def linear(
     from ..bench.plots import save_plots
     from ..bench.suite import run
     from ..finetune import InputError
-    from ..finetune.models import require
+    from ..finetune.models import check_scheme
 
-    require("matplotlib")
     if device == "cuda" and not torch.cuda.is_available():
-        print("skipped: torch finds no GPU, so there is nothing to time")
-        return
+        raise InputError("--device cuda: torch finds no GPU, so there is nothing to time")
     try:
         plan = Plan(
             layers=layers,
             rows=numbers("rows", rows),
-            schemes=tuple(schemes.split(",")),
+            schemes=tuple(map(check_scheme, schemes.split(","))),
             directions=tuple(directions.split(",")),
             weights=tuple(weights.split(",")),
             threads=numbers("threads", threads) if threads else (torch.get_num_threads(),),
@@ -106,15 +106,15 @@ def linear(
 @bench.command()
 @one_line_errors
 def train(
-    cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(NAMES),
+    cases: Annotated[str, typer.Option(help="Time these cases (separate by commas).")] = ",".join(NAMES),
     schemes: Schemes = "w8a8,w4a8-g128",
-    grads: Annotated[str, typer.Option(help="float, int8 or both (of ours), comma-separated.")] = "float,int8",
-    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = TrainPlan.rounds,
+    grads: Annotated[str, typer.Option(help="Compute gradients in float, int8 or both.")] = "float,int8",
+    rounds: Annotated[int, typer.Option(help="Time this many steps of each contender.")] = TrainPlan.rounds,
     only: Only = None,
-    peers: Annotated[bool, typer.Option(help="Also what benchmarks/peers.txt installs.")] = TrainPlan.peers,
-    memory: Annotated[bool, typer.Option(help="Also memory, in a process for each contender.")] = TrainPlan.memory,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: a GPU.")] = "cpu",
-    output: Annotated[Path, typer.Option(help="Folder for train.json.")] = Path("bench"),
+    peers: Annotated[bool, typer.Option(help="Time what benchmarks/peers.txt installs, too.")] = TrainPlan.peers,
+    memory: Annotated[bool, typer.Option(help="Measure memory too, each in a process.")] = TrainPlan.memory,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Time on the CPU, or on a GPU (cuda).")] = "cpu",
+    output: Annotated[Path, typer.Option(help="Write train.json to this folder.")] = Path("bench"),
 ) -> None:
     """Time whole training steps: float, our layers, and other libraries, in turn in one process."""
     import torch
@@ -122,13 +122,14 @@ def train(
 
     from ..bench.training.run import run
     from ..finetune import InputError
+    from ..finetune.models import check_scheme
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device must be cpu where torch finds no GPU, got cuda: nothing was timed")
     try:
         plan = TrainPlan(
             cases=tuple(cases.split(",")),
-            schemes=tuple(schemes.split(",")),
+            schemes=tuple(map(check_scheme, schemes.split(","))),
             grads=tuple(grads.split(",")),
             rounds=rounds,
             only=tuple(only.split(",")) if only else (),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -12,20 +14,39 @@ import typer
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
-Model = Annotated[str, typer.Argument(help="A transformers model folder, a .gguf file, or 'demo' (Gemma-3-270M).")]
-Scheme = Annotated[str, typer.Option(help="Quantization scheme, such as w8a8 or w4a8-g32-asym; none: keep floats.")]
-Adapter = Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter written by finetune.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A transformers model folder, a .gguf file, or 'demo', which is Gemma-3-270M."),
+]
+Scheme = Annotated[
+    str, typer.Option(metavar="NAME", help="Quantization scheme, such as w8a8 or w4a8-g32-asym; none keeps floats.")
+]
+OptionalScheme = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Quantization scheme, such as w8a8 or w4a8-g32-asym; none keeps floats.",
+        show_default="that of --adapter, else none",
+    ),
+]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Put on the LoRA adapter that finetune wrote to this folder.")
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    typer.Option(help="Float dtype; auto: bfloat16 where the CPU multiplies it fast, else float32."),
+    typer.Option(
+        metavar="DTYPE",
+        help="Compute in float32, bfloat16, or auto: bfloat16 where the hardware multiplies it fast, else float32.",
+    ),
 ]
 Cache = Annotated[
-    Path | None, typer.Option(help="Where converted GGUF models are kept.", show_default="~/.cache/qkernels")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Keep converted GGUF models here.", show_default="~/.cache/qkernels"),
 ]
 
 
 def one_line_errors(command: Function) -> Function:
-    """Show what the user can mend as one line, without a traceback, and exit with status 2."""
+    """Show what the user can mend as one line, without a traceback, and exit with status 2; 130 after Ctrl-C."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
@@ -36,20 +57,67 @@ def one_line_errors(command: Function) -> Function:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
+        except BrokenPipeError:  # `qkernels ... | head`
+            raise
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print(f"\n{str(error) or 'interrupted; nothing was saved'}", file=sys.stderr)
+            raise typer.Exit(130) from error
 
     return run
 
 
-def load(model: str, scheme: str, adapter: Path | None, dtype: str, cache: Path | None):
-    """The (quantized) model with its adapter, and its tokenizer."""
-    from ..finetune import load_adapter, load_model, load_tokenizer, pick_dtype, resolve_model
-    from ..finetune.models import check_scheme, default_cache, quantize, require
+class _Chatter(logging.Filter):
+    """Drops what transformers logs about configurations that no user of this program has written."""
 
-    check_scheme(scheme)
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "loss_type=None" not in record.getMessage()
+
+
+def keep_quiet() -> None:
+    """Silence messages of other libraries on which a user of this program cannot act; ours are never filtered."""
+    for message in (
+        ".*fan_in_fan_out is set to",  # PEFT, for the Conv1D of GPT-2
+        ".*'pin_memory' argument is set as true",
+        ".*`?is_gradient_checkpointing`? is deprecated",
+        ".*Could not find a config file in",  # PEFT, asking the hub for the base
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # A deprecation between transformers and PEFT.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("transformers.modeling_utils", "transformers.configuration_utils"):
+        logging.getLogger(name).addFilter(_Chatter())
+
+
+def hide_bars() -> None:
+    """Turn off the progress bars of transformers, which mix with ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def load(model: str, scheme: str | None, adapter: Path | None, dtype: str, cache: Path | None):
+    """The (quantized) model with its adapter, its tokenizer, and the scheme of its weights."""
+    from ..finetune import InputError, load_adapter, load_model, load_tokenizer, pick_dtype, resolve_model
+    from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require
+    from ..finetune.provenance import check_adapter
+
+    if scheme is not None:
+        scheme = check_scheme(scheme)
     require("transformers")
+    hide_bars()
     folder = resolve_model(model, cache or default_cache())
+    wanted = check_adapter(adapter, folder, scheme) if adapter else scheme
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, pick_dtype(dtype))
-    if scheme != "none":
-        quantize(loaded, scheme)
-    return (load_adapter(loaded, adapter) if adapter else loaded), tokenizer
+    stored = quantized_scheme(loaded)
+    if stored == "none" and wanted not in (None, "none"):
+        quantize(loaded, wanted)
+    elif stored != "none" and scheme not in (None, stored):
+        raise InputError(
+            f"{folder} is quantized already ({stored}), --scheme {scheme} cannot change that; leave it out"
+        )
+    return (load_adapter(loaded, adapter) if adapter else loaded), tokenizer, quantized_scheme(loaded)

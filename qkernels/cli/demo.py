@@ -13,8 +13,8 @@ from .common import Cache, one_line_errors
 
 @one_line_errors
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the results; a former run is replaced.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and less held-out text.")] = False,
+    output: Annotated[Path, typer.Option(help="Write to this folder and replace a former run.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Take fewer steps and less held-out text.")] = False,
     cache: Cache = None,
 ) -> None:
     """Fine-tune Gemma-3-270M in float, w8a8 and w4a8-g32-asym on technical English and compare them in one table."""

@@ -13,9 +13,9 @@ from .common import Cache, Dtype, Model, one_line_errors
 @one_line_errors
 def explain(
     model: Model,
-    scheme: Annotated[str, typer.Option(help="Scheme of the layers that are in float.")] = "w8a8",
-    rows: Annotated[str, typer.Option("--rows", "-m", help="Values of M, comma-separated.")] = "1,16,256",
-    seconds: Annotated[float, typer.Option(help="Timing of each layer and M.")] = 0.05,
+    scheme: Annotated[str, typer.Option(help="Explain float layers as this scheme would run them.")] = "w8a8",
+    rows: Annotated[str, typer.Option("--rows", "-m", help="Multiply x of this many rows (commas).")] = "1,16,256",
+    seconds: Annotated[float, typer.Option(help="Time each layer and M this long.")] = 0.05,
     dtype: Dtype = "auto",
     cache: Cache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -25,7 +25,7 @@ def explain(
     from ..finetune import InputError, load_model, pick_dtype, resolve_model
     from ..finetune.models import check_scheme, default_cache, require
 
-    check_scheme(scheme)
+    scheme = check_scheme(scheme)
     try:
         counts = [int(value) for value in rows.split(",")]
     except ValueError as error:

@@ -6,22 +6,22 @@ from typing import Annotated
 
 import typer
 
-from .common import Adapter, Cache, Dtype, Model, Scheme, load, one_line_errors
+from .common import Adapter, Cache, Dtype, Model, OptionalScheme, load, one_line_errors
 
 
 @one_line_errors
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    scheme: Scheme = "none",
+    prompt: Annotated[str, typer.Option(help="Continue this text.")],
+    scheme: OptionalScheme = None,
     adapter: Adapter = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    beams: Annotated[int, typer.Option(min=1, help="1: greedy; more: beam search.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="Search with this many beams; 1 is greedy.")] = 1,
     dtype: Dtype = "auto",
     cache: Cache = None,
 ) -> None:
     """Continue a prompt."""
     from ..finetune import generate_text
 
-    loaded, tokenizer = load(model, scheme, adapter, dtype, cache)
+    loaded, tokenizer, _ = load(model, scheme, adapter, dtype, cache)
     print(generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, beams=beams))

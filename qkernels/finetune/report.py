@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ PLOT = "loss.png"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the report of `finetune` in its three forms."""
+    """Write the report of `finetune` in its three forms; without a plot, and saying so, where matplotlib is missing."""
+    plotted = plot_losses(folder / PLOT, {report["settings"]["scheme"]: report})
     write_json(folder / MARKER, report)
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    plot_losses(folder / PLOT, {report["settings"]["scheme"]: report})
+    (folder / "report.md").write_text(markdown(report, plot=plotted), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,7 +26,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -46,8 +48,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report for a person."""
+def markdown(report: dict[str, Any], *, plot: bool = True) -> str:
+    """The report for a person; `plot`: whether there is one to show."""
     settings, where = report["settings"], report["environment"]
     lines = [
         f"# Fine-tuning of {settings['model']} ({settings['method']}, {settings['scheme']}, {report['dtype']})",
@@ -60,26 +62,50 @@ def markdown(report: dict[str, Any]) -> str:
         "| --- | --- |",
         *(f"| {label} | {value} |" for label, value in summary_rows(report)),
         "",
-        f"![loss]({PLOT})",
+        *([f"![loss]({PLOT})"] if plot else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot_losses(path: Path, reports: dict[str, dict[str, Any]]) -> None:
-    """Training loss by step, and held-out loss before and after, a colour for each report."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and those around it, `window` in all; at the ends of those that there are."""
+    before, after = (window - 1) // 2, window // 2
+    parts = [values[max(0, index - before) : index + after + 1] for index in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
+
+def plot_losses(path: Path, reports: dict[str, dict[str, Any]]) -> bool:
+    """Training loss by step, and held-out loss where it was measured, a colour for each report.
+
+    The line is a mean over a tenth of the steps, the single losses are pale behind it.
+
+    Returns:
+        False, with a message, if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        print("no plot of the losses: it needs the package matplotlib (pip install matplotlib)", file=sys.stderr)
+        return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, (name, report) in enumerate(reports.items()):
         losses, color = report["losses"], f"C{index}"
-        axes.plot(range(1, len(losses) + 1), losses, color=color, alpha=0.6, label=f"{name}, training")
+        steps, window = range(1, len(losses) + 1), max(1, len(losses) // 10)
+        if window > 1:
+            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
+        label = f"{name}, training" + (f" (mean of {window} steps)" if window > 1 else "")
+        axes.plot(steps, smoothed(losses, window), color=color, marker="." if len(losses) < 3 else None, label=label)
         held_out = [(step, math.log(value)) for step, value in report["held_out_curve"] if value is not None]
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), color=color, marker="o", linestyle=":", label=f"{name}, held-out")
+            line = {"marker": "o", "linestyle": ":", "markeredgecolor": "black"}
+            axes.plot(*zip(*held_out, strict=True), color=color, label=f"{name}, held-out", **line)
     axes.set(xlabel="step", ylabel="cross entropy per token (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+    return True

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
+import shutil
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import calibrate, convert
+from .. import convert
 from ..patch import PatchedLoss, patch_loss
 from ..schemes import QuantScheme
-from .errors import InputError
-from .measure import PeakMemory, environment, perplexity
+from . import provenance
+from .errors import Diverged, InputError
+from .interrupts import Interrupted, Interrupts
+from .measure import environment, perplexity
 from .models import (
     check_length,
     check_scheme,
@@ -30,11 +35,11 @@ from .models import (
     require,
     resolve_model,
 )
-from .report import MARKER, write_report
+from .output import BASE, OutputFolder, checkpoint_step, latest_checkpoint, write_record, writing
+from .report import PLOT, markdown, write_report
 from .text import evenly_spread, read_texts, split_blocks, token_blocks
 
-# Folder below the output that holds the quantized base model, where it was calibrated.
-BASE = "base"
+SMOOTHING_BLOCKS = 32  # for --smooth without --calibration-blocks
 
 
 @dataclass
@@ -46,7 +51,7 @@ class FinetuneSettings:
     output: Path
     eval_text: list[Path] = field(default_factory=list)
     scheme: str = "w8a8"
-    mode: str = "frozen"
+    mode: str | None = None
     grad: str = "float"
     weight_scale: str = "absmax"
     method: str = "lora"
@@ -57,7 +62,12 @@ class FinetuneSettings:
     lr: float = 5e-4
     schedule: str = "linear"
     warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    grad_accumulation: int = 1
     lora_rank: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
     fused_loss: bool | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -65,6 +75,8 @@ class FinetuneSettings:
     calibration_blocks: int = 0
     smooth: bool = False
     baseline: bool = True
+    save_steps: int | None = None
+    resume: bool = False
     cache: Path = field(default_factory=default_cache)
 
 
@@ -76,26 +88,130 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     frozen when the model is written. A quantized model trains with head and loss fused (`patch_loss`), a float one as
     transformers does; `fused_loss` decides for both.
 
+    All is written to a scratch folder that replaces the output folder at the end (`OutputFolder`). SIGINT, SIGTERM and
+    SIGHUP end the training after the step it is in, and what was trained so far is saved.
+
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        InputError: if something that the settings name cannot be used; the output folder is then left as it was.
+        InputError: if something that the settings name cannot be used, the loss or a weight is no longer finite, or the
+            results cannot be written; the output folder is then left as it was.
+        Interrupted: after a signal, when all is saved.
     """
+    settings = _with_defaults(settings)
     _check(settings)
     texts, eval_texts = read_texts(settings.text), read_texts(settings.eval_text)
-    require("transformers", "accelerate", "matplotlib", *(["peft"] if settings.method == "lora" else []))
+    require("transformers", "accelerate", *(["peft"] if settings.method == "lora" else []))
     folder = resolve_model(settings.model, settings.cache)
+    output = OutputFolder(settings.output, resume=settings.resume)
+    try:
+        with Interrupts() as interrupts, output:
+            return _run(settings, folder, texts, eval_texts, output, interrupts)
+    except (InputError, KeyboardInterrupt) as error:
+        checkpoint = latest_checkpoint(output.scratch)
+        if isinstance(error, Interrupted) or checkpoint is None:
+            raise
+        steps = checkpoint_step(checkpoint)
+        if isinstance(error, Diverged):  # going on would end there again
+            raise Diverged(f"{error}; {steps} steps are kept in {checkpoint}; remove it to start anew") from error
+        kept = f"{str(error) or 'interrupted'}; {steps} steps are kept in {checkpoint.parent}: --resume goes on from there"
+        raise (InputError(kept) if isinstance(error, InputError) else Interrupted(kept)) from error
+
+
+def _run(
+    settings: FinetuneSettings,
+    folder: Path,
+    texts: list[str],
+    eval_texts: list[str],
+    output: OutputFolder,
+    interrupts: Interrupts,
+) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     train_blocks, eval_blocks = _blocks(settings, tokenizer, texts, eval_texts)
     dtype = pick_dtype(settings.dtype)
+    resumed = None
+    if output.resumed_from:
+        resumed = provenance.check_resumed(output.resumed_from, settings, folder, train_blocks + eval_blocks)
+        if (output.resumed_from / BASE).is_dir() and output.resumed_from != output.scratch:
+            with writing(output.path):
+                shutil.copytree(output.resumed_from / BASE, output.scratch / BASE)
+    model, report = _quantized_base(settings, folder, dtype, train_blocks, eval_blocks, output, tokenizer, resumed)
+    record = provenance.record(settings, folder, output, report, train_blocks + eval_blocks)
+    measured = report["perplexity"]
+    before = measured.get("quantized", measured.get("float"))
+    model = _prepare(model, settings, report)
+    output.reserve(_bytes_to_write(model, settings))
+    with writing(output.path):
+        write_record(output.scratch, record)
+
+    patch = _fuse_loss(model, settings)
+    report["fused_loss"] = isinstance(patch, PatchedLoss)
+    from .loop import train
+
+    with patch, interrupts.deferred():
+        report |= train(model, train_blocks, settings, dtype, output, interrupts)
+    done = len(report["losses"])
+    record["steps_done"], record["finished"] = done, done == settings.steps
+    if record["finished"] and eval_blocks and not interrupts.requested:
+        try:
+            measured["finetuned"] = perplexity(model, eval_blocks, label="held-out, fine-tuned")
+        except KeyboardInterrupt:  # the training is done and will be saved
+            interrupts.requested = True
+        else:
+            _expect_finite(measured["finetuned"], "after training")
+    report["held_out_curve"] = [[0, before], [done, measured.get("finetuned")]]
+    report["finished"] = record["finished"]
+    with interrupts.deferred(), writing(output.path):
+        _save(model, tokenizer, settings, output)
+        write_report(output.scratch, report)
+        (output.scratch / "README.md").write_text(_card(settings, record, report, output), encoding="utf-8")
+    if record["finished"]:
+        del record["report"]  # report.json has it
+    with interrupts.deferred():
+        where = output.publish(record)
+    if interrupts.requested:
+        raise Interrupted(_interruption(settings, record, where))
+    return report
+
+
+def _with_defaults(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings with the scheme's proper name, and a mode that goes with the method."""
+    settings = replace(settings, scheme=check_scheme(settings.scheme))
+    mode = settings.mode
+    if mode is None:
+        mode = "frozen" if settings.method == "lora" or settings.scheme == "none" else "qat"
+        if mode == "qat":
+            print(f"--method full trains quantized layers in mode {mode}, unless --mode says int8", file=sys.stderr)
+    blocks = settings.calibration_blocks or (SMOOTHING_BLOCKS if settings.smooth else 0)
+    return replace(settings, mode=mode, calibration_blocks=blocks)
+
+
+def _quantized_base(
+    settings: FinetuneSettings,
+    folder: Path,
+    dtype: torch.dtype,
+    train_blocks: list[Tensor],
+    eval_blocks: list[Tensor],
+    output: OutputFolder,
+    tokenizer,
+    resumed: dict[str, Any] | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that training starts from, measured, and the report so far.
+
+    What depends on the text is the base of an adapter; it is written to `BASE` before training, and read from there by
+    a run that goes on.
+    """
+    own_base = settings.method == "lora" and bool(settings.calibration_blocks)
+    if resumed and own_base:
+        return load_model(output.scratch / BASE, dtype), resumed["report"]
     model = load_model(folder, torch.float32 if settings.method == "full" else dtype)
     check_length(model, max(settings.seq_len, settings.eval_seq_len or 0))
-
-    report = _initial_report(settings, model, dtype, train_blocks, eval_blocks)
+    report = resumed["report"] if resumed else _initial_report(settings, model, dtype, train_blocks, eval_blocks)
     measured = report["perplexity"]
-    if eval_blocks and settings.baseline:
+    if eval_blocks and settings.baseline and not resumed:
         measured["float"] = perplexity(model, eval_blocks, label="held-out, float")
+        _expect_finite(measured["float"], "of the float model")
     if settings.scheme != "none":
         quantized = quantize(
             model,
@@ -107,47 +223,34 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
             settings.smooth,
         )
         report["quantization"] = quantized.to_dict()
-        if eval_blocks:
+        if eval_blocks and not resumed:
             measured["quantized"] = perplexity(model, eval_blocks, label=f"held-out, {settings.scheme}")
+            _expect_finite(measured["quantized"], "of the quantized model")
     report["model"]["bytes"] = model_bytes(model)
-    before = measured.get("quantized", measured.get("float"))
-
-    model = _prepare(model, settings, report)
-    _train(model, train_blocks, settings, dtype, report)
-    if eval_blocks:
-        measured["finetuned"] = perplexity(model, eval_blocks, label="held-out, fine-tuned")
-    report["held_out_curve"] = [[0, before], [settings.steps, measured.get("finetuned")]]
-
-    settings.output.mkdir(parents=True, exist_ok=True)
-    if settings.mode != "frozen":
-        convert.freeze_(model)
-    model.save_pretrained(settings.output)
-    if settings.method == "full":
-        tokenizer.save_pretrained(settings.output)
-    elif settings.calibration_blocks:  # the adapter belongs to this very base, which depends on the text
-        model.unload().save_pretrained(settings.output / BASE)
-        tokenizer.save_pretrained(settings.output / BASE)
-    write_report(settings.output, report)
-    return report
+    if own_base:
+        output.reserve(report["model"]["bytes"])
+        with writing(output.path):
+            model.save_pretrained(output.scratch / BASE)
+            tokenizer.save_pretrained(output.scratch / BASE)
+    return model, report
 
 
 def _check(settings: FinetuneSettings) -> None:
     """Everything that can be refused before slow work starts."""
-    check_scheme(settings.scheme)
-    if settings.calibration_blocks and (
-        settings.scheme == "none" or not calibrate.applies(QuantScheme.parse(settings.scheme))
-    ):
-        raise InputError(f"--calibration-blocks is for w4 and a8 schemes, and the scheme is {settings.scheme!r}")
-    if settings.smooth and not (settings.calibration_blocks and QuantScheme.parse(settings.scheme).int_activations):
-        raise InputError(f"--smooth is for a8 schemes with --calibration-blocks, and the scheme is {settings.scheme!r}")
+    scheme = None if settings.scheme == "none" else QuantScheme.parse(settings.scheme)
+    if settings.smooth and not (scheme and scheme.int_activations):
+        raise InputError(f"--smooth is for a8 schemes, and the scheme is {settings.scheme!r}")
+    if settings.calibration_blocks and not settings.smooth and not (scheme and scheme.weight_bits == 4):
+        raise InputError(
+            f"--calibration-blocks is for w4 schemes, and for --smooth, and the scheme is {settings.scheme!r}: "
+            "calibrating 8-bit weights fits them to the text and makes the model worse on any other"
+        )
     if settings.scheme != "none" and (settings.method == "full") == (settings.mode == "frozen"):
         raise InputError(
             f"--method {settings.method} does not go with --mode {settings.mode} (scheme {settings.scheme}): lora "
             "trains adapters on a frozen model, full trains weights, quantized (qat, int8) or not (--scheme none)"
         )
-    if settings.weight_scale == "learned" and (
-        settings.mode != "qat" or settings.scheme == "none" or not QuantScheme.parse(settings.scheme).symmetric
-    ):
+    if settings.weight_scale == "learned" and (settings.mode != "qat" or scheme is None or not scheme.symmetric):
         raise InputError(
             f"--weight-scale learned is for --mode qat and symmetric schemes, not {settings.mode} and {settings.scheme}"
         )
@@ -162,17 +265,19 @@ def _check(settings: FinetuneSettings) -> None:
         ("warmup_steps", 0),
         ("eval_blocks", 0),
         ("calibration_blocks", 0),
+        ("grad_accumulation", 1),
+        ("save_steps", 1),
+        ("weight_decay", 0),
+        ("max_grad_norm", 0),
+        ("lora_dropout", 0),
     ):
         value = getattr(settings, name)
-        if value < least:
+        if value is not None and not value >= least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not settings.lr > 0:
-        raise InputError(f"--lr must be positive, got {settings.lr}")
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {str(output)!r} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise InputError(f"output folder {str(output)!r} holds files of something else; give a new or empty folder")
+    if not settings.lora_dropout < 1:
+        raise InputError(f"--lora-dropout must be less than 1, got {settings.lora_dropout}")
+    if not 0 < settings.lr < math.inf:
+        raise InputError(f"--lr must be positive and finite, got {settings.lr}")
 
 
 def _blocks(
@@ -222,7 +327,8 @@ def _prepare(model: nn.Module, settings: FinetuneSettings, report: dict[str, Any
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=settings.lora_rank,
-                lora_alpha=2 * settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
                 target_modules="all-linear",
             ),
         )
@@ -230,46 +336,52 @@ def _prepare(model: nn.Module, settings: FinetuneSettings, report: dict[str, Any
     return model
 
 
-def _train(
-    model: nn.Module, blocks: list[Tensor], settings: FinetuneSettings, dtype: torch.dtype, report: dict[str, Any]
-) -> None:
-    """Run the Trainer; losses, step times and peak memory go to the report."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+def _bytes_to_write(model: nn.Module, settings: FinetuneSettings) -> int:
+    """What the results and the checkpoints of a run take on the disk."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    result = trained if settings.method == "lora" else model_bytes(model)
+    # Weights and two moments of AdamW; the checkpoint before goes when the next is complete.
+    return result + (2 * 3 * trained if settings.save_steps else 0)
 
-    arguments = TrainingArguments(
-        output_dir=str(settings.output),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        bf16=settings.method == "full" and dtype is torch.bfloat16,
-        use_cpu=device().type == "cpu",
-        dataloader_pin_memory=device().type != "cpu",
-        logging_steps=1,
-        seed=settings.seed,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+
+def _expect_finite(value: float, which: str) -> None:
+    if not math.isfinite(value):
+        raise Diverged(f"the held-out perplexity {which} is {value}: nothing is saved")
+
+
+def _save(model: nn.Module, tokenizer, settings: FinetuneSettings, output: OutputFolder) -> None:
+    """Write the adapter, or the model with its quantized layers frozen, and the tokenizer."""
+    if settings.scheme != "none" and settings.mode != "frozen":
+        convert.freeze_(model)
+    model.save_pretrained(output.scratch)
+    tokenizer.save_pretrained(output.scratch)
+
+
+def next_command(settings: FinetuneSettings, where: Path) -> str:
+    """The command that generates text with the results in `where`."""
+    if settings.method == "full":
+        arguments = [str(where)]
+    else:
+        model = where / BASE if (where / BASE).is_dir() else settings.model
+        arguments = [str(model), "--adapter", str(where)]
+    return shlex.join(["qkernels", "generate", *arguments, "--prompt", "Once upon a time"])
+
+
+def _interruption(settings: FinetuneSettings, record: dict[str, Any], where: Path) -> str:
+    done = f"interrupted after step {record['steps_done']} of {settings.steps}"
+    if record["finished"]:
+        return f"{done}, before the evaluation; all is written to {where}"
+    return (
+        f"{done}; saved to {where}. To go on: the same command with --resume. To use it as it is: "
+        f"{next_command(settings, where)}"
     )
-    recorder = _recorder(settings)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-        callbacks=[recorder],
-    )
-    trainer.remove_callback(PrinterCallback)
-    patch = _fuse_loss(model, settings)
-    report["fused_loss"] = isinstance(patch, PatchedLoss)
-    with patch, PeakMemory() as peak:
-        trainer.train()
-    # The first step also allocates and starts threads.
-    steady = sorted(recorder.seconds[1:] or recorder.seconds)
-    report["losses"] = recorder.losses
-    report["seconds"] = recorder.seconds
-    report["seconds_per_step"] = steady[len(steady) // 2]
-    report["peak_memory_bytes"] = peak.bytes
+
+
+def _card(settings: FinetuneSettings, record: dict[str, Any], report: dict[str, Any], output: OutputFolder) -> str:
+    """README.md: what stands on a model card, and the report."""
+    library = "peft" if settings.method == "lora" else "transformers"
+    head = {"base_model": record["base"]["folder"], "library_name": library, "tags": ["qkernels"]}
+    return "---\n" + json.dumps(head) + "\n---\n\n" + markdown(report, plot=(output.scratch / PLOT).is_file())
 
 
 def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextManager:
@@ -283,34 +395,3 @@ def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextM
             raise InputError(f"--fused-loss does not fit this model: {error}") from error
         print(f"the model's own loss is used: {error}", file=sys.stderr)
         return nullcontext()
-
-
-def _recorder(settings: FinetuneSettings):
-    """A Trainer callback that shows progress and keeps the loss and the time of each step."""
-    from tqdm import tqdm
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-            self.seconds: list[float] = []
-
-        def on_train_begin(self, *_, **__) -> None:
-            self._bar = tqdm(total=settings.steps, desc=f"training, {settings.scheme}", unit="step")
-
-        def on_step_begin(self, *_, **__) -> None:
-            self._start = time.perf_counter()
-
-        def on_step_end(self, *_, **__) -> None:
-            self.seconds.append(time.perf_counter() - self._start)
-            self._bar.update()
-
-        def on_log(self, _args, _state, _control, logs: dict[str, float], **__) -> None:
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
-                self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-        def on_train_end(self, *_, **__) -> None:
-            self._bar.close()
-
-    return Recorder()
