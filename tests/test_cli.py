@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import TEXT, assert_refused, invoke, layer_kinds
 
-from qkernels import __version__, isa
+from qkernels import __version__, isa, quantize_
 from qkernels.finetune import InputError, read_texts, token_blocks
 from qkernels.finetune.demo import INT4, INT8, checks, write_texts
 from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
@@ -92,6 +92,9 @@ class TestInfo:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "qkernels[triton]" in done.stdout
+
+    def test_version(self):
+        assert invoke("--version").stdout == f"qkernels {__version__}\n"
 
     def test_unknown_isa_is_one_line(self):
         done = self.run_module("sse9")
@@ -250,6 +253,22 @@ class TestFinetune:
         assert_refused(small_run(llama, text, text), "is a file")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.doc", "text.txt"]
 
+    def test_report_without_matplotlib_has_no_plot(self, llama, text, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        result = small_run(llama, text, tmp_path / "run", "--eval-blocks", 0)
+        assert result.exit_code == 0 and "no plot" in result.stderr
+        assert "loss.png" not in (tmp_path / "run" / "report.md").read_text()
+        assert not (tmp_path / "run" / "loss.png").exists()
+
+    def test_accumulated_batches_are_a_larger_batch(self, llama, text, tmp_path):
+        losses = []
+        for size, count in ((4, 1), (2, 2)):
+            options = ("--batch-size", size, "--grad-accumulation", count, "--eval-blocks", 0, "--lr", 0.01)
+            result = small_run(llama, text, tmp_path / "run", "--scheme", "none", *options)
+            assert result.exit_code == 0, result.output
+            losses.append(json.loads((tmp_path / "run" / "report.json").read_text())["losses"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
     def test_missing_peft_is_named(self, llama, text, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
         assert_refused(small_run(llama, text, tmp_path / "run"), "peft", "pip install")
@@ -269,6 +288,101 @@ class TestEvalAndGenerate:
             result = invoke("eval", llama, text, *options, *more)
             assert result.exit_code == 0, result.output
             assert json.loads(result.stdout)["perplexity"] == pytest.approx(report["perplexity"][stage], rel=1e-6)
+
+    def test_adapter_knows_its_scheme_and_base(self, llama, gpt2, text, tmp_path):
+        output = tmp_path / "run"
+        result = small_run(llama, text, output, "--scheme", "W8A16", "--lr", 0.01)
+        assert result.exit_code == 0, result.output
+        assert f"next: qkernels generate {llama} --adapter {output}" in result.stdout
+        record = json.loads((output / "qkernels.json").read_text())
+        assert (record["scheme"], record["mode"], record["grad"]) == ("w8a16", "frozen", "float")
+        assert record["base"]["folder"] == str(llama) and record["versions"]["torch"] == torch.__version__
+        assert load_tokenizer(output).vocab_size == load_tokenizer(llama).vocab_size
+
+        def evaluate(model, *more):
+            done = invoke(
+                "eval", model, text, "--seq-len", 16, "--eval-blocks", 3, "--dtype", "float32", "--json", *more
+            )
+            assert done.exit_code == 0, done.output
+            warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+            return json.loads(done.stdout), warnings
+
+        by_default, silent = evaluate(llama, "--adapter", output)
+        assert by_default["scheme"] == "w8a16" and not silent
+        assert evaluate(llama, "--adapter", output, "--scheme", "w8a16") == (by_default, [])
+        other, (warning,) = evaluate(llama, "--adapter", output, "--scheme", "none")
+        assert other["scheme"] == "none" and "--scheme none" in warning and "w8a16" in warning
+        assert other["perplexity"] != by_default["perplexity"]
+        copy = shutil.copytree(llama, tmp_path / "copy")
+        assert evaluate(copy, "--adapter", output) == (by_default, [])
+        model = load_model(llama, torch.float32)
+        model.model.norm.weight.data += 1
+        model.save_pretrained(copy)
+        _, (warning,) = evaluate(copy, "--adapter", output)
+        assert "trained on another model" in warning and str(llama) in warning
+        assert_refused(invoke("generate", output, "--prompt", "a"), "is an adapter", "--adapter")
+
+    def test_quantized_folder_tells_its_scheme(self, llama, text, tmp_path):
+        options = ("--method", "full", "--scheme", "w4a8_g32", "--eval-blocks", 0)
+        result = small_run(llama, text, tmp_path / "run", *options)
+        assert result.exit_code == 0 and "mode qat" in result.stderr, result.output
+        result = invoke("eval", tmp_path / "run", text, "--seq-len", 16, "--json", "--dtype", "float32")
+        assert json.loads(result.stdout)["scheme"] == "w4a8-g32", result.output
+        refused = invoke("eval", tmp_path / "run", text, "--seq-len", 16, "--scheme", "w8a8")
+        assert_refused(refused, "quantized already (w4a8-g32)", "w8a8")
+
+    def test_empty_prompt(self, llama, tmp_path):
+        assert invoke("generate", llama, "--prompt", "", "--max-new-tokens", 4).exit_code == 0
+        without = shutil.copytree(llama, tmp_path / "without")
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (path := without / name).exists():
+                values = json.loads(path.read_text())
+                values.pop("bos_token", None)
+                path.write_text(json.dumps(values))
+        assert_refused(invoke("generate", without, "--prompt", ""), "prompt ''", "some text")
+
+    @pytest.mark.parametrize(
+        ("name", "damage"),
+        [
+            ("config.json", b"{"),
+            ("config.json", b"[]"),
+            ("config.json", b"{}"),
+            ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+            ("config.json", b'{"model_type": "llama", "hidden_size": 48}'),
+            ("model.safetensors", b""),
+            ("model.safetensors", b"\x08" + bytes(7) + b"not json"),
+            ("tokenizer.json", b"{}"),
+            ("tokenizer_config.json", b"["),
+        ],
+    )
+    def test_damaged_models(self, llama, text, tmp_path, name, damage):
+        folder = shutil.copytree(llama, tmp_path / "damaged")
+        assert (folder / name).is_file()
+        (folder / name).write_bytes(damage)
+        assert_refused(invoke("eval", folder, text, "--seq-len", 16), str(folder))
+
+    def test_missing_and_damaged_weights(self, llama, text, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        folder, output = shutil.copytree(llama, tmp_path / "less"), tmp_path / "run"
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert_refused(invoke("eval", folder, text, "--seq-len", 16), "lacks weights", "model.norm.weight")
+        assert small_run(llama, text, output, "--eval-blocks", 0).exit_code == 0
+        path = output / "adapter_model.safetensors"
+        tensors = load_file(path)
+        name = sorted(tensors)[0]
+        damages = {
+            "lacks weights": {key: value for key, value in tensors.items() if key != name},
+            "not finite": tensors | {name: tensors[name] * torch.nan},
+            "cannot be put on": tensors | {name: torch.zeros(3, 3)},
+        }
+        for words, damaged in damages.items():
+            save_file(damaged, path, metadata={"format": "pt"})
+            assert_refused(invoke("eval", llama, text, "--seq-len", 16, "--adapter", output), words)
+        path.write_bytes(b"")
+        assert_refused(invoke("eval", llama, text, "--seq-len", 16, "--adapter", output), "cannot be put on")
 
     def test_perplexity_is_that_of_a_uniform_model(self, llama, text, tmp_path):
         folder = shutil.copytree(llama, tmp_path / "uniform")
@@ -295,6 +409,17 @@ class TestEvalAndGenerate:
         assert_refused(invoke("eval", llama, tmp_path / "none.txt"), "none.txt")
         assert_refused(invoke("eval", llama, text, "--adapter", tmp_path), "adapter_config.json")
         assert_refused(invoke("generate", tmp_path / "nowhere", "--prompt", "a"), "does not exist")
+        for name in ("google/gemma-3-270m", "gpt2"):
+            assert_refused(invoke("generate", name, "--prompt", "a"), "hub ids are not supported", f"download {name}")
+
+    def test_hub_id_in_the_cache(self, llama, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        repo = tmp_path / "models--me--tiny"
+        shutil.copytree(llama, repo / "snapshots" / "abc")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("abc")
+        result = invoke("generate", "me/tiny", "--prompt", "the", "--max-new-tokens", 2)
+        assert result.exit_code == 0, result.output
 
 
 class TestParts:
@@ -319,6 +444,11 @@ class TestParts:
         path = tmp_path / "a.txt"
         path.write_text("Grüße, 你好\n", encoding="utf-8")
         assert read_texts([path]) == ["Grüße, 你好\n"]
+
+    def test_model_bytes_of_weights_that_report_another_dtype(self):
+        model = torch.nn.Sequential(torch.nn.Linear(100, 1000, bias=False))
+        quantize_(model, "w8a8", mode="int8")
+        assert model_bytes(model) == 1000 * 100 + 4 * 1000
 
     def test_model_bytes_counts_a_tied_weight_once(self, gpt2):
         model = load_model(gpt2, torch.float32)

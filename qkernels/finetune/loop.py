@@ -78,7 +78,11 @@ def train(
     if output.checkpoint:
         recorder.load(output.checkpoint)
     with PeakMemory() as peak, closing(recorder):
-        trainer.train(resume_from_checkpoint=str(output.checkpoint) if output.checkpoint else None)
+        checkpoint = str(output.checkpoint) if output.checkpoint else None
+        if len(recorder.losses) < settings.steps:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:  # all steps are done; Trainer would take one more
+            trainer._load_from_checkpoint(checkpoint)
     refuse_non_finite(model, len(recorder.losses))
     # The first step also allocates and starts threads.
     steady = sorted(recorder.seconds[1:] or recorder.seconds)

@@ -55,6 +55,7 @@ def record(
         "kind": "adapter" if settings.method == "lora" else "model",
         "finished": False,
         "steps_done": 0,
+        "files": [],
         "base": {
             "model": settings.model,
             "folder": str(base),

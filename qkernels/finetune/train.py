@@ -115,7 +115,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
         steps = checkpoint_step(checkpoint)
         if isinstance(error, Diverged):  # going on would end there again
             raise Diverged(f"{error}; {steps} steps are kept in {checkpoint}; remove it to start anew") from error
-        kept = f"{str(error) or 'interrupted'}; {steps} steps are kept in {checkpoint.parent}: --resume goes on from there"
+        what = str(error) or "interrupted"
+        kept = f"{what}; {steps} steps are kept in {checkpoint.parent}: --resume goes on from there"
         raise (InputError(kept) if isinstance(error, InputError) else Interrupted(kept)) from error
 
 
