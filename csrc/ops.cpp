@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -130,11 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   const int64_t n = weight.get().n;
   require(softcap == 0 || label_smoothing == 0, "softcap must be 0 with label_smoothing, got ", softcap, " and ",
           label_smoothing);
+  require(softcap == 0 || softcap >= 0x1p-126, "softcap must be 0 or at least 2^-126, got ", softcap);
+  require(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
+  require(std::isfinite(z_loss), "z_loss must be finite, got ", z_loss);
+  const float cap = static_cast<float>(softcap);
   qk::CrossEntropyArgs args{.hidden = view,
                             .target = int64_vector("target", target, view.rows),
                             .bias = {nullptr, qk::DType::float32},
                             .dither = nullptr,
-                            .softcap = static_cast<float>(softcap),
+                            .softcap = std::isinf(cap) ? 0.0f : cap,
                             .z_loss = z_loss,
                             .label_smoothing = label_smoothing,
                             .ignore_index = ignore_index};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,14 +52,14 @@ def linear_cross_entropy(
         head: a frozen `QuantLinear` (with or without bias) or `QuantEmbedding` of N rows, or a float weight [N, K] of
             the dtype of `hidden`. A float weight and a bias get their gradients, from the logits made once more.
         target: int64 [...], the leading shape of `hidden`, in [0, N) or `ignore_index`.
-        linear_bias: float [N], for a float weight.
+        linear_bias: float [N]; added to the bias of a quantized head, if it has one.
         weight: float [N], by which the loss of each class is multiplied; not with `label_smoothing`.
         reduction: "none"; "sum"; "mean": over the targets that are not ignored (NaN if all are), by their `weight`.
         ignore_index: rows with this target have loss 0 and gradient 0.
         label_smoothing: share of the target in [0, 1] that is spread over all classes (Szegedy et al. 2015,
             arXiv:1512.00567).
-        softcap: c > 0: logits become `c * tanh(logit / c)` (Gemma 2, arXiv:2408.00118). For a quantized head not
-            together with `label_smoothing`.
+        softcap: c of at least 2^-126: logits become `c * tanh(logit / c)` (Gemma 2, arXiv:2408.00118); infinity:
+            they stay. For a quantized head c is rounded to float32, and not together with `label_smoothing`.
         z_loss: adds `z_loss * logsumexp(logits) ** 2` to the loss of each row (PaLM, arXiv:2204.02311).
 
     Returns:
@@ -69,8 +70,9 @@ def linear_cross_entropy(
         ValueError: naming the argument that does not fit.
         RuntimeError: for a target out of range.
     """
-    _check_options(reduction, label_smoothing, softcap, weight)
-    terms = _Terms(float(softcap or 0.0), float(z_loss), float(label_smoothing), ignore_index)
+    check_options(reduction, label_smoothing, softcap, z_loss)
+    cap = 0.0 if softcap is None or math.isinf(softcap) else float(softcap)
+    terms = _Terms(cap, float(z_loss), float(label_smoothing), ignore_index)
     if target.dtype != torch.int64 or target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"target must be torch.int64 of shape {list(hidden.shape[:-1])}, got {target.dtype} of shape "
@@ -78,9 +80,7 @@ def linear_cross_entropy(
         )
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if isinstance(head, QuantLinear | QuantEmbedding):
-        if linear_bias is not None:
-            raise ValueError("linear_bias must be None for a quantized head, which has its own")
-        losses = _quantized_losses(rows, head, targets, terms)
+        losses = _quantized_losses(rows, head, linear_bias, targets, terms)
     elif isinstance(head, Tensor):
         losses = _labelled_losses(rows, head, linear_bias, targets, terms)
     else:
@@ -88,6 +88,7 @@ def linear_cross_entropy(
     valid = targets != ignore_index
     factors = valid.to(losses.dtype)
     if weight is not None:
+        _check_weight(weight, _classes(head), hidden, label_smoothing)
         factors = factors * weight.to(losses.dtype)[targets.where(valid, 0)]
         losses = losses * factors
     if reduction == "none":
@@ -95,21 +96,45 @@ def linear_cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / factors.sum()
 
 
-def _check_options(reduction: str, label_smoothing: float, softcap: float | None, weight: Tensor | None) -> None:
+def check_options(reduction: str, label_smoothing: float, softcap: float | None, z_loss: float) -> None:
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or positive, got {softcap}")
-    if weight is not None and label_smoothing != 0:
+    if softcap is not None and not softcap >= 2.0**-126:
+        raise ValueError(f"softcap must be None or at least 2^-126, got {softcap}")
+    if not math.isfinite(z_loss):
+        raise ValueError(f"z_loss must be finite, got {z_loss}")
+
+
+def _classes(head: QuantLinear | QuantEmbedding | Tensor) -> int:
+    return len(head if isinstance(head, Tensor) else head.qweight)
+
+
+def _check_weight(weight: Tensor, classes: int, hidden: Tensor, label_smoothing: float) -> None:
+    if label_smoothing != 0:
         raise ValueError("weight must be None with label_smoothing")
+    if not isinstance(weight, Tensor) or weight.shape != (classes,) or not weight.is_floating_point():
+        got = f"{weight.dtype} of shape {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be float of shape [{classes}], got {got}")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device} as hidden is, got {weight.device}")
 
 
-def _quantized_losses(hidden: Tensor, head: QuantLinear | QuantEmbedding, target: Tensor, terms: _Terms) -> Tensor:
+def _check_bias(bias: Tensor, classes: int) -> None:
+    if bias.shape != (classes,):
+        raise ValueError(f"linear_bias must have shape [{classes}], got {list(bias.shape)}")
+
+
+def _quantized_losses(
+    hidden: Tensor, head: QuantLinear | QuantEmbedding, more_bias: Tensor | None, target: Tensor, terms: _Terms
+) -> Tensor:
     if head.qweight is None:
         raise ValueError(f"head must hold a quantized weight, got a {type(head).__name__} in mode {head.mode!r}")
     bias = getattr(head, "bias", None)
+    if more_bias is not None:
+        _check_bias(more_bias, len(head.qweight))
+        bias = more_bias if bias is None else bias + more_bias
     if terms.softcap and terms.label_smoothing:
         raise ValueError("softcap must be None with label_smoothing for a quantized head")
     wanted = torch.is_grad_enabled() and hidden.requires_grad
@@ -124,8 +149,8 @@ def _quantized_losses(hidden: Tensor, head: QuantLinear | QuantEmbedding, target
 def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"head must have shape [N, {hidden.shape[1]}], got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None:
+        _check_bias(bias, len(weight))
     dtype = autocast_dtype(hidden.device.type)
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -155,7 +180,8 @@ def _chunks(tokens: int, classes: int) -> Iterator[slice]:
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    capped = 0 < softcap <= torch.finfo(logits.dtype).max
+    return softcap * torch.tanh(logits / softcap) if capped else logits
 
 
 def _grad_logits(logits: Tensor, chunk: slice, target: Tensor, lse: Tensor, classes: int, terms: _Terms) -> Tensor:

@@ -7,6 +7,8 @@ their own run `reference.py`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -223,9 +225,10 @@ def linear_cross_entropy(
         qweight, scales, zeros: the canonical storage of a weight [N, K].
         bias: float [N] or None.
         scheme: the scheme or its canonical name.
-        dither: int64 [M] in [0, 2^32), where the gradient's rounding starts in each row (docs/numerics.md, rule 7);
-            uniform random numbers make the rounding unbiased. None: no gradient.
-        softcap: c of `c * tanh(logit / c)`; 0: none. Not together with `label_smoothing`.
+        dither: int64 [M], taken modulo 2^32, where the gradient's rounding starts in each row (docs/numerics.md,
+            rule 7); uniform random numbers make the rounding unbiased. None: no gradient.
+        softcap: c of `c * tanh(logit / c)`, at least 2^-126; it is rounded to float32. 0 and what rounds to infinity:
+            none. Not together with `label_smoothing`.
         z_loss: weight of the squared log-sum-exp.
         label_smoothing: share of the target that is spread over all classes.
         ignore_index: rows with this target have loss 0 and gradient 0.
@@ -493,6 +496,9 @@ def _linear_cross_entropy_fake(
         softcap == 0 or label_smoothing == 0,
         lambda: f"softcap must be 0 with label_smoothing, got {softcap} and {label_smoothing}",
     )
+    torch._check(softcap == 0 or softcap >= 2.0**-126, lambda: f"softcap must be 0 or at least 2^-126, got {softcap}")
+    torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    torch._check(math.isfinite(z_loss), lambda: f"z_loss must be finite, got {z_loss}")
     float32 = {"dtype": torch.float32}
     grad = hidden.new_empty((0 if dither is None else rows, columns), **float32)
     return hidden.new_empty((rows,), **float32), hidden.new_empty((rows,), **float32), grad

@@ -6,6 +6,7 @@ result does not depend on the device or its BLAS. Signatures match the op schema
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -268,11 +269,22 @@ class _Softmax:
 
 
 def _soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """c * tanh(y / c): below |y / c| = 0.625 by a polynomial, from there on by exponentials."""
     if cap == 0:
         return logits
     u = logits * quantize.divide(1.0, torch.tensor(cap, dtype=torch.float32, device=logits.device))
+    z = u * u
+    p = z * -5.70498872745e-3 + 2.06390887954e-2
+    for coefficient in (-5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        p = p * z + coefficient
     t = exp_nonpositive(u.abs() * -2.0)
-    return torch.copysign((1.0 - t) / (1.0 + t) * cap, u)
+    return torch.where(u.abs() < 0.625, logits + logits * (z * p), torch.copysign((1.0 - t) / (1.0 + t) * cap, u))
+
+
+def _column_sums(weight: Tensor) -> Tensor:
+    """float64 [K]: of each chunk of rows in order, then of the chunks."""
+    chunks = [chunk.double().cumsum(dim=0)[-1] for chunk in weight.split(LOSS_CHUNK)]
+    return torch.stack(chunks).cumsum(dim=0)[-1]
 
 
 def _quantize_dithered(x: Tensor, dither: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -305,6 +317,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rule 7: losses [M], log-sum-exps [M] and gradients [M, K] of the losses (none without dither), float32."""
     parsed, (out_features, in_features) = QuantScheme.parse(scheme), (qweight.shape[0], hidden.shape[1])
+    softcap = torch.tensor(softcap, dtype=torch.float32).item()
+    softcap = 0.0 if math.isinf(softcap) else softcap
     valid = target != ignore_index
     hidden, picked = hidden[valid].to(torch.float32), target[valid]
     chunks = -(-out_features // LOSS_CHUNK)
@@ -360,7 +374,7 @@ def linear_cross_entropy(
         result = state.product * factor[:, None] + row * at_target.to(torch.float32)[:, None]
         if label_smoothing != 0:
             weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, parsed)
-            result = result - label_smoothing / out_features * weight.sum(dim=0, dtype=torch.float64)
+            result = result - label_smoothing / out_features * _column_sums(weight)
         grad[valid] = result.to(torch.float32)
     return *out, grad
 

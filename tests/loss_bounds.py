@@ -18,24 +18,28 @@ def exact(logits, target, softcap=0.0, z_loss=0.0, label_smoothing=0.0, ignore_i
     return torch.where(target == ignore_index, 0.0, losses + z_loss * lse**2), y, lse
 
 
-def lse_bound(y, lse, softcap):
+def lse_bound(y, lse, softcap=0.0):
     """Of the error of the log-sum-exp of float32 logits.
 
     Arguments of exp are rounded: relative errors u * d of terms exp(-d), which weighted by the terms are at most
     u * ln(n) of n terms. exp itself is off by 4 u. A chunk adds up 1 / 16 of its columns in a lane, then 16 lanes;
     chunks are put together in 8 ranges, and these, by two products and a sum each, with two more exponentials. Capping
-    gives tanh an absolute error of 14 u at most.
+    gives each logit a relative error of 14 u at most: from u = |y / c| = 0.625 on t = exp(-2 u) is off by t (4 + 4 u)
+    units, which the derivative of (1 - t) / (1 + t), at most 2, takes to less than 4; a quotient, its operands and a
+    product add 4, and tanh is above 0.55. Below, the square of u is off by a few units, of a term of at most 0.12.
     """
     chunks = math.ceil(y.shape[1] / reference.LOSS_CHUNK)
     roundings = math.log(reference.LOSS_CHUNK) + 4 + reference.LOSS_CHUNK / 16 + 4
     folds = math.ceil(chunks / 8) + 8
-    return gamma(roundings + folds * (3 + 4 + math.log(y.shape[1]) + 1)) + UNIT_ROUNDOFF * (lse.abs() + 14 * softcap)
+    capping = 14 * y.abs().amax(dim=1) if softcap else 0.0
+    return gamma(roundings + folds * (3 + 4 + math.log(y.shape[1]) + 1)) + UNIT_ROUNDOFF * (lse.abs() + capping)
 
 
 def loss_bound(losses, y, lse, softcap=0.0, z_loss=0.0, label_smoothing=0.0):
     error = lse_bound(y, lse, softcap)
     total = gamma(reference.LOSS_CHUNK / 16 + 4) * y.abs().mean(dim=1) * label_smoothing
-    return error * (1 + 2 * z_loss * (lse.abs() + error)) + UNIT_ROUNDOFF * (14 * softcap + losses.abs()) + total
+    capping = 14 * y.abs().amax(dim=1) if softcap else 0.0
+    return error * (1 + 2 * z_loss * (lse.abs() + error)) + UNIT_ROUNDOFF * (capping + losses.abs()) + total
 
 
 def gradient_bound(logits, weight, storage, scheme, target, terms):

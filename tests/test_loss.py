@@ -15,6 +15,8 @@ CHUNK = reference.LOSS_CHUNK
 OPTIONS = [
     {},
     {"softcap": 5.0},
+    {"softcap": 0.1},  # no float32 number; all logits are at the cap
+    {"softcap": 1e6},
     {"z_loss": 0.01},
     {"label_smoothing": 0.1},
     {"z_loss": 0.01, "label_smoothing": 0.3},
@@ -102,6 +104,69 @@ def test_gradient_is_unbiased_and_its_error_falls_with_the_number_of_seeds():
     one = sum(error([grad]) for grad in grads) / len(grads)
     assert error(grads) < 2 * one / 16  # the square root of 256
     assert one < 0.01
+
+
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e-20, 1e3, 1e6, 1e30, 3e38])
+def test_a_soft_cap_of_any_size_is_exact(each_isa, softcap):
+    """A large cap leaves the logits as they are, a small one makes them all equal."""
+    hidden, target, storage, bias = case("w8a8")
+    arguments = (hidden, target, *storage, bias, "w8a8", torch.randint(2**32, target.shape))
+    results = ops.linear_cross_entropy(*arguments, softcap=softcap)
+    for a, b in zip(results, reference.linear_cross_entropy(*arguments, softcap=softcap), strict=True):
+        assert_same_bits(a, b, f"{each_isa} {softcap}")
+    logits = ops.linear(hidden, *storage, bias, "w8a8").double()
+    expected, y, lse = exact(logits, target, softcap=softcap)
+    assert ((results[0] - expected).abs() <= loss_bound(expected, y, lse, softcap=softcap)).all()
+
+
+def test_an_infinite_soft_cap_is_none(each_isa):
+    hidden, target, storage, bias = case("w8a8")
+    arguments = (hidden, target, *storage, bias, "w8a8", torch.randint(2**32, target.shape))
+    expected = ops.linear_cross_entropy(*arguments)
+    for softcap in (float("inf"), 1e40):
+        for compute in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+            for a, b in zip(compute(*arguments, softcap=softcap), expected, strict=True):
+                assert_same_bits(a, b, f"{each_isa} {softcap}")
+    weight = torch.randn(40, 70)
+    for head in (qk.QuantLinear.from_float(torch.nn.Linear(70, 40), "w8a8"), weight):
+        plain = qk.linear_cross_entropy(hidden, head, target % 40)
+        for softcap in (float("inf"), 1e40):
+            assert_same_bits(qk.linear_cross_entropy(hidden, head, target % 40, softcap=softcap), plain)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 0.3, 30.0, 1e6, 1e30, 3e38])
+def test_float_and_quantized_heads_agree_on_soft_caps(softcap):
+    head = qk.QuantLinear.from_float(torch.nn.Linear(16, 200), "w8a16")
+    hidden, target = torch.randn(50, 16), torch.randint(200, (50,))
+    loss = qk.linear_cross_entropy(hidden, head, target, softcap=softcap)
+    weight = head.dequantize()
+    expected = qk.linear_cross_entropy(hidden, weight, target, linear_bias=head.bias, softcap=softcap)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_dither_is_taken_modulo_2_32(each_isa):
+    hidden, target, storage, bias = case("w8a8")
+    dither = torch.randint(2**32, target.shape)
+    for shift in (2**32, -(2**32), 2**62, -(2**62)):
+        for compute in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+            a, b = (compute(hidden, target, *storage, bias, "w8a8", d)[2] for d in (dither, dither + shift))
+            assert_same_bits(a, b, f"{each_isa} {shift}")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
+def test_label_smoothing_of_any_magnitudes_equals_the_reference(each_isa, scheme):
+    """The order of float64 sums shows where the rows of the weight differ by more than 2^29."""
+    weight = torch.randn(2 * CHUNK + 50, 70) * torch.exp2(torch.randn(2 * CHUNK + 50, 1) * 20)
+    weight = torch.cat([weight, -weight[:1000]])
+    storage = qk.quantize_weight(weight, scheme)
+    hidden, target = torch.randn(13, 70), torch.randint(len(weight), (13,))
+    arguments = (hidden, target, *storage, None, scheme, torch.randint(2**32, target.shape))
+    for terms in ({"label_smoothing": 1.0}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+        expected = reference.linear_cross_entropy(*arguments, **terms)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for a, b in zip(ops.linear_cross_entropy(*arguments, **terms), expected, strict=True):
+                assert_same_bits(a, b, f"{each_isa} {scheme} {terms}")
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -210,10 +275,16 @@ def test_a_class_can_be_masked_by_the_bias():
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target must be torch.int64 of shape \[2\]"),
         ({"reduction": "max"}, ValueError, "reduction must be"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"),
-        ({"softcap": -1.0}, ValueError, "softcap must be None or positive"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be None or at least 2\^-126"),
+        ({"softcap": 1e-50}, ValueError, r"softcap must be None or at least 2\^-126"),
+        ({"softcap": float("nan")}, ValueError, r"softcap must be None or at least 2\^-126"),
+        ({"z_loss": float("inf")}, ValueError, "z_loss must be finite"),
         ({"softcap": 1.0, "label_smoothing": 0.1}, ValueError, "softcap must be None with label_smoothing"),
-        ({"linear_bias": torch.zeros(40)}, ValueError, "linear_bias must be None"),
+        ({"linear_bias": torch.zeros(39)}, ValueError, r"linear_bias must have shape \[40\], got \[39\]"),
         ({"weight": torch.ones(40), "label_smoothing": 0.1}, ValueError, "weight must be None"),
+        ({"weight": torch.ones(39)}, ValueError, r"weight must be float of shape \[40\], got torch.float32 of .*39"),
+        ({"weight": torch.ones(40, dtype=torch.int64)}, ValueError, r"weight must be float of shape \[40\]"),
+        ({"weight": torch.ones(40, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
         ({"head": torch.nn.Linear(16, 40)}, TypeError, "head must be a QuantLinear"),
         ({"head": torch.zeros(40, 15)}, ValueError, r"head must have shape \[N, 16\]"),
         ({"head": torch.zeros(40, 16).bfloat16()}, ValueError, "head must be torch.float32 as hidden is"),

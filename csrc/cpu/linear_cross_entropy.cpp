@@ -139,19 +139,25 @@ class CrossEntropy {
     });
   }
 
-  // The sum of the rows of the dequantized weight.
+  // The sum of the rows of the dequantized weight: of each chunk in order, and then of the chunks.
   void sum_columns() {
     constexpr int64_t kWidth = 256;
     column_sums_ = Buffer<double>(w_.k);
     parallel_(div_up(w_.k, kWidth), [&](int64_t begin, int64_t end) {
       Buffer<int8_t> integers(kWidth);
       Buffer<float> row(kWidth);
+      Buffer<double> part(kWidth);
       for (int64_t k0 = begin * kWidth; k0 < std::min(end * kWidth, w_.k); k0 += kWidth) {
         const int64_t count = std::min(kWidth, w_.k - k0);
-        std::fill_n(&column_sums_[k0], count, 0.0);
-        for (int64_t n = 0; n < w_.n; ++n) {
-          dequantize_row(kernels_, w_, n, k0, count, integers.get(), row.get());
-          for (int64_t i = 0; i < count; ++i) column_sums_[k0 + i] += row[i];
+        double* total = &column_sums_[k0];
+        std::fill_n(total, count, 0.0);
+        for (int64_t c = 0; c < chunks_; ++c) {
+          std::fill_n(part.get(), count, 0.0);
+          for (int64_t n = c * kChunk; n < std::min(w_.n, (c + 1) * kChunk); ++n) {
+            dequantize_row(kernels_, w_, n, k0, count, integers.get(), row.get());
+            for (int64_t i = 0; i < count; ++i) part[i] += row[i];
+          }
+          for (int64_t i = 0; i < count; ++i) total[i] += part[i];
         }
       }
     });

@@ -65,19 +65,18 @@ def column_sums_kernel(
     chunk,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float64 out [chunks, K]: the sums of the columns of the dequantized weight, for `chunk` rows of it each."""
+    """float64 out [chunks, K]: the sums of the columns of the dequantized weight, in order, over `chunk` rows each."""
     first = tl.program_id(0) * BLOCK_K
     begin = tl.program_id(1) * chunk
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float64)
-    for row in range(begin, tl.minimum(N, begin + chunk), BLOCK_N):
-        rows = row + tl.arange(0, BLOCK_N)
+    total = tl.zeros((1, BLOCK_K), tl.float64)
+    for row in range(begin, tl.minimum(N, begin + chunk)):
+        rows = row + tl.arange(0, 1)
         value = load_weight(qweight, scales, zeros, rows, first, (N, K, row_bytes), BITS, GROUP, BLOCK_K)
         total = total + value.to(tl.float64)
-    columns = first + tl.arange(0, BLOCK_K)
-    tl.store(out + tl.program_id(1) * K + columns, tl.sum(total, axis=0), mask=columns < K)
+    columns = first + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(out + tl.program_id(1) * K + columns, total, mask=columns < K)
 
 
 @triton.jit
@@ -86,10 +85,17 @@ def _capped(logit, CAP: tl.constexpr):
     if CAP > 0.0:
         cap = tl.full((1, 1), CAP, tl.float32)
         u = logit * tl.div_rn(tl.full((1, 1), 1.0, tl.float32), cap)
+        z = u * u
+        p = z * -5.70498872745e-3 + 2.06390887954e-2
+        p = p * z - 5.37397155531e-2
+        p = p * z + 1.33314422036e-1
+        p = p * z - 3.33332819422e-1
+        small = logit + logit * (z * p)
         t = exp_nonpositive(tl.abs(u) * -2.0)
         tanh = tl.div_rn(1.0 - t, 1.0 + t) * cap
         sign = u.to(tl.int32, bitcast=True) & -2147483648
-        logit = (tanh.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        large = (tanh.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        logit = tl.where(tl.abs(u) < 0.625, small, large)
     return logit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -79,7 +80,9 @@ def linear_cross_entropy(
     Ignored rows are worked on like the others, for their number is known on the device only. A target that is neither a
     class nor `ignore_index` makes its row NaN, for an error would have to wait for the device.
     """
-    parsed, options = QuantScheme.parse(scheme), _Options(softcap, z_loss, label_smoothing, ignore_index)
+    cap = torch.tensor(softcap, dtype=torch.float32).item()
+    cap = 0.0 if math.isinf(cap) else cap
+    parsed, options = QuantScheme.parse(scheme), _Options(cap, z_loss, label_smoothing, ignore_index)
     (m, k), n = hidden.shape, qweight.shape[0]
     loss, lse = (torch.empty((m,), dtype=torch.float32, device=hidden.device) for _ in range(2))
     grad = torch.empty((0 if dither is None else m, k), dtype=torch.float32, device=hidden.device)
@@ -123,10 +126,10 @@ def _derive(
     if gradient.label_smoothing != 0.0:
         chunks = -(-n // reference.LOSS_CHUNK)
         sums = torch.empty((chunks, k), dtype=torch.float64, device=qweight.device)
-        constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_N": 32, "BLOCK_K": 32}
+        constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_K": 128}
         args = (*weight, sums, n, k, row_bytes, reference.LOSS_CHUNK)
-        kernel, reason = loss_kernels.column_sums_kernel, "a sector of each row"
-        launches.append(Launch(kernel, (-(-k // 32), chunks), args, constants, 4, 1, reason))
+        kernel, reason = loss_kernels.column_sums_kernel, "128 columns of a row at a time, rows in order"
+        launches.append(Launch(kernel, (-(-k // 128), chunks), args, constants, 4, 1, reason))
         head = head._replace(column_sums=sums)
     return head, launches
 
