@@ -391,7 +391,7 @@ def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextM
         return nullcontext()
     try:
         return patch_loss(model)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         if settings.fused_loss:
             raise InputError(f"--fused-loss does not fit this model: {error}") from error
         print(f"the model's own loss is used: {error}", file=sys.stderr)
