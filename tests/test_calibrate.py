@@ -1,5 +1,7 @@
 """Calibrated rounding (GPTQ): same format, smaller error of the outputs."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -162,3 +164,71 @@ def test_what_cannot_be_calibrated_changes_nothing():
         qk.quantize_(model, "w4a8", calibration=[torch.full((2, 64), torch.inf)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Timed(nn.Module):
+    """A layer that gets a vector, as those of time embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.out = nn.Linear(8, 64), nn.Linear(64, 16)
+
+    def forward(self, x, scale=1.0):
+        return self.out(x * scale + self.time(torch.ones(8)))
+
+
+X = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
+DATA = torch.utils.data.TensorDataset(X, torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [X], (X,), iter([X]), [{"x": X}], [(X, torch.zeros(8))], [[X, torch.zeros(8)]],
+        [UserDict({"x": X})],
+        torch.utils.data.DataLoader(DATA, batch_size=8),
+    ],
+    ids=["list", "tuple", "iterator", "mapping", "pair", "pair as a list", "UserDict", "DataLoader"],
+)  # fmt: skip
+def test_inputs_in_every_usual_form_calibrate_alike(batches):
+    torch.manual_seed(0)
+    model, reference = Timed(), Timed()
+    reference.load_state_dict(model.state_dict())
+    qk.quantize_(reference, "w4a8-g32", calibration=[X])
+    qk.quantize_(model, "w4a8-g32", calibration=batches)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (
+            X,
+            TypeError,
+            r"calibration must be an iterable of batches, got one batch, a tensor of shape \[8, 64\]; pass",
+        ),
+        ({"x": X}, TypeError, "calibration must be an iterable of batches, got one batch, dict; pass"),
+        ("some text", TypeError, "calibration must be an iterable of batches, got a string; tokenize it"),
+        (X.numpy(), TypeError, "calibration must be an iterable of batches such as .* got ndarray"),
+        (3, TypeError, "calibration must be an iterable of batches such as .* got int"),
+        (["some text"], TypeError, r"calibration\[0\] must be a tensor, a mapping .* got str; tokenize texts first"),
+        ([X, X.numpy()], TypeError, r"calibration\[1\] must be a tensor, .* got ndarray; torch.as_tensor"),
+        ([[1, 2, 3]], TypeError, r"calibration\[0\] must be a tensor, .* got list of int"),
+        ([["a", "b"]], TypeError, r"calibration\[0\] must be a tensor, .* got list of str; tokenize"),
+        ([], ValueError, "calibration must hold at least one batch, got an empty list"),
+        (iter([]), ValueError, "calibration must hold at least one batch, got none"),
+    ],
+)
+def test_inputs_in_another_form_are_refused_and_nothing_changes(batches, error, message):
+    model = Timed()
+    with pytest.raises(error, match=message):
+        qk.quantize_(model, "w4a8-g32", calibration=batches)
+    assert type(model.time) is type(model.out) is nn.Linear
+
+
+@pytest.mark.parametrize(("scheme", "advice"), [("w8a8", "smooth_"), ("w8a8-ag32", "smooth_"), ("w8a16", "")])
+def test_8_bit_weights_are_not_calibrated(scheme, advice):
+    with pytest.raises(ValueError, match=f"calibration must be None for {scheme}: .*{advice}"):
+        qk.quantize_(Timed(), scheme, calibration=[X])

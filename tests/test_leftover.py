@@ -1,0 +1,223 @@
+"""What stays in float is told: rows of the report, `strict`, and warnings of `quantize_` and of the first step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels as qk
+
+transformers = pytest.importorskip("transformers")
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def reasons(report):
+    return {row.name: row.reason for row in report.left}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_fused_experts_are_told_and_strict_refuses_them(kind):
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **EXPERTS[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    with pytest.raises(ValueError, match=r"strict=True, and nothing was changed: .*fused experts"):
+        qk.quantize_(model, "w8a8", strict=True)
+    float_model = copy.deepcopy(model)
+    report = qk.quantize_(model, "w8a8")
+    assert qk.quantize_(float_model, "w8a8", strict=True, skip=[row.name for row in report.left]).quantized
+    experts = [row for row in report.left if row.reason.startswith("fused experts: ")]
+    assert len(experts) >= 2 and all(len(row.shape) == 3 and row.scheme is None for row in experts)
+    total = sum(torch.Size(row.shape).numel() for row in report.rows if row.bytes_before)
+    assert total == sum(sizes.values())
+    quantized = sum(torch.Size(row.shape).numel() for row in report.quantized)
+    assert report.quantized_share == pytest.approx(quantized / total)
+    line = str(report).splitlines()[-1]
+    assert f"{100 * quantized / total:.1f} % of the matrix weights" in line and "% fused experts" in line
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lstm, self.gru = nn.Conv2d(3, 4, 3), nn.LSTM(8, 8), nn.GRUCell(8, 8)
+        self.attention, self.both = nn.MultiheadAttention(8, 2), nn.Bilinear(4, 5, 6)
+        self.table, self.gain = nn.Parameter(torch.ones(5, 6)), nn.Parameter(torch.ones(1, 6))
+        self.linear = nn.Linear(8, 8)
+
+
+def test_every_other_matrix_has_a_row_with_its_reason():
+    report = qk.quantize_(Mixed(), "w8a8")
+    told = {name: reason.partition(":")[0] for name, reason in reasons(report).items()}
+    assert told == {
+        "conv": "convolution",
+        **{f"lstm.weight_{kind}_l0": "recurrent layer" for kind in ("ih", "hh")},
+        **{f"gru.weight_{kind}": "recurrent layer" for kind in ("ih", "hh")},
+        "attention.in_proj_weight": "inside nn.MultiheadAttention, which reads the weight itself",
+        "attention.out_proj": "inside nn.MultiheadAttention, which reads the weight itself",
+        "both": "nn.Bilinear",
+        "table": "parameter of Mixed",
+    }
+    assert [row.name for row in report.quantized] == ["linear"]
+    for pattern in ("conv", "lstm"):
+        assert any("skipped by pattern" in row.reason for row in qk.quantize_(Mixed(), "w8a8", skip=[pattern]).left)
+    skip = ["conv", "lstm", "gru", "attention", "out_proj", "both", "table"]
+    assert qk.quantize_(Mixed(), "w8a8", skip=skip, strict=True).quantized
+
+
+class Plain(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+    def __init__(self, features):
+        super().__init__(features, features)
+        nn.init.zeros_(self.bias)
+
+
+def test_subclasses_that_compute_the_same_are_quantized():
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.FalconForCausalLM(config).eval()
+    ids = torch.arange(6)[None]
+    before = model(ids).logits
+    assert len(qk.quantize_(model, "w8a8").quantized) == 4
+    assert 0 < (model(ids).logits - before).norm() < 0.05 * before.norm()
+    assert len(qk.quantize_(nn.Sequential(Plain(8)), "w8a8", strict=True).quantized) == 1
+
+
+PARTS = ("encoder.block.0.layer.1", "decoder.block.0.layer.2")
+
+
+def test_float32_modules_of_transformers_stay_beside_float16_only():
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    for dtype, kept in ((torch.float16, True), (torch.bfloat16, False)):
+        model = transformers.T5ForConditionalGeneration(config).to(dtype)
+        left = reasons(qk.quantize_(model, "w8a8"))
+        names = {name for name, reason in left.items() if reason.startswith("kept in float32")}
+        assert names == ({f"{part}.DenseReluDense.wo" for part in PARTS} if kept else set())
+
+
+def caught(call):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in seen if issubclass(warning.category, UserWarning)]
+
+
+def test_nothing_quantized_warns_unless_patterns_say_so():
+    conv = lambda: nn.Sequential(nn.Conv2d(3, 4, 3))  # noqa: E731
+    (message,) = caught(lambda: qk.quantize_(conv(), "w8a8"))
+    assert message == "nothing was quantized: 0: convolution: only linear layers and embeddings are quantized"
+    with torch.device("meta"):
+        skeleton = nn.Sequential(nn.Linear(8, 8))
+    (message,) = caught(lambda: qk.quantize_(skeleton, "w8a8"))
+    assert message.startswith("nothing was quantized: 0: weight on the meta device: load it first")
+    assert caught(lambda: qk.quantize_(nn.Sequential(nn.Linear(8, 8)), "w8a8", skip=["0"])) == []
+    assert caught(lambda: qk.quantize_(nn.Sequential(nn.Linear(8, 8)), "w8a8", include=[])) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "advice"),
+    [
+        (("w8a8",), ("w4a8-g32",), "dequantize_"),
+        (("w8a8",), ("w8a8", "qat"), "dequantize_"),
+        (("w8a8", "int8"), ("w8a8",), "freeze_"),
+        (("w8a8",), ("w8a8",), None),
+    ],
+)
+def test_a_second_call_that_changes_nothing_warns_once(first, second, advice):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    assert caught(lambda: qk.quantize_(model, *first)) == []
+    messages = caught(lambda: qk.quantize_(model, *second))
+    if advice is None:
+        assert messages == []
+        return
+    (message,) = messages
+    assert message.startswith(
+        f"already quantized ({first[0]}, {(*first, 'frozen')[1]}), and not changed to {second[0]}"
+    )
+    assert advice in message and "0 and 1 more layers" in message
+    assert caught(lambda: qk.quantize_(model, *second, skip=["0", "1"])) == []
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(9, 16), nn.LayerNorm(16)
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.body(self.norm(self.embed(ids)))))
+
+
+def step(model, parameters=None, steps=2):
+    optimizer = torch.optim.SGD(model.parameters() if parameters is None else parameters, lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.arange(9)).square().sum().backward()
+        optimizer.step()
+
+
+def test_training_a_frozen_model_as_it_is_warns_once():
+    model = Classifier()
+    qk.quantize_(model, "w8a8")
+    assert caught(lambda: model.train()(torch.arange(9))) == []
+    (message,) = caught(lambda: step(model))
+    assert "quantized layers of this Classifier are frozen" in message and 'mode="qat"' in message
+    assert caught(lambda: step(model)) == []
+
+
+def lora(model):
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["body", "head"], r=2))
+
+
+def new_head(model):
+    model.head = nn.Linear(16, 3)
+    return model
+
+
+def frozen_norms(model):
+    model.norm.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("change", [lora, new_head, frozen_norms, lambda m: nn.Sequential(m, nn.Linear(3, 2))])
+def test_training_what_was_meant_to_be_trained_does_not_warn(change):
+    model = Classifier()
+    qk.quantize_(model, "w8a8")
+    model = change(model)
+    assert caught(lambda: step(model)) == []
+
+
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_training_in_a_mode_for_it_does_not_warn(mode):
+    model = Classifier()
+    qk.quantize_(model, "w8a8", mode)
+    assert caught(lambda: step(model)) == []
+    model = Classifier()
+    qk.quantize_(model, "w8a8", skip=["head"])
+    assert caught(lambda: step(model)) == []
+    features, head = Classifier(), nn.Linear(3, 2)
+    qk.quantize_(features, "w8a8")
+    assert caught(lambda: step(nn.Sequential(features, head), head.parameters())) == []
+
+
+def test_misuse_of_arguments_is_explained():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"got set; layers are chosen by name, with include= and skip="):
+        qk.quantize_(model, {nn.Linear})
+    with pytest.raises(TypeError, match=r"got dict; for several schemes call quantize_ once for each, with include="):
+        qk.quantize_(model, {"*.mlp.*": "w8a8"})
+    with pytest.raises(TypeError, match=r"include must be patterns of layer names, such as 'lm_head', got <class"):
+        qk.quantize_(model, "w8a8", include=[nn.Linear])
+    with pytest.raises(TypeError, match=r"not scripted or traced"):
+        qk.quantize_(torch.jit.script(model), "w8a8")
+    assert type(model[0]) is nn.Linear
