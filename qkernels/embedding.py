@@ -79,6 +79,8 @@ class QuantEmbedding(nn.Embedding):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
+        if isinstance(value, FrozenWeight) and value.is_of(self):  # layer.weight = layer.weight
+            return
         raise refuse_write("weight = ...")
 
     @weight.deleter

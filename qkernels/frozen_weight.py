@@ -111,6 +111,11 @@ class FrozenWeight(ReadOnly, Tensor):
         values = ops.dequantize_weight(*self.storage, self.in_features, self.scheme).to(self.dtype)
         return values.t() if self.transposed else values
 
+    def is_of(self, layer: torch.nn.Module) -> bool:
+        """Whether it is the whole weight of the layer."""
+        stored = layer.quantized_weight()
+        return self.storage is not None and all(a is b for a, b in zip(self.storage, stored, strict=True))
+
     @property
     def multiplies(self) -> bool:
         """Whether it is a whole matrix that a kernel multiplies."""

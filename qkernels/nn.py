@@ -178,6 +178,8 @@ class QuantLinear(nn.Linear):
     @weight.setter
     def weight(self, value: Tensor) -> None:
         if self.mode == "frozen":
+            if isinstance(value, FrozenWeight) and value.is_of(self):  # layer.weight = layer.weight
+                return
             raise refuse_write("weight = ...")
         vars(self)["weight"] = value  # no parameter: what pruning and weight normalization compute
 

@@ -1,24 +1,30 @@
-"""PEFT: LoRA over `QuantLinear`, with a merge that re-quantizes and says what that cost.
+"""PEFT: adapters over quantized layers, with a merge that re-quantizes and says what that cost.
 
-Nothing here is needed to train: PEFT's own LoRA layer accepts a `QuantLinear`, which is an `nn.Linear`. But its `merge`
-would write to a float weight that does not exist, and its forward converts activations to the adapters' dtype and back.
-So PEFT's last dispatcher, the one for `nn.Linear`, is preceded by one that puts `QuantLoraLinear` on a `QuantLinear`.
+Nothing here is needed to train: PEFT's own layers accept a `QuantLinear`, which is an `nn.Linear`, and read its weight.
+But their `merge` would write to it, so that they get the one of `Requantizing`. The forward of PEFT's LoRA layer
+converts activations to the adapters' dtype and back, so that its last dispatcher, the one for `nn.Linear`, is preceded
+by one that puts `QuantLoraLinear` on a `QuantLinear`. What `modules_to_save` trains is a copy in float.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 import warnings
 
 import torch
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import save_and_load
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops
 from ..autograd import LowRank
 from ..convert import AFTER_QUANTIZE, QuantizationReport
+from ..embedding import QuantEmbedding
 from ..nn import QuantLinear, relative_error
 from ..quantize import QuantizedWeight, quantize_weight
 
@@ -27,16 +33,87 @@ _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class QuantLoraLinear(LoraLinear):
+class Requantizing:
+    """The merge of a PEFT layer, of any method, over a frozen `QuantLinear` or `QuantEmbedding`.
+
+    `merge` lets the method merge its adapters into the dequantized weight, in float32, and quantizes the result; the
+    relative error of that rounding is kept as `merge_error` on the quantized layer (see `merge_errors`). The quantized
+    weight from before is kept until `unmerge`, which restores it bit for bit.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the quantized weight.
+
+        Args:
+            safe_merge: accepted for compatibility: nothing is changed before the merged weight is known to be finite.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: if the merged weight or bias holds NaN or Inf; the layer is left as it was.
+            RuntimeError: if the method cannot merge, as where an adapter has a bias and the layer has none; likewise.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        base, before = self.base_layer, list(self.merged_adapters)
+        original = getattr(self, "_original", None) or _tensors(base)
+        layer_name = getattr(self, "kwargs", {}).get("target_name", "layer")
+        # All merged adapters at once onto the original weight: it is rounded once, not once per adapter.
+        twin = self.base_layer = _float_layer(base, QuantizedWeight(*map(original.get, QuantizedWeight._fields)))
+        if "bias" in original:
+            twin.bias = nn.Parameter(original["bias"].to(torch.float32, copy=True), requires_grad=False)
+        self.merged_adapters = []
+        try:
+            super().merge(safe_merge=False, adapter_names=[*before, *names])
+            merged = list(self.merged_adapters)
+        finally:
+            self.base_layer, self.merged_adapters = base, before
+        if merged == before:
+            return
+        weight, bias = twin.weight.detach(), getattr(twin, "bias", None)
+        if not weight.isfinite().all() or (bias is not None and not bias.isfinite().all()):
+            raise ValueError(f"{layer_name}: merging {names} gives NaN or Inf; nothing was changed")
+        if bias is not None and base.bias is None:
+            raise RuntimeError(
+                f"{layer_name}: merging {names} needs a bias, and the layer has none; nothing was changed"
+            )
+        self._original, self.merged_adapters = original, merged
+        base.set_weight(quantize_weight(weight, base.scheme))
+        if bias is not None:
+            base.bias.data = bias.detach().to(base.bias.dtype)
+        base.merge_error = relative_error(weight, base)
+        warnings.warn(
+            "merging into a quantized layer rounds the merged weight; "
+            "qkernels.integrations.peft.merge_errors(model) gives the relative error of each layer",
+            stacklevel=2,
+        )
+
+    def unmerge(self) -> None:
+        """Restore the quantized weight and the bias from before the merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.base_layer
+        base.set_weight(QuantizedWeight(*map(self._original.get, QuantizedWeight._fields)))
+        if "bias" in self._original:
+            base.bias.data = self._original["bias"]
+        del self._original, base.merge_error
+        self.merged_adapters = []
+
+    def __reduce_ex__(self, protocol):
+        if type(self) is QuantLoraLinear:
+            return super().__reduce_ex__(protocol)
+        return _new_requantizing, (type(self).__mro__[2],), self.__dict__
+
+
+class QuantLoraLinear(Requantizing, LoraLinear):
     """LoRA over a `QuantLinear`.
 
     Adapters are multiplied in the dtype of the layer's output, bfloat16 or float32, whatever dtype they are kept in:
     casting the adapters is cheap, casting the activations is not (PEFT makes float32 copies of input and output for
     float32 adapters on a bfloat16 model). Their gradients have the dtype of the adapters.
 
-    `merge` adds the adapters to the dequantized weight and quantizes the sum; the relative error of that rounding is
-    kept as `merge_error` on the `QuantLinear` (see `merge_errors`). The quantized weight from before is kept until
-    `unmerge`, which restores it bit for bit.
+    `merge` is that of `Requantizing`.
     """
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
@@ -96,67 +173,49 @@ class QuantLoraLinear(LoraLinear):
         half = torch.float16 in (x.dtype, torch.get_autocast_dtype(x.device.type))
         return type(base) is QuantLinear and base.mode == "frozen" and not (watched or dropped or half)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the quantized weight.
 
-        Args:
-            safe_merge: accepted for compatibility: nothing is changed before the merged weight is known to be finite.
-            adapter_names: adapters to merge; None: the active ones.
-
-        Raises:
-            ValueError: if the merged weight or bias holds NaN or Inf; the layer is left as it was.
-            RuntimeError: if an adapter has a bias and the layer has none.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
-        if not names:
-            return
-        base = self.get_base_layer()
-        original = getattr(self, "_original", None) or _tensors(base)
-        layer_name = self.kwargs.get("target_name", "layer")
-        # All merged adapters at once onto the original weight: it is rounded once, not once per adapter.
-        weight, bias = self._merged(base, original, [*self.merged_adapters, *names])
-        if not weight.isfinite().all() or (bias is not None and not bias.isfinite().all()):
-            raise ValueError(f"{layer_name}: merging {names} gives NaN or Inf; nothing was changed")
-        self._original = original
-        base.set_weight(quantize_weight(weight, base.scheme))
-        if bias is not None:
-            base.bias.data = bias.to(base.bias.dtype)
-        base.merge_error = relative_error(weight, base)
-        self.merged_adapters.extend(names)
-        warnings.warn(
-            "merging into a quantized layer rounds the merged weight; "
-            "qkernels.integrations.peft.merge_errors(model) gives the relative error of each layer",
-            stacklevel=2,
-        )
-
-    def unmerge(self) -> None:
-        """Restore the quantized weight and the bias from before the merge, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        base = self.get_base_layer()
-        base.set_weight(QuantizedWeight(*(self._original.get(name) for name in QuantizedWeight._fields)))
-        if base.bias is not None:
-            base.bias.data = self._original["bias"]
-        del self._original, base.merge_error
-        self.merged_adapters.clear()
-
-    def _merged(self, base: QuantLinear, original: dict[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """float32 weight [N, K] and bias [N] of the original layer with the adapters `names` added."""
-        quantized = (original[name] for name in ("qweight", "scales"))
-        weight = ops.dequantize_weight(*quantized, original.get("zeros"), base.in_features, base.scheme.name)
-        bias = original["bias"].to(torch.float32) if "bias" in original else None
-        for name in names:
-            weight += self.get_delta_weight(name).to(torch.float32)
-            if self.lora_bias[name]:
-                if bias is None:
-                    raise RuntimeError(f"adapter {name!r} has a bias (lora_bias=True), but the layer has none")
-                bias = bias + self.lora_B[name].bias.detach().to(torch.float32) * self.scaling[name]
-        return weight, bias
+def _tensors(base: nn.Module) -> dict[str, Tensor]:
+    stored = {name: tensor for name, tensor in base.quantized_weight()._asdict().items() if tensor is not None}
+    bias = getattr(base, "bias", None)
+    return {name: tensor.detach() for name, tensor in (stored if bias is None else {**stored, "bias": bias}).items()}
 
 
-def _tensors(base: QuantLinear) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in base.named_parameters(recurse=False)}
+def _float_layer(base: nn.Module, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An `nn.Linear` or `nn.Embedding` with the values of a quantized weight of the layer `base`, without its bias."""
+    values = ops.dequantize_weight(*weight, base.in_features, base.scheme).to(dtype)
+    if isinstance(base, QuantEmbedding):
+        return nn.Embedding.from_pretrained(values, freeze=True, padding_idx=base.padding_idx)
+    layer = nn.Linear(base.in_features, base.out_features, False, device="meta")
+    layer.weight = nn.Parameter(values, requires_grad=False)
+    return layer.train(base.training)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantLinear | QuantEmbedding) and layer.mode == "frozen"
+
+
+@functools.cache
+def _requantizing(kind: type) -> type:
+    """The class of a PEFT layer with the merge of `Requantizing`."""
+    return type(f"Quant{kind.__name__}", (Requantizing, kind), {"__module__": __name__})
+
+
+def _new_requantizing(kind: type) -> nn.Module:
+    kind = _requantizing(kind)
+    return kind.__new__(kind)
+
+
+def _adopt_layers(model: nn.Module) -> list[nn.Module]:
+    """Give every PEFT layer over a frozen layer the merge of `Requantizing`; the list of them."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and _is_frozen(getattr(module, "base_layer", None)):
+            if type(module) is LoraLinear:
+                module.__class__, module.fan_in_fan_out = QuantLoraLinear, False
+            elif not isinstance(module, Requantizing):
+                module.__class__ = _requantizing(type(module))
+            found.append(module)
+    return found
 
 
 def merge_errors(model: nn.Module) -> dict[str, float]:
@@ -180,13 +239,129 @@ def _dispatch_first(dispatch_default):
     return dispatch
 
 
+def _inject_first(inject_adapter):
+    @functools.wraps(inject_adapter)
+    def inject(self, model, *args, **kwargs):
+        result = inject_adapter(self, model, *args, **kwargs)
+        _adopt_layers(model)
+        return result
+
+    return inject
+
+
+def _merge_all_or_nothing(merge_adapter):
+    """PEFT's `merge_adapter`, which leaves every layer as it was if one of them cannot be merged."""
+
+    @functools.wraps(merge_adapter)
+    def merge(self, adapter_names=None, safe_merge=False):
+        before = {layer: list(layer.merged_adapters) for layer in _adopt_layers(self.model)}
+        try:
+            return merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for layer, names in before.items():
+                    if list(layer.merged_adapters) != names:
+                        layer.unmerge()
+                        if names:
+                            layer.merge(adapter_names=names)
+            raise
+
+    return merge
+
+
+def _merge_before_unloading(unload_and_optionally_merge):
+    """PEFT's removal of its layers, which begins once all that is to be merged into quantized layers is merged."""
+
+    @functools.wraps(unload_and_optionally_merge)
+    def unload(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        layers = _adopt_layers(self.model) if merge else []
+        if layers:
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with warnings.catch_warnings():
+            if layers:
+                warnings.filterwarnings(
+                    "ignore", "Already following adapters were merged|All adapters are already merged"
+                )
+            return unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
+
+    return unload
+
+
+def _weight_of_base(weight: property) -> property:
+    """PEFT's `weight` of its layers, which would be the `qweight` of a base layer that has one."""
+
+    def read(self) -> Tensor:
+        base = self.get_base_layer()
+        return base.weight if isinstance(base, QuantLinear | QuantEmbedding) else weight.fget(self)
+
+    return property(read)
+
+
+def _train_float_copies(update):
+    """`ModulesToSaveWrapper.update`, for quantized modules: what is trained and saved is a copy in float."""
+
+    @functools.wraps(update)
+    def update_with_floats(self, adapter_name, tied_module=None, **kwargs):
+        original = self.original_module
+        if tied_module is not None or not any(map(_is_frozen, original.modules())):
+            return update(self, adapter_name, tied_module=tied_module, **kwargs)
+        self.original_module = _float_copy(original)
+        try:
+            return update(self, adapter_name, tied_module=tied_module, **kwargs)
+        finally:
+            self.original_module = original.requires_grad_(False)
+
+    return update_with_floats
+
+
+def _float_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module with float layers in place of frozen ones."""
+    if not _is_frozen(module):
+        module = copy.deepcopy(module)
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if _is_frozen(child):
+                    setattr(parent, name, _float_copy(child))
+        return module
+    if getattr(module, "embed_scale", None) is not None:
+        raise ValueError(
+            f"modules_to_save cannot train {module}, whose rows are multiplied by {module.embed_scale:g}; leave it in "
+            "float with skip=[its name] in quantize_"
+        )
+    layer = _float_layer(module, module.quantized_weight(), module.compute_dtype)
+    if getattr(module, "bias", None) is not None:
+        layer.bias = nn.Parameter(module.bias.detach().clone())
+    return layer
+
+
+def _check_adapter(set_state_dict):
+    """PEFT's `set_peft_model_state_dict`, which refuses an adapter of NaN or Inf for a quantized model."""
+
+    @functools.wraps(set_state_dict)
+    def check(model, peft_model_state_dict, *args, **kwargs):
+        if any(map(_is_frozen, model.modules())):
+            for name, tensor in peft_model_state_dict.items():
+                if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                    raise ValueError(f"adapter tensor {name} must be finite, got NaN or Inf; nothing was loaded")
+        return set_state_dict(model, peft_model_state_dict, *args, **kwargs)
+
+    return check
+
+
 def _adopt(model: nn.Module, report: QuantizationReport) -> None:
-    """After `quantize_`: LoRA layers that were there before get the merge of `QuantLoraLinear`."""
-    for module in model.modules():
-        if type(module) is LoraLinear and isinstance(module.get_base_layer(), QuantLinear):
-            module.__class__ = QuantLoraLinear
-            module.fan_in_fan_out = False
+    """After `quantize_`: PEFT layers that were there before get the merge of `Requantizing`."""
+    _adopt_layers(model)
 
 
 lora_model.dispatch_default = _dispatch_first(lora_model.dispatch_default)
+BaseTuner.inject_adapter = _inject_first(BaseTuner.inject_adapter)
+BaseTuner.merge_adapter = _merge_all_or_nothing(BaseTuner.merge_adapter)
+BaseTuner._unload_and_optionally_merge = _merge_before_unloading(BaseTuner._unload_and_optionally_merge)
+BaseTunerLayer.weight = _weight_of_base(BaseTunerLayer.weight)
+ModulesToSaveWrapper.update = _train_float_copies(ModulesToSaveWrapper.update)
+_checked = _check_adapter(save_and_load.set_peft_model_state_dict)
+for _name in ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft.functional", "peft"):
+    if hasattr(sys.modules.get(_name), "set_peft_model_state_dict"):
+        sys.modules[_name].set_peft_model_state_dict = _checked
 AFTER_QUANTIZE.append(_adopt)
