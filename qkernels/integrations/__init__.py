@@ -23,7 +23,7 @@ _OLDEST = {"transformers": (5, 23), "peft": (0, 21), "diffusers": (0, 35), "hugg
 _EXTENDED = {
     "transformers.quantizers.auto": ("transformers", "transformers"),
     "transformers.modeling_utils": ("transformers", "transformers_saving"),
-    "peft.tuners.lora.model": ("peft", "peft"),
+    "peft.peft_model": ("peft", "peft"),
     "diffusers.quantizers.auto": ("diffusers", "diffusers"),
     "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
     "huggingface_hub.hub_mixin": ("huggingface_hub", "huggingface_hub"),

@@ -14,6 +14,7 @@ import sys
 import warnings
 
 import torch
+from peft.peft_model import PeftModel
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -349,6 +350,30 @@ def _check_adapter(set_state_dict):
     return check
 
 
+def _name_quantized_embeddings(setup_prompt_encoder):
+    """PEFT's search of the embedding by the name and the length of its weight, with a name for quantized ones."""
+
+    @functools.wraps(setup_prompt_encoder)
+    def setup(self, adapter_name):
+        backbones = [module for _, module in self.base_model.named_children()]
+        for backbone in backbones:
+            backbone.named_parameters = functools.partial(_named_weights, backbone)
+        try:
+            return setup_prompt_encoder(self, adapter_name)
+        finally:
+            for backbone in backbones:
+                del backbone.named_parameters
+
+    return setup
+
+
+def _named_weights(model: nn.Module, *args, **kwargs):
+    """`named_parameters`, where the integers of a quantized embedding are called `weight`."""
+    embeddings = {f"{name}.qweight" for name, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    for name, parameter in type(model).named_parameters(model, *args, **kwargs):
+        yield name.removesuffix("qweight") + "weight" if name in embeddings else name, parameter
+
+
 def _adopt(model: nn.Module, report: QuantizationReport) -> None:
     """After `quantize_`: PEFT layers that were there before get the merge of `Requantizing`."""
     _adopt_layers(model)
@@ -360,6 +385,7 @@ BaseTuner.merge_adapter = _merge_all_or_nothing(BaseTuner.merge_adapter)
 BaseTuner._unload_and_optionally_merge = _merge_before_unloading(BaseTuner._unload_and_optionally_merge)
 BaseTunerLayer.weight = _weight_of_base(BaseTunerLayer.weight)
 ModulesToSaveWrapper.update = _train_float_copies(ModulesToSaveWrapper.update)
+PeftModel._setup_prompt_encoder = _name_quantized_embeddings(PeftModel._setup_prompt_encoder)
 _checked = _check_adapter(save_and_load.set_peft_model_state_dict)
 for _name in ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft.functional", "peft"):
     if hasattr(sys.modules.get(_name), "set_peft_model_state_dict"):
