@@ -32,7 +32,6 @@ import torch
 from pretraining import minilm_folder, off_reference, pretrain, train
 
 import qkernels
-from qkernels import calibrate
 from qkernels.bench.results import machine
 from qkernels.bench.training.cases import CASES, FULL, LORA
 from qkernels.bench.training.contenders import MODES, Float, Ours
@@ -62,7 +61,7 @@ class Budget:
     """How much work each run gets.
 
     Attributes:
-        calibration_blocks: of the Gemma jobs, training blocks that the integers are calibrated on, in training and
+        calibration_blocks: of the Gemma jobs, training blocks that 4-bit integers are calibrated on, in training and
             after it; 0: rounded to nearest.
         smooth: whether models with int8 activations are smoothed on these blocks before.
     """
@@ -176,9 +175,11 @@ def gemma(run: Run) -> dict[str, Any]:
 
 
 def _calibration_blocks(scheme: str, budget: Budget) -> int:
-    """Those of the budget, for schemes that calibration is for."""
-    applies = scheme != "none" and calibrate.applies(qkernels.QuantScheme.parse(scheme))
-    return budget.calibration_blocks if applies else 0
+    """Those of the budget, for schemes that calibration or smoothing is for."""
+    if scheme == "none":
+        return 0
+    calibrated = qkernels.QuantScheme.parse(scheme).weight_bits == 4
+    return budget.calibration_blocks if calibrated or _smooth(scheme, budget) else 0
 
 
 def _smooth(scheme: str, budget: Budget) -> bool:

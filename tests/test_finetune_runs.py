@@ -238,7 +238,7 @@ class TestLossNotFinite:
 
 
 KINDS = {
-    "lora": ("--grad", "int8", "--lora-dropout", 0.1),
+    "lora": ("--grad", "int8", "--lora-dropout", 0.1, "--eval-steps", 2),
     "calibrated": ("--scheme", "w4a8-g32-asym", "--calibration-blocks", 2, "--smooth"),
     "float": ("--method", "full", "--scheme", "none"),
     "qat": ("--method", "full", "--mode", "qat", "--grad", "int8", "--grad-accumulation", 2),
@@ -268,6 +268,8 @@ class TestResume:
         assert resumed.exit_code == 0, resumed.output
         assert losses(output) == losses(whole)
         assert weights(output) == weights(whole) != {}
+        curve, expected = (json.loads((path / "report.json").read_text())["held_out_curve"] for path in (output, whole))
+        assert curve == expected and [step for step, _ in curve] == ([0, 2, 4, 5] if kind == "lora" else [0, 5])
         assert set(contents(output)) == set(contents(whole))
 
     def test_killed_and_resumed(self, llama, text, tmp_path):

@@ -82,6 +82,10 @@ def finetune(
     ] = 0,
     dtype: Dtype = "auto",
     eval_blocks: Annotated[int, typer.Option(help="Evaluate on at most this many held-out blocks; 0: none.")] = 64,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(help="Evaluate whenever this many steps are done, for the plot.", show_default="at the ends"),
+    ] = None,
     calibration_blocks: Annotated[
         int,
         typer.Option(
@@ -152,6 +156,7 @@ def finetune(
         eval_blocks=eval_blocks,
         calibration_blocks=calibration_blocks,
         smooth=smooth,
+        eval_steps=eval_steps,
         baseline=baseline,
         save_steps=save_steps,
         resume=resume,

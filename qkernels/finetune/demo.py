@@ -22,14 +22,14 @@ from .train import BASE
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
-    "weights: smoothed or calibrated on training text before they are rounded; held-out perplexity: float, after "
-    "quantization (quant), after fine-tuning (tuned); MB: model; peak MB: while training; x: speed-up of a step"
+    "prep: weights smoothed, or calibrated by GPTQ, on training text; held-out perplexity: float, after "
+    "quantization (quant), after fine-tuning (tuned); MB: model; peak: MB while training; x: speed-up of a step"
 )
 LOSSES = "float models train with the loss of transformers, quantized ones with head and loss fused"
 PROMPT = "A for statement is used to iterate over"
 INT8, INT4, GROUPED = "w8a8", "w4a8-g32-asym", "w8a8-ag128"
 # 8 bits are smoothed, not calibrated: that would fit them to the kind of text they are measured on.
-PREPARED = {INT8: "smoothed", INT4: "calibrated"}
+PREPARED = {INT8: "smooth", INT4: "GPTQ"}
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
 # fine-tuned float model after fine-tuning.
 LIMITS_QUANTIZED = {INT8: 0.035, GROUPED: 0.01, INT4: 0.12}
@@ -226,12 +226,12 @@ def checks(rows: list[dict[str, Any]], float_dtype: str) -> list[dict[str, Any]]
 
 COLUMNS = {
     "configuration": ("configuration", str),
-    "prepared": ("weights", str),
+    "prepared": ("prep", str),
     "perplexity_float": ("float", "{:.2f}".format),
     "perplexity_quantized": ("quant", "{:.2f}".format),
     "perplexity_finetuned": ("tuned", "{:.2f}".format),
     "seconds_per_step": ("s/step", "{:.2f}".format),
-    "peak_memory_bytes": ("peak MB", lambda count: f"{count / 1e6:.0f}"),
+    "peak_memory_bytes": ("peak", lambda count: f"{count / 1e6:.0f}"),
     "model_bytes": ("MB", lambda count: f"{count / 1e6:.0f}"),
     "speedup_over_bfloat16": ("x bf16", "{:.2f}".format),
     "speedup_over_float32": ("x fp32", "{:.2f}".format),

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .errors import Diverged, InputError
 from .interrupts import Interrupts
-from .measure import PeakMemory
+from .measure import PeakMemory, perplexity
 from .models import device
 from .output import OutputFolder, checkpoint_step, writing
 
@@ -34,18 +34,22 @@ def train(
     dtype: torch.dtype,
     output: OutputFolder,
     interrupts: Interrupts,
+    held_out: list[Tensor],
 ) -> dict[str, Any]:
     """Train `model` on `blocks`, from the checkpoint of `output` if it has one.
 
+    Args:
+        held_out: what the model is evaluated on every `settings.eval_steps` steps.
+
     Returns:
-        For the report: losses and seconds of all steps, and peak memory. There are fewer losses than `settings.steps`
-        if `interrupts` asked for an end; a checkpoint of the last step is then in `output`.
+        For the report: losses and seconds of all steps, peak memory, and held-out perplexities by step. There are fewer
+        losses than `settings.steps` if `interrupts` asked for an end; a checkpoint of the last step is then in `output`.
 
     Raises:
         Diverged: if a loss or a trained weight is not finite.
         InputError: if a checkpoint cannot be written or read.
     """
-    recorder = Recorder(settings, interrupts)
+    recorder = Recorder(settings, interrupts, held_out)
     arguments = TrainingArguments(
         output_dir=str(output.saving),
         max_steps=settings.steps,
@@ -91,6 +95,7 @@ def train(
         "seconds": recorder.seconds,
         "seconds_per_step": steady[len(steady) // 2],
         "peak_memory_bytes": peak.bytes,
+        "held_out_curve": recorder.held_out,
     }
 
 
@@ -126,21 +131,23 @@ class _Trainer(Trainer):
 class Recorder(TrainerCallback):
     """Shows progress, keeps loss and time of each step, and ends training on bad losses or a signal."""
 
-    def __init__(self, settings: FinetuneSettings, interrupts: Interrupts) -> None:
+    def __init__(self, settings: FinetuneSettings, interrupts: Interrupts, blocks: list[Tensor]) -> None:
+        self._blocks = blocks
+        self.held_out: list[list[float]] = []  # [step, perplexity]
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._settings, self._interrupts = settings, interrupts
         self._bar: tqdm | None = None
 
     def save(self, checkpoint: Path) -> None:
-        values = {"losses": self.losses, "seconds": self.seconds}
+        values = {"losses": self.losses, "seconds": self.seconds, "held_out": self.held_out}
         (checkpoint / PROGRESS).write_text(json.dumps(values), encoding="utf-8")
 
     def load(self, checkpoint: Path) -> None:
         """Go on after the steps of a checkpoint."""
         try:
             values = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-            self.losses, self.seconds = values["losses"], values["seconds"]
+            self.losses, self.seconds, self.held_out = (values[name] for name in ("losses", "seconds", "held_out"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"cannot resume from {checkpoint}: its {PROGRESS} is damaged ({error})") from error
         if len(self.losses) != checkpoint_step(checkpoint):
@@ -153,9 +160,12 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, *_, **__) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, _args, _state, control, **__) -> None:
+    def on_step_end(self, _args, state, control, model, **__) -> None:
         self.seconds.append(time.perf_counter() - self._start)
         self._bar.update()
+        step, every = state.global_step, self._settings.eval_steps
+        if every and self._blocks and step % every == 0 and step < self._settings.steps:
+            self.held_out.append([step, perplexity(model, self._blocks)])
         if self._interrupts.requested:
             control.should_save = control.should_training_stop = True
 

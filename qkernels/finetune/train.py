@@ -74,6 +74,7 @@ class FinetuneSettings:
     eval_blocks: int = 64
     calibration_blocks: int = 0
     smooth: bool = False
+    eval_steps: int | None = None
     baseline: bool = True
     save_steps: int | None = None
     resume: bool = False
@@ -151,7 +152,7 @@ def _run(
     from .loop import train
 
     with patch, interrupts.deferred():
-        report |= train(model, train_blocks, settings, dtype, output, interrupts)
+        report |= train(model, train_blocks, settings, dtype, output, interrupts, eval_blocks)
     done = len(report["losses"])
     record["steps_done"], record["finished"] = done, done == settings.steps
     if record["finished"] and eval_blocks and not interrupts.requested:
@@ -161,7 +162,7 @@ def _run(
             interrupts.requested = True
         else:
             _expect_finite(measured["finetuned"], "after training")
-    report["held_out_curve"] = [[0, before], [done, measured.get("finetuned")]]
+    report["held_out_curve"] = [[0, before], *report["held_out_curve"], [done, measured.get("finetuned")]]
     report["finished"] = record["finished"]
     with interrupts.deferred(), writing(output.path):
         _save(model, tokenizer, settings, output)
@@ -268,6 +269,7 @@ def _check(settings: FinetuneSettings) -> None:
         ("calibration_blocks", 0),
         ("grad_accumulation", 1),
         ("save_steps", 1),
+        ("eval_steps", 1),
         ("weight_decay", 0),
         ("max_grad_norm", 0),
         ("lora_dropout", 0),
