@@ -17,7 +17,7 @@ import torch
 from helpers import TEXT, assert_refused, invoke
 
 from qkernels.finetune import InputError
-from qkernels.finetune.output import RECORD, OutputFolder, read_record
+from qkernels.finetune.output import RECORD, OutputFolder, read_record, remove_interrupted
 
 pytest.importorskip("transformers")
 
@@ -387,6 +387,14 @@ def wait_for(process: subprocess.Popen, ready, seconds: float = 200) -> None:
 
 
 class TestOutputFolder:
+    def test_only_an_interrupted_run_is_removed(self, tmp_path):
+        for name in ("run", "run.unfinished", "other"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "run.unfinished" / "checkpoint-3").mkdir()
+        for name in ("run", "other", "absent"):
+            remove_interrupted(tmp_path / name)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
     def test_error_after_creating_leaves_nothing(self, tmp_path):
         with pytest.raises(InputError, match="stop"), OutputFolder(tmp_path / "run") as output:
             (output.scratch / "half").write_text("")

@@ -64,7 +64,7 @@ def one_line_errors(command: Function) -> Function:
             print(f"error: {error.strerror or error}{where}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print(f"\n{str(error) or 'interrupted; nothing was saved'}", file=sys.stderr)
+            print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return run

@@ -17,8 +17,8 @@ from rich.table import Table
 from .errors import InputError
 from .measure import environment
 from .models import DEMO, fast_bf16, require
+from .output import BASE, remove_interrupted
 from .report import MARKER, PLOT, plot_losses, write_json
-from .train import BASE
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
@@ -107,6 +107,7 @@ class Demo:
     def finetune(self, name: str, scheme: str, dtype: str, steps: int, eval_blocks: int) -> dict[str, Any]:
         """The report of one fine-tuning run."""
         folder, budget = self.output / name, self.budget
+        remove_interrupted(folder)  # the job starts anew
         self.command(
             f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,

@@ -42,8 +42,8 @@ def train(
         held_out: what the model is evaluated on every `settings.eval_steps` steps.
 
     Returns:
-        For the report: losses and seconds of all steps, peak memory, and held-out perplexities by step. There are fewer
-        losses than `settings.steps` if `interrupts` asked for an end; a checkpoint of the last step is then in `output`.
+        For the report: losses and seconds of all steps, peak memory, and held-out perplexities by step. If `interrupts`
+        asked for an end, there are fewer losses than `settings.steps`, and `output` holds a checkpoint of the last one.
 
     Raises:
         Diverged: if a loss or a trained weight is not finite.

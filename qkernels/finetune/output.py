@@ -89,6 +89,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=checkpoint_step, default=None)
 
 
+def remove_interrupted(path: Path) -> None:
+    """Remove what an interrupted run into the folder `path` has left, if there is such a run."""
+    for folder in (path, path.with_name(path.name + _UNFINISHED)):
+        if latest_checkpoint(folder) is not None:
+            shutil.rmtree(folder)
+
+
 def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT))
 

@@ -111,6 +111,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
             return _run(settings, folder, texts, eval_texts, output, interrupts)
     except (InputError, KeyboardInterrupt) as error:
         checkpoint = latest_checkpoint(output.scratch)
+        if isinstance(error, KeyboardInterrupt) and not str(error) and checkpoint is None:
+            raise Interrupted("interrupted; nothing was saved") from error
         if isinstance(error, Interrupted) or checkpoint is None:
             raise
         steps = checkpoint_step(checkpoint)
