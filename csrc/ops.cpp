@@ -30,11 +30,10 @@ qk::Parallel parallel() {
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float);
-  qk::quantize_activation(view, scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+  FloatMatrix x("x", x_arg);
+  Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor scales = new_tensor(x_arg, {x.rows, scheme.act_groups(x.cols)}, ScalarType::Float);
+  qk::quantize_activation(x.read(), scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
                           static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }
@@ -42,38 +41,36 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t sche
 Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
                          int64_t scheme_code) {
   const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
-  Tensor out = torch::stable::new_empty(scales, {weight.get().n, in_features}, ScalarType::Float);
+  Tensor out = new_tensor(scales, {weight.get().n, in_features}, ScalarType::Float);
   qk::dequantize_weight(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
   return out;
 }
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
               std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
-  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  FloatMatrix x("x", x_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
-  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
-  qk::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
+  Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
+  qk::linear(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
                                                  std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
                                                  int64_t scheme_code, std::optional<ScalarType> out_dtype) {
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
+  FloatMatrix x("x", x_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
   require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", weight.get().scheme);
-  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
-  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
-  Tensor qx = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
-  Tensor x_scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
-  qk::linear_saving(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+  Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
+  Tensor qx = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor x_scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
+  qk::linear_saving(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
                     static_cast<int8_t*>(qx.mutable_data_ptr()), static_cast<float*>(x_scales.mutable_data_ptr()),
                     parallel());
   return {out, qx, x_scales};
@@ -82,20 +79,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tens
 Tensor linear_grad_input(const Tensor& grad_arg, const Tensor& qweight, const Tensor& scales,
                          std::optional<Tensor> zeros, int64_t in_features, int64_t scheme_code,
                          std::optional<ScalarType> out_dtype) {
-  const Tensor grad_out = as_contiguous(grad_arg);
   const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
-  const qk::Matrix view = matrix("grad_out", grad_out, weight.get().n);
-  const ScalarType dtype = out_dtype.value_or(grad_out.scalar_type());
+  FloatMatrix grad_out("grad_out", grad_arg, weight.get().n);
+  const ScalarType dtype = out_dtype.value_or(grad_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(grad_out, {view.rows, in_features}, dtype);
-  qk::linear_grad_input(view, weight.get(), out.mutable_data_ptr(), out_type, parallel());
+  Tensor out = new_tensor(grad_arg, {grad_out.rows, in_features}, dtype);
+  qk::linear_grad_input(grad_out.read(), weight.get(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
 Tensor column_scales(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
                      int64_t scheme_code) {
   const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
-  Tensor out = torch::stable::new_empty(scales, {in_features}, ScalarType::Float);
+  Tensor out = new_tensor(scales, {in_features}, ScalarType::Float);
   qk::column_scales(weight.get(), static_cast<float*>(out.mutable_data_ptr()), parallel());
   return out;
 }
@@ -107,15 +103,16 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   const IntGradient args(grad_arg, grad_scales_arg, weight.get(), column_scales_arg);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  Tensor out = new_tensor(grad_arg, {args.rows().rows, in_features}, dtype);
   qk::int_grad_input(args.rows(), weight.get(), args.column_scales(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
-// The int64 data of a contiguous vector of `size`.
-const int64_t* int64_vector(const char* name, const Tensor& t, int64_t size) {
+// The data of an int64 vector of `size`, which `t` then keeps.
+const int64_t* int64_vector(const char* name, Tensor& t, int64_t size) {
   require(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == size, name,
           " must be torch.int64 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+  t = readable(name, t);
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
@@ -125,9 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
                                                         int64_t scheme_code, std::optional<Tensor> dither_arg,
                                                         double softcap, double z_loss, double label_smoothing,
                                                         int64_t ignore_index) {
-  const Tensor hidden = as_contiguous(hidden_arg), target = as_contiguous(target_arg);
-  const qk::Matrix view = matrix("hidden", hidden, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
+  FloatMatrix hidden("hidden", hidden_arg);
+  const int64_t rows = hidden.rows;
+  const CanonicalWeight weight(qweight, scales, zeros, hidden.cols, qk::scheme_of(scheme_code));
   const int64_t n = weight.get().n;
   require(softcap == 0 || label_smoothing == 0, "softcap must be 0 with label_smoothing, got ", softcap, " and ",
           label_smoothing);
@@ -135,48 +132,42 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   require(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
   require(std::isfinite(z_loss), "z_loss must be finite, got ", z_loss);
   const float cap = static_cast<float>(softcap);
-  qk::CrossEntropyArgs args{.hidden = view,
-                            .target = int64_vector("target", target, view.rows),
-                            .bias = {nullptr, qk::DType::float32},
-                            .dither = nullptr,
+  const BiasVector bias(bias_arg, n);
+  Tensor target = target_arg;
+  qk::CrossEntropyArgs args{.hidden = {},
+                            .target = int64_vector("target", target, rows),
+                            .bias = bias.get(),
+                            .dither = dither_arg ? int64_vector("dither", *dither_arg, rows) : nullptr,
                             .softcap = std::isinf(cap) ? 0.0f : cap,
                             .z_loss = z_loss,
                             .label_smoothing = label_smoothing,
                             .ignore_index = ignore_index};
-  for (int64_t m = 0; m < view.rows; ++m) {
+  for (int64_t m = 0; m < rows; ++m) {
     const int64_t t = args.target[m];
     require((t >= 0 && t < n) || t == ignore_index, "target must be in [0, ", n, ") or ", ignore_index,
             " (ignore_index), got ", t, " at position ", m);
   }
-  std::optional<Tensor> bias, dither;
-  if (bias_arg.has_value()) {
-    bias = as_contiguous(*bias_arg);
-    args.bias = float_vector("bias", *bias, n);
-  }
-  if (dither_arg.has_value()) {
-    dither = as_contiguous(*dither_arg);
-    args.dither = int64_vector("dither", *dither, view.rows);
-  }
-  Tensor loss = torch::stable::new_empty(hidden, {view.rows}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(hidden, {view.rows}, ScalarType::Float);
-  Tensor grad = torch::stable::new_empty(hidden, {dither ? view.rows : 0, view.cols}, ScalarType::Float);
+  args.hidden = hidden.read();
+  const bool gradient = dither_arg.has_value();
+  Tensor loss = new_tensor(hidden_arg, {rows}, ScalarType::Float);
+  Tensor lse = new_tensor(hidden_arg, {rows}, ScalarType::Float);
+  Tensor grad = new_tensor(hidden_arg, {gradient ? rows : 0, hidden.cols}, ScalarType::Float);
   const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  qk::linear_cross_entropy(args, weight.get(), {floats(loss), floats(lse), dither ? floats(grad) : nullptr},
+  qk::linear_cross_entropy(args, weight.get(), {floats(loss), floats(lse), gradient ? floats(grad) : nullptr},
                            parallel());
   return {loss, lse, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
-  const Tensor weight = as_contiguous(weight_arg);
-  const qk::Matrix view = matrix("weight", weight, -1);
-  const int64_t n = view.rows, groups = scheme.weight_groups(view.cols);
-  Tensor qweight = torch::stable::new_empty(weight, {n, scheme.packed_features(view.cols)},
-                                            scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
-  Tensor scales = torch::stable::new_empty(weight, {n, groups}, ScalarType::Float);
-  Tensor zeros = torch::stable::new_empty(weight, {n, scheme.symmetric ? 0 : groups}, ScalarType::Byte);
+  FloatMatrix weight("weight", weight_arg);
+  const int64_t n = weight.rows, groups = scheme.weight_groups(weight.cols);
+  Tensor qweight = new_tensor(weight_arg, {n, scheme.packed_features(weight.cols)},
+                              scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  Tensor scales = new_tensor(weight_arg, {n, groups}, ScalarType::Float);
+  Tensor zeros = new_tensor(weight_arg, {n, scheme.symmetric ? 0 : groups}, ScalarType::Byte);
   auto* zero_data = scheme.symmetric ? nullptr : static_cast<uint8_t*>(zeros.mutable_data_ptr());
-  const bool finite = qk::quantize_weight(view, scheme, qweight.mutable_data_ptr(),
+  const bool finite = qk::quantize_weight(weight.read(), scheme, qweight.mutable_data_ptr(),
                                           static_cast<float*>(scales.mutable_data_ptr()), zero_data, parallel());
   require(finite, "weight must be finite, and so must be the range of each group, got NaN or Inf");
   return {qweight, scales, zeros};
@@ -185,21 +176,22 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int
 Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.weight_bits == 4, "scheme must be a w4 scheme, got ", scheme);
-  const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
-  const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
-  require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
-  Tensor out = torch::stable::new_empty(grad, {view.rows, view.cols}, grad.scalar_type());
-  qk::mask_clipped(grad_view, view, scheme, out.mutable_data_ptr(), parallel());
+  FloatMatrix weight("weight", weight_arg);
+  FloatMatrix grad("grad", grad_arg, weight.cols);
+  require(grad.rows == weight.rows, "grad must have ", weight.rows, " rows, got shape ", shape_of(grad_arg));
+  Tensor out = new_tensor(grad_arg, {weight.rows, weight.cols}, grad_arg.scalar_type());
+  qk::mask_clipped(grad.read(), weight.read(), scheme, out.mutable_data_ptr(), parallel());
   return out;
 }
 
 // The scales [N, groups] of a symmetric scheme, contiguous; keeps the tensor alive.
 class GivenScales {
  public:
-  GivenScales(const Tensor& scales, const qk::Matrix& weight, int64_t scheme_code)
-      : scheme_(qk::scheme_of(scheme_code)), scales_(as_contiguous(scales)) {
+  GivenScales(const Tensor& scales, const FloatMatrix& weight, int64_t scheme_code)
+      : scheme_(qk::scheme_of(scheme_code)), scales_(scales) {
     require(scheme_.symmetric, "scheme must be symmetric, got ", scheme_);
     check("scales", scales, ScalarType::Float, weight.rows, scheme_.weight_groups(weight.cols), scheme_, weight.cols);
+    scales_ = readable("scales", scales);
   }
 
   const qk::Scheme& scheme() const { return scheme_; }
@@ -211,51 +203,48 @@ class GivenScales {
 };
 
 Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg, int64_t scheme_code) {
-  const Tensor weight = as_contiguous(weight_arg);
-  const qk::Matrix view = matrix("weight", weight, -1);
-  const GivenScales scales(scales_arg, view, scheme_code);
+  FloatMatrix weight("weight", weight_arg);
+  const GivenScales scales(scales_arg, weight, scheme_code);
   const qk::Scheme& scheme = scales.scheme();
-  Tensor qweight = torch::stable::new_empty(weight, {view.rows, scheme.packed_features(view.cols)},
-                                            scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
-  require(qk::quantize_weight_scaled(view, scales.get(), scheme, qweight.mutable_data_ptr(), parallel()),
+  Tensor qweight = new_tensor(weight_arg, {weight.rows, scheme.packed_features(weight.cols)},
+                              scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  require(qk::quantize_weight_scaled(weight.read(), scales.get(), scheme, qweight.mutable_data_ptr(), parallel()),
           "weight and scales must be finite, got NaN or Inf");
   return qweight;
 }
 
 std::tuple<Tensor, Tensor> scale_gradient(const Tensor& grad_arg, const Tensor& weight_arg, const Tensor& scales_arg,
                                           int64_t scheme_code) {
-  const Tensor grad = as_contiguous(grad_arg), weight = as_contiguous(weight_arg);
-  const qk::Matrix view = matrix("weight", weight, -1), grad_view = matrix("grad", grad, view.cols);
-  require(grad_view.rows == view.rows, "grad must have ", view.rows, " rows, got shape ", shape_of(grad));
-  const GivenScales scales(scales_arg, view, scheme_code);
-  Tensor out = torch::stable::new_empty(grad, {view.rows, view.cols}, grad.scalar_type());
+  FloatMatrix weight("weight", weight_arg);
+  FloatMatrix grad("grad", grad_arg, weight.cols);
+  require(grad.rows == weight.rows, "grad must have ", weight.rows, " rows, got shape ", shape_of(grad_arg));
+  const GivenScales scales(scales_arg, weight, scheme_code);
+  Tensor out = new_tensor(grad_arg, {weight.rows, weight.cols}, grad_arg.scalar_type());
   Tensor grad_scales =
-      torch::stable::new_empty(weight, {view.rows, scales.scheme().weight_groups(view.cols)}, ScalarType::Float);
-  qk::scale_gradient(grad_view, view, scales.get(), scales.scheme(), out.mutable_data_ptr(),
+      new_tensor(weight_arg, {weight.rows, scales.scheme().weight_groups(weight.cols)}, ScalarType::Float);
+  qk::scale_gradient(grad.read(), weight.read(), scales.get(), scales.scheme(), out.mutable_data_ptr(),
                      static_cast<float*>(grad_scales.mutable_data_ptr()), parallel());
   return {out, grad_scales};
 }
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
                                          int64_t stream) {
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const float* const factors = factors_of("column_factors", column_factors, view.cols);
-  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
-  qk::quantize_rows(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+  FloatMatrix x("x", x_arg);
+  const float* const factors = factors_of("column_factors", column_factors, x.cols);
+  Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
+  qk::quantize_rows(x.read(), factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
                     static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }
 
 std::tuple<Tensor, Tensor> quantize_columns(const Tensor& x_arg, std::optional<Tensor> row_factors, const Tensor& seed,
                                             int64_t stream) {
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const float* const factors = factors_of("row_factors", row_factors, view.rows);
-  Tensor q = torch::stable::new_empty(x, {view.cols, view.rows}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {view.cols}, ScalarType::Float);
-  qk::quantize_columns(view, factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
+  FloatMatrix x("x", x_arg);
+  const float* const factors = factors_of("row_factors", row_factors, x.rows);
+  Tensor q = new_tensor(x_arg, {x.cols, x.rows}, ScalarType::Char);
+  Tensor scales = new_tensor(x_arg, {x.cols}, ScalarType::Float);
+  qk::quantize_columns(x.read(), factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
                        static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }

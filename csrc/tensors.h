@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "core/out_of_memory.h"
 #include "core/types.h"
 
 namespace qk::tensors {
@@ -76,16 +78,70 @@ inline DType dtype_of(const char* name, ScalarType dtype) {
   }
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A float matrix argument; `columns` < 0: any number of them.
-inline Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
-  const DType dtype = dtype_of(name, t.scalar_type());
-  require(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
-  require(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ", shape_of(t));
-  require(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
-  return {t.const_data_ptr(), dtype, t.size(0), t.size(1)};
+inline int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 1;
+  }
 }
+
+// A tensor without values on the device of `like`. Torch's own message is lost on the way through its stable ABI.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  } catch (const std::exception&) {
+    int64_t bytes = element_size(dtype);
+    std::string shape;
+    for (const int64_t size : sizes) {
+      bytes *= size;
+      shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    }
+    throw OutOfMemory(bytes, std::string("a result of ") + name_of(dtype) + " [" + shape + "]");
+  }
+}
+
+// The argument itself, or a copy of it that is contiguous and aligned to its elements. Checked before: what does not
+// fit is not copied.
+inline Tensor readable(const char* name, const Tensor& t) {
+  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % element_size(t.scalar_type()) == 0;
+  if (t.is_contiguous() && aligned) return t;
+  try {
+    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    throw OutOfMemory(t.numel() * element_size(t.scalar_type()), std::string("a contiguous copy of ") + name);
+  }
+}
+
+// A float matrix argument, checked; keeps the tensor alive. `columns` < 0: any number of them but 0.
+class FloatMatrix {
+ public:
+  FloatMatrix(const char* name, const Tensor& t, int64_t columns = -1) : name_(name), tensor_(t) {
+    dtype_of(name, t.scalar_type());
+    require(t.dim() == 2, name, " must be a matrix, got shape ", shape_of(t));
+    require(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got shape ", shape_of(t));
+    require(t.size(1) > 0 || columns >= 0, name, " must have at least one column, got shape ", shape_of(t));
+    rows = t.size(0), cols = t.size(1);
+  }
+
+  // Once all arguments are checked: what the core reads.
+  Matrix read() {
+    tensor_ = readable(name_, tensor_);
+    return {tensor_.const_data_ptr(), dtype_of(name_, tensor_.scalar_type()), rows, cols};
+  }
+
+  int64_t rows, cols;
+
+ private:
+  const char* name_;
+  Tensor tensor_;
+};
 
 inline void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const Scheme& scheme,
                   int64_t k) {
@@ -99,19 +155,12 @@ inline void check_vector(const char* name, const Tensor& t, int64_t size) {
           " must be torch.float32 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
-// A contiguous float vector of `size`.
-inline Bias float_vector(const char* name, const Tensor& t, int64_t size) {
-  const DType dtype = dtype_of(name, t.scalar_type());
-  require(t.dim() == 1 && t.size(0) == size, name, " must be a float vector of ", size, ", got shape ", shape_of(t));
-  return {t.const_data_ptr(), dtype};
-}
-
 // The canonical storage of a weight, contiguous; keeps the tensors alive.
 class CanonicalWeight {
  public:
   CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
                   const Scheme& scheme)
-      : qweight_(as_contiguous(qweight)), scales_(as_contiguous(scales)) {
+      : qweight_(qweight), scales_(scales) {
     require(k > 0, "in_features must be at least 1, got ", k);
     require(!scheme.int_activations() || k <= kMaxReduction, "in_features must be at most ", kMaxReduction,
             " for exact int32 sums, got ", k);
@@ -123,8 +172,10 @@ class CanonicalWeight {
             " for scheme ", scheme);
     if (zeros.has_value()) {
       check("zeros", *zeros, ScalarType::Byte, n, groups, scheme, k);
-      zeros_ = as_contiguous(*zeros);
+      zeros_ = readable("zeros", *zeros);
     }
+    qweight_ = readable("qweight", qweight);
+    scales_ = readable("scales", scales);
     weight_.emplace(scheme, n, k, qweight_.const_data_ptr(), static_cast<const float*>(scales_.const_data_ptr()),
                     zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr);
   }
@@ -142,10 +193,11 @@ class BiasVector {
  public:
   BiasVector(const std::optional<Tensor>& bias, int64_t n) {
     if (!bias.has_value()) return;
-    tensor_ = as_contiguous(*bias);
-    bias_ = {tensor_->const_data_ptr(), dtype_of("bias", tensor_->scalar_type())};
-    require(tensor_->dim() == 1 && tensor_->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
-            shape_of(*tensor_));
+    const DType dtype = dtype_of("bias", bias->scalar_type());
+    require(bias->dim() == 1 && bias->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
+            shape_of(*bias));
+    tensor_ = readable("bias", *bias);
+    bias_ = {tensor_->const_data_ptr(), dtype};
   }
 
   const Bias& get() const { return bias_; }
@@ -160,7 +212,7 @@ class IntGradient {
  public:
   IntGradient(const Tensor& q_grad, const Tensor& grad_scales, const Weight& weight,
               const std::optional<Tensor>& column_scales)
-      : q_grad_(as_contiguous(q_grad)), grad_scales_(as_contiguous(grad_scales)), n_(weight.n) {
+      : q_grad_(q_grad), grad_scales_(grad_scales), n_(weight.n) {
     require(n_ <= kMaxReduction, "qweight must have at most ", kMaxReduction, " rows for exact int32 sums, got ", n_);
     require(q_grad.scalar_type() == ScalarType::Char && q_grad.dim() == 2 && q_grad.size(1) == n_,
             "q_grad must be torch.int8 with ", n_, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
@@ -171,8 +223,10 @@ class IntGradient {
             " for scheme ", weight.scheme);
     if (grouped) {
       check_vector("column_scales", *column_scales, weight.k);
-      column_scales_ = as_contiguous(*column_scales);
+      column_scales_ = readable("column_scales", *column_scales);
     }
+    q_grad_ = readable("q_grad", q_grad);
+    grad_scales_ = readable("grad_scales", grad_scales);
   }
 
   QuantizedRows rows() const {
@@ -201,7 +255,7 @@ inline Random random_of(const Tensor& seed, int64_t stream) {
 inline const float* factors_of(const char* name, std::optional<Tensor>& factors, int64_t size) {
   if (!factors.has_value()) return nullptr;
   check_vector(name, *factors, size);
-  factors = as_contiguous(*factors);
+  factors = readable(name, *factors);
   return static_cast<const float*>(factors->const_data_ptr());
 }
 

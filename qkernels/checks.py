@@ -1,58 +1,275 @@
-"""Checks of the operators' arguments: an error names the argument, what was expected and what came."""
+"""Checks of the operators' arguments: an error names the argument, what was expected and what came.
+
+A check has the name and the parameters of its operator, with the scheme as a `QuantScheme`, and returns nothing. The
+fake kernels, the GPU path and the reference call it; `csrc/tensors.h` is its twin on the CPU. It allocates nothing and
+reads no values, so it does not wait for a device.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from .quantize import FLOAT_DTYPES
+from .quantize import FLOAT_DTYPES, MAX_REDUCTION
 from .schemes import QuantScheme
 
 
 def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:
     """Raise RuntimeError, naming the tensor, unless the three are the canonical storage of `scheme`."""
-    torch._check(in_features >= 1, lambda: f"in_features must be at least 1, got {in_features}")
-    torch._check(qweight.dim() == 2, lambda: f"qweight must be a matrix, got shape {list(qweight.shape)}")
-    expected = scheme.storage_shapes(in_features, qweight.shape[0])
+    if in_features < 1:
+        raise RuntimeError(f"in_features must be at least 1, got {in_features}")
+    if qweight.dim() != 2:
+        raise RuntimeError(f"qweight must be a matrix, got shape {list(qweight.shape)}")
+    rows, groups = qweight.shape[0], scheme.weight_groups(in_features)
     integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
-    for name, tensor, dtype in (
-        ("qweight", qweight, integer),
-        ("scales", scales, torch.float32),
-        ("zeros", zeros, torch.uint8),
-    ):
-        if name in expected:
-            torch._check(tensor is not None, lambda name=name: f"{name} is required for scheme {scheme}")
-            message = (
-                f"{name} must be {dtype} of shape {list(expected[name])} for scheme {scheme} with "
-                f"{in_features} input features, got {tensor.dtype} of shape {list(tensor.shape)}"
-            )
-            torch._check(tensor.shape == expected[name] and tensor.dtype == dtype, lambda message=message: message)
-            check_device(name, tensor, qweight.device)
-        else:
-            torch._check(tensor is None, lambda: f"zeros must be None for scheme {scheme}")
+    _check_stored("qweight", qweight, integer, (rows, scheme.packed_features(in_features)), in_features, scheme)
+    _check_stored("scales", scales, torch.float32, (rows, groups), in_features, scheme)
+    _check_device("scales", scales, qweight.device)
+    if scheme.symmetric:
+        if zeros is not None:
+            raise RuntimeError(f"zeros must be None for scheme {scheme}")
+        return
+    if zeros is None:
+        raise RuntimeError(f"zeros is required for scheme {scheme}")
+    _check_stored("zeros", zeros, torch.uint8, (rows, groups), in_features, scheme)
+    _check_device("zeros", zeros, qweight.device)
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    torch._check(tensor.device == device, lambda: f"{name} must be on {device}, got {tensor.device}")
+def _check_stored(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int], in_features: int, scheme: QuantScheme
+) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise RuntimeError(
+            f"{name} must be {dtype} of shape {list(shape)} for scheme {scheme} with {in_features} input features, "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
 
 
-def check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
-    torch._check(x.dtype in FLOAT_DTYPES, lambda: f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-    torch._check(x.dim() == 2, lambda: f"{name} must be a matrix, got shape {list(x.shape)}")
-    if columns is not None:
-        torch._check(x.shape[1] == columns, lambda: f"{name} must have {columns} columns, got shape {list(x.shape)}")
+def check_strided(names: tuple[str, ...], args: tuple) -> None:
+    """Raise RuntimeError for a tensor whose elements do not lie in memory with strides: sparse, MKL-DNN or nested."""
+    for name, value in zip(names, args, strict=False):
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):
+            found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {found}")
 
 
-def check_vector(name: str, tensor: Tensor, size: int, device: torch.device) -> None:
-    torch._check(
-        tensor.dtype == torch.float32 and tensor.shape == (size,),
-        lambda: f"{name} must be torch.float32 of shape [{size}], got {tensor.dtype} of shape {list(tensor.shape)}",
-    )
-    check_device(name, tensor, device)
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise RuntimeError(f"{name} must be on {device}, got {tensor.device}")
 
 
-def check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    torch._check(
-        out_dtype is None or out_dtype in FLOAT_DTYPES,
-        lambda: f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}",
-    )
+def _check_matrix(name: str, x: Tensor, columns: int | None = None) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise RuntimeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != 2:
+        raise RuntimeError(f"{name} must be a matrix, got shape {list(x.shape)}")
+    if columns is None:
+        if x.shape[1] < 1:
+            raise RuntimeError(f"{name} must have at least one column, got shape {list(x.shape)}")
+    elif x.shape[1] != columns:
+        raise RuntimeError(f"{name} must have {columns} columns, got shape {list(x.shape)}")
+
+
+def _check_shaped(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise RuntimeError(
+            f"{name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+    _check_device(name, tensor, device)
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise RuntimeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+
+
+def _check_int_activations(scheme: QuantScheme) -> None:
+    if not scheme.int_activations:
+        raise RuntimeError(f"scheme must be an a8 scheme, got {scheme}")
+
+
+def quantize_activation(x: Tensor, scheme: QuantScheme) -> None:
+    _check_int_activations(scheme)
+    _check_matrix("x", x)
+
+
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme
+) -> None:
+    check_weight(qweight, scales, zeros, in_features, scheme)
+
+
+column_scales = dequantize_weight
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    _check_product("x", x, (qweight, scales, zeros), bias, scheme)
+    _check_out_dtype(out_dtype)
+
+
+def _check_product(name: str, x: Tensor, weight: tuple, bias: Tensor | None, scheme: QuantScheme) -> None:
+    _check_matrix(name, x)
+    check_weight(*weight, x.shape[1], scheme)
+    _check_device("qweight", weight[0], x.device)
+    if scheme.int_activations and x.shape[1] > MAX_REDUCTION:
+        raise RuntimeError(f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}")
+    if bias is None:
+        return
+    out_features = weight[0].shape[0]
+    if bias.shape != (out_features,) or bias.dtype not in FLOAT_DTYPES:
+        raise RuntimeError(
+            f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}"
+        )
+    _check_device("bias", bias, x.device)
+
+
+def linear_saving(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+    _check_int_activations(scheme)
+
+
+def quantize_weight(weight: Tensor, scheme: QuantScheme) -> None:
+    _check_matrix("weight", weight)
+
+
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> None:
+    if scheme.weight_bits != 4:
+        raise RuntimeError(f"scheme must be a w4 scheme, got {scheme}")
+    _check_matrix("weight", weight)
+    _check_gradient(grad, weight)
+
+
+def _check_gradient(grad: Tensor, weight: Tensor) -> None:
+    _check_matrix("grad", grad, columns=weight.shape[1])
+    if grad.shape[0] != weight.shape[0]:
+        raise RuntimeError(f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}")
+    _check_device("weight", weight, grad.device)
+
+
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> None:
+    _check_matrix("weight", weight)
+    if not scheme.symmetric:
+        raise RuntimeError(f"scheme must be symmetric, got {scheme}")
+    shape = (weight.shape[0], scheme.weight_groups(weight.shape[1]))
+    _check_shaped("scales", scales, torch.float32, shape, weight.device)
+
+
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme) -> None:
+    quantize_weight_scaled(weight, scales, scheme)
+    _check_gradient(grad, weight)
+
+
+def linear_grad_input(
+    grad_out: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: QuantScheme,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    check_weight(qweight, scales, zeros, in_features, scheme)
+    _check_matrix("grad_out", grad_out, columns=qweight.shape[0])
+    _check_out_dtype(out_dtype)
+    _check_device("qweight", qweight, grad_out.device)
+
+
+def int_grad_input(
+    q_grad: Tensor,
+    grad_scales: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: QuantScheme,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    check_weight(qweight, scales, zeros, in_features, scheme)
+    out_features = qweight.shape[0]
+    if out_features > MAX_REDUCTION:
+        raise RuntimeError(
+            f"qweight must have at most {MAX_REDUCTION} rows for exact int32 sums, got shape {list(qweight.shape)}"
+        )
+    if q_grad.dtype != torch.int8 or q_grad.dim() != 2 or q_grad.shape[1] != out_features:
+        raise RuntimeError(
+            f"q_grad must be torch.int8 with {out_features} columns, got {q_grad.dtype} of shape {list(q_grad.shape)}"
+        )
+    _check_device("qweight", qweight, q_grad.device)
+    _check_shaped("grad_scales", grad_scales, torch.float32, (q_grad.shape[0],), q_grad.device)
+    if scheme.group_size is None:
+        if column_scales is not None:
+            raise RuntimeError(f"column_scales must be None for scheme {scheme}")
+    elif column_scales is None:
+        raise RuntimeError(f"column_scales is required for scheme {scheme}")
+    else:
+        _check_shaped("column_scales", column_scales, torch.float32, (in_features,), q_grad.device)
+    _check_out_dtype(out_dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    target: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    dither: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> None:
+    _check_product("hidden", hidden, (qweight, scales, zeros), bias, scheme)
+    _check_shaped("target", target, torch.int64, (hidden.shape[0],), hidden.device)
+    if dither is not None:
+        _check_shaped("dither", dither, torch.int64, (hidden.shape[0],), hidden.device)
+    if softcap != 0 and label_smoothing != 0:
+        raise RuntimeError(f"softcap must be 0 with label_smoothing, got {softcap} and {label_smoothing}")
+    if softcap != 0 and not softcap >= 2.0**-126:
+        raise RuntimeError(f"softcap must be 0 or at least 2^-126, got {softcap}")
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not math.isfinite(z_loss):
+        raise RuntimeError(f"z_loss must be finite, got {z_loss}")
+
+
+def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> None:
+    _check_random(x, "column_factors", column_factors, 1, seed, stream)
+
+
+def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> None:
+    _check_random(x, "row_factors", row_factors, 0, seed, stream)
+
+
+def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
+    _check_matrix("x", x)
+    if factors is not None:
+        _check_shaped(name, factors, torch.float32, (x.shape[dim],), x.device)
+    if seed.dtype != torch.int64 or seed.dim() != 0:
+        raise RuntimeError(f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}")
+    if seed.device.type != "cpu" and not (seed.is_meta and x.is_meta):  # every backend reads it on the host
+        raise RuntimeError(f"seed must be on cpu, got {seed.device}")
+    if not 0 <= stream < 2**32:
+        raise RuntimeError(f"stream must be between 0 and 2^32 - 1, got {stream}")

@@ -101,6 +101,16 @@ def _scheme_index(name: str) -> int | None:
     return next((index for index, argument in enumerate(arguments) if argument.name == "scheme"), None)
 
 
+def with_scheme(name: str, args: tuple) -> tuple:
+    """The arguments of the operator `name` as its schema has them, with the scheme instead of its code.
+
+    Raises:
+        ValueError: if the code is none.
+    """
+    index = _scheme_index(name)
+    return args if index is None else (*args[:index], QuantScheme.from_code(args[index]), *args[index + 1 :])
+
+
 def call_of(name: str, args: tuple) -> cuda.Call:
     """What decides about a call of the operator `name` with these arguments of its schema."""
     index = _scheme_index(name)
@@ -121,9 +131,7 @@ def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any
         return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
     if choice.backend not in ("triton", "reference"):
         raise ValueError(f"backend must be 'cuda', 'triton' or 'reference', got {choice.backend!r}")
-    index = _scheme_index(name)
-    if index is not None:
-        args = (*args[:index], QuantScheme.from_code(args[index]), *args[index + 1 :])
+    args = with_scheme(name, args)
     if choice.backend == "triton":
         from .triton import ops
 

@@ -7,14 +7,11 @@ their own run `reference.py`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, extensions
 from .checks import check_weight as check_weight
-from .quantize import FLOAT_DTYPES, MAX_REDUCTION
 from .schemes import QuantScheme, scheme_code
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
@@ -282,274 +279,106 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
     return _ops.quantize_columns.default(x, row_factors, seed, stream)
 
 
-@torch.library.register_fake("qkernels::quantize_activation")
-def _quantize_activation_fake(x: Tensor, scheme: int) -> tuple[Tensor, Tensor]:
-    parsed = QuantScheme.from_code(scheme)
-    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {parsed}")
-    checks.check_matrix("x", x)
-    rows, columns = x.shape
-    torch._check(columns >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
-    scales = x.new_empty((rows, parsed.act_groups(columns)), dtype=torch.float32)
-    return x.new_empty((rows, columns), dtype=torch.int8), scales
+# What the operators return, without values: for fake tensors. The scheme is parsed, and the arguments are checked.
 
 
-@torch.library.register_fake("qkernels::dequantize_weight")
-def _dequantize_weight_fake(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: int
-) -> Tensor:
-    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
+def _quantize_activation_result(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty((x.shape[0], scheme.act_groups(x.shape[1])), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scales
+
+
+def _dequantize_weight_result(qweight, scales, zeros, in_features, scheme) -> Tensor:
     return scales.new_empty((qweight.shape[0], in_features), dtype=torch.float32)
 
 
-@torch.library.register_fake("qkernels::linear")
-def _linear_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: int,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    checks.check_matrix("x", x)
-    checks.check_out_dtype(out_dtype)
-    parsed = QuantScheme.from_code(scheme)
-    checks.check_weight(qweight, scales, zeros, x.shape[1], parsed)
-    checks.check_device("qweight", qweight, x.device)
-    torch._check(
-        not parsed.int_activations or x.shape[1] <= MAX_REDUCTION,
-        lambda: f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}",
-    )
-    out_features = qweight.shape[0]
-    if bias is not None:
-        torch._check(
-            bias.shape == (out_features,) and bias.dtype in FLOAT_DTYPES,
-            lambda: f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}",
-        )
-        checks.check_device("bias", bias, x.device)
-    return x.new_empty((x.shape[0], out_features), dtype=out_dtype or x.dtype)
+def _linear_result(x, qweight, scales, zeros, bias, scheme, out_dtype=None) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]), dtype=out_dtype or x.dtype)
 
 
-@torch.library.register_fake("qkernels::linear_saving")
-def _linear_saving_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: int,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = _linear_fake(x, qweight, scales, zeros, bias, scheme, out_dtype)
-    parsed = QuantScheme.from_code(scheme)
-    torch._check(parsed.int_activations, lambda: f"scheme must be an a8 scheme, got {parsed}")
+def _linear_saving_result(x, *weight_and_options) -> tuple[Tensor, Tensor, Tensor]:
+    out = _linear_result(x, *weight_and_options)
     return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("qkernels::quantize_weight")
-def _quantize_weight_fake(weight: Tensor, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_matrix("weight", weight)
-    rows, columns = weight.shape
-    torch._check(columns >= 1, lambda: f"weight must have at least 1 column, got shape {list(weight.shape)}")
-    parsed = QuantScheme.from_code(scheme)
-    shapes = parsed.storage_shapes(columns, rows)
-    qweight = weight.new_empty(shapes["qweight"], dtype=torch.int8 if parsed.weight_bits == 8 else torch.uint8)
-    zeros = weight.new_empty(shapes.get("zeros", (rows, 0)), dtype=torch.uint8)
+def _quantize_weight_result(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = scheme.storage_shapes(weight.shape[1], weight.shape[0])
+    qweight = weight.new_empty(shapes["qweight"], dtype=torch.int8 if scheme.weight_bits == 8 else torch.uint8)
+    zeros = weight.new_empty(shapes.get("zeros", (weight.shape[0], 0)), dtype=torch.uint8)
     return qweight, weight.new_empty(shapes["scales"], dtype=torch.float32), zeros
 
 
-@torch.library.register_fake("qkernels::mask_clipped")
-def _mask_clipped_fake(grad: Tensor, weight: Tensor, scheme: int) -> Tensor:
-    parsed = QuantScheme.from_code(scheme)
-    torch._check(parsed.weight_bits == 4, lambda: f"scheme must be a w4 scheme, got {parsed}")
-    checks.check_matrix("weight", weight)
-    checks.check_matrix("grad", grad, columns=weight.shape[1])
-    torch._check(
-        grad.shape[0] == weight.shape[0],
-        lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
-    )
-    checks.check_device("weight", weight, grad.device)
+def _mask_clipped_result(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
-def _check_scaled(weight: Tensor, scales: Tensor, scheme: int) -> QuantScheme:
-    checks.check_matrix("weight", weight)
-    parsed = QuantScheme.from_code(scheme)
-    torch._check(parsed.symmetric, lambda: f"scheme must be symmetric, got {parsed}")
-    expected = (weight.shape[0], parsed.weight_groups(weight.shape[1]))
-    torch._check(weight.shape[1] > 0, lambda: f"weight must have at least one column, got {list(weight.shape)}")
-    torch._check(
-        scales.dtype == torch.float32 and scales.shape == expected,
-        lambda: f"scales must be torch.float32 of shape {list(expected)}, got {scales.dtype} of {list(scales.shape)}",
-    )
-    checks.check_device("scales", scales, weight.device)
-    return parsed
+def _quantize_weight_scaled_result(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> Tensor:
+    dtype = torch.int8 if scheme.weight_bits == 8 else torch.uint8
+    return weight.new_empty((weight.shape[0], scheme.packed_features(weight.shape[1])), dtype=dtype)
 
 
-@torch.library.register_fake("qkernels::quantize_weight_scaled")
-def _quantize_weight_scaled_fake(weight: Tensor, scales: Tensor, scheme: int) -> Tensor:
-    parsed = _check_scaled(weight, scales, scheme)
-    dtype = torch.int8 if parsed.weight_bits == 8 else torch.uint8
-    return weight.new_empty((weight.shape[0], parsed.packed_features(weight.shape[1])), dtype=dtype)
+def _scale_gradient_result(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), scales.new_empty(scales.shape)
 
 
-@torch.library.register_fake("qkernels::scale_gradient")
-def _scale_gradient_fake(grad: Tensor, weight: Tensor, scales: Tensor, scheme: int) -> tuple[Tensor, Tensor]:
-    _check_scaled(weight, scales, scheme)
-    checks.check_matrix("grad", grad, columns=weight.shape[1])
-    torch._check(
-        grad.shape[0] == weight.shape[0],
-        lambda: f"grad must have {weight.shape[0]} rows, got shape {list(grad.shape)}",
-    )
-    checks.check_device("weight", weight, grad.device)
-    return grad.new_empty(grad.shape), torch.empty_like(scales, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("qkernels::linear_grad_input")
-def _linear_grad_input_fake(
-    grad_out: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: int,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
-    checks.check_matrix("grad_out", grad_out, columns=qweight.shape[0])
-    checks.check_out_dtype(out_dtype)
-    checks.check_device("qweight", qweight, grad_out.device)
+def _linear_grad_input_result(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype=None) -> Tensor:
     return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
 
 
-@torch.library.register_fake("qkernels::column_scales")
-def _column_scales_fake(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: int) -> Tensor:
-    checks.check_weight(qweight, scales, zeros, in_features, QuantScheme.from_code(scheme))
+def _column_scales_result(qweight, scales, zeros, in_features, scheme) -> Tensor:
     return scales.new_empty((in_features,), dtype=torch.float32)
 
 
-@torch.library.register_fake("qkernels::int_grad_input")
-def _int_grad_input_fake(
-    q_grad: Tensor,
-    grad_scales: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: int,
-    column_scales: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
+def _int_grad_input_result(
+    q_grad, grad_scales, qweight, scales, zeros, in_features, scheme, column_scales=None, *, out_dtype=None
 ) -> Tensor:
-    parsed = QuantScheme.from_code(scheme)
-    checks.check_weight(qweight, scales, zeros, in_features, parsed)
-    out_features = qweight.shape[0]
-    torch._check(
-        out_features <= MAX_REDUCTION,
-        lambda: f"qweight must have at most {MAX_REDUCTION} rows for exact int32 sums, got {list(qweight.shape)}",
-    )
-    torch._check(
-        q_grad.dtype == torch.int8 and q_grad.dim() == 2 and q_grad.shape[1] == out_features,
-        lambda: (
-            f"q_grad must be torch.int8 with {out_features} columns, got {q_grad.dtype} of shape {list(q_grad.shape)}"
-        ),
-    )
-    checks.check_device("qweight", qweight, q_grad.device)
-    checks.check_vector("grad_scales", grad_scales, q_grad.shape[0], q_grad.device)
-    if parsed.group_size is None:
-        torch._check(column_scales is None, lambda: f"column_scales must be None for scheme {parsed}")
-    else:
-        torch._check(column_scales is not None, lambda: f"column_scales is required for scheme {parsed}")
-        checks.check_vector("column_scales", column_scales, in_features, q_grad.device)
-    checks.check_out_dtype(out_dtype)
     return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
 
 
-@torch.library.register_fake("qkernels::linear_cross_entropy")
-def _linear_cross_entropy_fake(
-    hidden: Tensor,
-    target: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: int,
-    dither: Tensor | None = None,
-    *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+def _linear_cross_entropy_result(
+    hidden, target, qweight, scales, zeros, bias, scheme, dither=None, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _linear_fake(hidden, qweight, scales, zeros, bias, scheme)
     rows, columns = hidden.shape
-    for name, tensor in (("target", target), ("dither", dither)):
-        if tensor is not None:
-            torch._check(
-                tensor.dtype == torch.int64 and tensor.shape == (rows,),
-                lambda name=name, tensor=tensor: (
-                    f"{name} must be torch.int64 of shape [{rows}], got {tensor.dtype} of shape {list(tensor.shape)}"
-                ),
-            )
-            checks.check_device(name, tensor, hidden.device)
-    torch._check(
-        softcap == 0 or label_smoothing == 0,
-        lambda: f"softcap must be 0 with label_smoothing, got {softcap} and {label_smoothing}",
-    )
-    torch._check(softcap == 0 or softcap >= 2.0**-126, lambda: f"softcap must be 0 or at least 2^-126, got {softcap}")
-    torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    torch._check(math.isfinite(z_loss), lambda: f"z_loss must be finite, got {z_loss}")
-    float32 = {"dtype": torch.float32}
-    grad = hidden.new_empty((0 if dither is None else rows, columns), **float32)
-    return hidden.new_empty((rows,), **float32), hidden.new_empty((rows,), **float32), grad
+    grad = hidden.new_empty((0 if dither is None else rows, columns), dtype=torch.float32)
+    return hidden.new_empty((rows,), dtype=torch.float32), hidden.new_empty((rows,), dtype=torch.float32), grad
 
 
-def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
-    checks.check_matrix("x", x)
-    torch._check(x.shape[1] >= 1, lambda: f"x must have at least 1 column, got shape {list(x.shape)}")
-    if factors is not None:
-        checks.check_vector(name, factors, x.shape[dim], x.device)
-    torch._check(
-        seed.dtype == torch.int64 and seed.dim() == 0,
-        lambda: f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}",
-    )
-    torch._check(0 <= stream < 2**32, lambda: f"stream must be between 0 and 2^32 - 1, got {stream}")
-
-
-@torch.library.register_fake("qkernels::quantize_rows")
-def _quantize_rows_fake(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    _check_random(x, "column_factors", column_factors, 1, seed, stream)
+def _quantize_rows_result(x, column_factors, seed, stream) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("qkernels::quantize_columns")
-def _quantize_columns_fake(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    _check_random(x, "row_factors", row_factors, 0, seed, stream)
-    rows, columns = x.shape
-    return x.new_empty((columns, rows), dtype=torch.int8), x.new_empty(columns, dtype=torch.float32)
+def _quantize_columns_result(x, row_factors, seed, stream) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-def _register_reference(name: str) -> None:
-    """Run `reference.<name>` on devices that have no kernel of their own, after the fake kernel's checks."""
-    check, choice = globals()[f"_{name}_fake"], dispatch.Choice("reference", "")
+def _register(name: str) -> None:
+    """The kernels of an operator that are written in Python, all of which check the arguments alike.
 
-    def run(*args, **kwargs):
+    Fake tensors get results without values; devices that have no kernel of their own, and tensors of other layouts,
+    which are refused, come to the reference; CUDA and ROCm tensors to what `dispatch.select` chooses.
+    """
+    check, result = getattr(checks, name), globals()[f"_{name}_result"]
+    names = tuple(argument.name for argument in getattr(_ops, name).default._schema.arguments)
+    on_reference = dispatch.Choice("reference", "")
+
+    def fake(*args, **kwargs):
+        args = dispatch.with_scheme(name, args)
         check(*args, **kwargs)
-        return dispatch.run(name, choice, args, kwargs)
+        return result(*args, **kwargs)
 
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    def run_reference(*args, **kwargs):
+        checks.check_strided(names, args)
+        check(*dispatch.with_scheme(name, args), **kwargs)
+        return dispatch.run(name, on_reference, args, kwargs)
 
-
-def _register_gpu(name: str) -> None:
-    """On CUDA and ROCm tensors run what `dispatch.select` chooses, after the fake kernel's checks."""
-    check = globals()[f"_{name}_fake"]
-
-    def run(*args, **kwargs):
-        check(*args, **kwargs)
+    def run_gpu(*args, **kwargs):
+        check(*dispatch.with_scheme(name, args), **kwargs)
         choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
         return dispatch.run(name, choice, args, kwargs)
 
-    _LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"qkernels::{name}", fake)
+    _LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run_reference, "AutogradNestedTensor")
+    _LIBRARY.impl(name, run_gpu, "CUDA")
 
 
 for _name in (
@@ -568,5 +397,4 @@ for _name in (
     "quantize_rows",
     "quantize_columns",
 ):
-    _register_reference(_name)
-    _register_gpu(_name)
+    _register(_name)

@@ -268,3 +268,76 @@ def test_gradients_with_too_many_columns_are_refused(device):
     }
     with pytest.raises(RuntimeError, match="qweight must have at most 131072 rows for exact int32 sums"):
         ops.int_grad_input(**given, zeros=None, in_features=1, scheme="w8a16")
+
+
+@pytest.mark.parametrize("op", WEIGHT_OPS)
+def test_tensors_that_are_not_dense_are_refused(op):
+    given = arguments(op)
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        others = [value.to_sparse(), torch.nested.nested_tensor([value, value])]
+        if value.dtype == torch.float32 and value.dim() == 2:
+            others.append(value.to_mkldnn())
+        for other in others:
+            with pytest.raises(RuntimeError, match=rf"{name} must be a dense tensor \(layout torch.strided\), got "):
+                getattr(ops, op)(**{**given, name: other})
+
+
+def test_what_does_not_fit_is_not_copied():
+    """A wrong shape is told before anything is made contiguous: an expanded tensor stands for any number of bytes."""
+    side = 2**30
+    given = arguments("linear")
+    huge = {
+        "x": torch.ones(1, 1).expand(side, side),
+        "qweight": torch.ones(1, 1, dtype=torch.uint8).expand(side, side),
+        "scales": torch.ones(1, 1).expand(side, side),
+        "zeros": torch.ones(1, 1, dtype=torch.uint8).expand(side, side),
+        "bias": torch.ones(1).expand(side),
+    }
+    for name, value in huge.items():
+        with pytest.raises(RuntimeError, match=f"(^|, )({name}|in_features|qweight) must"):
+            ops.linear(**{**given, name: value})
+    with pytest.raises(MemoryError, match=r"out of memory: \d+ bytes for (a contiguous copy of x|a result of torch)"):
+        ops.linear(**{**given, "x": torch.ones(1, K).expand(2**40, K)})
+
+
+@pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
+def test_the_seed_lies_on_the_cpu(op):
+    with pytest.raises(RuntimeError, match="seed must be on cpu, got meta"):
+        getattr(ops, op)(**{**arguments(op), "seed": torch.tensor(1, device="meta")})
+
+
+def test_checks_allocate_nothing():
+    """They run before every call on a GPU: no tensor is made, whatever the operator."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from qkernels import checks
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(f"a check calls {func}")
+
+    calls = [(getattr(checks, op), arguments(op)) for op in CASES]
+    for _, given in calls:
+        if "scheme" in given:
+            given["scheme"] = QuantScheme.parse(given["scheme"])
+    with Refuse():
+        for check, given in calls:
+            check(**given)
+
+
+def test_misaligned_storage_is_read_by_value():
+    """Tensors of a file that is mapped into memory may begin at any byte."""
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        bytes_ = tensor.contiguous().view(torch.uint8).flatten()
+        moved = torch.frombuffer(bytearray(b"\0" + bytes(bytes_.tolist())), dtype=tensor.dtype, offset=1)
+        return moved.view(tensor.shape)
+
+    given = arguments("linear")
+    given = {**given, "x": torch.randn(ROWS, K), "scales": torch.randn(N, 2), "bias": torch.randn(N)}
+    expected = ops.linear(**given)
+    moved = {name: shifted(given[name]) for name in ("x", "qweight", "scales", "zeros", "bias")}
+    assert moved["x"].data_ptr() % 4 != 0
+    assert torch.equal(ops.linear(**{**given, **moved}), expected)

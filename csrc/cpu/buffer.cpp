@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "core/out_of_memory.h"
+
 namespace qk {
 namespace {
 
@@ -66,7 +68,10 @@ thread_local Kept kept;
 
 Scratch take_scratch(int64_t bytes) {
   const Scratch found = bytes >= kLarge ? kept.take(bytes) : Scratch{nullptr, 0};
-  return found.data != nullptr ? found : Scratch{::operator new(bytes, kLine), bytes};
+  if (found.data != nullptr) return found;
+  void* const data = ::operator new(bytes, kLine, std::nothrow);
+  if (data == nullptr) throw OutOfMemory(bytes, "the scratch of an operator");
+  return {data, bytes};
 }
 
 void give_scratch(Scratch scratch) {

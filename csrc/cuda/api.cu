@@ -73,23 +73,25 @@ cudaError_t linear_float(const Matrix& x, const Weight& weight, const Bias& bias
   return float_matmul(args, device.stream);
 }
 
-}  // namespace
+// x quantized for int_matmul; rows are padded, so that only the weight decides whether copies are aligned.
+struct Operand {
+  QuantizedX x;
+  Order order;
 
-cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
-                   const Device& device) {
-  if (x.rows == 0 || weight.n == 0) return cudaSuccess;
-  if (!weight.scheme.int_activations()) return linear_float(x, weight, bias, out, out_dtype, device);
-  const Scheme& scheme = weight.scheme;
-  const Storage storage = scheme.weight_bits == 8 ? Storage::int8 : Storage::int4;
-  // Rows of x are padded, so that only the weight decides whether copies are aligned.
-  const int64_t stride = round_up(x.cols, 32);
-  const QuantizedX to = {allocate<int8_t>(device, x.rows * stride),
-                         allocate<float>(device, x.rows * scheme.act_groups(x.cols)), stride};
-  const Order order = storage == Storage::int8 ? Order::plain : Order::interleaved;
-  const cudaError_t error = quantize_rows(rows_args(x, to, scheme.act_group_size, order), device.stream);
-  if (error != cudaSuccess) return error;
-  const IntMatmulArgs args = {.x = to.q,
-                              .x_scales = to.scales,
+  Operand(const Matrix& x, const Scheme& scheme)
+      : x{nullptr, nullptr, round_up(x.cols, 32)}, order(scheme.weight_bits == 8 ? Order::plain : Order::interleaved) {}
+
+  cudaError_t quantize(const Matrix& from, const Scheme& scheme, const Device& device) {
+    x.q = allocate<int8_t>(device, from.rows * x.stride);
+    x.scales = allocate<float>(device, from.rows * scheme.act_groups(from.cols));
+    return quantize_rows(rows_args(from, x, scheme.act_group_size, order), device.stream);
+  }
+};
+
+cudaError_t linear_int(const Matrix& x, const QuantizedX& quantized, const Weight& weight, const Bias& bias, void* out,
+                       DType out_dtype, const Device& device) {
+  const IntMatmulArgs args = {.x = quantized.q,
+                              .x_scales = quantized.scales,
                               .weight = weight.qweight,
                               .scales = weight.scales,
                               .zeros = weight.zeros,
@@ -99,11 +101,35 @@ cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void
                               .m = static_cast<int>(x.rows),
                               .n = static_cast<int>(weight.n),
                               .k = static_cast<int>(x.cols),
-                              .x_stride = stride,
+                              .x_stride = quantized.stride,
                               .weight_stride = weight.row_bytes,
-                              .x_shift = group_shift(scheme.act_group_size),
-                              .w_shift = group_shift(scheme.group_size)};
+                              .x_shift = group_shift(weight.scheme.act_group_size),
+                              .w_shift = group_shift(weight.scheme.group_size)};
+  const Storage storage = weight.scheme.weight_bits == 8 ? Storage::int8 : Storage::int4;
   return int_matmul(args, storage, device.processors, device.stream);
+}
+
+}  // namespace
+
+cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
+                   const Device& device) {
+  if (x.rows == 0 || weight.n == 0) return cudaSuccess;
+  if (!weight.scheme.int_activations()) return linear_float(x, weight, bias, out, out_dtype, device);
+  Operand operand(x, weight.scheme);
+  const cudaError_t error = operand.quantize(x, weight.scheme, device);
+  if (error != cudaSuccess) return error;
+  return linear_int(x, operand.x, weight, bias, out, out_dtype, device);
+}
+
+cudaError_t linear_saving(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
+                          int8_t* q, float* scales, const Device& device) {
+  const cudaError_t error = quantize_activation(x, weight.scheme, q, scales, device);
+  if (error != cudaSuccess || x.rows == 0 || weight.n == 0) return error;
+  const Operand operand(x, weight.scheme);
+  // What is saved is what is multiplied, unless the product needs its rows padded or in another order.
+  const bool same = operand.order == Order::plain && operand.x.stride == x.cols;
+  if (!same) return linear(x, weight, bias, out, out_dtype, device);
+  return linear_int(x, {q, scales, x.cols}, weight, bias, out, out_dtype, device);
 }
 
 cudaError_t int_grad_input(const QuantizedRows& grad, const Weight& weight, const float* column_scales, void* out,

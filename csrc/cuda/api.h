@@ -29,6 +29,10 @@ cudaError_t quantize_rows(const Matrix& x, const float* factors, const Random& r
 cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
                    const Device& device);
 
+// The same for a8 schemes without groups of activations, and x as it was multiplied: q [rows, cols], scales [rows].
+cudaError_t linear_saving(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
+                          int8_t* q, float* scales, const Device& device);
+
 // out: [grad.rows, weight.k]; column_scales: [weight.k] for grouped weights, else null.
 cudaError_t int_grad_input(const QuantizedRows& grad, const Weight& weight, const float* column_scales, void* out,
                            DType out_dtype, const Device& device);

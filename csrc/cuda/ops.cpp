@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -15,6 +16,19 @@ namespace {
 
 using namespace qk::tensors;
 
+// The driver is asked once for a device.
+int processors_of(int device) {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices];
+  const bool keep = device < kMostDevices;
+  if (const int count = keep ? known[device].load(std::memory_order_relaxed) : 0; count != 0) return count;
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  require(error == cudaSuccess, "CUDA device ", device, ": ", cudaGetErrorString(error));
+  if (keep) known[device].store(count, std::memory_order_relaxed);
+  return count;
+}
+
 // Makes the device of a tensor current for the time of a call. Kernels run on torch's stream; scratch is memory of
 // torch's allocator, which keeps it until they are done.
 class Call {
@@ -24,8 +38,7 @@ class Call {
     void* stream = nullptr;
     require(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "no CUDA stream on device ", index);
     stream_ = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index);
-    require(error == cudaSuccess, "CUDA device ", index, ": ", cudaGetErrorString(error));
+    processors_ = processors_of(index);
   }
 
   qk::cuda::Device device() { return {stream_, processors_, allocate, this}; }
@@ -51,16 +64,21 @@ void check_launch(const char* op, cudaError_t error) {
           missing ? "; build the package with TORCH_CUDA_ARCH_LIST for this device" : "");
 }
 
+// Kernels count rows in 32 bits.
+void check_rows(const char* name, int64_t rows) {
+  require(rows <= INT32_MAX, name, " must have less than 2^31 rows, got ", rows);
+}
+
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
   Call call(x_arg);
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {view.rows, scheme.act_groups(view.cols)}, ScalarType::Float);
+  FloatMatrix x("x", x_arg);
+  check_rows("x", x.rows);
+  Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor scales = new_tensor(x_arg, {x.rows, scheme.act_groups(x.cols)}, ScalarType::Float);
   check_launch("quantize_activation",
-               qk::cuda::quantize_activation(view, scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+               qk::cuda::quantize_activation(x.read(), scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
                                              static_cast<float*>(scales.mutable_data_ptr()), call.device()));
   return {q, scales};
 }
@@ -68,49 +86,61 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t sche
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
                                          int64_t stream) {
   Call call(x_arg);
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const float* const factors = factors_of("column_factors", column_factors, view.cols);
-  Tensor q = torch::stable::new_empty(x, {view.rows, view.cols}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {view.rows}, ScalarType::Float);
-  check_launch("quantize_rows", qk::cuda::quantize_rows(view, factors, random_of(seed, stream),
+  FloatMatrix x("x", x_arg);
+  check_rows("x", x.rows);
+  const float* const factors = factors_of("column_factors", column_factors, x.cols);
+  Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
+  check_launch("quantize_rows", qk::cuda::quantize_rows(x.read(), factors, random_of(seed, stream),
                                                         static_cast<int8_t*>(q.mutable_data_ptr()),
                                                         static_cast<float*>(scales.mutable_data_ptr()), call.device()));
   return {q, scales};
 }
 
-// What linear multiplies; its kernels count rows in 32 bits, and multiply no float32.
-void check_linear(const qk::Matrix& x, const qk::Weight& weight) {
-  require(x.rows <= INT32_MAX, "x must have less than 2^31 rows, got ", x.rows);
-  require(weight.n <= INT32_MAX, "qweight must have less than 2^31 rows, got ", weight.n);
-  require(weight.scheme.int_activations() || x.dtype != qk::DType::float32, "x must be bfloat16 or float16 for scheme ",
-          weight.scheme, ", got torch.float32");
+// What linear multiplies, which is no float32 for a16 schemes.
+void check_linear(const Tensor& x, const qk::Weight& weight) {
+  check_rows("x", x.size(0));
+  check_rows("qweight", weight.n);
+  require(weight.scheme.int_activations() || x.scalar_type() != ScalarType::Float,
+          "x must be bfloat16 or float16 for scheme ", weight.scheme, ", got torch.float32");
 }
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
               std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   Call call(x_arg);
-  const Tensor x = as_contiguous(x_arg);
-  const qk::Matrix view = matrix("x", x, -1);
-  const CanonicalWeight weight(qweight, scales, zeros, view.cols, qk::scheme_of(scheme_code));
-  check_linear(view, weight.get());
-  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  FloatMatrix x("x", x_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
+  check_linear(x_arg, weight.get());
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
-  Tensor out = torch::stable::new_empty(x, {view.rows, weight.get().n}, dtype);
+  Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
   check_launch("linear",
-               qk::cuda::linear(view, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, call.device()));
+               qk::cuda::linear(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type, call.device()));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias,
+std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
+                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
                                                  int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
-  require(scheme.act_group_size == 0, "scheme must have no groups of activations, got ", scheme);
-  const auto [q, x_scales] = quantize_activation(x, scheme_code);
-  const Tensor row_scales = torch::stable::view(x_scales, {x_scales.size(0)});
-  return {linear(x, qweight, scales, zeros, bias, scheme_code, out_dtype), q, row_scales};
+  require(scheme.int_activations() && scheme.act_group_size == 0,
+          "scheme must be an a8 scheme without groups of activations, got ", scheme);
+  Call call(x_arg);
+  FloatMatrix x("x", x_arg);
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, scheme);
+  check_linear(x_arg, weight.get());
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
+  Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
+  Tensor x_scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
+  check_launch("linear_saving",
+               qk::cuda::linear_saving(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+                                       static_cast<int8_t*>(q.mutable_data_ptr()),
+                                       static_cast<float*>(x_scales.mutable_data_ptr()), call.device()));
+  return {out, q, x_scales};
 }
 
 Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, const Tensor& qweight,
@@ -119,9 +149,11 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   Call call(grad_arg);
   const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
   const IntGradient args(grad_arg, grad_scales_arg, weight.get(), column_scales_arg);
+  check_rows("q_grad", args.rows().rows);
+  require(in_features <= INT32_MAX, "in_features must be less than 2^31, got ", in_features);
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
   const qk::DType out_type = dtype_of("out_dtype", dtype);
-  Tensor out = torch::stable::new_empty(grad_arg, {args.rows().rows, in_features}, dtype);
+  Tensor out = new_tensor(grad_arg, {args.rows().rows, in_features}, dtype);
   check_launch("int_grad_input", qk::cuda::int_grad_input(args.rows(), weight.get(), args.column_scales(),
                                                           out.mutable_data_ptr(), out_type, call.device()));
   return out;

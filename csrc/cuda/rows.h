@@ -10,7 +10,7 @@ namespace qk::cuda {
 // How a row of q lies in memory.
 enum class Order {
   plain,        // k ascending
-  interleaved,  // NOTE [interleaved] in int_matmul.cuh; rows end at a multiple of 32, with zeros
+  interleaved,  // NOTE [interleaved] in int_matmul.cu; rows end at a multiple of 32, with zeros
 };
 
 struct RowsArgs {

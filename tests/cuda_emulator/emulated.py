@@ -222,13 +222,31 @@ class Emulated:
         scheme: str,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
+        arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
+        return self._call("linear", *arguments, self.processors)
+
+    def linear_saving(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        scheme: str,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
+        saved = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
+        return self._call("linear_saving", *arguments, *saved, self.processors)
+
+    def _product(self, x, qweight, scales, zeros, bias, scheme, out_dtype) -> tuple:
+        """The arguments of a product, and where its result goes."""
         x, n = self._begin(x), qweight.shape[0]
         out = self.noise((x.shape[0], n), out_dtype or x.dtype)
         weight = self._stored(qweight, scales, zeros)
         bias = None if bias is None else self.place(bias)
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-        arguments = (x, DTYPES[x.dtype], *x.shape, *weight, n, scheme, bias, bias_dtype)
-        return self._call("linear", *arguments, out, DTYPES[out.dtype], self.processors)
+        return x, DTYPES[x.dtype], *x.shape, *weight, n, scheme, bias, bias_dtype, out, DTYPES[out.dtype]
 
     def int_grad_input(
         self,

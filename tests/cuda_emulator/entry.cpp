@@ -68,6 +68,14 @@ int linear(const void* x, int dtype, int64_t rows, int64_t cols, const void* qwe
                           static_cast<qk::DType>(out_dtype), device(processors));
 }
 
+int linear_saving(const void* x, int dtype, int64_t rows, int64_t cols, const void* qweight, const float* scales,
+                  const uint8_t* zeros, int64_t n, const char* scheme, const void* bias, int bias_dtype, void* out,
+                  int out_dtype, int8_t* q, float* x_scales, int processors) {
+  const qk::Weight weight(qk::parse_scheme(scheme), n, cols, qweight, scales, zeros);
+  return qk::cuda::linear_saving(matrix(x, dtype, rows, cols), weight, {bias, static_cast<qk::DType>(bias_dtype)}, out,
+                                 static_cast<qk::DType>(out_dtype), q, x_scales, device(processors));
+}
+
 // Why these tiles: of an `a8` forward with K a multiple of 16 or not, and of an `a16` forward.
 const char* tile_reason(int m, int n, int k, int processors) {
   qk::cuda::IntMatmulArgs args = {};

@@ -15,8 +15,9 @@ if emulated.MISSING:
 
 CASES = [
     (op, scheme)
-    for op in ("quantize_activation", "quantize_rows", "linear", "int_grad_input")
+    for op in ("quantize_activation", "quantize_rows", "linear", "linear_saving", "int_grad_input")
     for scheme in op_samples.OP_SCHEMES[op]
+    if op != "linear_saving" or "-ag" not in scheme
 ]
 
 
@@ -42,6 +43,14 @@ def test_every_kind_of_kernel(op, scheme, shape, dtype):
         kernels.schedule(seed, early_copies)
         check(op, scheme, sample, getattr(kernels, op)(*sample.args))
     assert kernels.counts()["conflicts"] == 0
+
+
+def test_saving_quantizes_once_where_the_product_reads_what_is_saved():
+    """And where it reads padded rows or another order, which 40 columns or 4 bits make it do, a second time."""
+    kernels = emulated.library()
+    for scheme, columns, launches in (("w8a8", 64, 2), ("w8a8-g32", 96, 2), ("w8a8", 40, 3), ("w4a8", 64, 3)):
+        sample = cases.sample("linear_saving", scheme, (5, 33, columns), torch.bfloat16)
+        assert len(kernels.record("linear_saving", *sample.args)) == launches, (scheme, columns)
 
 
 def test_few_columns_divide_the_depth():
