@@ -19,7 +19,9 @@ def tune(
     seconds: Annotated[float, typer.Option(help="For the whole search.")] = 600.0,
     output: Annotated[
         Path | None,
-        typer.Option(help="The file to write or add to.", show_default="tuned.json of the package, where it is read"),
+        typer.Option(
+            help="The file to write or add to.", show_default="tuned.json in ~/.cache/qkernels"
+        ),
     ] = None,
 ) -> None:
     """Measure tiles of the GPU kernels and keep the fastest in a file; needs a GPU."""
@@ -48,10 +50,14 @@ def tune(
 
     from ..triton import tune_device, tuning
 
+    path = output or tuning.user_file()
+    try:
+        tuning.prepare(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{error}; nothing was measured") from error
     cases = [(shape.n, shape.k, m, scheme) for shape in shapes for scheme in names for m in counts]
     with Console(stderr=True).status("measuring") as status:
         device, findings = tune_device.tune(cases, seconds, status.update)
-    path = output or tuning.FILE
     try:
         tuning.save(path, device, findings)
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import heap
+from ..cache import user_cache
 from ..convert import QuantizationReport, quantize_
 from ..nn import QuantLinear
 from ..schemes import QuantScheme
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def default_cache() -> Path:
     """Where converted models are kept."""
-    return Path.home() / ".cache" / "qkernels"
+    return user_cache()
 
 
 def require(*modules: str) -> None:

@@ -20,7 +20,7 @@ class Target:
         capability: compute capability times ten (80, 89, 90, ...); 0 on HIP.
         processors: multiprocessors (compute units), each of which runs a few programs at a time.
         shared_bytes: shared memory that one program may use.
-        tuned: tiles that were measured to be the fastest, by product (`tuning.load`), before those of `configs`.
+        tuned: tiles that were measured to be the fastest, by product (`tuning.tuned`), before those of `configs`.
     """
 
     backend: str
@@ -37,13 +37,13 @@ class Target:
 
         found = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            return cls("hip", 0, found.multi_processor_count, 64 * 1024, tuning.load(tuning.FILE, found.name))
+            return cls("hip", 0, found.multi_processor_count, 64 * 1024, tuning.tuned(found.name))
         return cls(
             "cuda",
             10 * found.major + found.minor,
             found.multi_processor_count,
             getattr(found, "shared_memory_per_block_optin", 99 * 1024),
-            tuning.load(tuning.FILE, found.name),
+            tuning.tuned(found.name),
         )
 
 

@@ -1,18 +1,22 @@
-"""Tiles measured on a device: `qkernels tune` searches within a time budget and writes one file, to be committed.
+"""Tiles measured on a device: `qkernels tune` searches within a time budget and writes one file.
 
-The file lists for each device the products for which other tiles than those of `configs` were faster. Every candidate
-gives the same bits for `a8` schemes: an exact sum has no order.
+The file lists for each device the products for which other tiles than those of `configs` were faster. Two are read: the
+one of the package, should it have one, and then that of the user (`user_file`), whose entries go before. Every
+candidate gives the same bits for `a8` schemes: an exact sum has no order.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product as combinations
 from pathlib import Path
 
+from ..cache import user_cache
 from .configs import OPERAND_BYTES, Config, Product, bucket, choose
 from .launch import Target
 
@@ -84,25 +88,46 @@ def search(
     return Finding(bucket(product), best, seconds, before, tried)
 
 
-def load(path: Path, device: str) -> Mapping[Product, Config]:
+def user_file() -> Path:
+    """The file that `qkernels tune` writes unless it is told another."""
+    return user_cache() / FILE.name
+
+
+def tuned(device: str) -> Mapping[Product, Config]:
+    """The tiles that the package's file and the user's hold for the device of this name.
+
+    A file that cannot be read is warned of and left out: the tiles of `configs` are right, too, if slower.
+    """
+    found: dict[Product, Config] = {}
+    for path in (FILE, user_file()):
+        try:
+            found |= load(path, device)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{error}; tiles are chosen without it: run `qkernels tune`, or delete it", stacklevel=2)
+    return found
+
+
+def load(path: Path, device: str) -> dict[Product, Config]:
     """The tiles that the file at `path`, if there is one, holds for the device of this name.
 
     Raises:
-        ValueError: if the file is not one that `save` wrote.
+        ValueError: naming the file, if it is not one that `save` wrote.
+        OSError: if it cannot be read.
     """
-    if not path.exists():
-        return {}
-    return {Product(**entry["product"]): Config(**entry["config"]) for entry in _read(path)["devices"].get(device, ())}
+    return {product: config for product, (config, _) in _entries(path, _read(path)).get(device, {}).items()}
 
 
 def save(path: Path, device: str, findings: list[Finding]) -> None:
     """Write the better ones of `findings` for the device into the file at `path`; entries of others stay.
 
+    The file is replaced as a whole, or stays as it was.
+
     Raises:
         ValueError: if there is a file that is not one of these.
+        OSError: if it cannot be written.
     """
-    content = _read(path) if path.exists() else {"format": FORMAT, "devices": {}}
-    kept = {Product(**entry["product"]): entry for entry in content["devices"].get(device, ())}
+    content = _read(path)
+    kept = {product: entry for product, (_, entry) in _entries(path, content).get(device, {}).items()}
     for finding in findings:
         kept.pop(finding.product, None)
         if finding.better:
@@ -113,14 +138,77 @@ def save(path: Path, device: str, findings: list[Finding]) -> None:
                 "before": finding.before,
             }
     content["devices"][device] = list(kept.values())
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    _replace(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def prepare(path: Path) -> None:
+    """Find out, before anything is measured, whether `save` can write the file.
+
+    Raises:
+        ValueError, OSError: as `save` does.
+    """
+    content = _read(path)
+    _entries(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(path)
+    scratch.touch()
+    scratch.unlink()
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(path)
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict:
+    """What the file holds, or what an empty one would; only its outermost layer is checked."""
+    if not path.exists():
+        return {"format": FORMAT, "devices": {}}
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of qkernels tune: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no file of qkernels tune, or of another version")
+    if not isinstance(content.get("devices"), dict):
+        raise ValueError(f"{path} is no file of qkernels tune: it lists no devices")
     return content
+
+
+def _entries(path: Path, content: dict) -> dict[str, dict[Product, tuple[Config, dict]]]:
+    """By device and product: the tiles, and the entry as it stands in the file."""
+    devices: dict[str, dict[Product, tuple[Config, dict]]] = {}
+    for device, entries in content["devices"].items():
+        if not isinstance(entries, list):
+            raise ValueError(f"{path} is no file of qkernels tune: {device!r} has no list of products")
+        devices[device] = {}
+        for number, entry in enumerate(entries):
+            parts = (entry.get("product"), entry.get("config")) if isinstance(entry, dict) else (None, None)
+            product, config = _build(Product, parts[0]), _build(Config, parts[1])
+            if product is None or config is None or product.operand not in OPERAND_BYTES:
+                raise ValueError(f"{path} is no file of qkernels tune: entry {number} of {device!r} is broken")
+            devices[device][product] = (config, entry)
+    return devices
+
+
+def _build(kind: type, values: object) -> Product | Config | None:
+    """The dataclass with these values, or None if they are not of its fields and their types."""
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(kind)}:
+        return None
+    for field in fields(kind):
+        value = values[field.name]
+        if type(value).__name__ != field.type or (isinstance(value, int) and value < 0):
+            return None
+    return kind(**values)

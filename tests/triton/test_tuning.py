@@ -1,5 +1,11 @@
 """The search for tiles, with times that are made up, and the file it leaves."""
 
+import json
+import re
+import resource
+import signal
+from dataclasses import asdict
+
 import pytest
 from typer.testing import CliRunner
 
@@ -87,9 +93,91 @@ def test_file(tmp_path):
     assert tuning.load(path, "B") == {}
     tuning.save(path, "A", [tuning.Finding(bucket(PRODUCTS[2]), config, 2.0, 2.0, 9)])
     assert tuning.load(path, "A") == {}
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="tune"):
-        tuning.load(path, "A")
+
+
+def entries(**changed) -> dict:
+    """The content of a good file with one entry for A, of which some parts are changed."""
+    finding = tuning.Finding(bucket(PRODUCTS[2]), list(tuning.candidates(PRODUCTS[2], TARGET))[3], 1.0, 2.0, 9)
+    entry = {"product": asdict(finding.product), "config": asdict(finding.config), "seconds": 1.0, "before": 2.0}
+    return {"format": tuning.FORMAT, "devices": {"A": [{**entry, **changed}]}}
+
+
+BROKEN = {
+    "no object": b"[]",
+    "empty": b"",
+    "half": json.dumps(entries()).encode()[:-20],
+    "no UTF-8": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    "another version": json.dumps({**entries(), "format": 0}).encode(),
+    "no devices": json.dumps({"format": tuning.FORMAT}).encode(),
+    "devices of another kind": json.dumps({"format": tuning.FORMAT, "devices": [1]}).encode(),
+    "no list": json.dumps({"format": tuning.FORMAT, "devices": {"A": 3}}).encode(),
+    "entry of another kind": json.dumps({"format": tuning.FORMAT, "devices": {"A": ["x"]}}).encode(),
+    "no product": json.dumps(entries(product=None)).encode(),
+    "no config": json.dumps(entries(config={})).encode(),
+    "unknown field": json.dumps(entries(product={**entries()["devices"]["A"][0]["product"], "x": 1})).encode(),
+    "field of another type": json.dumps(
+        entries(config={**entries()["devices"]["A"][0]["config"], "rows": "64"})
+    ).encode(),
+    "unknown operand": json.dumps(
+        entries(product={**entries()["devices"]["A"][0]["product"], "operand": "int3"})
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind):
+    """It is a ValueError for who reads or adds to it, is left alone, and is warned of where a GPU wants its tiles."""
+    path = tmp_path / "qkernels" / "tuned.json"
+    path.parent.mkdir()
+    path.write_bytes(BROKEN[kind])
+    for call in (
+        lambda: tuning.load(path, "A"),
+        lambda: tuning.save(path, "B", []),
+        lambda: tuning.prepare(path),
+    ):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no file of qkernels tune"):
+            call()
+    assert path.read_bytes() == BROKEN[kind] and list(path.parent.iterdir()) == [path]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match=f"{re.escape(str(path))}.*run `qkernels tune`, or delete it"):
+        assert tuning.tuned("A") == {}
+
+
+def test_the_file_of_the_user_goes_before_that_of_the_package(tmp_path, monkeypatch):
+    first, second, third = list(tuning.candidates(PRODUCTS[2], TARGET))[1:4]
+    monkeypatch.setattr(tuning, "FILE", tmp_path / "package" / "tuned.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.user_file() == tmp_path / "qkernels" / "tuned.json"
+    found = [
+        tuning.Finding(bucket(product), config, 1.0, 2.0, 9)
+        for product, config in zip((PRODUCTS[2], PRODUCTS[0], PRODUCTS[2]), (first, second, third), strict=True)
+    ]
+    tuning.save(tuning.FILE, "A", found[:2])
+    tuning.save(tuning.user_file(), "A", found[2:])
+    assert tuning.tuned("A") == {bucket(PRODUCTS[2]): third, bucket(PRODUCTS[0]): second}
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuning.user_file() == tmp_path / "home/.cache/qkernels/tuned.json"
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    config = list(tuning.candidates(PRODUCTS[2], TARGET))[3]
+    tuning.save(path, "A", [tuning.Finding(bucket(PRODUCTS[2]), config, 1.0, 2.0, 9)])
+    before = path.read_bytes()
+    many = [tuning.Finding(Product(16 + i, 64, 64, "int8"), config, 1.0, 2.0, 9) for i in range(300)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tuning.save(path, "B", many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert tuning.load(path, "A") == {bucket(PRODUCTS[2]): config}
 
 
 def test_launches_follow_the_file():
