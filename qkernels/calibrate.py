@@ -167,6 +167,14 @@ def checked_batches(
         TypeError: if `batches` is one batch instead of an iterable of them, or text.
         ValueError: if it is empty, or the scheme has 8-bit weights.
     """
+    expected = f"{argument} must be an iterable of batches"
+    if isinstance(batches, Tensor | Mapping):
+        got = f"a tensor of shape {list(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
+        raise TypeError(f"{expected}, got one batch, {got}; pass [batch]")
+    if isinstance(batches, str | bytes):
+        raise TypeError(f"{expected}, got a string; tokenize it and pass [{{'input_ids': ids}}]")
+    if not isinstance(batches, Iterable) or hasattr(batches, "__array__"):
+        raise TypeError(f"{expected} such as [x], [{{'input_ids': ids}}] or a DataLoader, got {type(batches).__name__}")
     if scheme is not None and not applies(scheme := QuantScheme.parse(scheme)):
         smooth = (
             "; to lose less to int8 activations call qkernels.smooth_(model, inputs) before quantize_"
@@ -177,14 +185,6 @@ def checked_batches(
             f"{argument} must be None for {scheme}: it chooses 4-bit weights, and 8-bit weights are as good as can be "
             f"when rounded to nearest{smooth}"
         )
-    expected = f"{argument} must be an iterable of batches"
-    if isinstance(batches, Tensor | Mapping):
-        got = f"a tensor of shape {list(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
-        raise TypeError(f"{expected}, got one batch, {got}; pass [batch]")
-    if isinstance(batches, str | bytes):
-        raise TypeError(f"{expected}, got a string; tokenize it and pass [{{'input_ids': ids}}]")
-    if not isinstance(batches, Iterable) or hasattr(batches, "__array__"):
-        raise TypeError(f"{expected} such as [x], [{{'input_ids': ids}}] or a DataLoader, got {type(batches).__name__}")
     if isinstance(batches, Sequence) and not batches:
         raise ValueError(f"{argument} must hold at least one batch, got an empty {type(batches).__name__}")
     return batches

@@ -480,6 +480,11 @@ def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
         return "forward is replaced on the instance"
     if module.weight is None or module.weight.dtype not in FLOAT_DTYPES:
         return "no weight" if module.weight is None else f"{module.weight.dtype} weight"
+    if type(module.weight) not in (Tensor, nn.Parameter):
+        kind = type(module.weight).__name__
+        return f"weight is a {kind}: " + (
+            "quantize the model before it is sharded" if kind == "DTensor" else "only plain tensors are quantized"
+        )
     in_features = float_weight(module).shape[1]
     if in_features == 0 or (scheme.int_activations and in_features > MAX_REDUCTION):
         return f"in_features {in_features} is not in 1..{MAX_REDUCTION}"

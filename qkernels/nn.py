@@ -190,11 +190,18 @@ class QuantLinear(nn.Linear):
         vars(self).pop("weight", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`, but a frozen layer refuses a `weight`.
+        """As in `nn.Module`, but a frozen layer refuses a `weight`, and every layer the shards of tensor parallelism.
 
         Raises:
             RuntimeError: for the weight of a frozen layer.
+            NotImplementedError: for a DTensor in the place of a plain tensor.
         """
+        sharded = type(self._parameters.get(name)).__name__ == "DTensor"  # by FSDP2, which does not come by here
+        if type(param).__name__ == "DTensor" and not sharded:
+            raise NotImplementedError(
+                f"{name} of a QuantLinear cannot be a DTensor: tensor parallelism (parallelize_module, tp_plan) is not "
+                "supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 (fully_shard)"
+            )
         if isinstance(param, FrozenWeight):
             raise refuse_write(f"parameter {name!r}")
         if name == "weight" and self.mode == "frozen":
