@@ -19,9 +19,7 @@ def tune(
     seconds: Annotated[float, typer.Option(help="For the whole search.")] = 600.0,
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="The file to write or add to.", show_default="tuned.json in ~/.cache/qkernels"
-        ),
+        typer.Option(help="The file to write or add to.", show_default="tuned.json in ~/.cache/qkernels"),
     ] = None,
 ) -> None:
     """Measure tiles of the GPU kernels and keep the fastest in a file; needs a GPU."""

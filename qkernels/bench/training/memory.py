@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 STEPS = 3
 
@@ -79,3 +80,23 @@ def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequ
 
 if __name__ == "__main__":
     print(json.dumps(asdict(_measure_here(**json.load(sys.stdin)))))
+
+
+def huge_pages() -> bool:
+    """Whether large tensors on the CPU lie in huge pages, as torch asks for with `THP_MEM_ALLOC_ENABLE=1`."""
+    import torch
+
+    block = torch.ones(1 << 26, dtype=torch.uint8)
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return False
+    inside = False
+    for line in lines:
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(address, 16) for address in first.split("-"))
+            inside = begin <= block.data_ptr() < end
+        elif inside and first == "AnonHugePages:":
+            return int(rest.split()[0]) > 0
+    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from ..ours import WrongResult
 from ..results import Skipped, machine
 from .cases import CASES, Case, Training
 from .contenders import Contender, contenders
-from .memory import Memory, measure
+from .memory import Memory, huge_pages, measure
 
 FORMAT = 1
 FILE = "train.json"
@@ -145,7 +144,7 @@ def run(plan: TrainPlan, progress: Callable[[str], None] = lambda message: None)
     """
     # Large blocks are mapped afresh at every step unless torch asks for huge pages, so the times depend on it.
     gpu = {"gpu": torch.cuda.get_device_name()} if plan.device == "cuda" else {}
-    surroundings = machine() | gpu | {"huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"}
+    surroundings = machine() | gpu | {"huge_pages": huge_pages()}
     results = TrainResults(surroundings, [], [])
     for name in plan.cases:
         case = CASES[name]
