@@ -265,3 +265,30 @@ def test_hub_mixin_refuses_to_save_what_it_could_not_load(tmp_path):
         model.save_pretrained(tmp_path)
     qk.dequantize_(model).save_pretrained(tmp_path)
     assert torch.equal(Net.from_pretrained(tmp_path).layer.weight, model.layer.weight)
+
+
+def test_a_head_of_another_shape_is_new_if_that_is_asked_for(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=2)).eval()
+    qk.quantize_(model, "w8a8")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    with pytest.warns(UserWarning, match="classifier has another shape than in the folder: it is new, in float"):
+        again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert type(again.classifier) is nn.Linear and again.classifier.weight.requires_grad
+    assert 0 < again.classifier.weight.std() < 0.1 and logits(again).shape == (1, 5)
+    again.save_pretrained(tmp_path / "again")
+    assert kinds(BertForSequenceClassification.from_pretrained(tmp_path / "again")) == kinds(again) != {}
+
+
+def test_quantized_float32_modules_compute_in_float32_beside_float16(tmp_path):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model.encoder.block[0].layer[1].DenseReluDense.wo.weight.data.fill_(3000.0)
+    qk.quantize_(model, "w8a8")
+    model.save_pretrained(tmp_path)
+    half = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    block = half.encoder.block[0].layer[1].DenseReluDense
+    assert block.wo.weight.dtype == torch.float32 and block.wi.weight.dtype == half.dtype == torch.float16
+    out = block(torch.ones(1, 2, 32, dtype=torch.float16))
+    assert out.dtype == torch.float32 and out.isfinite().all()

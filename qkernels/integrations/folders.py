@@ -72,14 +72,16 @@ def layer_entry(entry: str | dict[str, str], kind: dict[str, str]) -> tuple[str,
     return entry["scheme"], {key: entry[key] for key in _KIND}
 
 
-def empty_like(module: nn.Module, scheme: str, kind: dict[str, str]) -> QuantLinear | QuantEmbedding:
+def empty_like(
+    module: nn.Module, scheme: str, kind: dict[str, str], dtype: torch.dtype | None = None
+) -> QuantLinear | QuantEmbedding:
     """The quantized twin of a float layer, on the meta device, as it is stored: mode "int8" as "frozen"."""
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.like(module, scheme)
     weight = float_weight(module)
     if kind["mode"] == "int8":
         kind = {**kind, "mode": "frozen"}
-    options = {**kind, "device": "meta", "dtype": weight.dtype}
+    options = {**kind, "device": "meta", "dtype": dtype or weight.dtype}
     return QuantLinear(weight.shape[1], weight.shape[0], module.bias is not None, scheme, **options)
 
 

@@ -35,6 +35,7 @@ from ..convert import (
 )
 from ..dequantize import AFTER_DEQUANTIZE, dequantize_
 from ..embedding import QuantEmbedding
+from ..leftover import kept_in_float32
 from ..nn import QuantLinear
 from ..quantize import QuantizedWeight
 from ..schemes import QuantScheme
@@ -151,6 +152,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: list[Layer] = []
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
+        self._mismatched: set[str] = set()  # keys of the folder whose tensors have another shape
         self._to_thaw: list[QuantLinear] = []  # to mode "int8", once their tensors are read
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
 
@@ -200,6 +202,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         def check_keys(loading_info) -> None:
             del model._adjust_missing_and_unexpected_keys
             self._check_unexpected(model, saved, loading_info)
+            self._mismatched = {key for key, *_ in loading_info.mismatched_keys}
             adjust(loading_info)
 
         model._adjust_missing_and_unexpected_keys = check_keys
@@ -300,6 +303,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         config = self.quantization_config
         prefix = f"{model.base_model_prefix}."
         by_name = {name: layer for layer in find_layers(model, embeddings=True) for name in layer.names}
+        kept = kept_in_float32(model)
         for name, entry in config.layers.items():
             # The folder may have been saved from the model with a head and be loaded without, or the reverse.
             names = (name, prefix + name, name.removeprefix(prefix))
@@ -307,7 +311,9 @@ class QKernelsHfQuantizer(HfQuantizer):
             if layer is None or isinstance(layer.module, QuantLinear | QuantEmbedding):
                 continue  # the layer belongs to another head, or is known by a second name
             scheme, kind = layer_entry(entry, config.kind)
-            layer.replace(empty_like(layer.module, scheme, kind))
+            # What transformers keeps in float32 beside float16 computes in float32, quantized too.
+            dtype = torch.float32 if kept & set(layer.names) else None
+            layer.replace(empty_like(layer.module, scheme, kind, dtype))
             if kind["mode"] == "int8":
                 self._to_thaw.append(layer.module)
             _guard_from_initialization(layer.module)
@@ -328,6 +334,9 @@ class QKernelsHfQuantizer(HfQuantizer):
     def _check_restored(self) -> None:
         for layer in self._layers:
             module = layer.module
+            if any(f"{layer.name}.{name}" in self._mismatched for name in ("qweight", "scales", "zeros", "weight")):
+                self._renew(layer)  # as ignore_mismatched_sizes=True asks for: otherwise transformers has refused it
+                continue
             for name, parameter in module.named_parameters():
                 if not _is_loaded(parameter):
                     raise ValueError(f"{layer.name}.{name} is missing in the checkpoint or does not fit {module}")
@@ -337,8 +346,24 @@ class QKernelsHfQuantizer(HfQuantizer):
                 module.update_column_scales()
                 if any(module is layer for layer in self._to_thaw):
                     module.thaw_int8_()
-        self.quantization_config.layers = describe(self._model)["layers"]
+        self.quantization_config.layers = describe(self._model).get("layers", {})
         self._layers, self._to_thaw = [], []
+
+    def _renew(self, layer: Layer) -> None:
+        """Put a new float layer in the place of one that the folder has in another shape."""
+        old = layer.module
+        device = next((p.device for p in self._model.parameters() if not p.is_meta), None)
+        options = {"device": device, "dtype": old.compute_dtype}
+        if isinstance(old, QuantEmbedding):
+            new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **options)
+        else:
+            new = nn.Linear(old.in_features, old.out_features, old.bias is not None, **options)
+        self._model._init_weights(new)
+        for parent, key in layer.slots:
+            setattr(parent, key, new)
+        warnings.warn(
+            f"{layer.name} has another shape than in the folder: it is new, in float and not trained", stacklevel=2
+        )
 
 
 def _module_of(model: nn.Module, key: str) -> nn.Module | None:
