@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import loss_plan, plans, training_plans
+from .late_errors import late_errors
 from .launch import Target, run_all
 
 PLANS: dict[str, Callable[..., plans.Plan]] = {
@@ -35,14 +37,26 @@ def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tens
 
     Raises:
         RuntimeError: if a weight to quantize, or a scale given for it, holds NaN or Inf, or the range of a group
-            overflows.
+            overflows. Nothing waits for a GPU to find out, so this call or a later one raises.
     """
     device = args[0].device
-    if name == "quantize_weight_scaled" and not all(tensor.isfinite().all() for tensor in args[:2]):  # waits, too
-        raise RuntimeError("weight and scales must be finite, got NaN or Inf")
+    late_errors.tell()
     configured = INTERPRETED if device.type == "cpu" else Target.of(device)
     results, launches = PLANS[name](*args, **keywords, device=configured)
     run_all(launches, device)
-    if name == "quantize_weight" and results[1].isnan().any():  # waits for the device
-        raise RuntimeError("weight must be finite, and so must be the range of each group, got NaN or Inf")
+    if name == "quantize_weight":
+        message = "weight must be finite, and so must be the range of each group, got NaN or Inf"
+        _refuse(results[1].isnan().any(), message)
+    elif name == "quantize_weight_scaled":
+        broken = ~(args[0].isfinite().all() & args[1].isfinite().all())
+        _refuse(broken, "weight and scales must be finite, got NaN or Inf")
     return results[0] if len(results) == 1 else results
+
+
+def _refuse(broken: Tensor, message: str) -> None:
+    """Raise RuntimeError if the bool of shape [] is true: now if it is on the CPU, else once its device tells."""
+    if broken.is_cuda:
+        with torch.cuda.device(broken.device):
+            late_errors.watch(broken, message)
+    elif broken:
+        raise RuntimeError(message)

@@ -57,6 +57,23 @@ def test_real_shapes_equal_the_reference(shape, scheme, backend):
     assert torch.equal(ops.linear(x, *stored), reference.linear(x, *stored))
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
+def test_a_weight_that_is_not_finite_is_told_of_later(scheme):
+    """Nothing waits for the device to find out: a call after it raises, and the ones after that go on."""
+    weight = torch.randn(64, 96, device="cuda")
+    stored = ops.quantize_weight(weight, scheme)
+    weight[3, 5] = torch.nan
+    for call in (
+        lambda: ops.quantize_weight(weight, scheme),
+        lambda: ops.quantize_weight_scaled(weight, stored[1], scheme),
+    ):
+        call()
+        torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match=r"must be finite.*in a call before this one"):
+            ops.dequantize_weight(*stored[:2], None, 96, scheme)
+        ops.dequantize_weight(*stored[:2], None, 96, scheme)
+
+
 def test_layer_trains_and_compiles(backend):
     layer = QuantLinear.from_float(torch.nn.Linear(256, 128, device="cuda"), "w8a8")
     x = torch.randn(32, 256, device="cuda", requires_grad=True)
