@@ -40,7 +40,8 @@ def build(name: str) -> transformers.PreTrainedModel:
     """A small model of this class without dropout, with random weights."""
     cls = getattr(transformers, name)
     default = cls.config_class()
-    sizes = {key: value for key, value in SIZES.items() if hasattr(default, key)}
+    known = {**default.to_dict(), **default.attribute_map}
+    sizes = {key: value for key, value in SIZES.items() if key in known}
     if default.is_encoder_decoder:
         sizes["decoder_start_token_id"] = 1
     rates = {key: 0.0 for key, value in default.to_dict().items() if "drop" in key and isinstance(value, float)}
