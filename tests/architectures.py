@@ -42,7 +42,8 @@ sound = lambda: dict(input_values=torch.randn(1, 4000))  # noqa: E731
 def detr():
     return T.DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
-        backbone_config=T.ResNetConfig(**BACKBONE), num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=8,
+        backbone_config=T.ResNetConfig(**BACKBONE), num_queries=5,
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=8,
         decoder_attention_heads=8, encoder_ffn_dim=32, decoder_ffn_dim=32,
     )
 

@@ -10,6 +10,8 @@ import functools
 
 from transformers.modeling_utils import PreTrainedModel
 
+from . import transformers_resizing  # noqa: F401  it replaces another method of the class
+
 _original = PreTrainedModel.save_pretrained
 
 
