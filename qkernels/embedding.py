@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from . import ops, quantize
 from .frozen_weight import FrozenWeight
 from .nn import QuantLinear, leave_out_marker
-from .products import refuse_write
+from .products import refuse_script, refuse_write, traced
 from .quantize import FLOAT_DTYPES, QuantizedWeight
 from .schemes import QuantScheme
 
@@ -69,8 +69,7 @@ class QuantEmbedding(nn.Embedding):
         empty = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
         self.set_weight(QuantizedWeight(empty.qweight, empty.scales, empty.zeros))
 
-    # TorchScript compiles properties, and cannot compile this one.
-    __jit_unused_properties__ = ["weight"]
+    __prepare_scriptable__ = refuse_script
 
     @property
     def weight(self) -> Tensor:
@@ -156,6 +155,8 @@ class QuantEmbedding(nn.Embedding):
             self.register_parameter(name, tensor if shared else nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return traced(self, input)
         indices = input.reshape(-1)
         rows = (None if t is None else t.index_select(0, indices) for t in (self.qweight, self.scales, self.zeros))
         out = ops.dequantize_weight(*rows, self.embedding_dim, self.scheme.name).to(self.compute_dtype)

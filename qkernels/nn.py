@@ -9,7 +9,7 @@ from . import ops, quantize
 from .autograd import LowRank, adapted_linear, quant_linear, trained_linear
 from .frozen_weight import FrozenWeight
 from .int8_weight import Int8Weight
-from .products import autocast_dtype, check_input, follow, refuse_write
+from .products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .schemes import QuantScheme
 
@@ -152,8 +152,7 @@ class QuantLinear(nn.Linear):
         )
         self.reset_parameters()
 
-    # TorchScript compiles properties, and cannot compile this one.
-    __jit_unused_properties__ = ["weight"]
+    __prepare_scriptable__ = refuse_script
 
     @property
     def weight(self) -> Tensor:
@@ -350,6 +349,8 @@ class QuantLinear(nn.Linear):
                 self.bias.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return traced(self, input)
         check_input(input, self.in_features)
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":

@@ -47,6 +47,26 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise RuntimeError(f"input must have shape [..., {in_features}], got {list(x.shape)}")
 
 
+def refuse_script(layer: nn.Module):
+    """What `torch.jit.script` calls first."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a {type(layer).__name__}; use torch.export, torch.compile, or torch.jit.trace "
+        "under torch.no_grad()"
+    )
+
+
+def traced(layer: nn.Module, input):
+    """A call of the layer with a proxy of `torch.fx`: one node of the graph, as that of torch's own layers.
+
+    Raises:
+        TypeError: for anything else that is no tensor.
+    """
+    tracer = getattr(input, "tracer", None)
+    if tracer is None:
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+
+
 class Operand:
     """Of a tensor that is the weight of a layer, or rows of it: its products are those of the layer.
 

@@ -247,3 +247,33 @@ def test_a_trained_weight_that_was_read_stays_a_parameter(mode, scheme, weight_s
 def test_keyword_input(mode):
     layer, x = frozen(mode=mode), torch.randn(3, 64)
     assert torch.equal(layer(input=x), layer(x))
+
+
+def small_net():
+    net = nn.Sequential(nn.Embedding(10, 32), nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    qk.quantize_(net, "w8a8", embeddings=True)
+    return net, torch.arange(6)
+
+
+def test_fx_takes_a_layer_as_it_is_and_torchscript_is_refused():
+    net, x = small_net()
+    graph = torch.fx.symbolic_trace(net)
+    assert torch.equal(graph(x), net(x)) and [n.op for n in graph.graph.nodes].count("call_module") == 4
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile a Quant.*torch\.export"):
+        torch.jit.script(net)
+    with pytest.raises(TypeError, match="input must be a tensor, got list"):
+        net[1]([1.0])
+
+
+def test_flops_are_those_of_the_float_layers():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16))
+    x = torch.randn(8, 32, requires_grad=True)
+    forward = 2 * 8 * (32 * 48 + 48 * 16)
+    for quantized, backward in ((False, 2), (True, 1)):  # the frozen weight gets no gradient
+        if quantized:
+            qk.quantize_(net, "w8a8")
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        assert counter.get_total_flops() == forward * (1 + backward)

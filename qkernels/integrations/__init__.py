@@ -18,12 +18,13 @@ import warnings
 from types import ModuleType
 
 # Library, and name of the integration -> the oldest version it works with.
-_OLDEST = {"transformers": (5, 23), "peft": (0, 21), "diffusers": (0, 35), "huggingface_hub": (0, 30)}
+_OLDEST = {"transformers": (5, 23), "peft": (0, 21), "diffusers": (0, 35), "huggingface_hub": (0, 30), "torch": (2, 10)}
 # Module of the library that an integration extends -> the library, and the name of the integration.
 _EXTENDED = {
     "transformers.quantizers.auto": ("transformers", "transformers"),
     "transformers.modeling_utils": ("transformers", "transformers_saving"),
     "peft.peft_model": ("peft", "peft"),
+    "torch.utils.flop_counter": ("torch", "flop_counter"),
     "diffusers.quantizers.auto": ("diffusers", "diffusers"),
     "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
     "huggingface_hub.hub_mixin": ("huggingface_hub", "huggingface_hub"),
