@@ -288,9 +288,18 @@ class QuantLinear(nn.Linear):
         return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
 
     def freeze_(self) -> QuantLinear:
-        """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits."""
+        """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.
+
+        Raises:
+            RuntimeError: if the weight is no parameter (pruned), or holds NaN or Inf.
+        """
         if self.mode == "frozen":
             return self
+        if "weight" not in self._parameters:
+            raise RuntimeError(
+                "the weight is computed by a hook, such as pruning; make it permanent before freeze_, as by "
+                "torch.nn.utils.prune.remove(layer, 'weight')"
+            )
         weight = self.quantized_weight()
         del self.weight
         self.mode, self.weight_scale = "frozen", "absmax"

@@ -50,8 +50,8 @@ def check_input(x: Tensor, in_features: int) -> None:
 def refuse_script(layer: nn.Module):
     """What `torch.jit.script` calls first."""
     raise RuntimeError(
-        f"torch.jit.script cannot compile a {type(layer).__name__}; use torch.export, torch.compile, or torch.jit.trace "
-        "under torch.no_grad()"
+        f"torch.jit.script cannot compile a {type(layer).__name__}; use torch.export, torch.compile, or "
+        "torch.jit.trace under torch.no_grad()"
     )
 
 

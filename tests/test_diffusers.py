@@ -1,5 +1,7 @@
 """diffusers: a quantized model saves itself and loads again with the same bits, or is refused."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_same_bits
@@ -8,6 +10,7 @@ from torch import nn
 import qkernels as qk
 
 pytest.importorskip("diffusers")
+import diffusers
 from diffusers import UNet2DConditionModel
 
 X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -84,3 +87,30 @@ def test_a_folder_that_does_not_name_its_layers_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(text.replace(f'"{name}": "w8a8",', ""))
     with pytest.raises(ValueError, match=f"does not name: .*{name}.qweight"):
         UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_is_loaded_into_a_quantized_flux_transformer():
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    sizes = dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16)
+    sizes |= dict(num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8])
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(**sizes)
+    trained = copy.deepcopy(model)
+    trained.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], init_lora_weights=False))
+    adapter = {f"transformer.{name}": tensor for name, tensor in get_peft_model_state_dict(trained).items()}
+    qk.quantize_(model, "w8a8")
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(scheduler=scheduler, transformer=model, **parts)
+    pipe.load_lora_weights(dict(adapter))
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name=pipe.get_active_adapters()[0])
+    assert all(torch.equal(tensor, adapter[f"transformer.{name}"]) for name, tensor in loaded.items()) and loaded
+    fused = diffusers.FluxTransformer2DModel(**sizes)
+    qk.quantize_(fused, "w8a8")
+    fused.fuse_qkv_projections()
+    attention = fused.transformer_blocks[0].attn
+    expected = torch.cat([layer.dequantize() for layer in (attention.to_q, attention.to_k, attention.to_v)])
+    assert torch.equal(attention.to_qkv.weight, expected)

@@ -277,3 +277,15 @@ def test_flops_are_those_of_the_float_layers():
         with FlopCounterMode(display=False) as counter:
             net(x).sum().backward()
         assert counter.get_total_flops() == forward * (1 + backward)
+
+
+def test_a_pruned_layer_is_not_frozen_with_its_mask():
+    layer, x = frozen(mode="qat"), torch.randn(3, 64)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    out = layer(x)
+    assert (layer.dequantize() == 0).float().mean() >= 0.5
+    with pytest.raises(RuntimeError, match=r"prune\.remove"):
+        layer.freeze_()
+    assert layer.mode == "qat" and torch.equal(layer(x), out)
+    prune.remove(layer, "weight")
+    assert torch.equal(layer.freeze_()(x), out)

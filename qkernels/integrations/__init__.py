@@ -27,6 +27,7 @@ _EXTENDED = {
     "torch.utils.flop_counter": ("torch", "flop_counter"),
     "diffusers.quantizers.auto": ("diffusers", "diffusers"),
     "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
+    "diffusers.loaders.lora_pipeline": ("diffusers", "diffusers_loading"),
     "huggingface_hub.hub_mixin": ("huggingface_hub", "huggingface_hub"),
 }
 
