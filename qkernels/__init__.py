@@ -7,7 +7,8 @@ from .embedding import QuantEmbedding
 from .loss import linear_cross_entropy
 from .nn import QuantLinear
 from .patch import patch_loss
-from .quantize import QuantizedWeight, dequantize_weight, quantize_activation, quantize_weight
+from .quantize import QuantizedWeight
+from .quantizers import dequantize_weight, quantize_activation, quantize_weight
 from .schemes import QuantScheme
 from .smooth import smooth_
 

@@ -111,7 +111,7 @@ def quantize_(
         )
     scheme = QuantScheme.parse(scheme)
     kind = {"mode": mode, "grad": grad, "weight_scale": weight_scale}
-    QuantLinear(1, 1, False, scheme, **kind, device="meta")  # what does not exist is refused here
+    QuantLinear(1, 1, False, scheme, **kind, device="meta", dtype=torch.float32)  # what does not exist is refused here
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     if calibration is not None:

@@ -79,7 +79,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 # Instance attributes of the quantized layers, which a float layer does not have.
-_OWN = {*vars(QuantLinear(1, 1, device="meta")), *vars(QuantEmbedding(1, 1, device="meta")), "float_type"}
+_META = {"device": "meta", "dtype": torch.float32}
+_OWN = {*vars(QuantLinear(1, 1, **_META)), *vars(QuantEmbedding(1, 1, **_META)), "float_type"}
 
 
 def _float_twin(quantized: QuantLinear | QuantEmbedding, weight: Tensor) -> nn.Module:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import ops, quantize
+from . import ops
 from .frozen_weight import FrozenWeight
-from .nn import QuantLinear, leave_out_marker
+from .nn import leave_out_marker
 from .products import refuse_script, refuse_write, traced
 from .quantize import FLOAT_DTYPES, QuantizedWeight
+from .quantizers import quantize_weight
 from .schemes import QuantScheme
-
-_STORAGE = ("qweight", "scales", "zeros")
+from .storage import Storage
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -25,7 +25,7 @@ def is_embedding(module: nn.Module) -> bool:
     )
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(Storage, nn.Embedding):
     """An embedding whose rows are dequantized as they are looked up.
 
     The weight is frozen and gets no gradient. The state dict holds `qweight`, `scales` and `zeros`
@@ -45,6 +45,8 @@ class QuantEmbedding(nn.Embedding):
     Raises:
         ValueError: for an unknown scheme.
     """
+
+    COMPUTE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
     def __init__(
         self,
@@ -66,8 +68,12 @@ class QuantEmbedding(nn.Embedding):
         self.compute_dtype = dtype or torch.get_default_dtype()
         if self.compute_dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        empty = QuantLinear(embedding_dim, num_embeddings, False, self.scheme, device=device)
-        self.set_weight(QuantizedWeight(empty.qweight, empty.scales, empty.zeros))
+        self._allocate(device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every row to zeros."""
+        self._set_to_zero()
 
     __prepare_scriptable__ = refuse_script
 
@@ -92,10 +98,6 @@ class QuantEmbedding(nn.Embedding):
             raise refuse_write(f"parameter {name!r}")
         super().register_parameter(name, param)
 
-    def quantized_weight(self) -> QuantizedWeight:
-        """The canonical storage."""
-        return QuantizedWeight(self.qweight, self.scales, self.zeros)
-
     @property
     def in_features(self) -> int:
         """K, by the name it has in a linear layer on the same storage."""
@@ -115,7 +117,8 @@ class QuantEmbedding(nn.Embedding):
             ValueError: if the weight holds NaN or Inf.
         """
         layer = cls.like(embedding, scheme)
-        layer.set_weight(quantize.quantize_weight(embedding.weight.detach(), layer.scheme))
+        with torch.inference_mode(False):
+            layer._keep(quantize_weight(embedding.weight, layer.scheme))
         return layer
 
     @classmethod
@@ -147,53 +150,33 @@ class QuantEmbedding(nn.Embedding):
         Raises:
             RuntimeError: naming the tensor that does not fit.
         """
-        if weight.qweight.shape[0] != self.num_embeddings:
-            raise RuntimeError(f"qweight must have {self.num_embeddings} rows, got shape {list(weight.qweight.shape)}")
-        ops.check_weight(*weight, self.embedding_dim, self.scheme)
-        for name, tensor in zip(_STORAGE, weight, strict=True):
-            shared = tensor is None or isinstance(tensor, nn.Parameter)
-            self.register_parameter(name, tensor if shared else nn.Parameter(tensor, requires_grad=False))
+        self._check_weight(weight)
+        with torch.inference_mode(False):
+            self._keep(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return traced(self, input)
         indices = input.reshape(-1)
-        rows = (None if t is None else t.index_select(0, indices) for t in (self.qweight, self.scales, self.zeros))
+        rows = (None if t is None else t.index_select(0, indices) for t in self._frozen_weight())
         out = ops.dequantize_weight(*rows, self.embedding_dim, self.scheme.name).to(self.compute_dtype)
         if self.embed_scale is not None:
             out = out * torch.tensor(self.embed_scale, dtype=self.compute_dtype, device=out.device)
         return out.reshape(*input.shape, self.embedding_dim)
 
-    def dequantize(self) -> Tensor:
-        """The weight as it is looked up, before `embed_scale`: float32 [num_embeddings, embedding_dim]."""
-        return ops.dequantize_weight(self.qweight, self.scales, self.zeros, self.embedding_dim, self.scheme.name)
-
     def storage_bytes(self) -> int:
         """Bytes of the quantized weight."""
-        return sum(t.numel() * t.element_size() for t in (self.qweight, self.scales, self.zeros) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
 
     def extra_repr(self) -> str:
         scale = "" if self.embed_scale is None else f", embed_scale={self.embed_scale:g}"
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}{scale}"
 
-    def _apply(self, fn, recurse=True):
-        """Move everything, but keep the scales float32 when `fn` casts, as `QuantLinear` does."""
-        scales = self.scales.detach()
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scales.device)).dtype
-        super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float32:
-            self.scales.data = scales.to(self.scales.device)
-        return self
-
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         """Check the tensors before anything is copied, as `QuantLinear` does."""
-        errors = [
-            f"{prefix}{name} {problem}"
-            for name in _STORAGE
-            if (problem := self._problem(name, state_dict.get(prefix + name), getattr(self, name))) is not None
-        ]
+        errors = self._storage_errors(state_dict, prefix)
         if errors:
             error_msgs.extend(errors)
             return
@@ -201,8 +184,6 @@ class QuantEmbedding(nn.Embedding):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         leave_out_marker(state_dict, prefix, unexpected_keys)
-
-    _problem = QuantLinear._problem
 
 
 def embedding_reason(embedding: nn.Embedding) -> str | None:

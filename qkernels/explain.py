@@ -13,7 +13,7 @@ from . import _native, dispatch, isa, ops
 from .bench.roofline import Product, Roofline, measure
 from .bench.timing import Turns, interleave
 from .nn import QuantLinear, float_weight
-from .quantize import quantize_weight
+from .quantizers import quantize_weight
 from .schemes import QuantScheme
 
 # Rows of x: decoding one sequence, a few sequences, and a block of tokens (prefill, training).

@@ -108,7 +108,7 @@ def check_options(reduction: str, label_smoothing: float, softcap: float | None,
 
 
 def _classes(head: QuantLinear | QuantEmbedding | Tensor) -> int:
-    return len(head if isinstance(head, Tensor) else head.qweight)
+    return len(head) if isinstance(head, Tensor) else head.out_features
 
 
 def _check_weight(weight: Tensor, classes: int, hidden: Tensor, label_smoothing: float) -> None:
@@ -129,11 +129,11 @@ def _check_bias(bias: Tensor, classes: int) -> None:
 def _quantized_losses(
     hidden: Tensor, head: QuantLinear | QuantEmbedding, more_bias: Tensor | None, target: Tensor, terms: _Terms
 ) -> Tensor:
-    if head.qweight is None:
+    if head.mode != "frozen":
         raise ValueError(f"head must hold a quantized weight, got a {type(head).__name__} in mode {head.mode!r}")
     bias = getattr(head, "bias", None)
     if more_bias is not None:
-        _check_bias(more_bias, len(head.qweight))
+        _check_bias(more_bias, head.out_features)
         bias = more_bias if bias is None else bias + more_bias
     if terms.softcap and terms.label_smoothing:
         raise ValueError("softcap must be None with label_smoothing for a quantized head")
@@ -141,9 +141,7 @@ def _quantized_losses(
     # Where the rounding of each row starts: uniform numbers make it unbiased.
     dither = torch.randint(2**32, target.shape).to(hidden.device) if wanted else None
     scheme = head.scheme.name
-    return _QuantizedCrossEntropy.apply(
-        hidden, bias, target, head.qweight, head.scales, head.zeros, scheme, dither, terms
-    )
+    return _QuantizedCrossEntropy.apply(hidden, bias, target, *head.quantized_weight(), scheme, dither, terms)
 
 
 def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:

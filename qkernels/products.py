@@ -162,8 +162,9 @@ def follow(weight: Tensor, layer: nn.Module) -> Tensor:
         weight.__class__ = kind
     if isinstance(weight, _Trained):
         product = weight.product
-        if product is None or product.layer() is not layer or product[:3] != (layer.scheme, layer.grad, layer.scales):
-            weight.product = _Product(layer.scheme, layer.grad, layer.scales, weakref.ref(layer))
+        wanted = (layer.scheme, layer.grad, layer._parameters.get("scales"))
+        if product is None or product.layer() is not layer or product[:3] != wanted:
+            weight.product = _Product(*wanted, weakref.ref(layer))
     return weight
 
 

@@ -42,7 +42,7 @@ def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :in_features]
 
 
-def _check_float_matrix(name: str, x: Tensor) -> None:
+def check_float_matrix(name: str, x: Tensor) -> None:
     if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
         raise ValueError(f"{name} must be a float matrix with K >= 1 columns, got {x.dtype} of shape {list(x.shape)}")
 
@@ -93,7 +93,7 @@ def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, T
     scheme = QuantScheme.parse(scheme)
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
-    _check_float_matrix("x", x)
+    check_float_matrix("x", x)
     q, scales = int8_groups(grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
 
@@ -109,7 +109,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
         ValueError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
     """
     scheme = QuantScheme.parse(scheme)
-    _check_float_matrix("weight", weight)
+    check_float_matrix("weight", weight)
     out_features, in_features = weight.shape
     dtypes = {"qweight": torch.int8 if scheme.weight_bits == 8 else torch.uint8, "scales": torch.float32}
     shapes = scheme.storage_shapes(in_features, out_features)

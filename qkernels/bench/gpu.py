@@ -54,7 +54,8 @@ class GemLiteInt4(Candidate):
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         from gemlite.helper import A16Wn
 
-        from ..quantize import quantize_weight, unpack_int4
+        from ..quantize import unpack_int4
+        from ..quantizers import quantize_weight
 
         stored = quantize_weight(weight, f"w4a16-g{GROUP}-asym")
         nibbles = unpack_int4(stored.qweight, weight.shape[1])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..nn import QuantLinear
-from ..quantize import QuantizedWeight, quantize_activation, quantize_weight
+from ..quantize import QuantizedWeight
+from ..quantizers import quantize_activation, quantize_weight
 from ..schemes import QuantScheme
 from .candidate import FORWARD, GRAD_INPUT, OVERHEAD, Candidate, Case
 from .roofline import Product

@@ -115,7 +115,7 @@ class IntMm(Candidate):
         return quantized
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        from ..quantize import quantize_weight
+        from ..quantizers import quantize_weight
 
         stored = quantize_weight(weight, "w8a8")
         self._w_scales, self._bias = stored.scales, bias

@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from .. import ops
 from ..convert import find_layers, quantize_
 from ..dequantize import dequantize_
 from ..nn import QuantLinear
@@ -48,7 +48,7 @@ class DiffusersConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.scheme, self.mode, self.grad, self.weight_scale = QuantScheme.parse(scheme).name, mode, grad, weight_scale
         self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
-        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta")  # refuses unknown values
+        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
 
     @property
     def kind(self) -> dict[str, str]:
@@ -108,8 +108,9 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
             for key, parameter in [*module.named_parameters(), *module.named_buffers()]:
                 if parameter.is_meta:
                     raise ValueError(f"{name}.{key} is missing in the checkpoint or does not fit {module}")
-            if module.mode == "frozen":
-                ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
+            problems = module.storage_problems() if module.mode == "frozen" else {}
+            for key, problem in problems.items():
+                raise ValueError(f"{name}.{key} of the folder {problem}")
             if isinstance(module, QuantLinear):
                 module.update_column_scales()
                 if layer_entry(entry, config.kind)[1]["mode"] == "int8":

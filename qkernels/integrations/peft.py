@@ -27,7 +27,8 @@ from ..autograd import LowRank
 from ..convert import AFTER_QUANTIZE, QuantizationReport
 from ..embedding import QuantEmbedding
 from ..nn import QuantLinear, relative_error
-from ..quantize import QuantizedWeight, quantize_weight
+from ..quantize import QuantizedWeight
+from ..quantizers import quantize_weight
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")

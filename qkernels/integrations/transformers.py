@@ -21,7 +21,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import ops
 from ..convert import (
     AFTER_FREEZE,
     AFTER_QUANTIZE,
@@ -39,6 +38,7 @@ from ..leftover import kept_in_float32
 from ..nn import QuantLinear
 from ..quantize import QuantizedWeight
 from ..schemes import QuantScheme
+from ..validate import storage_dtypes
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
 
 _NO_DISK = (
@@ -98,7 +98,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
         self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
         self.layers = dict(layers or {})
-        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta")  # refuses unknown values
+        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
         if embeddings and mode != "frozen":
             raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
 
@@ -154,6 +154,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         self._mismatched: set[str] = set()  # keys of the folder whose tensors have another shape
         self._to_thaw: list[QuantLinear] = []  # to mode "int8", once their tensors are read
+        self._stored_dtypes: dict[str, torch.dtype] = {}  # of the tensors of a saved folder, by their names
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
 
     @property
@@ -318,6 +319,13 @@ class QKernelsHfQuantizer(HfQuantizer):
                 self._to_thaw.append(layer.module)
             _guard_from_initialization(layer.module)
             self._layers.append(layer)
+        self._stored_dtypes = {
+            f"{name}.{tensor}": dtype
+            for layer in self._layers
+            for name in layer.names
+            for tensor, dtype in storage_dtypes(layer.module.scheme).items()
+            if layer.module.mode == "frozen"
+        }
         for target, source in model.all_tied_weights_keys.items():
             owner, other = (_module_of(model, key) for key in (source, target))
             if _same_format(owner, other):
@@ -331,17 +339,41 @@ class QKernelsHfQuantizer(HfQuantizer):
             )
         config.layers = describe(model)["layers"]
 
+    def get_new_dtype(self, converter, param, dtype):
+        """The dtype to read a tensor of a saved folder in: a quantized weight must be stored as it is."""
+        name = converter.target_patterns[0]
+        wanted = self._stored_dtypes.get(name)
+        if wanted is None:
+            return super().get_new_dtype(converter, param, dtype)
+        from transformers.modeling_utils import str_to_torch_dtype  # which imports the quantizers
+
+        stored = str_to_torch_dtype.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
+        if stored != wanted:
+            raise ValueError(f"{self._folder()}: {name} must be {wanted}, got {stored}")
+        return None
+
+    def _folder(self) -> str:
+        return getattr(self._model.config, "_name_or_path", "") or "the checkpoint"
+
     def _check_restored(self) -> None:
-        for layer in self._layers:
+        tensors = ("qweight", "scales", "zeros", "weight")
+        renewed = [x for x in self._layers if any(f"{x.name}.{name}" in self._mismatched for name in tensors)]
+        kept = [layer for layer in self._layers if layer not in renewed]
+        problems, checked = [], set()
+        for layer in kept:
             module = layer.module
-            if any(f"{layer.name}.{name}" in self._mismatched for name in ("qweight", "scales", "zeros", "weight")):
-                self._renew(layer)  # as ignore_mismatched_sizes=True asks for: otherwise transformers has refused it
-                continue
-            for name, parameter in module.named_parameters():
-                if not _is_loaded(parameter):
-                    raise ValueError(f"{layer.name}.{name} is missing in the checkpoint or does not fit {module}")
-            if module.mode == "frozen":
-                ops.check_weight(*module.quantized_weight(), module.in_features, module.scheme)
+            absent = [name for name, parameter in module.named_parameters() if not _is_loaded(parameter)]
+            problems += [f"{layer.name}.{name} is missing in the checkpoint, or does not fit it" for name in absent]
+            if not absent and module.mode == "frozen" and id(module.qweight) not in checked:
+                checked.add(id(module.qweight))
+                problems += [f"{layer.name}.{name} {problem}" for name, problem in module.storage_problems().items()]
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"{self._folder()}: {'; '.join(problems[:5])}{more}")
+        for layer in renewed:  # as ignore_mismatched_sizes=True asks for: otherwise transformers has refused it
+            self._renew(layer)
+        for layer in kept:
+            module = layer.module
             if isinstance(module, QuantLinear):
                 module.update_column_scales()
                 if any(module is layer for layer in self._to_thaw):

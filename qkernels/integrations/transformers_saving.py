@@ -11,6 +11,7 @@ import functools
 from transformers.modeling_utils import PreTrainedModel
 
 from . import transformers_resizing  # noqa: F401  it replaces another method of the class
+from .counting import count_weights
 
 _original = PreTrainedModel.save_pretrained
 
@@ -36,3 +37,4 @@ def save_pretrained(self, save_directory, is_main_process=True, state_dict=None,
 
 
 PreTrainedModel.save_pretrained = save_pretrained
+PreTrainedModel.num_parameters = count_weights(PreTrainedModel.num_parameters)

@@ -1,0 +1,80 @@
+"""The one check of a quantized weight's tensors, at every door through which they come in.
+
+`QuantLinear.set_weight`, `QuantEmbedding.set_weight`, `load_state_dict` (strict, loose and with `assign=True`) and
+`from_pretrained` call it. What the kernels produce needs no check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .schemes import QuantScheme
+
+STORAGE = ("qweight", "scales", "zeros")
+
+
+def storage_problems(
+    weight: Mapping[str, object], in_features: int, out_features: int, scheme: QuantScheme, *, values: bool = True
+) -> dict[str, str]:
+    """Why `weight` is not the canonical storage of a weight [out_features, in_features].
+
+    Args:
+        weight: the tensors by their names; None, or no entry, for one that is not there.
+        values: look at the values too: scales must be finite, zero points at most 15, 8-bit integers not -128.
+
+    Returns:
+        By the name of a tensor that does not fit: what it must be, and what came. Empty if all of them fit.
+    """
+    shapes, dtypes = scheme.storage_shapes(in_features, out_features), storage_dtypes(scheme)
+    problems = {}
+    for name in STORAGE:
+        tensor = weight.get(name)
+        problem = tensor_problem(tensor, shapes.get(name), dtypes[name], scheme)
+        if problem is None and tensor is not None and values:
+            problem = value_problem(name, tensor)
+        if problem is not None:
+            problems[name] = problem
+    return problems
+
+
+def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:
+    """Dtypes of the stored tensors by name."""
+    integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
+    return {"qweight": integer, "scales": torch.float32, "zeros": torch.uint8}
+
+
+def tensor_problem(
+    tensor: object, shape: tuple[int, int] | None, dtype: torch.dtype, scheme: QuantScheme
+) -> str | None:
+    """Why `tensor` has not this shape (None: `scheme` has no such tensor) and dtype."""
+    if shape is None:
+        return None if tensor is None else f"is given, but {scheme} has no zero points"
+    if tensor is None:
+        return f"is missing for {scheme}"
+    expected = f"must be {dtype} of shape {list(shape)} for {scheme}"
+    if not isinstance(tensor, Tensor):
+        return f"{expected}, got {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"{expected}, got a tensor of layout {tensor.layout}"
+    if tensor.dtype != dtype or tensor.shape != shape:
+        return f"{expected}, got {tensor.dtype} of shape {list(tensor.shape)}"
+    return None
+
+
+def value_problem(name: str, tensor: Tensor) -> str | None:
+    """Why the values of a stored tensor are none; a tensor on the meta device has no values."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return None
+    local = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+    if local.numel() == 0:
+        return None
+    if name == "scales" and not bool(local.isfinite().all()):
+        return "must be finite, got NaN or Inf"
+    if name == "zeros" and (most := local.max().item()) > 15:
+        return f"must be at most 15, got {most}"
+    if name == "qweight" and local.dtype == torch.int8 and local.min().item() == -128:
+        return "must be in [-127, 127], got -128"
+    return None
