@@ -237,8 +237,7 @@ class CrossEntropy {
     result_.lse[m] = static_cast<float>(lse);
     result_.loss[m] = static_cast<float>((lse - picked) + z_loss * (lse * lse));
     if (grad == nullptr) return;
-    float probability = total.target - total.max;
-    exp_nonpositive<float, uint32_t>(probability);
+    const float probability = exp_nonpositive<float, uint32_t>(total.target - total.max);
     const double slope = 1.0 + 2.0 * z_loss * lse;  // of the loss by lse
     const float factor = static_cast<float>(slope / total.sum);
     double at_target = slope * (probability / static_cast<double>(total.sum)) - (1.0 - smoothing);
