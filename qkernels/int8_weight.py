@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from . import ops
-from .stochastic import WEIGHT, draw_seed
+from . import ops, quantize
+from .stochastic import WEIGHT, draw_shared_seed, is_traced
 
 _aten = torch.ops.aten
+_HALVES = (torch.bfloat16, torch.float16)
+_FREEZE = "qkernels.freeze_(model) makes plain tensors of it, with the same outputs"
 
 
 class Int8Weight(Tensor):
     """A weight [N, K] held as int8 with a float32 scale for each row; it reports a float dtype.
 
-    An optimizer updates it in place. Such an operation is carried out on the dequantized weight, a temporary, and its
-    result is rounded stochastically to int8, so that updates far below a step are not lost: the mean over the random
-    numbers is the float result. Any other operation sees the dequantized weight and returns a plain tensor.
+    An optimizer updates it in place. Such an operation is carried out in float32 on the dequantized weight, a
+    temporary, and the rows that it changed are rounded stochastically to int8, so that updates far below a step are not
+    lost: the mean over the random numbers is the float result. Any other operation sees the dequantized weight and
+    returns a plain tensor. Rows (`weight[2:5]`, `chunk`) are `Int8Weight`s on the same memory, other views are
+    `Int8WeightView`s: what is written to either is written to the weight. What would need the memory of a float tensor,
+    such as `data_ptr()`, raises NotImplementedError.
+
+    Args:
+        qweight: int8 [N, K], or an `Int8Weight` to share memory with; then `scales` and `dtype` may be left out.
+        scales: float32 [N, 1].
+        dtype: float, what the weight reports.
+        requires_grad: as for any tensor.
+        attributes: set on the new object.
 
     Attributes:
-        qweight: int8 [N, K].
-        scales: float32 [N, 1].
+        qweight, scales: the stored tensors. A write into them is a write into the weight.
     """
 
-    @staticmethod
-    def __new__(cls, qweight: Tensor, scales: Tensor, dtype: torch.dtype):
-        return Tensor._make_wrapper_subclass(cls, qweight.shape, dtype=dtype, device=qweight.device)
+    __slots__ = ("qweight", "scales")
 
-    def __init__(self, qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
-        self.qweight, self.scales = qweight, scales
+    @staticmethod
+    def __new__(cls, qweight, scales=None, dtype=None, *, requires_grad: bool = False, **attributes):
+        if isinstance(qweight, Int8Weight):
+            if qweight.is_meta and _called_by("accelerate.utils.modeling"):
+                raise NotImplementedError(f"an Int8Weight cannot be offloaded: {_FREEZE}, or move the whole model")
+            qweight, scales, dtype = qweight.qweight, qweight.scales, dtype or qweight.dtype
+        elif not isinstance(scales, Tensor) or dtype is None:
+            raise TypeError(
+                "Int8Weight takes qweight, scales and dtype, or another Int8Weight; "
+                f"got {type(qweight).__name__}, {type(scales).__name__} and {dtype}"
+            )
+        weight = Tensor._make_wrapper_subclass(
+            cls, qweight.shape, dtype=dtype, device=qweight.device, requires_grad=requires_grad
+        )
+        weight.qweight, weight.scales = qweight, scales
+        weight.__dict__.update(attributes)
+        return weight
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -43,51 +74,501 @@ class Int8Weight(Tensor):
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def dequantize(self) -> Tensor:
-        """The weight as it is multiplied, rounded to the reported dtype."""
-        return ops.dequantize_weight(self.qweight, self.scales, None, self.shape[1], "w8a16").to(self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as it is multiplied, rounded to `dtype`, by default the reported one."""
+        values = ops.dequantize_weight(self.qweight, self.scales, None, self.shape[1], "w8a16")
+        return values.to(dtype or self.dtype)
 
-    def store(self, values: Tensor) -> None:
-        """Take over float values [N, K], rounded stochastically with a seed from torch's default generator."""
-        qweight, scales = ops.quantize_rows(values, None, draw_seed(), WEIGHT)
+    def store(self, values: Tensor, seed: Tensor | None = None) -> None:
+        """Take over float values [N, K]: rows that they change are rounded stochastically, the others keep their bits.
+
+        Args:
+            values: float32.
+            seed: int64 of shape []; None: `stochastic.draw_shared_seed(values)`.
+        """
+        if values.shape != self.shape:
+            raise RuntimeError(f"an Int8Weight cannot be resized: it is {list(self.shape)}, got {list(values.shape)}")
+        changed = self._changed_rows(values)
+        seed = draw_shared_seed(values) if seed is None else seed
+        qweight, scales = ops.quantize_rows(values, None, seed, WEIGHT)
+        self._set(torch.where(changed, qweight, self.qweight), torch.where(changed, scales[:, None], self.scales))
+
+    def _changed_rows(self, values: Tensor) -> Tensor:
+        """bool [N, 1]: which rows differ from the weight, in the dtype of the values."""
+        rows = values.shape[0] if is_traced() else quantize.rows_per_block(self.shape[1])
+        changed = []
+        for start in range(0, values.shape[0], rows):
+            old = self._rows(start, start + rows).dequantize(values.dtype)
+            changed.append((old != values[start : start + rows]).any(dim=1, keepdim=True))
+        return torch.cat(changed) if changed else torch.zeros_like(self.scales, dtype=torch.bool)
+
+    def _set(self, qweight: Tensor, scales: Tensor) -> None:
+        """Write both, so that a backward that needs what was there notices (autograd does not see writes from here)."""
         self.qweight.copy_(qweight)
-        self.scales.copy_(scales.unsqueeze(1))
+        self.scales.copy_(scales)
+        if not is_traced():
+            written = [tensor for tensor in (self.qweight, self.scales) if not tensor.is_inference()]
+            torch.autograd.graph.increment_version(written)
+
+    def _take(self, values: Tensor) -> None:
+        """`copy_` from floats. Rows that are integers times a scale become these, others are rounded like any."""
+        unchanged = ~self._changed_rows(values)
+        values = values.to(torch.float32)
+        qweight, scales, exact = _on_grid(values)
+        self._set(
+            torch.where(exact & ~unchanged, qweight, self.qweight),
+            torch.where(exact & ~unchanged, scales, self.scales),
+        )
+        self.store(torch.where(unchanged | exact, self.dequantize(torch.float32), values))
 
     def _like(self, qweight: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Int8Weight:
-        return type(self)(qweight, scales, dtype or self.dtype)
+        return Int8Weight(qweight, scales, dtype or self.dtype)
+
+    def _rows(self, start: int, end: int) -> Int8Weight:
+        return self._like(self.qweight[start:end], self.scales[start:end])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if func in (_aten.detach.default, _aten.alias.default):
-            return first._like(first.qweight, first.scales)
-        if func is _aten.clone.default:
-            return first._like(first.qweight.clone(), first.scales.clone())
-        if func is _aten._to_copy.default and kwargs.get("dtype", first.dtype).is_floating_point:
-            moved = {name: kwargs[name] for name in ("device", "non_blocking") if name in kwargs}
-            inner = (_aten._to_copy.default(tensor, **moved) for tensor in (first.qweight, first.scales))
-            return first._like(*inner, kwargs.get("dtype"))
-        if func is _aten.copy_.default and isinstance(first, cls) and isinstance(args[1], cls):
-            first.qweight.copy_(args[1].qweight)
-            first.scales.copy_(args[1].scales)
-            return first
-        return _on_floats(func, args, kwargs)
+        return _dispatch(func, args, kwargs or {})
+
+    # What the base class does without asking __torch_dispatch__.
+
+    @property
+    def data(self) -> Int8Weight:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """An `Int8Weight` is shared, as by any tensor; floats [N, K] are copied, and rounded."""
+        if not isinstance(value, Int8Weight):
+            if value.shape != self.shape or not value.is_floating_point():
+                raise RuntimeError(
+                    f"the data of an Int8Weight must be a float tensor of shape {list(self.shape)}, "
+                    f"got {value.dtype} of shape {list(value.shape)}"
+                )
+            stored = self._like(
+                *(t.detach().clone().to(value.device) for t in (self.qweight, self.scales)), value.dtype
+            )
+            stored._take(value.detach())
+            value = stored
+        Tensor.data.__set__(self, value)
+        self.qweight, self.scales = value.qweight, value.scales
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("only leaves of the autograd graph can be deep-copied; detach() the weight first")
+        result = self._like(self.qweight.clone(), self.scales.clone()).requires_grad_(self.requires_grad)
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if self.grad is not None:
+            result.grad = copy.deepcopy(self.grad, memo)
+        return result
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.qweight, self.scales, self.dtype, self.requires_grad, dict(self.__dict__))
+
+    def share_memory_(self) -> Int8Weight:
+        self.qweight.share_memory_()
+        self.scales.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.qweight.is_shared() and self.scales.is_shared()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The storage of `qweight`: it tells which memory this is, and holds no floats."""
+        return self.qweight.untyped_storage()
+
+    def numpy(self, *, force: bool = False):
+        """The dequantized weight. It is read-only: a write would not reach the weight."""
+        return _read_only(self, force)
+
+    def __array__(self, dtype=None, copy=None):
+        array = self.numpy()
+        return array if dtype is None or dtype == array.dtype else array.astype(dtype)
+
+    def tolist(self) -> list:
+        return self.detach().dequantize().tolist()
+
+    def _no_memory(self, *args, **kwargs):
+        raise NotImplementedError(
+            "an Int8Weight has no memory of floats; read weight.dequantize(), write with copy_(), save state_dict(); "
+            + _FREEZE
+        )
+
+    data_ptr = storage = _typed_storage = __dlpack__ = set_ = _no_memory
+
+    # FSDP2 (fully_shard): the integers and scales are gathered, never the floats.
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        if self.shape[1] != outer_size[1]:
+            raise ValueError(f"an Int8Weight is sharded along dimension 0 only, got shards of shape {list(self.shape)}")
+        ranks = mesh.size()
+        rows = -(-outer_size[0] // ranks)
+        pad = (0, 0, 0, rows - self.shape[0])
+        qweight = torch.nn.functional.pad(self.qweight, pad)
+        scales = torch.nn.functional.pad(self.scales, pad)
+        if outer_size[0] % ranks:  # FSDP then wants nothing but tensors of this shape
+            scales = scales.expand(-1, outer_size[1]).contiguous()
+        return (qweight, scales), (outer_size[0],)
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        (rows,) = metadata
+        if out is not None:  # which sees the same memory
+            return None
+        scales = outputs[1] if len(outputs) > 1 else self.scales  # one rank gathers the first tensor only
+        return self._like(outputs[0][:rows], scales[:rows, :1], param_dtype), ()
+
+    # FSDP1 marks what it flattens.
+
+    @property
+    def _fsdp_flattened(self) -> bool:
+        return False
+
+    @_fsdp_flattened.setter
+    def _fsdp_flattened(self, value: bool) -> None:
+        raise NotImplementedError(
+            "FullyShardedDataParallel (FSDP1) cannot shard an Int8Weight; use torch.distributed.fsdp.fully_shard"
+        )
 
 
-def _on_floats(func, args, kwargs):
-    """Run an operation on dequantized weights, and store those that it wrote to."""
-    floats: dict[int, Tensor] = {}
+class _Step(NamedTuple):
+    """A view operation: its arguments but the first, and which of several results is meant."""
 
-    def dequantized(weight: Int8Weight) -> Tensor:
-        return floats.setdefault(id(weight), weight.dequantize())
+    func: Any
+    args: tuple
+    kwargs: tuple
+    index: int | None
 
-    result = func(*tree_map_only(Int8Weight, dequantized, args), **tree_map_only(Int8Weight, dequantized, kwargs))
-    written = {}
-    for argument, value in zip(func._schema.arguments, args, strict=False):
+    def __call__(self, tensor: Tensor) -> Tensor:
+        result = self.func(tensor, *self.args, **dict(self.kwargs))
+        return result if self.index is None else result[self.index]
+
+
+class Int8WeightView(Tensor):
+    """A view of an `Int8Weight` by operations such as `view` and `t`: what is written to it reaches the weight.
+
+    Attributes:
+        base: the `Int8Weight`.
+        steps: the operations.
+    """
+
+    __slots__ = ("base", "steps")
+
+    @staticmethod
+    def __new__(cls, like: Tensor, base: Int8Weight, steps: tuple[_Step, ...]):
+        view = Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=base.dtype,
+            device=base.device,
+        )
+        view.base, view.steps = base, steps
+        return view
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self):
+        return ["base"], [self.steps]
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+        base, (steps,) = inner["base"], context
+        return cls(_apply(steps, base.dequantize()), base, steps)
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _dispatch(func, args, kwargs or {})
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, a plain tensor of `dtype`, by default the reported one."""
+        return _apply(self.steps, self.base.dequantize(dtype))
+
+    @property
+    def data(self) -> Int8WeightView:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Int8Weight._no_memory(self)
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), self.dequantize())
+
+    def __reduce_ex__(self, protocol):
+        return self.detach().dequantize().__reduce_ex__(protocol)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.base.untyped_storage()
+
+    numpy, __array__, tolist = Int8Weight.numpy, Int8Weight.__array__, Int8Weight.tolist
+    data_ptr = storage = _typed_storage = __dlpack__ = set_ = share_memory_ = is_shared = Int8Weight._no_memory
+
+
+def _apply(steps: tuple[_Step, ...], tensor: Tensor) -> Tensor:
+    for step in steps:
+        tensor = step(tensor)
+    return tensor
+
+
+def _rebuild(qweight, scales, dtype, requires_grad, attributes) -> Int8Weight:
+    """What a pickle calls; the name is part of saved files."""
+    return Int8Weight(qweight, scales, dtype, requires_grad=requires_grad, **attributes)
+
+
+torch.serialization.add_safe_globals([Int8Weight, _rebuild])
+
+
+def _read_only(weight: Int8Weight | Int8WeightView, force: bool):
+    if weight.requires_grad and not force:
+        raise RuntimeError("numpy() is for tensors that do not require a gradient; use weight.detach().numpy()")
+    array = weight.dequantize().numpy(force=force)
+    array.flags.writeable = False
+    return array
+
+
+def _called_by(module: str) -> bool:
+    """Whether a function of `module` made the call that led to this function's caller."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith(module)
+
+
+def _on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 [N, K], scales [N, 1], and bool [N, 1]: which rows of float32 values are their product, bit for bit.
+
+    The quotient of the largest magnitude and 127 may be off by one or two units in the last place from the scale that
+    the values were multiplied with.
+    """
+    absmax = values.abs().amax(dim=1, keepdim=True)
+    scales = torch.where(absmax > 0, absmax / 127.0, 1.0)
+    qweight = (values / scales).round()
+    exact = torch.zeros_like(absmax, dtype=torch.bool)
+    chosen = scales
+    for ulps in (0, 1, -1, 2, -2):
+        candidate = (scales.view(torch.int32) + ulps).view(torch.float32)
+        matches = (qweight * candidate == values).all(dim=1, keepdim=True) & ~exact
+        chosen, exact = torch.where(matches, candidate, chosen), exact | matches
+    return qweight.clamp(-127, 127).to(torch.int8), chosen, exact
+
+
+def _dispatch(func, args: tuple, kwargs: dict):
+    """Operations that keep the integers, views, and all others."""
+    if (special := _SPECIAL.get(func)) is not None and args and isinstance(args[0], Int8Weight):
+        result = special(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func.namespace == "c10d":
+        return _communicate(func, args, kwargs)
+    returns = func._schema.returns
+    if args and isinstance(args[0], (Int8Weight, Int8WeightView)) and any(_is_view(value) for value in returns):
+        return _view(func, args, kwargs)
+    return _on_floats(func, args, kwargs)
+
+
+def _is_view(returned) -> bool:
+    return returned.alias_info is not None and not returned.alias_info.is_write
+
+
+def _view(func, args: tuple, kwargs: dict):
+    weight, *rest = args
+    base, steps = (weight, ()) if isinstance(weight, Int8Weight) else (weight.base, weight.steps)
+    like = base.dequantize() if is_traced() else torch.empty(base.shape, dtype=base.dtype, device="meta")
+    result = func(_apply(steps, like), *rest, **kwargs)
+    first = result[0] if isinstance(result, (list, tuple)) else result
+    if first.dtype != weight.dtype:
+        raise NotImplementedError(f"{func} sees the memory of floats, which an Int8Weight lacks; use dequantize()")
+
+    def one(like: Tensor, index: int | None) -> Int8WeightView:
+        return Int8WeightView(like, base, (*steps, _Step(func, tuple(rest), tuple(kwargs.items()), index)))
+
+    if isinstance(result, (list, tuple)):
+        return [one(part, index) for index, part in enumerate(result)]
+    return one(result, None)
+
+
+def _on_floats(func, args: tuple, kwargs: dict):
+    """Run an operation on dequantized weights. If it writes to one, then in float32, and what was written is stored."""
+    written = {id(leaf) for leaf in _written(func, args, kwargs)}
+    leaves, spec = tree_flatten((args, kwargs))
+    stores = any(id(leaf) in written and isinstance(leaf, (Int8Weight, Int8WeightView)) for leaf in leaves)
+    floats: dict[int, Tensor] = {}  # by the id of the base's integers
+    kept: list[tuple[Tensor, Tensor]] = []  # what is written to, and what is in its place
+    originals: dict[int, Tensor] = {}  # what a result stands for, by the id of what was written to in its place
+
+    def value(leaf):
+        if isinstance(leaf, (Int8Weight, Int8WeightView)):
+            base, steps = (leaf, ()) if isinstance(leaf, Int8Weight) else (leaf.base, leaf.steps)
+            if id(base.qweight) not in floats:
+                exact = stores or _called_by("torch.distributed.utils")  # DDP's broadcast of all parameters
+                floats[id(base.qweight)] = base.dequantize(torch.float32 if exact else None)
+            result = _apply(steps, floats[id(base.qweight)])
+        elif stores and isinstance(leaf, Tensor) and leaf.dtype in _HALVES:
+            result = leaf.float()
+        else:
+            return leaf
+        if id(leaf) in written:
+            originals[id(result)] = leaf
+            kept.append((leaf, result))
+        return result
+
+    args, kwargs = tree_unflatten([value(leaf) for leaf in leaves], spec)
+    result = func(*args, **kwargs)
+    for leaf, values in kept:
+        if isinstance(leaf, Int8WeightView):
+            if values.shape != leaf.shape:
+                raise RuntimeError(f"a view of an Int8Weight cannot be resized from {list(leaf.shape)}")
+            leaf.base.store(floats[id(leaf.base.qweight)])
+        elif isinstance(leaf, Int8Weight):
+            leaf.store(values)
+        else:
+            leaf.copy_(values)
+    return tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            for weight in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(weight, Int8Weight):
-                    weight.store(floats[id(weight)])
-                    written[id(floats[id(weight)])] = weight
-    return tree_map_only(Tensor, lambda tensor: written.get(id(tensor), tensor), result)
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+    return found
+
+
+def _communicate(func, args: tuple, kwargs: dict):
+    """Collectives of torch.distributed, whose schemas do not tell what is written."""
+    name = func._schema.name.split("::")[1]
+    given = [
+        (argument.name, leaf)
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        for leaf in tree_flatten(value)[0]
+        if isinstance(leaf, (Int8Weight, Int8WeightView))
+    ]
+    if name == "broadcast_" and len(args[0]) == 1 and (weight := _whole(args[0][0])) is not None:
+        for stored in (weight.qweight, weight.scales):
+            _, work = func([stored], *args[1:], **kwargs)
+            if stored is weight.qweight:
+                work.wait()
+        return args[0], work
+    if name == "send" or all(argument.startswith("input") for argument, _ in given):
+        return _on_floats(func, args, kwargs)
+    raise NotImplementedError(
+        f"torch.distributed's {name} cannot write to an Int8Weight; call it with weight.dequantize() and copy_() the "
+        "result, or with weight.qweight and weight.scales"
+    )
+
+
+def _whole(weight) -> Int8Weight | None:
+    """The weight that is seen as it is, or flat."""
+    if isinstance(weight, Int8WeightView):
+        flat = weight.dim() <= 2 and weight.numel() == weight.base.numel() and weight.is_contiguous()
+        return weight.base if flat and all(step.func is _aten.view.default for step in weight.steps) else None
+    return weight if isinstance(weight, Int8Weight) else None
+
+
+def _detach(weight: Int8Weight) -> Int8Weight:
+    return weight._like(weight.qweight, weight.scales)
+
+
+def _clone(weight: Int8Weight, memory_format=None) -> Int8Weight:
+    return weight._like(weight.qweight.clone(), weight.scales.clone())
+
+
+def _to_copy(weight: Int8Weight, **options):
+    dtype = options.get("dtype") or weight.dtype
+    if not dtype.is_floating_point:
+        return NotImplemented
+    moved = {name: options[name] for name in ("device", "non_blocking") if name in options}
+    return weight._like(*(_aten._to_copy.default(tensor, **moved) for tensor in (weight.qweight, weight.scales)), dtype)
+
+
+def _copy_(weight: Int8Weight, source: Tensor, non_blocking: bool = False):
+    if isinstance(source, Int8Weight) and source.shape == weight.shape:
+        weight._set(source.qweight, source.scales)
+        return weight
+    if type(source) is Int8WeightView:
+        source = source.dequantize(torch.float32)
+    if isinstance(source, Int8Weight) or source.shape != weight.shape or not source.is_floating_point():
+        return NotImplemented
+    weight._take(source.to(weight.device))
+    return weight
+
+
+def _empty_like(weight: Int8Weight, **options):
+    if not (options.get("dtype") or weight.dtype).is_floating_point:
+        return NotImplemented
+    moved = {"device": options["device"]} if options.get("device") is not None else {}
+    qweight, scales = (torch.zeros_like(tensor, **moved) for tensor in (weight.qweight, weight.scales))
+    return weight._like(qweight, scales.fill_(1.0), options.get("dtype"))
+
+
+def _new_zeros(weight: Int8Weight, size, **options):
+    """FSDP makes the memory of its shard so. Others, such as optimizers, want floats."""
+    if len(size) != 2 or not _called_by("torch.distributed.fsdp"):
+        return NotImplemented
+    qweight = weight.qweight.new_zeros(size, device=options.get("device"))
+    return weight._like(qweight, weight.scales.new_ones((size[0], 1), device=options.get("device")))
+
+
+def _slice(weight: Int8Weight, dim: int = 0, start=None, end=None, step: int = 1):
+    if dim % 2 != 0 or step != 1:
+        return NotImplemented
+    rows = slice(start, end)
+    return weight._like(weight.qweight[rows], weight.scales[rows])
+
+
+def _split(weight: Int8Weight, sizes, dim: int = 0):
+    if dim % 2 != 0:
+        return NotImplemented
+    return [weight._like(*pair) for pair in zip(weight.qweight.split(sizes), weight.scales.split(sizes), strict=True)]
+
+
+def _same_shape(weight: Int8Weight, size, *args):
+    """`view` and `as_strided` that change nothing."""
+    strides_stay = not args or (tuple(args[0]) == tuple(weight.stride()) and not any(args[1:]))
+    return _detach(weight) if tuple(size) == tuple(weight.shape) and strides_stay else NotImplemented
+
+
+def _pin_memory(weight: Int8Weight, *args):
+    return weight._like(weight.qweight.pin_memory(), weight.scales.pin_memory())
+
+
+def _is_pinned(weight: Int8Weight, *args) -> bool:
+    return weight.qweight.is_pinned() and weight.scales.is_pinned()
+
+
+def _refuse(weight: Int8Weight, *args, **kwargs):
+    weight._no_memory()
+
+
+_SPECIAL = {
+    _aten.detach.default: _detach,
+    _aten.alias.default: _detach,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to_copy,
+    _aten.copy_.default: _copy_,
+    _aten.empty_like.default: _empty_like,
+    _aten.new_zeros.default: _new_zeros,
+    _aten.slice.Tensor: _slice,
+    _aten.split.Tensor: _split,
+    _aten.split_with_sizes.default: _split,
+    _aten.view.default: _same_shape,
+    _aten.as_strided.default: _same_shape,
+    _aten._pin_memory.default: _pin_memory,
+    _aten.is_pinned.default: _is_pinned,
+    _aten.set_.source_Tensor: _refuse,
+    _aten.set_.source_Storage: _refuse,
+    _aten.set_.source_Storage_storage_offset: _refuse,
+}

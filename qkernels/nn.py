@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .autograd import LowRank, adapted_linear, quant_linear, trained_linear
 from .frozen_weight import FrozenWeight
+from .int8_state import StateScales, load_parts, state_parts
 from .int8_weight import Int8Weight
 from .products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
 from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
@@ -266,8 +267,10 @@ class QuantLinear(Storage, nn.Linear):
             if self.weight_scale == "learned":
                 self.scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
             return
-        if self.mode == "int8":
-            self.weight = nn.Parameter(Int8Weight(weight.qweight, weight.scales, self.compute_dtype))
+        if self.mode == "int8":  # what is trained is this layer's own
+            stored = (tensor.detach().clone() for tensor in weight[:2])
+            old = self._trained_weight()
+            self.weight = nn.Parameter(Int8Weight(*stored, self.compute_dtype), old is None or old.requires_grad)
             return
         self._keep(weight)
         self.update_column_scales()
@@ -278,7 +281,7 @@ class QuantLinear(Storage, nn.Linear):
             return super().quantized_weight()
         weight = self._trained_weight()
         if self.mode == "int8":
-            return QuantizedWeight(weight.qweight, weight.scales, None)
+            return QuantizedWeight(*state_parts(weight), None)
         if self.weight_scale == "learned":
             weight, scales = weight.detach(), self.scales.detach()
             return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
@@ -414,8 +417,8 @@ class QuantLinear(Storage, nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.mode == "int8":
             del destination[prefix + "weight"]
-            for name, tensor in zip(("qweight", "scales"), self.quantized_weight(), strict=False):
-                destination[prefix + name] = tensor
+            destination[prefix + "qweight"], scales = state_parts(self._trained_weight())
+            destination[prefix + "scales"] = StateScales.of(scales)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -445,12 +448,12 @@ class QuantLinear(Storage, nn.Linear):
 
     def _load_int8(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         """Copy `qweight` and `scales`, which are no parameters here, and leave the bias to torch."""
-        with torch.no_grad():
-            for name, tensor in zip(("qweight", "scales"), self.quantized_weight(), strict=False):
-                if prefix + name not in state_dict:
-                    missing_keys.append(prefix + name)
-                else:
-                    tensor.copy_(state_dict[prefix + name])
+        given = {name: state_dict.get(prefix + name) for name in ("qweight", "scales")}
+        missing = [name for name, tensor in given.items() if tensor is None]
+        missing_keys += [prefix + name for name in missing]
+        if not missing:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self.weight = load_parts(self._trained_weight(), given["qweight"], given["scales"], assign, prefix)
         others = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in STORAGE}
         others[prefix + "weight"] = self._trained_weight().detach()
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)

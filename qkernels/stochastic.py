@@ -11,11 +11,32 @@ GRAD_INPUT, GRAD_WEIGHT, WEIGHT = 0, 1, 2
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_SPREAD = 0x2545F4914F6CDD1D  # odd: distinct multiples modulo 2^64
+
+
+_LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
+_LIBRARY.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def is_traced() -> bool:
+    """Whether what runs now is recorded, by torch.compile or make_fx, and not only computed."""
+    return torch.compiler.is_compiling() or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
+
+
+def _draw() -> Tensor:
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device="cpu")
+
+
+_LIBRARY.impl("draw_seed", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake("qkernels::draw_seed", lambda: torch.empty((), dtype=torch.int64), lib=_LIBRARY)
 
 
 def draw_seed() -> Tensor:
-    """A seed from torch's default CPU generator: int64 of shape []."""
-    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device="cpu")
+    """A seed from torch's default CPU generator: int64 of shape [].
+
+    Compiled code calls an operator for it: inductor would put numbers of its own in the place of `torch.randint`.
+    """
+    return torch.ops.qkernels.draw_seed() if is_traced() else _draw()
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -55,3 +76,21 @@ def round_stochastic(values: Tensor, uniforms: Tensor) -> Tensor:
     """float32 -> int8: down or up at random, with the value as the mean; clamped to [-127, 127]."""
     floor = values.floor()
     return (floor + (uniforms < values - floor)).clamp(-127, 127).to(torch.int8)
+
+
+def draw_shared_seed(values: Tensor) -> Tensor:
+    """A seed for rounding `values`: int64 of shape [] on the CPU.
+
+    Where several processes train together (`torch.distributed`), they hold copies of one weight, but their generators
+    differ. So the seed is a hash of the values there: copies that are equal stay equal. In a single process
+    it is `draw_seed()`.
+
+    Args:
+        values: float32 [N, K].
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return draw_seed()
+    rows = values.contiguous().view(torch.int32).sum(dim=1, dtype=torch.int64)
+    order = torch.arange(1, 2 * len(rows), 2, device=rows.device)
+    return (rows * (order * _SPREAD)).sum().cpu()  # both wrap modulo 2^64
