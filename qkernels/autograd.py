@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import heap, ops
+from . import ops
 from .int8_weight import Int8Weight
 from .quantize import QuantizedWeight, weight_integers
 from .schemes import QuantScheme
@@ -45,9 +46,10 @@ def _row_factors(weight: QuantizedWeight, in_features: int, scheme: str) -> Tens
     """The scales to fold into a gradient [N]. A row of zeros has a scale of 1, which would set that of all others."""
     factors = weight.scales.flatten()
     ones = factors == 1.0
-    if not torch.compiler.is_compiling() and not ones.any():
+    # Looking at the ones saves a pass over the weight, but a GPU would have to be waited for.
+    if factors.device.type == "cpu" and not torch.compiler.is_compiling() and not ones.any():
         return factors
-    zero = (weight_integers(weight.qweight, weight.zeros, in_features, scheme) == 0).all(dim=1)
+    zero = ~weight_integers(weight.qweight, weight.zeros, in_features, scheme).any(dim=1)
     return torch.where(ones & zero, 0.0, factors)
 
 
@@ -110,13 +112,109 @@ def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
     return grad_out.sum(dim=0, dtype=None if grad_out.dtype == dtype else torch.float32).to(dtype)
 
 
+_SECOND = (
+    "second derivatives of a quantized layer are not defined: its gradients pass straight through the rounding, and "
+    "what they are made of has no gradient of its own. Use the float model for them"
+)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands on the gradients `tensors[sources:]`, and raises where they are to be differentiated once more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sources, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[sources:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_SECOND)
+
+
+def _once_differentiable(backward):
+    """For `backward`: the gradients are computed without a graph, and differentiating them is an error.
+
+    torch's decorator of this name leaves them without a connection to what they depend on, so that a second derivative
+    with respect to that is 0 and not an error. Whatever they depend on must be among the saved tensors.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        every = _transformed()
+        sources = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and (every or t.requires_grad)]
+        if not sources:
+            return outputs
+        marked = iter(_NoSecondDerivative.apply(len(sources), *sources, *(t for t in outputs if t is not None)))
+        return tuple(None if tensor is None else next(marked) for tensor in outputs)
+
+    return wrapper
+
+
+def _anchor(x: Tensor) -> Tensor:
+    """float32 [0] with the autograd graph of x, but without its memory, for `_once_differentiable`."""
+    return torch.narrow_copy(x, 0, 0, 0).flatten().to(torch.float32)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: tensors then do not tell what is asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors need a gradient."""
+    if _transformed():
+        return tuple(tensor is not None for tensor in tensors)
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # torch.jit.trace records operators only
+        return (False,) * len(tensors)
+    return tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _tangent_product(
+    tangent: Tensor | None, weight: QuantizedWeight, scheme: str | QuantScheme, out_dtype: torch.dtype
+) -> Tensor | None:
+    """How the output changes with x, straight through the rounding of that."""
+    if tangent is None:
+        return None
+    of_floats = dataclasses.replace(QuantScheme.parse(scheme), act_bits=16, act_group_size=None)
+    return ops.linear(tangent, *weight, None, of_floats.name, out_dtype)
+
+
+def _total(shape: torch.Size, dtype: torch.dtype, *parts: Tensor | None) -> Tensor | None:
+    """The tangent of an output [M, N]: the sum of its parts, each [M, N] or [N]."""
+    present = [part.to(dtype).expand(shape) for part in parts if part is not None]
+    return functools.reduce(torch.add, present).contiguous() if present else None
+
+
+def _save(ctx, *tensors: Tensor | None) -> None:
+    """For `backward` and `jvp`: torch.func wants the same tensors for both."""
+    ctx.save_for_backward(*tensors)
+    if not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
 class _FrozenLinear(torch.autograd.Function):
     """`linear` with gradients to x and bias; the quantized weight is a constant.
 
     The rounding of the activations counts as the identity (straight-through estimator, Bengio et al. 2013,
     arXiv:1308.3432), so grad_x = grad_out @ dequantize(weight). No activation is saved: the gradient needs the weight
     only, which is resident anyway. With a seed, `grad_out` is rounded to int8 for that product. Double backward is
-    refused by `once_differentiable`.
+    refused by `_once_differentiable`.
     """
 
     generate_vmap_rule = True
@@ -128,12 +226,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, qweight, scales, zeros, bias, ctx.scheme, _, seed, columns = inputs
-        ctx.save_for_backward(qweight, scales, zeros, seed, columns)
-        ctx.in_features, ctx.x_dtype = x.shape[1], x.dtype
+        _save(ctx, qweight, scales, zeros, seed, columns)
+        ctx.in_features, ctx.x_dtype, ctx.out_dtype, ctx.shape = x.shape[1], x.dtype, output.dtype, output.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad_out):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -143,6 +241,12 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, x, qweight, scales, zeros, bias, *_):
+        weight = QuantizedWeight(*ctx.saved_tensors[:3])
+        out = _tangent_product(x, weight, ctx.scheme, ctx.out_dtype)
+        return _total(ctx.shape, ctx.out_dtype, out, bias)
 
 
 class LowRank(NamedTuple):
@@ -166,22 +270,31 @@ class _AdaptedLinear(torch.autograd.Function):
     `x @ down.T * scaling`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, scheme, out_dtype, seed, columns, down, up, scaling):
-        out = ops.linear(x, *weight, bias, scheme, out_dtype)
+    def forward(x, qweight, scales, zeros, bias, scheme, out_dtype, seed, columns, down, up, scaling, anchor):
+        out = ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
         input = x.to(out.dtype)
         middle = (input @ down.to(out.dtype).t()).mul_(scaling)
         out.addmm_(middle, up.to(out.dtype).t())
-        ctx.save_for_backward(*weight, seed, columns, input, middle, down, up)
-        ctx.scheme, ctx.scaling, ctx.x_dtype = scheme, scaling, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        return out, middle, None if input is x else input
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        *weight, seed, columns, input, middle, down, up = ctx.saved_tensors
-        needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 2, 7, 8))
+    def setup_context(ctx, inputs, output):
+        x, *weight, bias, ctx.scheme, _, seed, columns, down, up, ctx.scaling, anchor = inputs
+        out, middle, cast = output
+        ctx.mark_non_differentiable(middle, *([] if cast is None else [cast]))
+        input = x if cast is None else cast
+        _save(ctx, *weight, seed, columns, input, middle, down, up, anchor)
+        ctx.x_dtype, ctx.out_dtype, ctx.shape = x.dtype, out.dtype, out.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad_out, *_):
+        *weight, seed, columns, input, middle, down, up, _ = ctx.saved_tensors
+        needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 9, 10))
         grad_x = grad_bias = grad_down = grad_up = None
         grad_middle = (grad_out @ up.to(grad_out.dtype)).mul_(ctx.scaling) if needs_x or needs_down else None
         if needs_x:
@@ -194,11 +307,19 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_down = (grad_middle.t() @ input).to(down.dtype)
         if needs_up:
             grad_up = (grad_out.t() @ middle).to(up.dtype)
-        return grad_x, None, grad_bias, None, None, None, None, grad_down, grad_up, None
+        return grad_x, None, None, None, grad_bias, None, None, None, None, grad_down, grad_up, None, None
 
-
-# `Function.apply` asks for the signature at every call, and finding it out takes longer than a small product.
-_FrozenLinear.forward.__signature__ = inspect.signature(_FrozenLinear.forward)
+    @staticmethod
+    def tangent(ctx, x, qweight, scales, zeros, bias, scheme, out_dtype, seed, columns, down_tangent, up_tangent, *_):
+        *weight, _, _, input, middle, down, up = ctx.saved_tensors[:9]
+        dtype = ctx.out_dtype
+        parts = [_tangent_product(x, QuantizedWeight(*weight), ctx.scheme, dtype), bias]
+        for left, right in ((x, down), (input, down_tangent)):
+            if left is not None and right is not None:
+                parts.append((left.to(dtype) @ right.to(dtype).t()) @ up.to(dtype).t() * ctx.scaling)
+        if up_tangent is not None:
+            parts.append(middle @ up_tangent.to(dtype).t())
+        return _total(ctx.shape, dtype, *parts), None, None
 
 
 class _TrainedLinear(torch.autograd.Function):
@@ -211,36 +332,38 @@ class _TrainedLinear(torch.autograd.Function):
     products, except for the gradient of the weight under `a16`, whose x is a float.
     """
 
-    @staticmethod
-    def forward(ctx, x, weight, scales, bias, scheme, out_dtype, seed):
-        needs_x, needs_weight, needs_scales, _ = ctx.needs_input_grad[:4]
-        needs_weight = needs_weight or needs_scales
-        if isinstance(weight, Int8Weight):
-            quantized = QuantizedWeight(weight.qweight, weight.scales, None)
-        elif scales is not None:
-            quantized = QuantizedWeight(ops.quantize_weight_scaled(weight, scales, scheme.name), scales, None)
-        else:
-            quantized = QuantizedWeight(*ops.quantize_weight(weight, scheme.name))
-        if scheme.symmetric:
-            quantized = quantized._replace(zeros=None)
-        saved_x = x_scales = None
-        if needs_weight and scheme.int_activations:
-            out, saved_x, x_scales = ops.linear_saving(x, *quantized, bias, scheme.name, out_dtype)
-        else:
-            out = ops.linear(x, *quantized, bias, scheme.name, out_dtype)
-            saved_x = x if needs_weight else None
-        kept = quantized if needs_x else (None, None, None)
-        clips = scheme.weight_bits == 4 or scales is not None
-        master, learned = (weight, scales) if needs_weight and clips else (None, None)
-        ctx.save_for_backward(*kept, saved_x, x_scales, master, learned, seed)
-        ctx.scheme, ctx.in_features, ctx.x_dtype, ctx.weight_dtype = scheme, x.shape[1], x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        *kept, saved_x, x_scales, master, learned, seed = ctx.saved_tensors
+    def forward(x, weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, anchors):
+        quantized = _quantized(weight, scales, scheme)
+        kept = quantized if needs_x else QuantizedWeight(None, None, None)
+        if scales is not None:
+            kept = kept._replace(scales=None)  # an input
+        if needs_weight and scheme.int_activations:
+            return *ops.linear_saving(x, *quantized, bias, scheme.name, out_dtype), *kept
+        return ops.linear(x, *quantized, bias, scheme.name, out_dtype), None, None, *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, anchor = inputs
+        out, saved_x, x_scales, *kept = output
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        if needs_weight and saved_x is None:
+            saved_x = x
+        if kept[0] is not None and scales is not None:
+            kept[1] = scales
+        clips = ctx.scheme.weight_bits == 4 or scales is not None
+        master, learned = (weight, scales) if needs_weight and clips else (None, None)
+        _save(ctx, *kept, saved_x, x_scales, master, learned, seed, anchor)
+        ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[1], x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.out_dtype, ctx.shape = out.dtype, out.shape
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad_out, *_):
+        *kept, saved_x, x_scales, master, learned, seed, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         name, in_features = ctx.scheme.name, ctx.in_features
         grad_x = grad_weight = grad_scales = grad_bias = None
@@ -261,11 +384,53 @@ class _TrainedLinear(torch.autograd.Function):
                 grad_weight, grad_scales = ops.scale_gradient(grad_weight, master, learned, name)
             elif master is not None:
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
-            if not torch.compiler.is_compiling():
-                heap.count_gradient(grad_weight)
         if needs_bias:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, x, weight, scales, bias, *_):
+        *kept, saved_x, x_scales, master, learned = ctx.saved_tensors[:7]
+        if scales is not None:
+            raise NotImplementedError("forward-mode derivatives with respect to learned scales are not implemented")
+        parts = [_tangent_product(x, QuantizedWeight(*kept), ctx.scheme, ctx.out_dtype), bias]
+        if weight is not None:
+            if learned is not None:
+                weight, _ = ops.scale_gradient(weight, master, learned, ctx.scheme.name)
+            elif master is not None:
+                weight = ops.mask_clipped(weight, master, ctx.scheme.name)
+            inputs = saved_x if x_scales is None else saved_x * x_scales.unsqueeze(1)
+            parts.append(inputs.to(torch.float32) @ weight.to(torch.float32).t())
+        return _total(ctx.shape, ctx.out_dtype, *parts), None, None, None, None, None
+
+
+def _quantized(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
+    """What a trained weight is multiplied as."""
+    if isinstance(weight, Int8Weight):
+        return QuantizedWeight(weight.qweight, weight.scales, None)
+    if scales is not None:
+        return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, scheme.name), scales, None)
+    qweight, own_scales, zeros = ops.quantize_weight(weight, scheme.name)
+    return QuantizedWeight(qweight, own_scales, None if scheme.symmetric else zeros)
+
+
+# `Function.apply` asks for the signature at every call, and finding it out takes longer than a small product.
+for _function in (_FrozenLinear, _AdaptedLinear, _TrainedLinear):
+    _function.forward.__signature__ = inspect.signature(_function.forward)
+
+# Dynamo does not trace a function that has a `jvp`, so it is a subclass that has it.
+_WITH_TANGENTS = {
+    function: type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+    for function in (_FrozenLinear, _AdaptedLinear, _TrainedLinear)
+}
+
+
+def _call(function: type[torch.autograd.Function], *args) -> Tensor:
+    """The first output of an autograd function."""
+    if _transformed():
+        function = _WITH_TANGENTS[function]
+    out = function.apply(*args)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _over_leading_dimensions(function, x: Tensor, out_features: int, *args) -> Tensor:
@@ -296,11 +461,12 @@ def quant_linear(
         [..., N] of `out_dtype` or x.dtype.
     """
     out_features = weight.qweight.shape[0]
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    needs_x, needs_bias = _needs(x, bias)
+    if not (needs_x or needs_bias):
         return _over_leading_dimensions(ops.linear, x, out_features, *weight, bias, scheme, out_dtype)
-    seed = draw_seed() if grad == "int8" and x.requires_grad else None
+    seed = draw_seed() if grad == "int8" and needs_x else None
     args = (*weight, bias, scheme, out_dtype, seed, columns)
-    return _over_leading_dimensions(_FrozenLinear.apply, x, out_features, *args)
+    return _over_leading_dimensions(functools.partial(_call, _FrozenLinear), x, out_features, *args)
 
 
 def adapted_linear(
@@ -322,9 +488,21 @@ def adapted_linear(
     Returns:
         [..., N] of `out_dtype` or x.dtype.
     """
-    seed = draw_seed() if grad == "int8" and torch.is_grad_enabled() and x.requires_grad else None
-    args = (weight, bias, scheme, out_dtype, seed, columns, *adapter)
-    return _over_leading_dimensions(_AdaptedLinear.apply, x, weight.qweight.shape[0], *args)
+    needs = _needs(x, bias, adapter.down, adapter.up)
+    if not any(needs):
+        return _over_leading_dimensions(
+            _adapted_without_gradient, x, weight.qweight.shape[0], weight, bias, scheme, out_dtype, adapter
+        )
+    seed = draw_seed() if grad == "int8" and needs[0] else None
+    output_dtype = out_dtype or x.dtype
+    anchored = needs[0] and x.dtype != output_dtype and not torch.compiler.is_compiling()
+    args = (*weight, bias, scheme, out_dtype, seed, columns, *adapter, _anchor(x) if anchored else None)
+    return _over_leading_dimensions(functools.partial(_call, _AdaptedLinear), x, weight.qweight.shape[0], *args)
+
+
+def _adapted_without_gradient(x, weight, bias, scheme, out_dtype, adapter):
+    args = (x, *weight, bias, scheme, out_dtype, None, None, *adapter, None)
+    return _AdaptedLinear.forward(*args)[0]
 
 
 def trained_linear(
@@ -349,8 +527,25 @@ def trained_linear(
     Returns:
         [..., N] of `out_dtype` or x.dtype.
     """
-    trained = (x, weight) if scales is None else (x, weight, scales)
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    seed = draw_seed() if grad == "int8" and wanted else None
-    args = (weight, scales, bias, scheme, out_dtype, seed)
-    return _over_leading_dimensions(_TrainedLinear.apply, x, len(weight), *args)
+    needs_x, needs_weight, needs_scales, needs_bias = _needs(x, weight, scales, bias)
+    if torch.jit.is_tracing() and isinstance(weight, Int8Weight):
+        raise RuntimeError(
+            "torch.jit.trace cannot hold a layer of mode 'int8'; qkernels.freeze_(model) makes it frozen, with the "
+            "same outputs, and that can be traced"
+        )
+    if not (needs_x or needs_weight or needs_scales or needs_bias):
+        return _over_leading_dimensions(
+            _trained_without_gradient, x, len(weight), weight, scales, bias, scheme, out_dtype
+        )
+    needs_weight = needs_weight or needs_scales
+    seed = draw_seed() if grad == "int8" and (needs_x or needs_weight) else None
+    anchor = None
+    if not torch.compiler.is_compiling():  # compiled code has no second derivatives anyway
+        anchors = [_anchor(tensor) for tensor, on in ((x, needs_x), (weight, needs_weight)) if on]
+        anchor = torch.cat(anchors) if anchors else None
+    args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, anchor)
+    return _over_leading_dimensions(functools.partial(_call, _TrainedLinear), x, len(weight), *args)
+
+
+def _trained_without_gradient(x, weight, scales, bias, scheme, out_dtype):
+    return ops.linear(x, *_quantized(weight, scales, scheme), bias, scheme.name, out_dtype)

@@ -10,12 +10,11 @@ some gigabytes of gradients.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 from torch import Tensor
 
 GRADIENTS_PER_TRIM = 4 << 30  # bytes; the heap grows by a tenth to a fifth of this meanwhile
-
-_since_trim = 0
 
 
 def trim() -> None:
@@ -24,12 +23,29 @@ def trim() -> None:
         malloc_trim(0)
 
 
-def count_gradient(grad: Tensor) -> None:
-    """To be called for each gradient of a weight; trims the heap now and then. Only tensors of the CPU count."""
-    global _since_trim
-    if grad.device.type != "cpu":
-        return
-    _since_trim += grad.numel() * grad.element_size()
-    if _since_trim >= GRADIENTS_PER_TRIM:
-        _since_trim = 0
-        trim()
+class Trimmer:
+    """Trims the heap now and then during a training of all weights.
+
+    `qkernels finetune` has one; a loop of one's own calls `step` after each backward.
+
+    >>> layer = torch.nn.Linear(4, 2)
+    >>> trimmer = Trimmer()
+    >>> layer(torch.ones(1, 4)).sum().backward()
+    >>> trimmer.step(layer.parameters())
+    """
+
+    def __init__(self) -> None:
+        self.since_trim = 0  # bytes of gradients
+
+    def step(self, parameters: Iterable[Tensor]) -> None:
+        """Count the trained matrices on the CPU; after `GRADIENTS_PER_TRIM` bytes of their gradients, trim.
+
+        Args:
+            parameters: of the model, any shapes and dtypes; what is frozen is left out.
+        """
+        for tensor in parameters:
+            if tensor.requires_grad and tensor.dim() > 1 and tensor.device.type == "cpu":
+                self.since_trim += tensor.numel() * tensor.element_size()
+        if self.since_trim >= GRADIENTS_PER_TRIM:
+            self.since_trim = 0
+            trim()

@@ -106,9 +106,7 @@ class Int8Weight(Tensor):
         """Write both, so that a backward that needs what was there notices (autograd does not see writes from here)."""
         self.qweight.copy_(qweight)
         self.scales.copy_(scales)
-        if not is_traced():
-            written = [tensor for tensor in (self.qweight, self.scales) if not tensor.is_inference()]
-            torch.autograd.graph.increment_version(written)
+        _count_write(self.qweight, self.scales)
 
     def _take(self, values: Tensor) -> None:
         """`copy_` from floats. Rows that are integers times a scale become these, others are rounded like any."""
@@ -179,6 +177,8 @@ class Int8Weight(Tensor):
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The storage of `qweight`: it tells which memory this is, and holds no floats."""
+        if _called_by("torch._"):  # fake tensors are made of one that is empty, and this object's alone
+            return Tensor.untyped_storage(self)
         return self.qweight.untyped_storage()
 
     def numpy(self, *, force: bool = False):
@@ -198,7 +198,7 @@ class Int8Weight(Tensor):
             + _FREEZE
         )
 
-    data_ptr = storage = _typed_storage = __dlpack__ = set_ = _no_memory
+    data_ptr = storage = _typed_storage = __dlpack__ = _no_memory
 
     # FSDP2 (fully_shard): the integers and scales are gathered, never the floats.
 
@@ -312,7 +312,7 @@ class Int8WeightView(Tensor):
         return self.base.untyped_storage()
 
     numpy, __array__, tolist = Int8Weight.numpy, Int8Weight.__array__, Int8Weight.tolist
-    data_ptr = storage = _typed_storage = __dlpack__ = set_ = share_memory_ = is_shared = Int8Weight._no_memory
+    data_ptr = storage = _typed_storage = __dlpack__ = share_memory_ = is_shared = Int8Weight._no_memory
 
 
 def _apply(steps: tuple[_Step, ...], tensor: Tensor) -> Tensor:
@@ -343,6 +343,12 @@ def _called_by(module: str) -> bool:
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     return frame is not None and frame.f_globals.get("__name__", "").startswith(module)
+
+
+def _count_write(*tensors: Tensor) -> None:
+    """Tell autograd of a write that it does not see."""
+    if not is_traced():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -434,6 +440,7 @@ def _on_floats(func, args: tuple, kwargs: dict):
             leaf.store(values)
         else:
             leaf.copy_(values)
+        _count_write(leaf)  # torch counts a write to a list of tensors for plain ones only
     return tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
 
@@ -549,11 +556,19 @@ def _is_pinned(weight: Int8Weight, *args) -> bool:
     return weight.qweight.is_pinned() and weight.scales.is_pinned()
 
 
-def _refuse(weight: Int8Weight, *args, **kwargs):
-    weight._no_memory()
+def _set_(weight: Int8Weight, *args, **kwargs) -> Int8Weight:
+    """torch makes fake tensors so, whose memory does not matter."""
+    if not is_traced() and type(weight.qweight) is Tensor:
+        weight._no_memory()
+    return weight
+
+
+def _narrow_copy(weight: Int8Weight, dim: int, start, length):
+    return weight._rows(start, start + length).dequantize() if dim == 0 else NotImplemented
 
 
 _SPECIAL = {
+    _aten.narrow_copy.default: _narrow_copy,
     _aten.detach.default: _detach,
     _aten.alias.default: _detach,
     _aten.clone.default: _clone,
@@ -568,7 +583,7 @@ _SPECIAL = {
     _aten.as_strided.default: _same_shape,
     _aten._pin_memory.default: _pin_memory,
     _aten.is_pinned.default: _is_pinned,
-    _aten.set_.source_Tensor: _refuse,
-    _aten.set_.source_Storage: _refuse,
-    _aten.set_.source_Storage_storage_offset: _refuse,
+    _aten.set_.source_Tensor: _set_,
+    _aten.set_.source_Storage: _set_,
+    _aten.set_.source_Storage_storage_offset: _set_,
 }

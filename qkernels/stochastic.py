@@ -14,8 +14,11 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SPREAD = 0x2545F4914F6CDD1D  # odd: distinct multiples modulo 2^64
 
 
-_LIBRARY = torch.library.Library("qkernels", "FRAGMENT")
-_LIBRARY.define("draw_seed() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY = torch.library.Library("qkernels_random", "DEF")
+_LIBRARY.define("draw_seed(Tensor(a!) count) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+# What the operator writes to, so that compiled code draws as many numbers as eager code, in the same order, and in the
+# forward.
+_COUNT = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def is_traced() -> bool:
@@ -23,12 +26,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
 
 
-def _draw() -> Tensor:
+def _draw(count: Tensor | None = None) -> Tensor:
+    if count is not None:
+        count.add_(1)
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device="cpu")
 
 
-_LIBRARY.impl("draw_seed", _draw, "CompositeExplicitAutograd")
-torch.library.register_fake("qkernels::draw_seed", lambda: torch.empty((), dtype=torch.int64), lib=_LIBRARY)
+_LIBRARY.impl("draw_seed", _draw, "CPU")
+torch.library.register_fake(
+    "qkernels_random::draw_seed", lambda count: torch.empty((), dtype=torch.int64), lib=_LIBRARY
+)
 
 
 def draw_seed() -> Tensor:
@@ -36,7 +43,9 @@ def draw_seed() -> Tensor:
 
     Compiled code calls an operator for it: inductor would put numbers of its own in the place of `torch.randint`.
     """
-    return torch.ops.qkernels.draw_seed() if is_traced() else _draw()
+    if torch.compiler.is_exporting() or not is_traced():
+        return _draw()
+    return torch.ops.qkernels_random.draw_seed(_COUNT)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
