@@ -159,13 +159,13 @@ class Int8Weight(Tensor):
             raise RuntimeError("only leaves of the autograd graph can be deep-copied; detach() the weight first")
         result = self._like(self.qweight.clone(), self.scales.clone()).requires_grad_(self.requires_grad)
         memo[id(self)] = result
-        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        result.__dict__.update(copy.deepcopy(_attributes(self), memo))
         if self.grad is not None:
             result.grad = copy.deepcopy(self.grad, memo)
         return result
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (self.qweight, self.scales, self.dtype, self.requires_grad, dict(self.__dict__))
+        return _rebuild, (self.qweight, self.scales, self.dtype, self.requires_grad, _attributes(self))
 
     def share_memory_(self) -> Int8Weight:
         self.qweight.share_memory_()
@@ -315,6 +315,9 @@ class Int8WeightView(Tensor):
     data_ptr = storage = _typed_storage = __dlpack__ = share_memory_ = is_shared = Int8Weight._no_memory
 
 
+_TRANSPOSED = _Step(_aten.t.default, (), (), None)
+
+
 def _apply(steps: tuple[_Step, ...], tensor: Tensor) -> Tensor:
     for step in steps:
         tensor = step(tensor)
@@ -338,11 +341,16 @@ def _read_only(weight: Int8Weight | Int8WeightView, force: bool):
 
 
 def _called_by(module: str) -> bool:
-    """Whether a function of `module` made the call that led to this function's caller."""
+    """Whether a function of `module` made the call, from outside of this package, that led to the caller."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
         frame = frame.f_back
     return frame is not None and frame.f_globals.get("__name__", "").startswith(module)
+
+
+def _attributes(weight: Int8Weight) -> dict:
+    """What others have set on the weight, but not how it is multiplied (`products.follow`)."""
+    return {name: value for name, value in vars(weight).items() if name not in ("product", "transposed")}
 
 
 def _count_write(*tensors: Tensor) -> None:
@@ -390,6 +398,8 @@ def _is_view(returned) -> bool:
 def _view(func, args: tuple, kwargs: dict):
     weight, *rest = args
     base, steps = (weight, ()) if isinstance(weight, Int8Weight) else (weight.base, weight.steps)
+    if func is _aten.t.default and steps == (_TRANSPOSED,):
+        return _detach(base)
     like = base.dequantize() if is_traced() else torch.empty(base.shape, dtype=base.dtype, device="meta")
     result = func(_apply(steps, like), *rest, **kwargs)
     first = result[0] if isinstance(result, (list, tuple)) else result

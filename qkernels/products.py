@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .autograd import quant_linear, trained_linear
-from .int8_weight import Int8Weight
+from .int8_weight import Int8Weight, Int8WeightView
 from .quantize import FLOAT_DTYPES
 from .schemes import QuantScheme
 
@@ -136,10 +136,9 @@ class TrainedWeight(_Trained, nn.Parameter):
 class TrainedInt8Weight(_Trained, Int8Weight):
     """A weight of mode "int8" that was read as `layer.weight`. See `follow`."""
 
-    def __reduce_ex__(self, protocol):
-        plain = Int8Weight(self.qweight, self.scales, self.dtype)
-        plain = nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
-        return plain.__reduce_ex__(protocol)
+
+class TrainedInt8View(_Trained, Int8WeightView):
+    """The transpose of a `TrainedInt8Weight`."""
 
 
 class TrainedView(_Trained, Tensor):
@@ -323,6 +322,8 @@ def _view(function):
                 return result
             if isinstance(result, Int8Weight):
                 result.__class__ = TrainedInt8Weight
+            elif isinstance(result, Int8WeightView):
+                result.__class__ = TrainedInt8View
             else:  # of an int8 weight too: the values of a row are rounded to the integers that they come from
                 result = result.as_subclass(TrainedView)
         result.transposed = weight.transposed != (function in _TRANSPOSES)

@@ -126,12 +126,12 @@ def test_reading():
         array[0, 0] = 1.0
     with pytest.raises(RuntimeError, match="detach"):
         weight.numpy()
-    assert type(weight[2:5]) is Int8Weight and type(weight[:, 2:5]) is Int8WeightView
+    assert isinstance(weight[2:5], Int8Weight) and isinstance(weight[:, 2:5], Int8WeightView)
     for got, expected in ((weight[:, 2:5], values[:, 2:5]), (weight.t() @ values, values.t() @ values)):
         assert_same_bits((got + 0).detach(), expected)
     assert weight.untyped_storage().data_ptr() == weight.qweight.data_ptr()
     assert weight.is_contiguous() and not weight.t().is_contiguous()
-    assert type(torch.empty_like(weight)) is Int8Weight and type(weight.new_zeros(N, K)) is torch.Tensor
+    assert isinstance(torch.empty_like(weight), Int8Weight) and type(weight.new_zeros(N, K)) is torch.Tensor
 
 
 def test_data_can_be_swapped_and_restored():
@@ -151,7 +151,7 @@ def test_copies_files_and_processes():
     torch.save(weight, buffer)
     buffer.seek(0)
     for twin in (torch.load(buffer, weights_only=True), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
-        assert type(twin) is Int8Weight and isinstance(twin, nn.Parameter) and twin.requires_grad
+        assert isinstance(twin, Int8Weight) and isinstance(twin, nn.Parameter) and twin.requires_grad
         assert twin.dtype == torch.bfloat16 and twin.mark == "kept"
         assert_same_bits(twin.qweight, weight.qweight)
         assert twin.qweight.data_ptr() != weight.qweight.data_ptr()
@@ -190,7 +190,7 @@ def test_skeletons_on_the_meta_device():
     assigned = skeleton()
     assigned.load_state_dict(state, assign=True)
     for layer in (to_empty, skipped, assigned):
-        assert type(layer.weight) is Int8Weight and layer.weight.requires_grad
+        assert isinstance(layer.weight, Int8Weight) and layer.weight.requires_grad
         assert_same_bits(layer(x).detach(), real(x).detach())
     with pytest.warns(UserWarning, match="assign=True"):
         skeleton().load_state_dict(real.state_dict())
@@ -200,7 +200,7 @@ def test_accelerate():
     accelerate = pytest.importorskip("accelerate")
     with accelerate.init_empty_weights():
         layer = qk.QuantLinear(K, N, mode="int8")
-    assert type(layer.weight) is Int8Weight and layer.weight.is_meta and layer.weight.requires_grad
+    assert isinstance(layer.weight, Int8Weight) and layer.weight.is_meta and layer.weight.requires_grad
     with pytest.raises(NotImplementedError, match="cannot be offloaded"):
         accelerate.cpu_offload(nn.Sequential(layer_of()), torch.device("cpu"))
 
