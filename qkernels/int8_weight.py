@@ -144,9 +144,9 @@ class Int8Weight(Tensor):
                     f"the data of an Int8Weight must be a float tensor of shape {list(self.shape)}, "
                     f"got {value.dtype} of shape {list(value.shape)}"
                 )
-            stored = self._like(
-                *(t.detach().clone().to(value.device) for t in (self.qweight, self.scales)), value.dtype
-            )
+            stored = self.detach().clone().to(value.device, value.dtype)
+            if _called_by("torch.distributed.optim"):
+                raise NotImplementedError("an Int8Weight cannot be a view of a bucket: no parameters_as_bucket_view")
             stored._take(value.detach())
             value = stored
         Tensor.data.__set__(self, value)

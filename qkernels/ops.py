@@ -19,16 +19,26 @@ _ops = torch.ops.qkernels
 _LIBRARY = torch.library.Library("qkernels", "IMPL")
 
 
+def _call(op, *args, **kwargs):
+    """Where no gradient is wanted, past the operator's autograd kernel, which is Python and only refuses."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return op(*args, **kwargs)
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+        return op(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
     """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups]; see `quantize.quantize_activation`."""
-    return _ops.quantize_activation.default(x, scheme_code(scheme))
+    return _call(_ops.quantize_activation.default, x, scheme_code(scheme))
 
 
 def dequantize_weight(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:
     """float32 [N, in_features]: the weight as it is multiplied."""
-    return _ops.dequantize_weight.default(qweight, scales, zeros, in_features, scheme_code(scheme))
+    return _call(_ops.dequantize_weight.default, qweight, scales, zeros, in_features, scheme_code(scheme))
 
 
 def linear(
@@ -57,7 +67,7 @@ def linear(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.linear.default(x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
+    return _call(_ops.linear.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
 def linear_saving(
@@ -82,7 +92,7 @@ def linear_saving(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.linear_saving.default(x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
+    return _call(_ops.linear_saving.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +102,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, 
         RuntimeError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
         ValueError: for an unknown scheme.
     """
-    return _ops.quantize_weight.default(weight, scheme_code(scheme))
+    return _call(_ops.quantize_weight.default, weight, scheme_code(scheme))
 
 
 def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
@@ -110,7 +120,7 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Ten
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.mask_clipped.default(grad, weight, scheme_code(scheme))
+    return _call(_ops.mask_clipped.default, grad, weight, scheme_code(scheme))
 
 
 def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> Tensor:
@@ -120,7 +130,7 @@ def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantSc
         RuntimeError: naming the argument that does not fit; for an asymmetric scheme; for NaN or Inf in either.
         ValueError: for an unknown scheme.
     """
-    return _ops.quantize_weight_scaled.default(weight, scales, scheme_code(scheme))
+    return _call(_ops.quantize_weight_scaled.default, weight, scales, scheme_code(scheme))
 
 
 def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
@@ -133,7 +143,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | Q
     Returns:
         grad where nothing was clamped, else 0, of its dtype; and float32 [N, groups] (rule 11 of docs/numerics.md).
     """
-    return _ops.scale_gradient.default(grad, weight, scales, scheme_code(scheme))
+    return _call(_ops.scale_gradient.default, grad, weight, scales, scheme_code(scheme))
 
 
 def linear_grad_input(
@@ -146,14 +156,16 @@ def linear_grad_input(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of `linear` with respect to x: float `grad_out [M, N]` -> [M, in_features]."""
-    return _ops.linear_grad_input.default(grad_out, qweight, scales, zeros, in_features, scheme_code(scheme), out_dtype)
+    return _call(
+        _ops.linear_grad_input.default, grad_out, qweight, scales, zeros, in_features, scheme_code(scheme), out_dtype
+    )
 
 
 def column_scales(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:
     """float32 [in_features]: the largest magnitude of each column of the weight / 127, for `int_grad_input`."""
-    return _ops.column_scales.default(qweight, scales, zeros, in_features, scheme_code(scheme))
+    return _call(_ops.column_scales.default, qweight, scales, zeros, in_features, scheme_code(scheme))
 
 
 def int_grad_input(
@@ -187,7 +199,8 @@ def int_grad_input(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _ops.int_grad_input.default(
+    return _call(
+        _ops.int_grad_input.default,
         q_grad,
         grad_scales,
         qweight,
@@ -240,8 +253,17 @@ def linear_cross_entropy(
         ValueError: for an unknown scheme.
     """
     options = {"softcap": softcap, "z_loss": z_loss, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    return _ops.linear_cross_entropy.default(
-        hidden, target, qweight, scales, zeros, bias, scheme_code(scheme), dither, **options
+    return _call(
+        _ops.linear_cross_entropy.default,
+        hidden,
+        target,
+        qweight,
+        scales,
+        zeros,
+        bias,
+        scheme_code(scheme),
+        dither,
+        **options,
     )
 
 
@@ -260,7 +282,7 @@ def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream
     Raises:
         RuntimeError: naming the argument that does not fit.
     """
-    return _ops.quantize_rows.default(x, column_factors, seed, stream)
+    return _call(_ops.quantize_rows.default, x, column_factors, seed, stream)
 
 
 def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -277,7 +299,7 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
     Raises:
         RuntimeError: naming the argument that does not fit.
     """
-    return _ops.quantize_columns.default(x, row_factors, seed, stream)
+    return _call(_ops.quantize_columns.default, x, row_factors, seed, stream)
 
 
 # What the operators return, without values: for fake tensors. The scheme is parsed, and the arguments are checked.
@@ -376,11 +398,24 @@ def _register(name: str) -> None:
         choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
         return dispatch.run(name, choice, args, kwargs)
 
+    def backward(ctx, *grads):
+        instead = _DIFFERENTIABLE.get(name, "qkernels.autograd.trained_linear, or a layer")
+        raise RuntimeError(f"qkernels::{name} has no gradient of its own; use {instead}")
+
     torch.library.register_fake(f"qkernels::{name}", fake)
+    torch.library.register_autograd(f"qkernels::{name}", backward, lib=_LIBRARY)
     _LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, run_reference, "AutogradNestedTensor")
+    for key in ("AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA"):
+        _LIBRARY.impl(name, run_reference, key)
     _LIBRARY.impl(name, run_gpu, "CUDA")
 
+
+# What has the gradient of an operator that was called by itself.
+_DIFFERENTIABLE = {
+    "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
+    "linear_saving": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
+    "linear_cross_entropy": "qkernels.loss.linear_cross_entropy",
+}
 
 for _name in (
     "quantize_activation",

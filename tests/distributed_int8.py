@@ -63,6 +63,12 @@ def zero(rank: int, folder: str) -> None:
     optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-3)
     train(net, optimizer, rank, 20)
     assert_ranks_agree(plain_state(net.module))
+    try:
+        ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=1e-3, parameters_as_bucket_view=True)
+    except NotImplementedError as error:
+        assert "bucket" in str(error)
+    else:
+        raise AssertionError("a weight became a copy of its bucket")
 
 
 def broadcast(rank: int, folder: str) -> None:

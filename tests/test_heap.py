@@ -14,17 +14,17 @@ from qkernels import heap
 def test_gradients_of_weights_count(monkeypatch, mode):
     trims = []
     monkeypatch.setattr(heap, "trim", lambda: trims.append(True))
-    monkeypatch.setattr(heap, "_since_trim", 0)
     monkeypatch.setattr(heap, "GRADIENTS_PER_TRIM", 3 * 4 * 33 * 64)
     layer = qk.QuantLinear.from_float(nn.Linear(64, 33), "w8a8", mode=mode)
-    counts = []
+    counts, trimmer = [], heap.Trimmer()
     for _ in range(7):
         layer(torch.randn(5, 64)).sum().backward()
+        assert len(trims) == (counts[-1] if counts else 0)  # the backward itself trims nothing
+        trimmer.step(layer.parameters())
         counts.append(len(trims))
     assert counts == [0, 0, 1, 1, 1, 2, 2]
-    layer.requires_grad_(False)
-    layer(torch.randn(5, 64, requires_grad=True)).sum().backward()
-    assert heap._since_trim == 4 * 33 * 64
+    trimmer.step(layer.requires_grad_(False).parameters())
+    assert trimmer.since_trim == 4 * 33 * 64
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")

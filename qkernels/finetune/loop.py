@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..heap import Trimmer
 from .errors import Diverged, InputError
 from .interrupts import Interrupts
 from .measure import PeakMemory, perplexity
@@ -138,6 +139,7 @@ class Recorder(TrainerCallback):
         self.seconds: list[float] = []
         self._settings, self._interrupts = settings, interrupts
         self._bar: tqdm | None = None
+        self._trimmer = Trimmer()
 
     def save(self, checkpoint: Path) -> None:
         values = {"losses": self.losses, "seconds": self.seconds, "held_out": self.held_out}
@@ -163,6 +165,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, _args, state, control, model, **__) -> None:
         self.seconds.append(time.perf_counter() - self._start)
         self._bar.update()
+        if self._settings.mode != "frozen":
+            self._trimmer.step(model.parameters())
         step, every = state.global_step, self._settings.eval_steps
         if every and self._blocks and step % every == 0 and step < self._settings.steps:
             self.held_out.append([step, perplexity(model, self._blocks)])
