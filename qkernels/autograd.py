@@ -113,8 +113,8 @@ def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _SECOND = (
-    "trying to differentiate twice: second derivatives of a quantized layer are not defined, for its gradients pass straight through the rounding, and "
-    "what they are made of has no gradient of its own. Use the float model for them"
+    "trying to differentiate twice: second derivatives of a quantized layer are not defined, for its gradients pass "
+    "straight through the rounding, and what they are made of has no gradient of its own. Use the float model for them"
 )
 
 
