@@ -332,8 +332,8 @@ class QuantLinear(Storage, nn.Linear):
 
     def update_column_scales(self) -> None:
         """Derive the buffer `column_scales` from the weight; a layer does so by itself when its weight changes."""
-        known = isinstance(self.qweight, StoredParameter)  # what FSDP shards is looked at in each call
-        if "column_scales" in self._buffers and known and not self.qweight.is_meta:
+        qweight = self._parameters.get("qweight")  # what FSDP shards is looked at in each call
+        if "column_scales" in self._buffers and isinstance(qweight, StoredParameter) and not qweight.is_meta:
             with torch.inference_mode(False), torch.no_grad():
                 self.column_scales = ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
             self._columns_of = self._versions()

@@ -161,9 +161,10 @@ def follow(weight: Tensor, layer: nn.Module) -> Tensor:
         weight.__class__ = kind
     if isinstance(weight, _Trained):
         product = weight.product
-        wanted = (layer.scheme, layer.grad, layer._parameters.get("scales"))
-        if product is None or product.layer() is not layer or product[:3] != wanted:
-            weight.product = _Product(*wanted, weakref.ref(layer))
+        scales = layer._parameters.get("scales")
+        known = product is not None and product.layer() is layer and product.scales is scales
+        if not known or (product.scheme, product.grad) != (layer.scheme, layer.grad):
+            weight.product = _Product(layer.scheme, layer.grad, scales, weakref.ref(layer))
     return weight
 
 
