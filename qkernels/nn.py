@@ -492,17 +492,17 @@ def relative_error(weight: Tensor, quantized: nn.Module) -> float:
 
 @torch.no_grad()
 def _squared_norms(weight: Tensor, quantized: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
-    """Sums of squares, of the error and of the weight, whose blocks are summed in `dtype`."""
+    """Sums of squares, of the error and of the weight, whose parts are summed in `dtype`, and then in float64.
+
+    The norm of each row of a bfloat16 or float16 weight is rounded to that dtype, which all rows together average out.
+    """
     rows = max(1, (_SERIAL_ELEMENTS - 1) // quantized.in_features)
     blocks = [weight.detach().split(rows)]
     blocks += [itertools.repeat(None) if t is None else plain(t).split(rows) for t in quantized.quantized_weight()]
-    errors, norms = [], []
+    errors = [torch.zeros((), dtype=dtype, device=weight.device)]
     for block, *stored in zip(*blocks, strict=False):
-        block = block.to(torch.float32)
         error = ops.dequantize_weight(*stored, quantized.in_features, quantized.scheme).sub_(block)
         errors.append(torch.linalg.vector_norm(error, dtype=dtype))
-        norms.append(torch.linalg.vector_norm(block, dtype=dtype))
-    if not errors:
-        return 0.0, 0.0
-    error, norm = torch.stack([*errors, *norms]).to(torch.float64).square().view(2, -1).sum(dim=1).tolist()
+    norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=None if dtype == torch.float32 else dtype)
+    error, norm = (part.to(torch.float64).square().sum().item() for part in (torch.stack(errors), norms))
     return error, norm
