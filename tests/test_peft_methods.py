@@ -196,3 +196,14 @@ def test_t5_asks_an_adapted_layer_for_its_dtype(scheme):
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     assert model.base_model.model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, expected)
+
+
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_lora_over_a_trained_layer(mode):
+    x = torch.randn(4, 32)
+    model = get_peft_model(network(mode=mode), LoraConfig(**TARGETS, init_lora_weights=False))
+    separate = model(x)
+    separate.sum().backward()
+    assert model.base_model.model[0].lora_A["default"].weight.grad.norm() > 0
+    merged = model.merge_and_unload()
+    assert merged[0].mode == mode and (merged(x) - separate).norm() < 0.05 * separate.norm()
