@@ -288,6 +288,12 @@ class QuantLinear(Storage, nn.Linear):
         qweight, scales, zeros = ops.quantize_weight(weight.detach(), self._scheme_name)
         return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
 
+    def __getattr__(self, name: str):
+        """In mode "int8" also `qweight`, which the state dict holds, and which is no parameter of its own."""
+        if name == "qweight" and vars(self).get("mode") == "int8":
+            return self.quantized_weight().qweight
+        return super().__getattr__(name)
+
     def freeze_(self) -> QuantLinear:
         """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.
 

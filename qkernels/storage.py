@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .quantize import FLOAT_DTYPES, QuantizedWeight
 from .schemes import QuantScheme
-from .stored import ScalesView, StoredParameter, plain, reinterpret, store
+from .stored import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 from .validate import STORAGE, storage_dtypes, storage_problems
 
 
@@ -36,6 +36,8 @@ class Storage(nn.Module):
         In a model that FSDP has sharded it is the parameter, which holds the bits; `quantized_weight` shows floats.
         """
         scales = self._parameters.get("scales")
+        if scales is None and self.mode == "int8":
+            return self.quantized_weight().scales
         if scales is None:
             raise AttributeError(f"{type(self).__name__} has no scales in mode {self.mode!r}")
         # FSDP, whose parameter is of another class, must find here what is registered.
@@ -74,7 +76,7 @@ class Storage(nn.Module):
         own = self._parameters
         scales = own["scales"]
         return QuantizedWeight(
-            own["qweight"], scales.view(torch.float32) if scales.dtype == torch.int32 else scales, own["zeros"]
+            own["qweight"], float_scales(scales) if scales.dtype == torch.int32 else scales, own["zeros"]
         )
 
     def storage_problems(self) -> dict[str, str]:

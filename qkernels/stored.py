@@ -30,7 +30,7 @@ _NO_GRADIENT = "only Tensors of floating point dtype can require gradients: " + 
 def reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.view(dtype)` for an element of the same size; also of a DTensor, whose shards are viewed."""
     if not hasattr(tensor, "to_local"):
-        return tensor.view(dtype)
+        return float_scales(tensor) if dtype == torch.float32 else tensor.view(dtype)
     from torch.distributed.tensor import DTensor
 
     placed = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
@@ -174,6 +174,18 @@ class StoredParameter(_Integers, nn.Parameter):
         return StoredParameter, (plain(self),)
 
 
+def float_scales(bits: Tensor) -> Tensor:
+    """The float32 scales in int32 `bits`. To torch.jit.trace, which has no word for that view, they are a constant."""
+    if not torch.jit.is_tracing():
+        return bits.view(torch.float32)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return bits.detach().view(torch.float32)
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 class ScalesView(_Constant, nn.Parameter):
     """Float32 scales: a view of the `StoredParameter` that is registered under their name, and passes for it."""
 
@@ -184,7 +196,7 @@ class ScalesView(_Constant, nn.Parameter):
         """The view of `bits`: one object as long as it is in use, so that tied scales are one object too."""
         view = vars(bits).get("_view", lambda: None)()
         if view is None or view.data_ptr() != bits.data_ptr():
-            view = Tensor._make_subclass(ScalesView, plain(bits).view(torch.float32), False)
+            view = Tensor._make_subclass(ScalesView, float_scales(plain(bits)), False)
             view.bits, bits._view = bits, weakref.ref(view)
         return view
 

@@ -139,7 +139,7 @@ def test_gradients_of_weights_depend_on_what_came_before(kind):
 @pytest.mark.parametrize("kind", ["frozen", "adapted", "qat", "learned"])
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_traces_of_torch_jit(kind, with_gradient):
-    layer, x = layer_of(kind), torch.randn(3, K)
+    layer, x = nn.Sequential(layer_of(kind), nn.ReLU()), torch.randn(3, K)
     with torch.set_grad_enabled(with_gradient):
         buffer = io.BytesIO()
         torch.jit.save(torch.jit.trace(layer, x), buffer)
