@@ -325,6 +325,7 @@ class QuantLinear(Storage, nn.Linear):
         weight = self.quantized_weight()
         for name in STORAGE:
             del self._parameters[name]
+        del self._buffers["column_scales"]
         self.mode = "int8"
         self._take(weight)
         return self
@@ -332,14 +333,18 @@ class QuantLinear(Storage, nn.Linear):
     def _allocate_columns(self, device: torch.device | str | None) -> None:
         """Register the buffer `column_scales` of a grouped weight, for its int8 gradient: derived, never saved."""
         self._columns_of: tuple | None = None
-        if self.mode == "frozen" and self.grad == "int8" and self.scheme.group_size is not None:
+        if self.mode != "frozen":
+            return
+        columns = None
+        if self.grad == "int8" and self.scheme.group_size is not None:
             columns = torch.ones(self.in_features, dtype=torch.float32, device=device)
-            self.register_buffer("column_scales", columns, persistent=False)
+        self.register_buffer("column_scales", columns, persistent=columns is None)
 
     def update_column_scales(self) -> None:
         """Derive the buffer `column_scales` from the weight; a layer does so by itself when its weight changes."""
         qweight = self._parameters.get("qweight")  # what FSDP shards is looked at in each call
-        if "column_scales" in self._buffers and isinstance(qweight, StoredParameter) and not qweight.is_meta:
+        known = isinstance(qweight, StoredParameter) and not qweight.is_meta
+        if known and self._buffers.get("column_scales") is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self.column_scales = ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
             self._columns_of = self._versions()
@@ -351,7 +356,7 @@ class QuantLinear(Storage, nn.Linear):
 
     def _current_columns(self) -> Tensor | None:
         """`column_scales` of the weight as it is now; None: there are none."""
-        if "column_scales" not in self._buffers:
+        if self._buffers.get("column_scales") is None:
             return None
         if torch.compiler.is_compiling() or not isinstance(self.qweight, StoredParameter):
             return ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
