@@ -165,7 +165,8 @@ def _once_differentiable(backward):
 
 def _anchor(x: Tensor) -> Tensor:
     """float32 [0] with the autograd graph of x, but without its memory, for `_once_differentiable`."""
-    return torch.narrow_copy(x, 0, 0, 0).flatten().to(torch.float32)
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.index_select(0, torch.empty(0, dtype=torch.int64, device=x.device)).flatten().to(torch.float32)
 
 
 def _transformed() -> bool:

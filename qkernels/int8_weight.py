@@ -573,12 +573,14 @@ def _set_(weight: Int8Weight, *args, **kwargs) -> Int8Weight:
     return weight
 
 
-def _narrow_copy(weight: Int8Weight, dim: int, start, length):
-    return weight._rows(start, start + length).dequantize() if dim == 0 else NotImplemented
+def _index_select(weight: Int8Weight, dim: int, index: Tensor):
+    if dim % 2 != 0:
+        return NotImplemented
+    return weight._like(weight.qweight.index_select(0, index), weight.scales.index_select(0, index)).dequantize()
 
 
 _SPECIAL = {
-    _aten.narrow_copy.default: _narrow_copy,
+    _aten.index_select.default: _index_select,
     _aten.detach.default: _detach,
     _aten.alias.default: _detach,
     _aten.clone.default: _clone,

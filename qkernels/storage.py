@@ -122,7 +122,9 @@ class Storage(nn.Module):
         self.compute_dtype = dtype
 
         def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            with torch._C.DisableTorchFunctionSubclass():  # of a trained weight that was read: it becomes a plain one
+                moved = fn(tensor)
+                moved = moved.detach() if moved is tensor else moved
             if id(tensor) in exact or not tensor.is_floating_point():
                 wanted = tensor.dtype
             else:
