@@ -1,7 +1,8 @@
 """Writes the tables of docs/gpu.md: `python benchmarks/gpu_roofline.py`. No GPU is used, and no speed is measured.
 
-Predicted times come from data-sheet rates, the use of registers and shared memory from the compiler, the counts of
-instructions and memory transactions from executing the compiled code (`tests/ptx`).
+Measured times come from the rows in benchmarks/results, predicted ones from data-sheet rates, the use of registers and
+shared memory from the compiler, the counts of instructions and memory transactions from executing the compiled code
+(`tests/ptx`). `--measured` writes the table of measured times alone, which takes no time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from launches import real_launches  # noqa: E402
 from ptx.machine import Statistics  # noqa: E402
 
 from qkernels import QuantScheme, quantize_weight  # noqa: E402
+from qkernels.bench.results import Results  # noqa: E402
 from qkernels.triton import plans  # noqa: E402
 from qkernels.triton.aot import TARGETS, Compiled, compile_launch  # noqa: E402
 from qkernels.triton.inspect import usage  # noqa: E402
@@ -27,6 +29,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 LAYER = (14336, 4096)  # N, K: Llama-8B, up_proj
 ROWS = (1, 16, 512, 2048)
 SCHEMES = ("w8a8", "w4a8-g128", "w4a16-g128")
+MEASURED = (*SCHEMES, "w4a8-g32-asym")
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,27 @@ def counts() -> str:
     return table(header, rows)
 
 
+def measured() -> str:
+    """Milliseconds of one layer on an H100, and in brackets the speed-up over torch bfloat16 in the same run."""
+    runs = {"as chosen": "linear-nvidia-h100.json", "Triton alone": "linear-nvidia-h100-triton.json"}
+    found = {name: Results.load(ROOT / "benchmarks" / "results" / file) for name, file in runs.items()}
+    rows = []
+    for shape in dict.fromkeys((row.m, row.n, row.k) for row in found["as chosen"].rows if row.direction == "forward"):
+        for name, results in found.items():
+            times = {row.name: row.median for row in results.rows if (row.m, row.n, row.k) == shape}
+            base = times["torch bfloat16"]
+            cells = [f"{times[scheme] * 1e3:.3f} ({base / times[scheme]:.2f}x)" for scheme in MEASURED]
+            rows.append((" x ".join(map(str, shape)), name, f"{base * 1e3:.3f}", *cells))
+    return table(("M x N x K", "kernels", "torch bfloat16", *MEASURED), rows)
+
+
 def main() -> None:
     text = PAGE.read_text()
-    for name, content in (("predictions", predictions()), ("code", code_tables()), ("counts", counts())):
+    parts = {"measured": measured, "predictions": predictions, "code": code_tables, "counts": counts}
+    for name, part in parts.items():
+        if "--measured" in sys.argv and name != "measured":
+            continue
+        content = part()
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         head, rest = text.split(start)
         text = f"{head}{start}\n{content}\n\n{end}{rest.split(end)[1]}"
