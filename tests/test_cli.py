@@ -375,7 +375,7 @@ class TestEvalAndGenerate:
         name = sorted(tensors)[0]
         damages = {
             "lacks weights": {key: value for key, value in tensors.items() if key != name},
-            "not finite": tensors | {name: tensors[name] * torch.nan},
+            "must be finite": tensors | {name: tensors[name] * torch.nan},
             "cannot be put on": tensors | {name: torch.zeros(3, 3)},
         }
         for words, damaged in damages.items():

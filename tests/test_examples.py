@@ -39,7 +39,7 @@ def test_bert_sentiment():
     data = EXAMPLES / "data"  # ignored by git; the archive is fetched once
     data.mkdir(exist_ok=True)
     out = run("bert_sentiment.py", "--steps", "3", "--held-out", "32", "--data", str(data))
-    assert "total: 37 of 38 layers quantized to w8a8" in out
+    assert "total: 37 of 41 layers quantized to w8a8" in out
     losses = [float(value) for value in re.findall(r"step \d+: loss (\d+\.\d+)", out)]
     assert len(losses) == 3 and all(0 < loss < 2 for loss in losses)
     for when in ("before", "after"):

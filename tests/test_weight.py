@@ -159,6 +159,16 @@ def test_a_write_to_a_frozen_weight_is_refused(kind, write):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
+def test_a_frozen_weight_can_be_assigned_to_its_own_layer_alone(scheme):
+    """As PEFT does when it puts the base layer back."""
+    for make in (frozen, lambda scheme: qk.QuantEmbedding.from_float(nn.Embedding(48, 64), scheme)):
+        layer, other = make(scheme), make(scheme)
+        layer.weight = layer.weight
+        with pytest.raises(RuntimeError, match="read-only"):
+            layer.weight = other.weight
+
+
 def test_a_frozen_weight_cannot_become_the_parameter_of_another_layer():
     with pytest.raises(TypeError, match="Parameter"):
         nn.Linear(64, 48).weight = frozen().weight

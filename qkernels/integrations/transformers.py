@@ -11,7 +11,7 @@ import copy
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import transformers
@@ -97,6 +97,8 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.include = None if include is None else list(include)
         self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
         self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
+        if layers is not None and not isinstance(layers, Mapping):
+            raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
         self.layers = dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
         if embeddings and mode != "frozen":
