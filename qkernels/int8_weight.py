@@ -562,10 +562,6 @@ def _pin_memory(weight: Int8Weight, *args):
     return weight._like(weight.qweight.pin_memory(), weight.scales.pin_memory())
 
 
-def _is_pinned(weight: Int8Weight, *args) -> bool:
-    return weight.qweight.is_pinned() and weight.scales.is_pinned()
-
-
 def _set_(weight: Int8Weight, *args, **kwargs) -> Int8Weight:
     """torch makes fake tensors so, whose memory does not matter."""
     if not is_traced() and type(weight.qweight) is Tensor:
@@ -574,9 +570,8 @@ def _set_(weight: Int8Weight, *args, **kwargs) -> Int8Weight:
 
 
 def _index_select(weight: Int8Weight, dim: int, index: Tensor):
-    if dim % 2 != 0:
-        return NotImplemented
-    return weight._like(weight.qweight.index_select(0, index), weight.scales.index_select(0, index)).dequantize()
+    parts = (part.index_select(0, index) for part in (weight.qweight, weight.scales))
+    return weight._like(*parts).dequantize() if dim % 2 == 0 else NotImplemented
 
 
 _SPECIAL = {
@@ -594,7 +589,7 @@ _SPECIAL = {
     _aten.view.default: _same_shape,
     _aten.as_strided.default: _same_shape,
     _aten._pin_memory.default: _pin_memory,
-    _aten.is_pinned.default: _is_pinned,
+    _aten.is_pinned.default: lambda weight, *args: weight.qweight.is_pinned() and weight.scales.is_pinned(),
     _aten.set_.source_Tensor: _set_,
     _aten.set_.source_Storage: _set_,
     _aten.set_.source_Storage_storage_offset: _set_,

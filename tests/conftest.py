@@ -6,10 +6,13 @@
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a run in the background, whose children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The folder tests/triton must not pass for a package of that name where triton is not installed.
 if importlib.util.find_spec("triton.language") is None:

@@ -1,5 +1,6 @@
 """What test_distributed.py runs on two ranks over gloo: `python distributed_int8.py CASE FOLDER`."""
 
+import os
 import sys
 
 import torch
@@ -158,7 +159,9 @@ def work(rank: int, case: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
     globals()[case](rank, folder)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo that are still at work when Python ends abort the process now and then
 
 
 if __name__ == "__main__":
