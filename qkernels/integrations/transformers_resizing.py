@@ -15,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..embedding import QuantEmbedding
 from ..nn import QuantLinear
-from ..quantize import QuantizedWeight, quantize_weight
+from ..quantize import QuantizedWeight
+from ..quantizers import quantize_weight
 
 _original = PreTrainedModel.resize_token_embeddings
 

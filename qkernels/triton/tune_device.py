@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from ..quantize import quantize_weight
+from ..quantizers import quantize_weight
 from ..schemes import QuantScheme
 from . import ops
 from .configs import Config, Product, bucket
