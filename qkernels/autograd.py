@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -163,10 +162,17 @@ def _once_differentiable(backward):
     return wrapper
 
 
-def _anchor(x: Tensor) -> Tensor:
-    """float32 [0] with the autograd graph of x, but without its memory, for `_once_differentiable`."""
+def _anchors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of each tensor its autograd graph without its memory, a tensor of no rows, for `_once_differentiable`.
+
+    Compiled code has no second derivatives anyway, and gets None.
+    """
+    if torch.compiler.is_compiling() or all(tensor is None for tensor in tensors):
+        return (None,) * len(tensors)
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    none = torch.empty(0, dtype=torch.int64, device=device)
     with torch._C.DisableTorchFunctionSubclass():
-        return x.index_select(0, torch.empty(0, dtype=torch.int64, device=x.device)).flatten().to(torch.float32)
+        return tuple(None if tensor is None else tensor.index_select(0, none) for tensor in tensors)
 
 
 def _transformed() -> bool:
@@ -336,7 +342,7 @@ class _TrainedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, anchors):
+    def forward(x, weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *anchors):
         quantized = _quantized(weight, scales, scheme)
         kept = quantized if needs_x else QuantizedWeight(None, None, None)
         if scales is not None:
@@ -347,7 +353,7 @@ class _TrainedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, anchor = inputs
+        x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, *anchors = inputs
         out, saved_x, x_scales, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         if needs_weight and saved_x is None:
@@ -356,7 +362,7 @@ class _TrainedLinear(torch.autograd.Function):
             kept[1] = scales
         clips = ctx.scheme.weight_bits == 4 or scales is not None
         master, learned = (weight, scales) if needs_weight and clips else (None, None)
-        _save(ctx, *kept, saved_x, x_scales, master, learned, seed, anchor)
+        _save(ctx, *kept, saved_x, x_scales, master, learned, seed, *anchors)
         ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[1], x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.out_dtype, ctx.shape = out.dtype, out.shape
@@ -364,7 +370,7 @@ class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, grad_out, *_):
-        *kept, saved_x, x_scales, master, learned, seed, _ = ctx.saved_tensors
+        *kept, saved_x, x_scales, master, learned, seed, _, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         name, in_features = ctx.scheme.name, ctx.in_features
         grad_x = grad_weight = grad_scales = grad_bias = None
@@ -387,7 +393,7 @@ class _TrainedLinear(torch.autograd.Function):
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
         if needs_bias:
             grad_bias = _grad_bias(grad_out, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None, None, None, None, None
 
     @staticmethod
     def tangent(ctx, x, weight, scales, bias, *_):
@@ -415,10 +421,6 @@ def _quantized(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> Qu
     return QuantizedWeight(qweight, own_scales, None if scheme.symmetric else zeros)
 
 
-# `Function.apply` asks for the signature at every call, and finding it out takes longer than a small product.
-for _function in (_FrozenLinear, _AdaptedLinear, _TrainedLinear):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
-
 # Dynamo does not trace a function that has a `jvp`, so it is a subclass that has it.
 _WITH_TANGENTS = {
     function: type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
@@ -426,11 +428,19 @@ _WITH_TANGENTS = {
 }
 
 
+# `torch.autograd.Function.apply` binds the arguments to the signature of `forward` in Python at every call, for its
+# defaults and keywords, which these have not. That takes longer than a small product, so eager calls leave it out.
+_EAGER = {function: super(torch.autograd.Function, function).apply for function in _WITH_TANGENTS}
+
+
 def _call(function: type[torch.autograd.Function], *args) -> Tensor:
     """The first output of an autograd function."""
-    if _transformed():
-        function = _WITH_TANGENTS[function]
-    out = function.apply(*args)
+    if torch.compiler.is_compiling():
+        out = function.apply(*args)
+    elif _transformed():
+        out = _WITH_TANGENTS[function].apply(*args)
+    else:
+        out = _EAGER[function](*args)
     return out if isinstance(out, Tensor) else out[0]
 
 
@@ -496,8 +506,8 @@ def adapted_linear(
         )
     seed = draw_seed() if grad == "int8" and needs[0] else None
     output_dtype = out_dtype or x.dtype
-    anchored = needs[0] and x.dtype != output_dtype and not torch.compiler.is_compiling()
-    args = (*weight, bias, scheme, out_dtype, seed, columns, *adapter, _anchor(x) if anchored else None)
+    anchors = _anchors(x if needs[0] and x.dtype != output_dtype else None)
+    args = (*weight, bias, scheme, out_dtype, seed, columns, *adapter, *anchors)
     return _over_leading_dimensions(functools.partial(_call, _AdaptedLinear), x, weight.qweight.shape[0], *args)
 
 
@@ -540,11 +550,8 @@ def trained_linear(
         )
     needs_weight = needs_weight or needs_scales
     seed = draw_seed() if grad == "int8" and (needs_x or needs_weight) else None
-    anchor = None
-    if not torch.compiler.is_compiling():  # compiled code has no second derivatives anyway
-        anchors = [_anchor(tensor) for tensor, on in ((x, needs_x), (weight, needs_weight)) if on]
-        anchor = torch.cat(anchors) if anchors else None
-    args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, anchor)
+    anchors = _anchors(x if needs_x else None, weight if needs_weight else None)
+    args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *anchors)
     return _over_leading_dimensions(functools.partial(_call, _TrainedLinear), x, len(weight), *args)
 
 

@@ -132,7 +132,10 @@ class QuantLinear(Storage, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = dtype
         self._scheme_name = self.scheme.name
+        # The bias of a frozen layer comes first: many take the dtype of a model from the first of its parameters.
+        own_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if mode == "frozen":
+            self.register_parameter("bias", own_bias)
             self._allocate(device)
         weight = None
         if mode == "qat":
@@ -147,9 +150,7 @@ class QuantLinear(Storage, nn.Linear):
         if weight is not None:
             self.register_parameter("weight", weight)
         self._allocate_columns(device)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", own_bias)
         self.reset_parameters()
 
     __prepare_scriptable__ = refuse_script
@@ -287,12 +288,6 @@ class QuantLinear(Storage, nn.Linear):
             return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
         qweight, scales, zeros = ops.quantize_weight(weight.detach(), self._scheme_name)
         return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
-
-    def __getattr__(self, name: str):
-        """In mode "int8" also `qweight`, which the state dict holds, and which is no parameter of its own."""
-        if name == "qweight" and vars(self).get("mode") == "int8":
-            return self.quantized_weight().qweight
-        return super().__getattr__(name)
 
     def freeze_(self) -> QuantLinear:
         """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.

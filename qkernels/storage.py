@@ -30,6 +30,16 @@ class Storage(nn.Module):
     COMPUTE_DTYPES = FLOAT_DTYPES
 
     @property
+    def qweight(self) -> Tensor:
+        """Integers of the weight; in mode "int8" they are no parameter of their own, but the state dict holds them."""
+        qweight = self._parameters.get("qweight")
+        if qweight is None and self.mode == "int8":
+            return self.quantized_weight().qweight
+        if qweight is None:
+            raise AttributeError(f"{type(self).__name__} has no qweight in mode {self.mode!r}")
+        return qweight
+
+    @property
     def scales(self) -> Tensor:
         """Float32 scales [N, groups]; of a frozen weight a view, through which it can be changed in place.
 

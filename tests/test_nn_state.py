@@ -223,7 +223,7 @@ def test_missing_and_unexpected_keys_are_reported_by_torch():
         layer.load_state_dict({"bias": torch.zeros(N)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
         layer.load_state_dict({**layer.state_dict(), "extra": torch.zeros(1)})
-    assert layer.load_state_dict({}, strict=False).missing_keys == ["qweight", "scales", "bias"]
+    assert layer.load_state_dict({}, strict=False).missing_keys == ["bias", "qweight", "scales"]
 
 
 def test_set_weight():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import subprocess
 import sys
 
@@ -238,6 +239,13 @@ def test_weights_only_loading():
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     assert all(type(tensor) is torch.Tensor for tensor in loaded["state"].values())
+
+
+def test_the_first_parameter_has_the_dtype_of_the_layer():
+    """Which many take for that of a model: `next(model.parameters()).dtype`."""
+    layer = QuantLinear.from_float(nn.Linear(8, 8, dtype=torch.bfloat16), "w4a8-g32")
+    assert next(layer.parameters()).dtype == torch.bfloat16
+    assert next(pickle.loads(pickle.dumps(layer)).parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("mode", ["qat", "int8"])
