@@ -10,8 +10,8 @@ CUDA ?= 13.0
 CUDA_ARCHS ?= 80;86;89;90;100;120
 # "80;120" -> "8.0;12.0+PTX": PTX of the last, too, which GPUs that come later compile
 CUDA_TARGETS = $(shell echo '$(CUDA_ARCHS)' | sed -E 's/([0-9]+)([0-9]a?)/\1.\2/g; s/$$/+PTX/')
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.*) $(wildcard tests/emulation/*.h tests/core/*) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests/native tools/gpu_emulation -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo demo-quick test lint format bench bench-peers wheel wheel-cuda wheel-test clean
 

@@ -1,7 +1,7 @@
 """Build of the native code; metadata and tool settings are in pyproject.toml.
 
 These libraries are built into the package:
-    libqkernels_core.so  the kernels: no torch, no Python (csrc/core, csrc/cpu)
+    libqkernels_core.so  the kernels: no torch, no Python (csrc/common, csrc/cpu)
     _C                   torch operators over the core, on the LibTorch stable ABI: one binary for torch >= 2.10
     _native              NumPy entry points to the same core (pybind11), also used to force an ISA
     _C_cuda              torch operators on CUDA tensors (csrc/cuda), where QKERNELS_CUDA=1: needs nvcc, but neither a
@@ -66,7 +66,7 @@ class BuildNative(BuildExtension):
             if not any(Path(path, "libtorch_cuda.so").exists() for path in ext.library_dirs):
                 name = f"{stub}/libtorch_cuda.so"
                 flags = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
-                subprocess.run(["cc", *flags, "csrc/cuda/torch_cuda_stub.c", "-o", name], check=True)
+                subprocess.run(["cc", *flags, "csrc/torch/torch_cuda_stub.c", "-o", name], check=True)
             toolkit = Path(NVCC).resolve().parent.parent / "lib"
             command += [*ext.sources, *sorted(glob("csrc/cuda/*.cu"))]
             command += [f"-L{path}" for path in (*ext.library_dirs, toolkit, stub)]
@@ -108,17 +108,17 @@ def cuda_label() -> str:
     return f"+cu{release[1]}{release[2]}"
 
 
-core = extension("libqkernels_core", glob("csrc/core/*.cpp") + glob("csrc/cpu/*.cpp"))
+core = extension("libqkernels_core", glob("csrc/common/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True))
 torch_ops = extension(
     "_C",
-    ["csrc/ops.cpp"],
+    ["csrc/torch/ops.cpp"],
     include_dirs=include_paths(),
     library_dirs=library_paths(),
     libraries=["torch_cpu"],
     flags=[f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
     py_limited_api=True,
 )
-native = extension("_native", ["csrc/native.cpp"], include_dirs=[pybind11.get_include()])
+native = extension("_native", ["csrc/python/native.cpp"], include_dirs=[pybind11.get_include()])
 
 extensions, options = [core, torch_ops, native], {}
 if os.environ.get("QKERNELS_CUDA") == "1":
@@ -126,7 +126,7 @@ if os.environ.get("QKERNELS_CUDA") == "1":
     extensions.append(
         Extension(
             "qkernels._C_cuda",
-            sorted(glob("csrc/cuda/*.cpp")),  # build_cuda adds the .cu, which torch's build tools must not see
+            sorted(glob("csrc/torch/cuda_*.cpp")),  # build_cuda adds the .cu, which torch's build tools must not see
             depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu*"),
             include_dirs=["csrc", *include_paths()],
             library_dirs=library_paths(),

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "cuda_emulator")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import sass  # noqa: E402
+from gpu_emulation import sass  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpu.md"
 START, END = "<!-- cuda code -->\n", "<!-- end of cuda code -->"

@@ -2,7 +2,7 @@
 
 Measured times come from the rows in benchmarks/results, predicted ones from data-sheet rates, the use of registers and
 shared memory from the compiler, the counts of instructions and memory transactions from executing the compiled code
-(`tests/ptx`). `--measured` writes the table of measured times alone, which takes no time.
+(`tools/gpu_emulation`). `--measured` writes the table of measured times alone, which takes no time.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "triton")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-from executor import execute  # noqa: E402
-from launches import real_launches  # noqa: E402
-from ptx.machine import Statistics  # noqa: E402
+from gpu_emulation.aot import TARGETS, Compiled, compile_launch  # noqa: E402
+from gpu_emulation.executor import execute  # noqa: E402
+from gpu_emulation.launches import real_launches  # noqa: E402
+from gpu_emulation.ptx.machine import Statistics  # noqa: E402
+from gpu_emulation.usage import usage  # noqa: E402
 
 from qkernels import QuantScheme, quantize_weight  # noqa: E402
 from qkernels.bench.results import Results  # noqa: E402
-from qkernels.triton import plans  # noqa: E402
-from qkernels.triton.aot import TARGETS, Compiled, compile_launch  # noqa: E402
-from qkernels.triton.inspect import usage  # noqa: E402
+from qkernels.kernels.triton import matmul_plans as plans  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpu.md"
 LAYER = (14336, 4096)  # N, K: Llama-8B, up_proj

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels import isa
+from qkernels.kernels import isa
 
 SCHEMES = ("w8a8", "w4a8-g32", "w4a8-g32-asym")
 

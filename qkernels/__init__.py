@@ -1,16 +1,17 @@
 """qkernels: int8 and int4 linear layers for PyTorch, with straight-through gradients."""
 
 from . import integrations, testing
-from .convert import QuantizationReport, freeze_, quantize_
-from .dequantize import dequantize_
-from .embedding import QuantEmbedding
-from .loss import linear_cross_entropy
-from .nn import QuantLinear
-from .patch import patch_loss
-from .quantize import QuantizedWeight
-from .quantizers import dequantize_weight, quantize_activation, quantize_weight
-from .schemes import QuantScheme
-from .smooth import smooth_
+from .convert.dequantize import dequantize_
+from .convert.model import QuantizationReport, freeze_, quantize_
+from .formats.rules import QuantizedWeight
+from .formats.scheme import QuantScheme
+from .integrations.fused_loss import patch_loss
+from .kernels import isa, ops
+from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
+from .nn.embedding import QuantEmbedding
+from .nn.linear import QuantLinear
+from .nn.loss import linear_cross_entropy
+from .ptq.smoothquant import smooth_
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,9 @@ __all__ = [
     "dequantize_",
     "dequantize_weight",
     "freeze_",
+    "isa",
     "linear_cross_entropy",
+    "ops",
     "patch_loss",
     "quantize_",
     "quantize_activation",

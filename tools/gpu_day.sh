@@ -71,7 +71,7 @@ if [ -n "$WHEEL" ]; then
       -L"$ROOT/qkernels" -lqkernels_core -Wl,-rpath,'$ORIGIN' \
       -o "$ROOT/qkernels/_native$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
   fi
-  cp -r tests pyproject.toml "$ROOT" && cd "$ROOT"  # or the checkout's package would be imported
+  cp -r tests tools pyproject.toml "$ROOT" && cd "$ROOT"  # or the checkout's package would be imported
 else
   export MAX_JOBS=${MAX_JOBS:-$(nproc)}
   QKERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=${capability:-9.0} step build 240 "$PYTHON" setup.py build_ext --inplace

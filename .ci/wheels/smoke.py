@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import qkernels as qk
-from qkernels import cuda, isa, ops, reference
+from qkernels.kernels import cuda_library as cuda
+from qkernels.kernels import isa, ops, reference
 
 SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a16-g32", "w8a16")
 

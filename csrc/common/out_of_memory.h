@@ -4,7 +4,7 @@
 #include <new>
 #include <string>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk {
 

@@ -2,7 +2,7 @@
 // rounding: a pure function of a seed and of where a value lies, so that it depends on neither threads nor vectors.
 #pragma once
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk {
 

@@ -1,7 +1,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk {
 namespace {

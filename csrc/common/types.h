@@ -76,7 +76,7 @@ struct QuantizedRows {
   int64_t rows, cols;
 };
 
-// Where stochastic rounding takes its bits from (cpu/philox.h): streams of one seed are independent.
+// Where stochastic rounding takes its bits from (common/philox.h): streams of one seed are independent.
 struct Random {
   uint64_t seed;
   uint32_t stream;

@@ -1,14 +1,14 @@
-#include "core/api.h"
+#include "cpu/api.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#include "core/parallel.h"
+#include "cpu/parallel.h"
 #include "cpu/buffer.h"
-#include "cpu/drivers.h"
-#include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/drivers/rows.h"
 
 namespace qk {
 namespace {

@@ -2,7 +2,7 @@
 // about arguments here is assumed.
 #pragma once
 
-#include "core/parallel.h"
+#include "cpu/parallel.h"
 
 namespace qk {
 
@@ -15,7 +15,7 @@ QK_API void dequantize_weight(const Weight& w, float* out, const Parallel& paral
 
 // How `linear` computes a product: a pure function of its arguments and the ISA in use.
 struct Choice {
-  const char* kernel;  // name of the driver (cpu/drivers.h)
+  const char* kernel;  // name of the driver (cpu/drivers/drivers.h)
   bool dots;           // row dots on the stored weight; otherwise packed panels
   int dot_rows;        // up to how many rows of x it takes row dots for this scheme
   int threads;

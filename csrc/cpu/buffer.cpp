@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "core/out_of_memory.h"
+#include "common/out_of_memory.h"
 
 namespace qk {
 namespace {

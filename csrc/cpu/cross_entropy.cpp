@@ -9,11 +9,11 @@
 #include <optional>
 #include <vector>
 
-#include "core/api.h"
+#include "cpu/api.h"
 #include "cpu/buffer.h"
-#include "cpu/drivers.h"
-#include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/drivers/rows.h"
 
 namespace qk {
 namespace {
@@ -27,7 +27,7 @@ constexpr int64_t kChunk = 1024;
 constexpr int64_t kRanges = 8;
 
 constexpr float kRoundMagic = 12582912.0f;
-#include "cpu/exp.inc"
+#include "cpu/kernels/exp.inc"
 
 constexpr uint32_t kDitherStep = 0x9e3779b9;
 

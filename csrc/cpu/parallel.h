@@ -7,7 +7,7 @@
 #include <exception>
 #include <vector>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk {
 

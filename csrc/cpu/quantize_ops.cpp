@@ -4,12 +4,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "core/api.h"
-#include "core/parallel.h"
+#include "cpu/api.h"
+#include "cpu/parallel.h"
 #include "cpu/buffer.h"
-#include "cpu/kernels.h"
-#include "cpu/rows.h"
-#include "cpu/stream.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/drivers/rows.h"
+#include "cpu/drivers/stream.h"
 
 namespace qk {
 namespace {

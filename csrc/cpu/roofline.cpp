@@ -8,9 +8,9 @@
 #include <stdexcept>
 #include <thread>
 
-#include "core/isa.h"
+#include "cpu/isa.h"
 #include "cpu/buffer.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -1,4 +1,4 @@
-// What the operators on CUDA tensors compute, on raw pointers of the device: the twin of core/api.h. Arguments are
+// What the operators on CUDA tensors compute, on raw pointers of the device: the twin of cpu/api.h. Arguments are
 // checked by the caller.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk::cuda {
 

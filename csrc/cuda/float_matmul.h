@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk::cuda {
 

@@ -3,7 +3,7 @@
 // twice.
 #include "cuda/rows.h"
 
-#include "cpu/philox.h"
+#include "common/philox.h"
 #include "cuda/device.cuh"
 #include "cuda/rules.cuh"
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ uint32_t block_max(uint32_t v) {
   return v;
 }
 
-// Block `block` of the random words of a row (PhiloxRow in cpu/philox.h). Arrays of constants have no address on a
+// Block `block` of the random words of a row (PhiloxRow in common/philox.h). Arrays of constants have no address on a
 // device.
 __device__ __forceinline__ void random_words(const Random& random, int64_t row, int64_t block,
                                              uint32_t (&words)[kPhiloxWords]) {

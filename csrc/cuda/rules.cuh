@@ -1,7 +1,7 @@
 // The rules of docs/numerics.md that kernels share. Each product, sum and quotient is rounded on its own.
 #pragma once
 
-#include "core/types.h"
+#include "common/types.h"
 #include "cuda/device.cuh"
 
 namespace qk::cuda {

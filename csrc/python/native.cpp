@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "core/api.h"
-#include "core/isa.h"
+#include "cpu/api.h"
+#include "cpu/isa.h"
 #include "cpu/roofline.h"
 
 namespace py = pybind11;

@@ -12,8 +12,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/out_of_memory.h"
-#include "core/types.h"
+#include "common/out_of_memory.h"
+#include "common/types.h"
 
 namespace qk::tensors {
 

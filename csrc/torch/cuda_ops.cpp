@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cuda/api.h"
-#include "tensors.h"
+#include "torch/arguments.h"
 
 namespace {
 

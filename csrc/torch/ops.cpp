@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
-#include "core/api.h"
-#include "tensors.h"
+#include "cpu/api.h"
+#include "torch/arguments.h"
 
 namespace {
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from ..formats.philox import GRAD_INPUT, GRAD_WEIGHT, draw_seed
+from ..formats.rules import QuantizedWeight, weight_integers
+from ..formats.scheme import QuantScheme
+from ..kernels import ops
 from .int8_weight import Int8Weight
-from .quantize import QuantizedWeight, weight_integers
-from .schemes import QuantScheme
-from .stochastic import GRAD_INPUT, GRAD_WEIGHT, draw_seed
 
 # Terms that a gradient sums in integers; the sums of longer ones are added in float32.
 _BLOCK = 65536

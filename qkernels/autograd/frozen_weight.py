@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from . import ops
-from .products import ReadOnly, refuse_write
-from .quantize import FLOAT_DTYPES, QuantizedWeight
+from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..kernels import ops
+from .weight_products import ReadOnly, refuse_write
 
 _aten = torch.ops.aten
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from . import ops, quantize
-from .stochastic import WEIGHT, draw_shared_seed, is_traced
+from ..formats import rules as quantize
+from ..formats.philox import WEIGHT, draw_shared_seed, is_traced
+from ..kernels import ops
 
 _aten = torch.ops.aten
 _HALVES = (torch.bfloat16, torch.float16)

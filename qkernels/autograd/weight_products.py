@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
-from .autograd import quant_linear, trained_linear
+from ..formats.rules import FLOAT_DTYPES
+from ..formats.scheme import QuantScheme
+from ..kernels import ops
+from .frozen import quant_linear, trained_linear
 from .int8_weight import Int8Weight, Int8WeightView
-from .quantize import FLOAT_DTYPES
-from .schemes import QuantScheme
 
 # Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
 # cannot trace it.

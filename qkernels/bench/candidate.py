@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .roofline import Product
+from ..profiling.roofline import Product
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD, GRAD_INPUT, OVERHEAD = "forward", "grad-input", "overhead"

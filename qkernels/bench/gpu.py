@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..profiling.roofline import Roofline
 from . import peers as cpu_peers
 from . import torch_baselines
 from .candidate import Candidate, Case
-from .roofline import Roofline
 
 _SIDE = 4096  # of the products that stand for the peak
 _BLOCK = 1 << 30  # bytes that are read and written, beyond any cache
@@ -54,8 +54,8 @@ class GemLiteInt4(Candidate):
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         from gemlite.helper import A16Wn
 
-        from ..quantize import unpack_int4
-        from ..quantizers import quantize_weight
+        from ..formats.rules import unpack_int4
+        from ..kernels.quantizers import quantize_weight
 
         stored = quantize_weight(weight, f"w4a16-g{GROUP}-asym")
         nibbles = unpack_int4(stored.qweight, weight.shape[1])

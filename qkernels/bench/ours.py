@@ -9,13 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..nn import QuantLinear
-from ..quantize import QuantizedWeight
-from ..quantizers import quantize_activation, quantize_weight
-from ..schemes import QuantScheme
+from ..formats.rules import QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..kernels import ops, reference
+from ..kernels.quantizers import quantize_activation, quantize_weight
+from ..nn.linear import QuantLinear
+from ..profiling.roofline import Product
 from .candidate import FORWARD, GRAD_INPUT, OVERHEAD, Candidate, Case
-from .roofline import Product
 
 # Of float products (a16 schemes, gradients): the largest error over the root mean square of the reference. Both round
 # sums of K products and, in bfloat16, perhaps the weight (2^-9) and for certain the result, which may be 5 times its

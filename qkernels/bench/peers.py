@@ -153,7 +153,7 @@ class OnnxRuntime(Candidate):
     def model(self, weight: Tensor, bias: Tensor) -> bytes:
         from onnx import TensorProto, helper, numpy_helper
 
-        from ..quantizers import quantize_weight
+        from ..kernels.quantizers import quantize_weight
 
         n, k = weight.shape
         stored = quantize_weight(weight, f"w4a16-g{self.block}-asym")  # its nibbles, low one first, are the operator's

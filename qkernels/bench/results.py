@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .roofline import Roofline, cache_bytes
+from ..profiling.roofline import Roofline, cache_bytes
 
 FORMAT = 1
 PACKAGES = (

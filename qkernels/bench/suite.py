@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..profiling.roofline import Roofline, measure
+from ..profiling.timing import Turns, interleave
 from . import ours
 from .candidate import COLD, DTYPES, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case, chosen, relative_error
 from .results import Results, Row, Skipped, machine
-from .roofline import Roofline, measure
 from .shapes import parse_layers
-from .timing import Turns, interleave
 
 VERIFIED_ROWS = 128  # of the result, evenly spread: rows do not depend on each other
 MAX_COPIES_BYTES = 1 << 30  # of a candidate's cold weights
@@ -62,7 +62,7 @@ class Plan:
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        from ..schemes import QuantScheme
+        from ..formats.scheme import QuantScheme
 
         def expect(name: str, values: Sequence, ok: Callable[[object], bool], what: str) -> None:
             if not values or not all(map(ok, values)):
@@ -93,7 +93,7 @@ class Plan:
 
     def candidates(self, case: Case) -> list[Candidate]:
         """All that compute a case; whether they can on this machine is asked later."""
-        from ..schemes import QuantScheme
+        from ..formats.scheme import QuantScheme
         from . import gpu, torch_baselines
 
         found: list[Candidate] = [ours.Operator(case, scheme) for scheme in self.schemes]

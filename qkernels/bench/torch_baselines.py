@@ -109,13 +109,13 @@ class IntMm(Candidate):
     dtype = torch.float32
 
     def convert_input(self, x: Tensor) -> Tensor:
-        from ..quantize import quantize_activation
+        from ..formats.rules import quantize_activation
 
         quantized, self._x_scales = quantize_activation(x, "w8a8")
         return quantized
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        from ..quantizers import quantize_weight
+        from ..kernels.quantizers import quantize_weight
 
         stored = quantize_weight(weight, "w8a8")
         self._w_scales, self._bias = stored.scales, bias

@@ -48,8 +48,8 @@ def prepare(
 ) -> None:
     """int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure."""
     # A bad QKERNELS_ISA is refused before any command starts.
-    from .. import isa
     from ..finetune import InputError
+    from ..kernels import isa
 
     keep_quiet()
     try:

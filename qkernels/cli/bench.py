@@ -37,8 +37,8 @@ def roofline(
     """Measure instruction peaks and read bandwidths: what no kernel on this CPU can exceed."""
     import torch
 
-    from ..bench.roofline import measure
     from ..finetune import InputError
+    from ..profiling.roofline import measure
 
     if not seconds > 0:
         raise InputError(f"seconds must be positive, got {seconds:g}")

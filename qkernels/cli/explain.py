@@ -21,7 +21,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Per layer shape and M: the kernel, why, its time, the float layer's time, and how near the limit it is."""
-    from ..explain import explain as explain_model
+    from ..diagnostics.explain import explain as explain_model
     from ..finetune import InputError, load_model, pick_dtype, resolve_model
     from ..finetune.models import check_scheme, default_cache, require
 

@@ -25,10 +25,10 @@ def tune(
     """Measure tiles of the GPU kernels and keep the fastest in a file; needs a GPU."""
     import torch
 
-    from .. import dispatch
     from ..bench.shapes import parse_layers
     from ..finetune import InputError
-    from ..schemes import QuantScheme
+    from ..formats.scheme import QuantScheme
+    from ..kernels import dispatch
 
     counts, names = numbers("rows", rows), schemes.split(",")
     if not seconds > 0:
@@ -46,7 +46,7 @@ def tune(
         raise InputError(f"tuning is for the Triton kernels, which this GPU does not use: {choice.reason}")
     from rich.console import Console
 
-    from ..triton import tune_device, tuning
+    from ..kernels.triton import tune_device, tuning
 
     path = output or tuning.user_file()
     try:

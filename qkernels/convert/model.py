@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import calibrate
-from .embedding import QuantEmbedding, embedding_reason
+from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..nn.embedding import QuantEmbedding, embedding_reason
+from ..nn.linear import QuantLinear, float_weight, is_conv1d, relative_error
+from ..ptq import gptq as calibrate
 from .leftover import is_matrix, is_plain_linear, kept_in_float32, leftover_reason, matrix_weights
-from .nn import QuantLinear, float_weight, is_conv1d, relative_error
-from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from .report import LayerReport, QuantizationReport
-from .schemes import QuantScheme
 from .watch import watch_training
 
 # Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
@@ -79,14 +79,14 @@ def quantize_(
             and both share one storage and scheme.
         calibration: an iterable of sample inputs of the model, for schemes with 4-bit weights: tensors, mappings of
             keyword arguments, or tuples and lists that begin with the inputs as tensors (a `DataLoader`, say). Weights
-            are then chosen so that the layers' outputs on these inputs change least (`qkernels.calibrate`), which takes
+            are then chosen so that the layers' outputs on these inputs change least (`qkernels.ptq.gptq`), which takes
             the time of running them, a [K, K] float32 matrix a layer, and some seconds a layer. Embeddings, and
             heads that share their weight, are rounded to nearest. In mode "qat" the float weights become the
             values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
             scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
             refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
         never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in `explain.ROWS`, and
-            leave those in float that would be slower quantized at any of them (`qkernels.explain` shows the times).
+            leave those in float that would be slower quantized at any of them (`qkernels explain` shows the times).
 
     Returns:
         A `QuantizationReport` with one row for each linear layer, embedding and other matrix weight.
@@ -539,7 +539,7 @@ def _calibrate(
 
 def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
     """Give the layers that are faster in float that reason to stay."""
-    from . import explain
+    from ..diagnostics import explain
 
     chosen = [
         (layer.names, layer.module)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _native, dispatch, isa, ops
-from .bench.roofline import Product, Roofline, measure
-from .bench.timing import Turns, interleave
-from .nn import QuantLinear, float_weight
-from .quantizers import quantize_weight
-from .schemes import QuantScheme
+from .. import _native
+from ..formats.scheme import QuantScheme
+from ..kernels import dispatch, isa, ops
+from ..kernels.quantizers import quantize_weight
+from ..nn.linear import QuantLinear, float_weight
+from ..profiling.roofline import Product, Roofline, measure
+from ..profiling.timing import Turns, interleave
 
 # Rows of x: decoding one sequence, a few sequences, and a block of tokens (prefill, training).
 ROWS = (1, 16, 256)
@@ -145,7 +146,7 @@ def explain(
     Raises:
         ValueError: for an unknown scheme, a bad number of rows, a layer on another device, or if there is no layer.
     """
-    from .convert import QuantizationReport, plan
+    from ..convert.model import QuantizationReport, plan
 
     if not rows or min(rows) < 1:
         raise ValueError(f"rows must be at least 1, got {', '.join(map(str, rows)) or 'nothing'}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..heap import Trimmer
+from ..system.heap import Trimmer
 from .errors import Diverged, InputError
 from .interrupts import Interrupts
 from .measure import PeakMemory, perplexity

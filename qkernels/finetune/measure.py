@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, isa
+from .. import __version__
+from ..kernels import isa
 from .models import check_length, cpu_features, device
 
 _LARGEST = 709.0  # whose exp a float holds

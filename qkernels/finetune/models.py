@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import heap
-from ..cache import user_cache
-from ..convert import QuantizationReport, quantize_
-from ..nn import QuantLinear
-from ..schemes import QuantScheme
-from ..smooth import smooth_
+from ..convert.model import QuantizationReport, quantize_
+from ..formats.scheme import QuantScheme
+from ..nn.linear import QuantLinear
+from ..ptq.smoothquant import smooth_
+from ..system import heap
+from ..system.cache import user_cache
 from .errors import InputError
 
 DEMO = "demo"

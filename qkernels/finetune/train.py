@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import convert
-from ..patch import PatchedLoss, patch_loss
-from ..schemes import QuantScheme
+from ..convert import model as convert
+from ..formats.scheme import QuantScheme
+from ..integrations.fused_loss import PatchedLoss, patch_loss
 from . import provenance
 from .errors import Diverged, InputError
 from .interrupts import Interrupted, Interrupts

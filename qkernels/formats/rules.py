@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .schemes import QuantScheme
+from .scheme import QuantScheme
 
 # Below this magnitude a range counts as zero: 127 / absmax and scale products then stay far from overflow.
 TINY = 2.0**-96

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .schemes import QuantScheme
+from .scheme import QuantScheme
 
 STORAGE = ("qweight", "scales", "zeros")
 

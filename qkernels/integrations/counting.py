@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from ..embedding import QuantEmbedding
-from ..nn import QuantLinear
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear
 
 
 def count_weights(num_parameters: Callable[..., int]) -> Callable[..., int]:

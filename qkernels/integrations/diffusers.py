@@ -15,10 +15,10 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-from ..convert import find_layers, quantize_
-from ..dequantize import dequantize_
-from ..nn import QuantLinear
-from ..schemes import QuantScheme
+from ..convert.dequantize import dequantize_
+from ..convert.model import find_layers, quantize_
+from ..formats.scheme import QuantScheme
+from ..nn.linear import QuantLinear
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
 
 

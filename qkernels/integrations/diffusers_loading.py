@@ -9,7 +9,7 @@ import functools
 
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 
 _original = FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__
 

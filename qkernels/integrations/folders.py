@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..embedding import QuantEmbedding
-from ..nn import QuantLinear, float_weight
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear, float_weight
 
 
 class _Method(str):

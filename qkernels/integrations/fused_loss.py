@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .logits import HeadCall, LazyLogits
-from .loss import check_options
-from .nn import QuantLinear, autocast_dtype
+from ..nn.linear import QuantLinear, autocast_dtype
+from ..nn.loss import check_options
+from .lazy_logits import HeadCall, LazyLogits
 
 _DISABLED: ContextVar[tuple[PatchedLoss, ...]] = ContextVar("disabled patches", default=())
 

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from .loss import linear_cross_entropy
-from .nn import QuantLinear
+from ..nn.linear import QuantLinear
+from ..nn.loss import linear_cross_entropy
 
 # A step from the head's output to the logits: "mul" by a number, "tanh", "add" of a tensor [N], "to" a dtype.
 Step = tuple[str, Any]

@@ -22,13 +22,13 @@ from peft.utils import save_and_load
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops
-from ..autograd import LowRank
-from ..convert import AFTER_QUANTIZE, QuantizationReport
-from ..embedding import QuantEmbedding
-from ..nn import QuantLinear, relative_error
-from ..quantize import QuantizedWeight
-from ..quantizers import quantize_weight
+from ..autograd.frozen import LowRank
+from ..convert.model import AFTER_QUANTIZE, QuantizationReport
+from ..formats.rules import QuantizedWeight
+from ..kernels import ops
+from ..kernels.quantizers import quantize_weight
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear, relative_error
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")

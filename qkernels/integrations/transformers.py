@@ -21,7 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import (
+from ..convert.dequantize import AFTER_DEQUANTIZE, dequantize_
+from ..convert.leftover import kept_in_float32
+from ..convert.model import (
     AFTER_FREEZE,
     AFTER_QUANTIZE,
     Layer,
@@ -32,13 +34,11 @@ from ..convert import (
     unexpected_results,
     watch_frozen,
 )
-from ..dequantize import AFTER_DEQUANTIZE, dequantize_
-from ..embedding import QuantEmbedding
-from ..leftover import kept_in_float32
-from ..nn import QuantLinear
-from ..quantize import QuantizedWeight
-from ..schemes import QuantScheme
-from ..validate import storage_dtypes
+from ..formats.rules import QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..formats.validate import storage_dtypes
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
 
 _NO_DISK = (

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..embedding import QuantEmbedding
-from ..nn import QuantLinear
-from ..quantize import QuantizedWeight
-from ..quantizers import quantize_weight
+from ..formats.rules import QuantizedWeight
+from ..kernels.quantizers import quantize_weight
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear
 
 _original = PreTrainedModel.resize_token_embeddings
 

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .quantize import FLOAT_DTYPES, MAX_REDUCTION
-from .schemes import QuantScheme
+from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION
+from ..formats.scheme import QuantScheme
 
 
 def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:

@@ -9,11 +9,11 @@ from functools import cache
 
 import torch
 
+from ..formats.scheme import QuantScheme
 from .extensions import BUILD
-from .schemes import QuantScheme
 
 LEAST_CAPABILITY = 80  # of cp.async and of the integer product of 16 x 8 x 32
-_MODULE = f"{__package__}._C_cuda"
+_MODULE = "qkernels._C_cuda"
 BUILD_CUDA = f"QKERNELS_CUDA=1 {BUILD}"
 
 

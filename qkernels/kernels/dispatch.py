@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from . import cuda, reference
-from .schemes import QuantScheme
+from ..formats.scheme import QuantScheme
+from . import cuda_library as cuda
+from . import reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats.scheme import QuantScheme, scheme_code
 from . import checks, dispatch, extensions
 from .checks import check_weight as check_weight
-from .schemes import QuantScheme, scheme_code
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
@@ -414,7 +414,7 @@ def _register(name: str) -> None:
 _DIFFERENTIABLE = {
     "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
     "linear_saving": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
-    "linear_cross_entropy": "qkernels.loss.linear_cross_entropy",
+    "linear_cross_entropy": "qkernels.linear_cross_entropy",
 }
 
 for _name in (

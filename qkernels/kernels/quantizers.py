@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, quantize
-from .quantize import FLOAT_DTYPES, QuantizedWeight
-from .schemes import QuantScheme
-from .validate import storage_problems
+from ..formats import rules as quantize
+from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..formats.validate import storage_problems
+from . import ops
 
 
 def _float_matrix(name: str, x: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import quantize, stochastic
-from .quantize import weight_integers
-from .schemes import QuantScheme
+from ..formats import philox as stochastic
+from ..formats import rules as quantize
+from ..formats.rules import weight_integers
+from ..formats.scheme import QuantScheme
 
 
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:

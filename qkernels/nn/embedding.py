@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import ops
-from .frozen_weight import FrozenWeight
-from .nn import leave_out_marker
-from .products import refuse_script, refuse_write, traced
-from .quantize import FLOAT_DTYPES, QuantizedWeight
-from .quantizers import quantize_weight
-from .schemes import QuantScheme
+from ..autograd.frozen_weight import FrozenWeight
+from ..autograd.weight_products import refuse_script, refuse_write, traced
+from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..kernels import ops
+from ..kernels.quantizers import quantize_weight
+from .linear import leave_out_marker
 from .storage import Storage
 
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .int8_weight import Int8Weight
+from ..autograd.int8_weight import Int8Weight
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "lerp", "addcmul", "addcdiv", "subtract", "multiply", "divide")
 

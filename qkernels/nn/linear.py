@@ -7,18 +7,18 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .autograd import LowRank, adapted_linear, quant_linear, trained_linear
-from .frozen_weight import FrozenWeight
+from ..autograd.frozen import LowRank, adapted_linear, quant_linear, trained_linear
+from ..autograd.frozen_weight import FrozenWeight
+from ..autograd.int8_weight import Int8Weight
+from ..autograd.weight_products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
+from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..formats.validate import STORAGE
+from ..kernels import ops
+from ..kernels.quantizers import quantize_weight
 from .int8_state import StateScales, load_parts, state_parts
-from .int8_weight import Int8Weight
-from .products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
-from .quantize import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
-from .quantizers import quantize_weight
-from .schemes import QuantScheme
 from .storage import Storage
-from .stored import StoredParameter, plain
-from .validate import STORAGE
+from .stored_parameter import StoredParameter, plain
 
 MODES = ("frozen", "qat", "int8")
 GRADS = ("float", "int8")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from ..kernels import ops
 from .embedding import QuantEmbedding
-from .nn import QuantLinear, autocast_dtype
+from .linear import QuantLinear, autocast_dtype
 
 # Logits held at a time where torch computes them: of all tokens, for as many columns of the vocabulary as fit.
 CHUNK_ELEMENTS = 1 << 22

@@ -7,11 +7,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .quantize import FLOAT_DTYPES, QuantizedWeight
-from .schemes import QuantScheme
-from .stored import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
-from .validate import STORAGE, storage_dtypes, storage_problems
+from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..formats.scheme import QuantScheme
+from ..formats.validate import STORAGE, storage_dtypes, storage_problems
+from ..kernels import ops
+from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 
 
 class Storage(nn.Module):

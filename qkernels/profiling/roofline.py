@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _native
-from ..schemes import QuantScheme
+from ..formats.scheme import QuantScheme
 
 FLOAT32 = ("fma-avx512", "fma-avx2")
 # The instructions that multiply numbers of a kind, with float32 sums or exact int32 ones; of a GPU torch's products.

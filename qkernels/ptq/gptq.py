@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .quantize import QuantizedWeight, expand_groups, int4_nibbles, int4_parameters, pack_int4
-from .schemes import QuantScheme
+from ..formats.rules import QuantizedWeight, expand_groups, int4_nibbles, int4_parameters, pack_int4
+from ..formats.scheme import QuantScheme
+from ..kernels import ops
 
 # Share of the mean of the diagonal that is added to it, so that GPTQ's inverse exists (as in the paper).
 DAMPING = 0.01

@@ -10,8 +10,8 @@ from helpers import assert_same_bits, run_python
 from torch import nn
 
 import qkernels as qk
-from qkernels import ops
-from qkernels.int8_weight import Int8Weight, Int8WeightView
+from qkernels.autograd.int8_weight import Int8Weight, Int8WeightView
+from qkernels.kernels import ops
 
 K, N = 40, 24
 

@@ -9,7 +9,8 @@ from helpers import assert_same_bits
 from torch import nn
 
 import qkernels as qk
-from qkernels import QuantLinear, QuantScheme, ops
+from qkernels import QuantLinear, QuantScheme
+from qkernels.kernels import ops
 
 M, N, K = 24, 33, 130
 SCHEMES = ["w8a8", "w8a8-g64", "w4a8", "w4a8-g32", "w4a8-g128-ag32", "w4a16-g32"]

@@ -8,7 +8,8 @@ from helpers import assert_same_bits
 from torch import nn
 
 import qkernels as qk
-from qkernels import QuantLinear, ops, quantize_weight
+from qkernels import QuantLinear, quantize_weight
+from qkernels.kernels import ops
 
 N, K = 33, 130
 SCHEME = "w4a8-g32"

@@ -8,7 +8,7 @@ from op_samples import OP_SCHEMES, SAMPLERS
 from torch import nn
 
 import qkernels as qk
-from qkernels import ops
+from qkernels.kernels import ops
 
 STEPS = 12
 # One of each class: per row, groups on both sides, 4 bits in groups with zero points, float activations.

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
-from qkernels import QuantLinear, QuantScheme, ops, reference
-from qkernels.autograd import int8_grad_input, int8_grad_weight, quant_linear, trained_linear
-from qkernels.int8_weight import Int8Weight
-from qkernels.quantize import QuantizedWeight
+from qkernels import QuantLinear, QuantScheme
+from qkernels.autograd.frozen import int8_grad_input, int8_grad_weight, quant_linear, trained_linear
+from qkernels.autograd.int8_weight import Int8Weight
+from qkernels.formats.rules import QuantizedWeight
+from qkernels.kernels import ops, reference
 
 M, N, K = 24, 33, 130
 # One of each class: weight bits x grouping x activations.

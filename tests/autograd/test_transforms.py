@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import qkernels as qk
-from qkernels.autograd import LowRank, adapted_linear
+from qkernels.autograd.frozen import LowRank, adapted_linear
 
 K, N = 40, 24
 KINDS = ["frozen", "adapted", "qat", "qat4", "learned", "int8"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import qkernels as qk
-from qkernels.frozen_weight import FrozenWeight
+from qkernels.autograd.frozen_weight import FrozenWeight
 
 SCHEMES = ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w4a16-g32")
 TRAINED = (("qat", "w8a8", "absmax"), ("qat", "w4a8-g32-asym", "absmax"), ("qat", "w4a8-g32", "learned"))

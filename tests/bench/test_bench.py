@@ -13,14 +13,15 @@ import pytest
 import torch
 from helpers import assert_refused, invoke
 
-from qkernels import _native, ops
+from qkernels import _native
 from qkernels.bench import gpu, ours, peers, suite, torch_baselines
 from qkernels.bench.candidate import COLD, FORWARD, GRAD_INPUT, OVERHEAD, WARM, Candidate, Case
 from qkernels.bench.compare import compare, regressions
 from qkernels.bench.results import Results
-from qkernels.bench.roofline import Limit, Product, Roofline, cache_bytes, measure
 from qkernels.bench.shapes import MODELS, Layer, parse_layers
-from qkernels.bench.timing import MIN_TURNS, Turns, interleave
+from qkernels.kernels import ops
+from qkernels.profiling.roofline import Limit, Product, Roofline, cache_bytes, measure
+from qkernels.profiling.timing import MIN_TURNS, Turns, interleave
 
 pytest.importorskip("matplotlib")
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from helpers import TEXT, assert_refused, invoke, layer_kinds
 
-from qkernels import __version__, isa, quantize_
+from qkernels import __version__, quantize_
 from qkernels.finetune import InputError, read_texts, token_blocks
 from qkernels.finetune.demo import INT4, INT8, checks, write_texts
 from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
 from qkernels.finetune.text import split_blocks
+from qkernels.kernels import isa
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import qkernels as qk
-from qkernels.convert import AFTER_QUANTIZE, NOT_ASKED
+from qkernels.convert.model import AFTER_QUANTIZE, NOT_ASKED
 
 
 class Block(nn.Module):

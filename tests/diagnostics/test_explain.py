@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels import _native, explain, ops
+from qkernels import _native
+from qkernels.diagnostics import explain
+from qkernels.kernels import ops
 
 
 class Model(nn.Module):

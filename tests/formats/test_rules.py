@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, dequantize_weight, quantize_activation, quantize_weight
-from qkernels.quantize import pack_int4, unpack_int4, weight_integers
+from qkernels.formats.rules import pack_int4, unpack_int4, weight_integers
 
 SCHEMES = [QuantScheme.parse(name) for name in QuantScheme.names()]
 WEIGHT_SCHEMES = [s for s in SCHEMES if s.act_bits == 16]  # one of each weight format

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme
-from qkernels.schemes import GROUP_SIZES, scheme_code
+from qkernels.formats.scheme import GROUP_SIZES, scheme_code
 
 NAMES = QuantScheme.names()
 

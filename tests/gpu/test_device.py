@@ -7,13 +7,15 @@ import pytest
 import torch
 from helpers import invoke
 
-from qkernels import QuantLinear, cuda, dispatch, linear_cross_entropy, ops, reference
-from qkernels.nn import GRADS
+from qkernels import QuantLinear, linear_cross_entropy
+from qkernels.kernels import cuda_library as cuda
+from qkernels.kernels import dispatch, ops, reference
+from qkernels.nn.linear import GRADS
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
 from bounds import assert_within_bound
-from checks import check
+from launch_checks import check
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ if not torch.distributed.is_available() or sys.platform == "win32":
 
 @pytest.mark.parametrize("case", ["ddp", "zero", "broadcast", "fsdp", "fsdp1"])
 def test_two_ranks(case, tmp_path):
-    command = [sys.executable, str(Path(__file__).parent / "distributed_int8.py"), case, str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "distributed_int8.py"), case, str(tmp_path)]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

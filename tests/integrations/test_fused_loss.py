@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import qkernels as qk
-from qkernels.logits import LazyLogits
+from qkernels.integrations.lazy_logits import LazyLogits
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.logits import LazyLogits
+from qkernels.integrations.lazy_logits import LazyLogits
 
 N, K = 64, 24
 IDS = torch.randint(0, N, (2, 12), generator=torch.Generator().manual_seed(1))

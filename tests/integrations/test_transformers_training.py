@@ -5,11 +5,11 @@ import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
 from helpers import assert_same_bits
-from test_transformers import build, logits, train
 from transformers import AutoModelForCausalLM
+from transformers_models import build, logits, train
 
 import qkernels as qk
-from qkernels.int8_weight import Int8Weight
+from qkernels.autograd.int8_weight import Int8Weight
 
 transformers.logging.set_verbosity_error()
 

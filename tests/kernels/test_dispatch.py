@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import run_python
 
-from qkernels import QuantScheme, cuda, dispatch, reference
-from qkernels.dispatch import Choice, Facts, select
-from qkernels.quantize import quantize_weight
+from qkernels import QuantScheme
+from qkernels.formats.rules import quantize_weight
+from qkernels.kernels import cuda_library as cuda
+from qkernels.kernels import dispatch, reference
+from qkernels.kernels.dispatch import Choice, Facts, select
 
 parse = QuantScheme.parse
 
@@ -113,6 +115,6 @@ def test_operators_on_the_cpu_do_not_import_triton():
 import sys, torch, qkernels
 layer = qkernels.QuantLinear.from_float(torch.nn.Linear(40, 8), "w4a8-g32")
 layer(torch.randn(3, 40))
-print("qkernels.triton" in sys.modules)
+print("qkernels.kernels.triton" in sys.modules)
 """
     assert run_python(code).stdout.strip() == "False"

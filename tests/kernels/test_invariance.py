@@ -6,7 +6,8 @@ import torch
 from helpers import assert_same_bits
 from op_samples import INT_SCHEMES
 
-from qkernels import QuantScheme, ops
+from qkernels import QuantScheme
+from qkernels.kernels import ops
 
 # One of each class of grouping.
 CLASSES = ["w8a8", "w8a8-g32", "w8a8-ag128", "w8a8-g64-ag32", "w4a8", "w4a8-asym", "w4a8-g32-asym", "w4a8-g128-ag64"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from qkernels import isa
+from qkernels.kernels import isa
 
 DIGEST = """
 import hashlib, torch, qkernels as qk
@@ -131,7 +131,7 @@ print("equal")
 
 def test_forcing_beside_running_calls_changes_none_of_them():
     """A call whose table changed under it read panels in another layout, beyond their end."""
-    assert run_python(RACE.format(here=str(Path(__file__).parent))).stdout.strip() == "equal"
+    assert run_python(RACE.format(here=str(Path(__file__).parents[1] / "support"))).stdout.strip() == "equal"
 
 
 def test_threads_see_a_forced_instruction_set():

@@ -43,7 +43,7 @@ for op in op_samples.SAMPLERS:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs mallinfo2 of glibc 2.33")
 def test_operators_leave_nothing_behind():
-    lines = run_python(CODE.format(here=str(Path(__file__).parent))).stdout.splitlines()
+    lines = run_python(CODE.format(here=str(Path(__file__).parents[1] / "support"))).stdout.splitlines()
     grown = {op: float(number) for op, number in map(str.split, lines)}
     assert grown.keys() == op_samples.SAMPLERS.keys()
     assert max(grown.values()) < 8, f"bytes a call: {grown}"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from qkernels import QuantScheme, _native, reference
+from qkernels import QuantScheme, _native
+from qkernels.kernels import reference
 
 
 def to_numpy(tensor):

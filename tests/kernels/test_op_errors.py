@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qkernels import QuantScheme, ops
+from qkernels import QuantScheme
+from qkernels.kernels import ops
 
 ROWS, N, K = 3, 6, 40
 SCHEME, SYMMETRIC = "w4a8-g32-asym", "w4a8-g32"
@@ -312,7 +313,7 @@ def test_checks_allocate_nothing():
     """They run before every call on a GPU: no tensor is made, whatever the operator."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from qkernels import checks
+    from qkernels.kernels import checks
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -8,8 +8,10 @@ import torch
 from helpers import assert_same_bits, assert_within_float_bound, one_thread
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES
 
-from qkernels import QuantScheme, ops, reference, stochastic
-from qkernels.quantize import MAX_REDUCTION
+from qkernels import QuantScheme
+from qkernels.formats import philox as stochastic
+from qkernels.formats.rules import MAX_REDUCTION
+from qkernels.kernels import ops, reference
 
 
 def to_numpy(tensor):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import run_python
 
-HERE = Path(__file__).parent
+NATIVE = Path(__file__).parents[1] / "native"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 COUNT = """
 import ctypes, sys
@@ -59,13 +60,13 @@ def counter(tmp_path_factory):
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("count") / "libcount.so"
     flags = ["-std=c11", "-O1", "-shared", "-fPIC", "-pthread", "-o", str(library)]
-    subprocess.run([compiler, *flags, str(HERE / "count_threads.c"), "-ldl"], check=True)
+    subprocess.run([compiler, *flags, str(NATIVE / "count_threads.c"), "-ldl"], check=True)
     return library
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4, 16])
 def test_the_limit_limits(counter, limit):
-    result = run_python(COUNT.format(here=str(HERE), limit=limit), LD_PRELOAD=str(counter))
+    result = run_python(COUNT.format(here=str(SUPPORT), limit=limit), LD_PRELOAD=str(counter))
     assert result.stdout.strip() == "counted"
 
 

@@ -18,8 +18,8 @@
 #include <string_view>
 #include <vector>
 
-#include "core/api.h"
-#include "core/isa.h"
+#include "cpu/api.h"
+#include "cpu/isa.h"
 #include "guarded.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <new>
 
-#include "core/types.h"
+#include "common/types.h"
 
 // At least `size` bytes, up to where unreadable memory begins.
 class Pages {

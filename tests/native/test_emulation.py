@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """core_check with the emulated intrinsics (tests/emulation), every ISA of which counts as supported."""
+    """core_check with the emulated intrinsics (tests/native/emulation), every ISA of which counts as supported."""
     # AVX2 everywhere for the vector types in the headers.
-    flags = (f"-I{core_driver.ROOT / 'tests/emulation'}", "-DQK_EMULATED", "-O1", "-mavx2", "-mfma", "-mf16c")
+    flags = (f"-I{core_driver.ROOT / 'tests/native/emulation'}", "-DQK_EMULATED", "-O1", "-mavx2", "-mfma", "-mf16c")
     return core_driver.build_with_core(tmp_path_factory.mktemp("emulated") / "core_check", flags=flags)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import run_python
 
-from qkernels import isa
+from qkernels.kernels import isa
 
 HERE = Path(__file__).parent
 
@@ -71,7 +71,7 @@ del x
 
 @pytest.mark.parametrize("name", isa.supported())
 def test_kernels_stay_inside_their_tensors(guard, name):
-    code = CODE.format(here=str(HERE))
+    code = CODE.format(here=str(HERE.parent / "support"))
     result = run_python(code, check=False, LD_PRELOAD=str(guard), QKERNELS_ISA=name)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout.splitlines()[-1:]} {result.stderr[-2000:]}"
     assert f"guarded {name}" in result.stdout

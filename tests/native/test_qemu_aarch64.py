@@ -76,7 +76,7 @@ def test_forced_instruction_set(program, native_checksums):
 @pytest.mark.parametrize("isa", TILES)
 def test_accumulators_stay_in_registers(tmp_path, isa):
     target = tmp_path / "kernels.o"
-    source = core_driver.ROOT / f"csrc/cpu/{isa}.cpp"
+    source = core_driver.ROOT / f"csrc/cpu/kernels/arm/{isa}.cpp"
     subprocess.run([COMPILER, *core_driver.FLAGS, "-O3", "-c", str(source), "-o", str(target)], check=True)
     functions = disassembly.functions(target, OBJDUMP)
     for (tile, instruction), count in TILES[isa].items():

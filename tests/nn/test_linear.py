@@ -10,8 +10,9 @@ from op_samples import FLOAT_SCHEMES, SCHEMES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qkernels import QuantLinear, QuantScheme, isa, quantize_weight, reference
-from qkernels.nn import float_weight, relative_error
+from qkernels import QuantLinear, QuantScheme, quantize_weight
+from qkernels.kernels import isa, reference
+from qkernels.nn.linear import float_weight, relative_error
 
 K, N = 70, 19
 # One of each class: weight bits x grouping x activations.

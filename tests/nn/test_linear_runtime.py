@@ -7,7 +7,8 @@ import torch
 from helpers import assert_same_bits, run_python
 from torch import nn
 
-from qkernels import QuantLinear, isa
+from qkernels import QuantLinear
+from qkernels.kernels import isa
 
 K, N = 70, 19
 

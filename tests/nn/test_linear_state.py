@@ -10,7 +10,7 @@ from helpers import assert_same_bits
 from torch import nn
 
 from qkernels import QuantizedWeight, QuantLinear, QuantScheme, quantize_weight
-from qkernels.quantize import pack_int4
+from qkernels.formats.rules import pack_int4
 
 K, N = 70, 19
 CLASSES = ["w8a8", "w8a16-g32", "w4a8", "w4a8-g32-asym", "w4a16-asym", "w8a8-g64-ag32"]

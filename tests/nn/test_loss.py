@@ -8,7 +8,8 @@ from loss_bounds import exact, gradient_bound, loss_bound, lse_bound
 from op_samples import INT_SCHEMES
 
 import qkernels as qk
-from qkernels import QuantScheme, isa, ops, reference
+from qkernels import QuantScheme
+from qkernels.kernels import isa, ops, reference
 
 CHUNK = reference.LOSS_CHUNK
 # Each option alone, and those that go together.
@@ -220,7 +221,7 @@ def test_classes_can_be_weighted():
 
 @pytest.mark.parametrize("terms", [*OPTIONS, {"softcap": 2.0, "label_smoothing": 0.2}], ids=str)
 def test_float_head_passes_gradcheck(terms, monkeypatch):
-    monkeypatch.setattr("qkernels.loss.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("qkernels.nn.loss.CHUNK_ELEMENTS", 64)
     hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (31, 5), (31,)))
     target = torch.randint(0, 31, (6,))
     target[1] = -100

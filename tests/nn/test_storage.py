@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels as qk
-from qkernels import QuantEmbedding, QuantLinear, quantize
-from qkernels.stored import StoredParameter
+from qkernels import QuantEmbedding, QuantLinear
+from qkernels.formats import rules as quantize
+from qkernels.nn.stored_parameter import StoredParameter
 
 SCHEMES = ["w8a8", "w4a8-g32-asym"]
 K, N = 70, 33

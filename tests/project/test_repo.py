@@ -8,7 +8,7 @@ from helpers import run_python
 
 import qkernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("qkernels", "csrc", "tests", "examples", "benchmarks", "docs", ".ci", ".github")
 SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".md", ".toml", ".yaml", ".yml", ".cfg", ".sh"}
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels import calibrate, reference
+from qkernels.kernels import reference
+from qkernels.ptq import gptq as calibrate
 
 
 def moments(x: torch.Tensor, scheme: str = "w4a16") -> calibrate.Moments:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qkernels as qk
-from qkernels.smooth import MODEL_TYPES
+from qkernels.ptq.smoothquant import MODEL_TYPES
 
 transformers = pytest.importorskip("transformers")
 SIZES = {

@@ -1,4 +1,4 @@
-"""Builds and runs tests/core/core_check.cpp, which computes cases of every scheme with the core alone."""
+"""Builds and runs tests/native/core_check.cpp, which computes cases of every scheme with the core alone."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import qkernels
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "tests/core/core_check.cpp"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "tests/native/core_check.cpp"
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{ROOT / 'csrc'}"]
 
@@ -27,7 +27,7 @@ def build(target: Path, compiler: str = "g++") -> Path:
 
 def build_with_core(target: Path, compiler: str = "g++", flags: tuple[str, ...] = ()) -> Path:
     """The driver with a core of its own, compiled with `flags`."""
-    sources = [SOURCE, *ROOT.glob("csrc/core/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = [SOURCE, *ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda s, o: _call(compiler, *FLAGS, *flags, "-c", s, "-o", o), sources, objects))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qkernels as qk
-from qkernels.int8_weight import Int8Weight
+from qkernels.autograd.int8_weight import Int8Weight
 
 
 def model_of(mode: str, grad: str = "float", features: int = 64, dtype: torch.dtype = torch.float32) -> nn.Module:

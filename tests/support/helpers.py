@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from qkernels import QuantLinear, isa
-from qkernels.nn import GRADS, MODES
+from qkernels import QuantLinear
+from qkernels.kernels import isa
+from qkernels.nn.linear import GRADS, MODES
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 

@@ -5,7 +5,8 @@ import math
 import torch
 from helpers import UNIT_ROUNDOFF, gamma
 
-from qkernels import QuantScheme, reference
+from qkernels import QuantScheme
+from qkernels.kernels import reference
 
 
 def exact(logits, target, softcap=0.0, z_loss=0.0, label_smoothing=0.0, ignore_index=-100):

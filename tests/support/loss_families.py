@@ -1,6 +1,6 @@
 """What `patch_loss` does to language models of transformers, from small random configurations.
 
-`python tests/loss_families.py [CLASS ...]` tries every class that transformers lists for causal, masked and
+`python tests/support/loss_families.py [CLASS ...]` tries every class that transformers lists for causal, masked and
 sequence-to-sequence language modelling, and prints the counts of docs/loss.md with the names behind them.
 """
 

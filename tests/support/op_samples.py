@@ -14,8 +14,9 @@ import torch
 from helpers import one_thread
 from torch import Tensor
 
-from qkernels import QuantScheme, reference
-from qkernels.quantize import FLOAT_DTYPES, weight_integers
+from qkernels import QuantScheme
+from qkernels.formats.rules import FLOAT_DTYPES, weight_integers
+from qkernels.kernels import reference
 
 SCHEMES = QuantScheme.names()
 INT_SCHEMES = [name for name in SCHEMES if QuantScheme.parse(name).int_activations]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import qkernels as qk
-from qkernels import heap
+from qkernels.system import heap
 
 
 @pytest.mark.parametrize("mode", ["qat", "int8"])

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import emulated
-from ptx import machine, program
-from ptx.memory import NOBODY, GlobalMemory
 from torch import Tensor
+
+from gpu_emulation import emulated
+from gpu_emulation.ptx import machine, program
+from gpu_emulation.ptx.memory import NOBODY, GlobalMemory
 
 MISSING = None if shutil.which("nvcc") else "nvcc is not installed, which compiles the CUDA kernels"
 # Those of setup.py that change code.

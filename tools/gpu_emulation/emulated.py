@@ -19,7 +19,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-HOST_SOURCES = [HERE / "emulator.cpp", HERE / "entry.cpp", ROOT / "csrc/core/scheme.cpp"]
+HOST_SOURCES = [HERE / "emulator.cpp", HERE / "entry.cpp", ROOT / "csrc/common/scheme.cpp"]
 FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-DQK_EMULATED", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 MISSING = None
@@ -79,7 +79,7 @@ def _bytes_at(address: int, size: int) -> np.ndarray:
 
 
 class Emulated:
-    """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.reference`.
+    """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.kernels.reference`.
 
     Attributes:
         processors: of the device; few of them, so that small matrices reach large tiles.

@@ -5,11 +5,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from ptx import machine, program
 from torch import Tensor
 
-from qkernels.triton.aot import Compiled, compile_launch, is_compiled_in
-from qkernels.triton.launch import Launch
+from gpu_emulation.aot import Compiled, compile_launch, is_compiled_in
+from gpu_emulation.ptx import machine, program
+from qkernels.kernels.triton.launch import Launch
 
 # Parameters a kernel fills.
 OUTPUTS = {

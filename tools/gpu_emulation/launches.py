@@ -3,8 +3,8 @@
 import torch
 
 from qkernels import QuantScheme
-from qkernels.triton import ops
-from qkernels.triton.launch import Launch, Target
+from qkernels.kernels.triton import ops
+from qkernels.kernels.triton.launch import Launch, Target
 
 N, K = 4096, 4096
 

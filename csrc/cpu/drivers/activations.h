@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cpu/buffer.h"
-#include "cpu/rows.h"
+#include "cpu/drivers/rows.h"
 
 namespace qk {
 

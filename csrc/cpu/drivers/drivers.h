@@ -1,13 +1,13 @@
 // The products, for any ISA: matrix drivers (any number of rows) and row-dot drivers (few rows).
 //
-// NOTE [one table]. An entry point of the core (core/api.h) reads qk::kernels() once and hands that table down to all
+// NOTE [one table]. An entry point of the core (cpu/api.h) reads qk::kernels() once and hands that table down to all
 // it calls: another thread may force another ISA meanwhile, whose panels are laid out otherwise.
 #pragma once
 
 #include <memory>
 
-#include "core/api.h"
-#include "cpu/kernels.h"
+#include "cpu/api.h"
+#include "cpu/kernels/kernels.h"
 
 namespace qk {
 
@@ -86,7 +86,7 @@ void float_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const f
 void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, Output out,
                              const Parallel& parallel);
 
-// The functions of these names in core/api.h, with a given table.
+// The functions of these names in cpu/api.h, with a given table.
 Choice choose_linear(const Kernels& kernels, const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads);
 void column_scales(const Kernels& kernels, const Weight& w, float* out, const Parallel& parallel);
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cpu/buffer.h"
-#include "cpu/drivers.h"
-#include "cpu/rows.h"
-#include "cpu/split.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/rows.h"
+#include "cpu/drivers/split.h"
 
 namespace qk {
 namespace {

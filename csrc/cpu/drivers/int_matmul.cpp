@@ -11,13 +11,13 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/activations.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/buffer.h"
 #include "cpu/cache.h"
-#include "cpu/drivers.h"
-#include "cpu/rows.h"
-#include "cpu/split.h"
-#include "cpu/stream.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/rows.h"
+#include "cpu/drivers/split.h"
+#include "cpu/drivers/stream.h"
 
 namespace qk {
 namespace {

@@ -8,8 +8,8 @@
 #include <bit>
 
 #include "cpu/buffer.h"
-#include "cpu/drivers.h"
-#include "cpu/rows.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/rows.h"
 
 namespace qk {
 namespace {

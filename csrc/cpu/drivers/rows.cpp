@@ -1,4 +1,4 @@
-#include "cpu/rows.h"
+#include "cpu/drivers/rows.h"
 
 #include <algorithm>
 #include <bit>

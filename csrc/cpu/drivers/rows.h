@@ -1,7 +1,7 @@
 // One row at a time: quantizing activations, and reading a stored weight as integers or floats.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace qk {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "core/types.h"
+#include "common/types.h"
 
 namespace qk {
 

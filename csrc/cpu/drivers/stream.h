@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/parallel.h"
-#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/kernels/kernels.h"
 
 namespace qk {
 

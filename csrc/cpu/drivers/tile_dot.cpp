@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/buffer.h"
-#include "cpu/drivers.h"
-#include "cpu/rows.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/rows.h"
 
 namespace qk {
 namespace {

@@ -9,9 +9,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/activations.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/cache.h"
-#include "cpu/drivers.h"
+#include "cpu/drivers/drivers.h"
 
 namespace qk {
 namespace {

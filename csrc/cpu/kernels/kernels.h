@@ -29,8 +29,8 @@
 // so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
 #pragma once
 
-#include "core/types.h"
-#include "cpu/philox.h"
+#include "common/types.h"
+#include "common/philox.h"
 
 namespace qk {
 
@@ -315,7 +315,7 @@ const Kernels& neon_i8mm_kernels();
 const Kernels& avx512bf16_kernels();
 const Kernels& amx_kernels();
 
-// The table in use; see core/isa.h.
+// The table in use; see cpu/isa.h.
 const Kernels& kernels();
 
 // Tiles can be used while it lives, see NOTE [tiles].

@@ -1,6 +1,6 @@
 // The scalar kernels: no intrinsics, one obvious loop each. They are the oracle of the other instruction sets and run
 // on any CPU.
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace qk {
 namespace {
@@ -12,9 +12,9 @@ void half_to_floats(const uint16_t* src, int64_t n, float* dst);
 void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
 constexpr int kVector = 4;  // lanes of 32 bits
-#include "cpu/common.inc"
+#include "cpu/kernels/common.inc"
 
-#include "cpu/plain.inc"
+#include "cpu/kernels/plain.inc"
 
 void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
 void store_float(const float* tile, const TileOutput& output) { store_tile(tile, output); }

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ...finetune.models import DTYPES, embedding_scheme, fast_bf16, pick_dtype
-from ...patch import patch_loss
-from ...schemes import QuantScheme
+from ...formats.scheme import QuantScheme
+from ...integrations.fused_loss import patch_loss
 from ..torch_baselines import onednn_float32
 from .cases import FROZEN, FULL, LORA, Case, Language
 

@@ -53,8 +53,8 @@ def measure(case: str, contender: str, schemes: Sequence[str], grads: Sequence[s
 def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
     import psutil
 
-    from ... import heap
     from ...finetune.measure import PeakMemory
+    from ...system import heap
     from .cases import CASES
     from .contenders import contenders
 

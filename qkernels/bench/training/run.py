@@ -119,7 +119,7 @@ class TrainPlan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        from ...schemes import QuantScheme
+        from ...formats.scheme import QuantScheme
 
         unknown = [name for name in self.cases if name not in CASES]
         if unknown or not self.cases:

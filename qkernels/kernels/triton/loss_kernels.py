@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import (
+from .device_functions import (
     LANES,
     exp_nonpositive,
     int8_parameters,

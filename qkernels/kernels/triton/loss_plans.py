@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...formats.scheme import QuantScheme
 from .. import reference
-from ..schemes import QuantScheme
 from . import loss_kernels
-from .configs import Product, choose, tiles
 from .launch import Launch, Target
-from .plans import (
+from .matmul_plans import (
     Plan,
     column_scales_of_chunks,
     grad_tiles,
@@ -25,6 +24,7 @@ from .plans import (
     stored,
     weight_format,
 )
+from .tiles import Product, choose, tiles
 
 _RANGES = 8
 LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well:

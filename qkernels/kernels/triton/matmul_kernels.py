@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import load_integers, load_weight, requantized, store_float, tile_of
+from .device_functions import load_integers, load_weight, requantized, store_float, tile_of
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemes import QuantScheme
+from ...formats.scheme import QuantScheme
 from . import matmul_kernels, row_kernels
-from .configs import Config, Product, choose, slices, tiles
 from .launch import Launch, Target
+from .tiles import Config, Product, choose, slices, tiles
 
 ELEMENTS = 2048  # of a program that touches each element once
 

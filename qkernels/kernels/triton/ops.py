@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import loss_plan, plans, training_plans
+from . import loss_plans as loss_plan
+from . import matmul_plans as plans
+from . import training_plans
 from .late_errors import late_errors
 from .launch import Target, run_all
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import int8_parameters, load_weight, magnitude_bits, round_half_even
+from .device_functions import int8_parameters, load_weight, magnitude_bits, round_half_even
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import (
+from .device_functions import (
     INF_BITS,
     LANES,
     TINY_BITS,

@@ -8,10 +8,10 @@ import struct
 import torch
 from torch import Tensor
 
-from ..schemes import QuantScheme
+from ...formats.scheme import QuantScheme
 from . import training_kernels
 from .launch import Launch, Target
-from .plans import ELEMENTS, Plan, power_of_two, product, quantize_activation, quantize_int8, row_major, stored
+from .matmul_plans import ELEMENTS, Plan, power_of_two, product, quantize_activation, quantize_int8, row_major, stored
 
 _SLICE = 1024  # rows whose columns' ranges one program finds
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 import triton
 
+from ...formats.scheme import QuantScheme
 from ..quantizers import quantize_weight
-from ..schemes import QuantScheme
 from . import ops
-from .configs import Config, Product, bucket
 from .launch import Target, run_all
+from .tiles import Config, Product, bucket
 from .tuning import Finding, search
 
 # The operators that multiply, by what they are called with.

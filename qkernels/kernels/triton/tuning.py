@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import product as combinations
 from pathlib import Path
 
-from ..cache import user_cache
-from .configs import OPERAND_BYTES, Config, Product, bucket, choose
+from ...system.cache import user_cache
 from .launch import Target
+from .tiles import OPERAND_BYTES, Config, Product, bucket, choose
 
 FILE = Path(__file__).with_name("tuned.json")
 FORMAT = 1

@@ -1,14 +1,15 @@
 """Every CUDA kernel, run on the host under unkind schedules, gives what the reference does."""
 
-import cases
-import emulated
+import cuda_cases as cases
 import op_samples
 import pytest
 import torch
-from cases import check
+from cuda_cases import check
+from gpu_emulation import emulated
 from helpers import assert_same_bits
 
-from qkernels import cuda, dispatch
+from qkernels.kernels import cuda_library as cuda
+from qkernels.kernels import dispatch
 
 if emulated.MISSING:
     pytest.skip(emulated.MISSING, allow_module_level=True)

@@ -1,11 +1,10 @@
 """The kernels as compiled by nvcc, executed by the PTX interpreter, give what the reference does."""
 
-import cases
-import compiled
-import emulated
+import cuda_cases as cases
 import op_samples
 import pytest
 import torch
+from gpu_emulation import compiled, emulated
 
 MISSING = emulated.MISSING or compiled.MISSING
 if MISSING:

@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import cases
-import compiled
-import emulated
+import cuda_cases as cases
 import pytest
 import torch
-from ptx.program import PtxError
+from gpu_emulation import compiled, emulated
+from gpu_emulation.ptx.program import PtxError
 
 if emulated.MISSING:
     pytest.skip(emulated.MISSING, allow_module_level=True)

@@ -3,13 +3,12 @@
 import re
 
 import pytest
-import sass
+from gpu_emulation import sass
 
 if sass.MISSING:
     pytest.skip(sass.MISSING, allow_module_level=True)
 
-import compiled
-import emulated
+from gpu_emulation import compiled, emulated
 
 TABLE = emulated.ROOT / "docs" / "gpu.md"
 # Another release of the compiler may need some more registers than the one the table is of.

@@ -4,12 +4,11 @@ import struct
 
 import numpy as np
 import pytest
-
-from . import machine
-from .harness import HEADER, kernel, run
-from .machine import WARP, Statistics
-from .memory import GlobalMemory
-from .program import PtxError, parse
+from gpu_emulation.ptx import machine
+from gpu_emulation.ptx.harness import HEADER, kernel, run
+from gpu_emulation.ptx.machine import WARP, Statistics
+from gpu_emulation.ptx.memory import GlobalMemory
+from gpu_emulation.ptx.program import PtxError, parse
 
 LANES = np.arange(WARP)
 

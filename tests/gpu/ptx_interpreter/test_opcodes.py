@@ -7,11 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-
-from . import arithmetic, conversion, movement, warp, warpgroup  # noqa: F401
-from .harness import apply
-from .machine import DTYPES, HANDLERS, bits_of
-from .program import PtxError
+from gpu_emulation.ptx import arithmetic, conversion, movement, warp, warpgroup  # noqa: F401
+from gpu_emulation.ptx.harness import apply
+from gpu_emulation.ptx.machine import DTYPES, HANDLERS, bits_of
+from gpu_emulation.ptx.program import PtxError
 
 THREADS = 128
 

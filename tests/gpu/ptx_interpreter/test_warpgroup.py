@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-
-from .harness import run
-from .program import PtxError
-from .warpgroup import SWIZZLE
+from gpu_emulation.ptx.harness import run
+from gpu_emulation.ptx.program import PtxError
+from gpu_emulation.ptx.warpgroup import SWIZZLE
 
 COLUMNS = 16
 THREADS = 128

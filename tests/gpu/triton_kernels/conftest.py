@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qkernels import reference
+from qkernels.kernels import reference
 
 CHUNK = 64  # of the vocabulary, so that a small one has many
 

@@ -8,14 +8,16 @@ import numpy as np
 import op_samples
 import pytest
 import torch
-from checks import check
 from helpers import assert_same_bits
+from launch_checks import check
 from triton import language as tl
 from triton.runtime import interpreter
 
 import qkernels
-from qkernels import QuantLinear, QuantScheme, dispatch, reference
-from qkernels.triton import loss_plan, ops
+from qkernels import QuantLinear, QuantScheme
+from qkernels.kernels import dispatch, reference
+from qkernels.kernels.triton import loss_plans as loss_plan
+from qkernels.kernels.triton import ops
 
 COUNT = 2
 
@@ -142,7 +144,7 @@ def test_training_step(scheme, mode, grad, monkeypatch):
             used.add(name)
             return ops.run(name, args, keywords)
 
-        monkeypatch.setattr(qkernels.ops, name, run)
+        monkeypatch.setattr(qkernels.kernels.ops, name, run)
     for actual, wanted in zip(step(), expected, strict=True):
         if grad == "int8" or actual is expected[0]:
             assert_same_bits(actual, wanted, f"{scheme} {mode} {grad}")

@@ -7,10 +7,9 @@ in two threads at once.
 import re
 
 import pytest
-from launches import real_launches
-
-from qkernels.triton.aot import TARGETS, compile_launch
-from qkernels.triton.inspect import usage
+from gpu_emulation.aot import TARGETS, compile_launch
+from gpu_emulation.launches import real_launches
+from gpu_emulation.usage import usage
 
 # Kernels that multiply integers: their rules know no fused multiply-add, and division is IEEE.
 INTEGER_KERNELS = (

@@ -12,14 +12,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from checks import check, plan
-from executor import execute_all
+from gpu_emulation.aot import TARGETS, compile_launch
+from gpu_emulation.executor import execute_all
 from helpers import assert_same_bits
+from launch_checks import check, plan
 
-from qkernels import QuantScheme, quantize_weight, reference
-from qkernels.triton import matmul_kernels, ops
-from qkernels.triton.aot import TARGETS, compile_launch
-from qkernels.triton.launch import Target
+from qkernels import QuantScheme, quantize_weight
+from qkernels.kernels import reference
+from qkernels.kernels.triton import matmul_kernels, ops
+from qkernels.kernels.triton.launch import Target
 
 EXECUTED = ("sm_80", "sm_89", "sm_120")
 SAMPLES = 20

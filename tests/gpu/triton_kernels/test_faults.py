@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from checks import plan
-from executor import execute_all, execute_ptx
+from gpu_emulation.aot import TARGETS, Compiled, compile_launch
+from gpu_emulation.executor import execute_all, execute_ptx
+from gpu_emulation.ptx.program import PtxError
 from helpers import same_bits
-from ptx.program import PtxError
+from launch_checks import plan
 
-from qkernels import quantize_weight, reference
-from qkernels.triton.aot import TARGETS, Compiled, compile_launch
-from qkernels.triton.launch import Launch
+from qkernels import quantize_weight
+from qkernels.kernels import reference
+from qkernels.kernels.triton.launch import Launch
 
 TARGET = "sm_80"
 INT4 = "w4a8-g32-asym"

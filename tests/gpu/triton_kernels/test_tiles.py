@@ -4,9 +4,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from qkernels.triton.aot import TARGETS
-from qkernels.triton.configs import Config, Product, choose, slices, tiles
-from qkernels.triton.launch import Target
+from gpu_emulation.aot import TARGETS
+
+from qkernels.kernels.triton.launch import Target
+from qkernels.kernels.triton.tiles import Config, Product, choose, slices, tiles
 
 A100 = TARGETS["sm_80"]
 

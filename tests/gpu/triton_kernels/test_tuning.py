@@ -13,12 +13,12 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'qker
 
 import op_samples
 import torch
+from gpu_emulation.aot import TARGETS
 
 from qkernels import quantize_weight
-from qkernels.triton import ops, tuning
-from qkernels.triton.aot import TARGETS
-from qkernels.triton.configs import Product, bucket, choose
-from qkernels.triton.launch import Target
+from qkernels.kernels.triton import ops, tuning
+from qkernels.kernels.triton.launch import Target
+from qkernels.kernels.triton.tiles import Product, bucket, choose
 
 TARGET = TARGETS["sm_89"]
 PRODUCTS = [

@@ -1,6 +1,6 @@
 // A stand-in for the AVX-512 and AMX parts of <immintrin.h>: the intrinsics that csrc/cpu uses, computed lane by lane
 // as the Intel SDM defines them, so that the kernels can be compiled and run on a CPU with AVX2 only
-// (tests/test_emulation.py). Everything up to AVX2 is the real thing. Masked loads touch selected lanes only.
+// (tests/native/test_emulation.py). Everything up to AVX2 is the real thing. Masked loads touch selected lanes only.
 #pragma once
 
 #include_next <immintrin.h>

@@ -2,15 +2,15 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("arch=armv8.2-a+dotprod")
 
 namespace qk {
 namespace {
 
-#include "cpu/neon.inc"
+#include "cpu/kernels/arm/neon.inc"
 
 // sdot multiplies 4 bytes by 4 bytes into each accumulator: the units of 4 columns by the unit of one row, a lane.
 struct Sdot {

@@ -2,15 +2,15 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("arch=armv8.2-a+dotprod+i8mm")
 
 namespace qk {
 namespace {
 
-#include "cpu/neon.inc"
+#include "cpu/kernels/arm/neon.inc"
 
 // smmla adds a product of 2 x 8 by 8 x 2 bytes to 2 x 2 accumulators. A block of either operand is 2 rows of 8 k, so
 // the integer panels hold pairs of units: units u and u + 1 of row r at panel[u * rows + 2 * r], u even. If the number

@@ -9,8 +9,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("avx2,fma,f16c")
 
@@ -33,7 +33,7 @@ inline __m256i add_dot_int4(__m256i acc, __m256i even, __m256i x_even, __m256i o
   return add_products(acc, pairs, _mm256_set1_epi16(1));
 }
 
-#include "cpu/avx2.inc"
+#include "cpu/kernels/x86/avx2.inc"
 
 void encode_nibble_a(const int8_t* q, int64_t k, uint32_t* units, uint32_t* sums) {
   const int64_t steps = div_up(k, kNibbleStep);

@@ -3,8 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 
@@ -29,7 +29,7 @@ inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
   return add_products(acc, _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x), _mm512_set1_epi16(1));
 }
 
-#include "cpu/avx512.inc"
+#include "cpu/kernels/x86/avx512.inc"
 
 }  // namespace
 

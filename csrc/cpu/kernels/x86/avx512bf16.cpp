@@ -4,8 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 

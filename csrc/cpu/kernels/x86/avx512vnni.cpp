@@ -4,8 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 
@@ -23,7 +23,7 @@ inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
 
 inline __m512i add_dot_int4(__m512i acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
-#include "cpu/avx512.inc"
+#include "cpu/kernels/x86/avx512.inc"
 
 void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi8(1);

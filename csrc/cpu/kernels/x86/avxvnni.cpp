@@ -3,8 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/target.h"
 
 QK_BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 
@@ -21,7 +21,7 @@ inline __m256i add_dot_int4(__m256i acc, __m256i even, __m256i x_even, __m256i o
   return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, even, x_even), odd, x_odd);
 }
 
-#include "cpu/avx2.inc"
+#include "cpu/kernels/x86/avx2.inc"
 
 void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi8(1);

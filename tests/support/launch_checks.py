@@ -4,9 +4,9 @@ import op_samples
 from bounds import assert_loss_within_bound, assert_within_bound
 from helpers import assert_same_bits
 
-from qkernels import reference
-from qkernels.triton import ops
-from qkernels.triton.launch import Launch, Target
+from qkernels.kernels import reference
+from qkernels.kernels.triton import ops
+from qkernels.kernels.triton.launch import Launch, Target
 
 
 def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:

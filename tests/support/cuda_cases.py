@@ -5,7 +5,8 @@ import torch
 from bounds import assert_within_bound
 from helpers import assert_same_bits
 
-from qkernels import QuantScheme, quantize_weight, reference
+from qkernels import QuantScheme, quantize_weight
+from qkernels.kernels import reference
 
 FLOAT_SCHEMES = ("w8a16", "w8a16-g64", "w4a16", "w4a16-asym", "w4a16-g32-asym", "w4a16-g128")
 INT_SCHEMES = ("w8a8", "w8a8-g32-ag64", "w4a8-asym", "w4a8-g64", "w4a8-g32-asym", "w4a8-g128-asym-ag32", "w8a8-ag128")

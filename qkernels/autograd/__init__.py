@@ -1,0 +1,1 @@
+"""Gradients through the operators, and the tensors that stand for a quantized weight."""

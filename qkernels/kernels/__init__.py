@@ -1,0 +1,1 @@
+"""The operators: their doors (`ops`), argument checks, the reference, and the choice of a backend."""

@@ -1,0 +1,1 @@
+"""The layers: `QuantLinear`, `QuantEmbedding`, and the fused head and loss."""

@@ -1,0 +1,1 @@
+"""Time of layers beside the limits of this machine."""

@@ -1,0 +1,1 @@
+"""Post-training quantization: statistics of inputs, GPTQ, SmoothQuant."""

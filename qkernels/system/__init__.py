@@ -1,0 +1,1 @@
+"""What depends on the operating system: the heap, and where files are kept."""
