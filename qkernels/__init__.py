@@ -2,7 +2,8 @@
 
 from . import integrations, testing
 from .convert.dequantize import dequantize_
-from .convert.model import QuantizationReport, freeze_, quantize_
+from .convert.model import freeze_, quantize_
+from .convert.report import QuantizationReport
 from .formats.rules import QuantizedWeight
 from .formats.scheme import QuantScheme
 from .integrations.fused_loss import patch_loss

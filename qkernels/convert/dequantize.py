@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..formats.rules import FLOAT_DTYPES
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
-from .model import find_layers
+from .selection import find_layers
 
 # Called as f(model) after each `dequantize_`; an integration adds its own when its library is imported.
 AFTER_DEQUANTIZE: list[Callable[[nn.Module], None]] = []

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..nn.linear import QuantLinear
+from .layers import Layer
 from .leftover import is_matrix
+from .selection import NOT_INCLUDED, SKIPPED
 
 # Frozen model -> ids of the parameters that it left trainable.
 _watched: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+def watch_frozen(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Let `watch_training` warn who trains the model as it is, unless a pattern left a layer in float to train."""
+    frozen = any(isinstance(module, QuantLinear) and module.mode == "frozen" for module in model.modules())
+    if frozen and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
+        watch_training(model)
 
 
 def watch_training(model: nn.Module) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..convert.model import QuantizationReport, quantize_
+from ..convert.model import quantize_
+from ..convert.report import QuantizationReport
 from ..formats.scheme import QuantScheme
 from ..nn.linear import QuantLinear
 from ..ptq.smoothquant import smooth_

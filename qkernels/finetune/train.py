@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import model as convert
+from ..convert.model import freeze_
 from ..formats.scheme import QuantScheme
 from ..integrations.fused_loss import PatchedLoss, patch_loss
 from . import provenance
@@ -357,7 +357,7 @@ def _expect_finite(value: float, which: str) -> None:
 def _save(model: nn.Module, tokenizer, settings: FinetuneSettings, output: OutputFolder) -> None:
     """Write the adapter, or the model with its quantized layers frozen, and the tokenizer."""
     if settings.scheme != "none" and settings.mode != "frozen":
-        convert.freeze_(model)
+        freeze_(model)
     model.save_pretrained(output.scratch)
     tokenizer.save_pretrained(output.scratch)
 

@@ -16,7 +16,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import dequantize_
-from ..convert.model import find_layers, quantize_
+from ..convert.model import quantize_
+from ..convert.selection import find_layers
 from ..formats.scheme import QuantScheme
 from ..nn.linear import QuantLinear
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed

@@ -23,7 +23,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..autograd.frozen import LowRank
-from ..convert.model import AFTER_QUANTIZE, QuantizationReport
+from ..convert.model import AFTER_QUANTIZE
+from ..convert.report import QuantizationReport
 from ..formats.rules import QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight

@@ -22,18 +22,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import AFTER_DEQUANTIZE, dequantize_
+from ..convert.layers import Layer, rows_of
 from ..convert.leftover import kept_in_float32
-from ..convert.model import (
-    AFTER_FREEZE,
-    AFTER_QUANTIZE,
-    Layer,
-    QuantizationReport,
-    find_layers,
-    plan,
-    rows_of,
-    unexpected_results,
-    watch_frozen,
-)
+from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
+from ..convert.report import QuantizationReport
+from ..convert.selection import find_layers, plan, unexpected_results
+from ..convert.watch import watch_frozen
 from ..formats.rules import QuantizedWeight
 from ..formats.scheme import QuantScheme
 from ..formats.validate import storage_dtypes

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gptq import run_watched
+from .inputs import run_watched
 
 # Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
 # else reads; tests/test_smooth.py checks each.

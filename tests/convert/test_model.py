@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import qkernels as qk
-from qkernels.convert.model import AFTER_QUANTIZE, NOT_ASKED
+from qkernels.convert.model import AFTER_QUANTIZE
+from qkernels.convert.selection import NOT_ASKED
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ import qkernels as qk
 from qkernels import _native
 from qkernels.diagnostics import explain
 from qkernels.kernels import ops
+from qkernels.profiling.layers import time_layers
 
 
 class Model(nn.Module):
@@ -61,7 +62,7 @@ def test_layers_on_other_devices_cannot_be_timed():
     with pytest.raises(
         ValueError, match=r"layer 'up' is on meta; only layers on the CPU can be timed\. There it runs on reference"
     ):
-        explain.time_layers([(["up"], nn.Linear(8, 8, device="meta"))], qk.QuantScheme.parse("w8a8"), (1,), 0.001)
+        time_layers([(["up"], nn.Linear(8, 8, device="meta"))], qk.QuantScheme.parse("w8a8"), (1,), 0.001)
 
 
 def test_never_slower_leaves_what_is_faster_in_float(monkeypatch):

@@ -21,7 +21,7 @@ from transformers_models import FAMILIES, build, logits, train
 
 import qkernels as qk
 from qkernels import integrations
-from qkernels.convert.model import NOT_ASKED
+from qkernels.convert.selection import NOT_ASKED
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -417,8 +417,8 @@ PEAK_MEMORY = """
 import re
 import torch, transformers
 import qkernels as qk
-from qkernels.convert.model import NOT_ASKED
-from qkernels.convert import model as convert
+from qkernels.convert.selection import NOT_ASKED
+from qkernels.convert import layers as convert
 
 def megabytes():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024

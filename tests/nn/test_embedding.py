@@ -10,7 +10,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import QuantScheme
-from qkernels.convert.model import NOT_ASKED
+from qkernels.convert.selection import NOT_ASKED
 
 
 class Tied(nn.Module):

@@ -8,16 +8,17 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.kernels import reference
-from qkernels.ptq import gptq as calibrate
+from qkernels.ptq import gptq
+from qkernels.ptq.inputs import InputStatistics, collect_input_statistics
 
 
-def moments(x: torch.Tensor, scheme: str = "w4a16") -> calibrate.Moments:
-    """What `second_moments` sums up over inputs x [T, K]."""
-    return calibrate.second_moments(layer := nn.Linear(x.shape[1], 1), [layer], [x], scheme)[id(layer)]
+def statistics(x: torch.Tensor, scheme: str = "w4a16") -> InputStatistics:
+    """What `collect_input_statistics` sums up over inputs x [T, K]."""
+    return collect_input_statistics(layer := nn.Linear(x.shape[1], 1), [layer], [x], scheme)[id(layer)]
 
 
-def plain(columns: int) -> calibrate.Moments:
-    return calibrate.Moments(torch.eye(columns), torch.zeros(columns))
+def plain(columns: int) -> InputStatistics:
+    return InputStatistics(torch.eye(columns), torch.zeros(columns))
 
 
 SCHEMES = ["w4a16", "w4a16-asym", "w4a8-g32", "w4a8-g32-asym", "w4a16-g128-asym"]
@@ -40,7 +41,7 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, stored: qk.QuantizedWeig
 def test_outputs_change_less_than_by_rounding_to_nearest(scheme):
     weight, x = layer()
     nearest = qk.quantize_weight(weight, scheme)
-    calibrated = calibrate.quantize_weight(weight, scheme, moments(x, scheme))
+    calibrated = gptq.quantize_weight(weight, scheme, statistics(x, scheme))
     for name, expected, actual in zip(nearest._fields, nearest, calibrated, strict=True):
         if expected is not None:
             assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), name
@@ -57,7 +58,7 @@ def test_errors_of_int8_activations_are_filtered_out(scheme):
     x[:, 3] *= 300
     _, unseen = layer(tokens=900)
     unseen[:, 3] *= 300
-    calibrated = calibrate.quantize_weight(weight, scheme, moments(x, scheme))
+    calibrated = gptq.quantize_weight(weight, scheme, statistics(x, scheme))
     nearest = qk.quantize_weight(weight, scheme)
     errors = [
         (reference.linear(unseen, *stored, None, scheme) - unseen @ weight.t()).norm()
@@ -69,7 +70,7 @@ def test_errors_of_int8_activations_are_filtered_out(scheme):
 @pytest.mark.parametrize("columns", [1, 31, 129])
 def test_any_number_of_columns(columns):
     weight = torch.randn(5, columns)
-    stored = calibrate.quantize_weight(weight, "w4a8-g32-asym", plain(columns))
+    stored = gptq.quantize_weight(weight, "w4a8-g32-asym", plain(columns))
     out = reference.linear(torch.randn(3, columns), *stored, None, "w4a8-g32-asym")
     assert out.shape == (3, 5) and out.isfinite().all()
 
@@ -78,7 +79,7 @@ def test_uncorrelated_inputs_leave_only_the_choice_of_ranges():
     """With x xT = 1 nothing can be made up for elsewhere: the weight's error is at most that of the full ranges."""
     weight, _ = layer()
     scheme = "w4a16-g32-asym"
-    stored = calibrate.quantize_weight(weight, scheme, plain(weight.shape[1]))
+    stored = gptq.quantize_weight(weight, scheme, plain(weight.shape[1]))
     nearest = qk.quantize_weight(weight, scheme)
     errors = [(qk.dequantize_weight(*w, weight.shape[1], scheme) - weight).norm() for w in (stored, nearest)]
     assert errors[0] <= errors[1]
@@ -87,22 +88,22 @@ def test_uncorrelated_inputs_leave_only_the_choice_of_ranges():
 def test_input_that_was_always_zero():
     weight, x = layer()
     x[:, 7] = 0
-    stored = calibrate.quantize_weight(weight, "w4a8-g32", moments(x, "w4a8-g32"))
+    stored = gptq.quantize_weight(weight, "w4a8-g32", statistics(x, "w4a8-g32"))
     assert qk.dequantize_weight(*stored, weight.shape[1], "w4a8-g32").isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("scheme", "inputs", "noise", "message"),
+    ("scheme", "gram", "quant_error", "message"),
     [
         ("w8a16", torch.eye(8), torch.zeros(8), "scheme must have 4-bit weights, got w8a16"),
-        ("w4a8", torch.eye(7), torch.zeros(8), r"moments.inputs must be finite and of shape \[8, 8\]"),
-        ("w4a8", torch.full((8, 8), torch.nan), torch.zeros(8), "moments.inputs must be finite"),
-        ("w4a8", torch.eye(8), torch.zeros(7), r"moments.noise must be finite and of shape \[8\], got \[7\]"),
+        ("w4a8", torch.eye(7), torch.zeros(8), r"statistics.gram must be finite and of shape \[8, 8\]"),
+        ("w4a8", torch.full((8, 8), torch.nan), torch.zeros(8), "statistics.gram must be finite"),
+        ("w4a8", torch.eye(8), torch.zeros(7), r"statistics.quant_error must be finite and of shape \[8\], got \[7\]"),
     ],
 )
-def test_bad_arguments(scheme, inputs, noise, message):
+def test_bad_arguments(scheme, gram, quant_error, message):
     with pytest.raises(ValueError, match=message):
-        calibrate.quantize_weight(torch.randn(3, 8), scheme, calibrate.Moments(inputs, noise))
+        gptq.quantize_weight(torch.randn(3, 8), scheme, InputStatistics(gram, quant_error))
 
 
 class Model(nn.Module):
@@ -142,18 +143,18 @@ def test_moments_are_sums_over_all_tokens():
     x = torch.randn(3, 5, 64)
     flat = x.flatten(0, 1)
     q, scales = qk.quantize_activation(flat, "w8a8")
-    for scheme, noise in (("w4a16", torch.zeros(64)), ("w8a8", (q * scales - flat).square().sum(dim=0))):
-        seen = calibrate.second_moments(model, [model.first], [x[:2], x[2:]], scheme)[id(model.first)]
-        torch.testing.assert_close(seen.inputs, flat.t() @ flat)
-        torch.testing.assert_close(seen.noise, noise)
+    for scheme, quant_error in (("w4a16", torch.zeros(64)), ("w8a8", (q * scales - flat).square().sum(dim=0))):
+        seen = collect_input_statistics(model, [model.first], [x[:2], x[2:]], scheme)[id(model.first)]
+        torch.testing.assert_close(seen.gram, flat.t() @ flat)
+        torch.testing.assert_close(seen.quant_error, quant_error)
 
 
 def test_moments_are_float32_sums_under_autocast():
     model, x = Model(), torch.randn(3, 5, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        seen = calibrate.second_moments(model, [model.first], [x], "w4a16")[id(model.first)]
+        seen = collect_input_statistics(model, [model.first], [x], "w4a16")[id(model.first)]
     flat = x.flatten(0, 1)
-    torch.testing.assert_close(seen.inputs, flat.t() @ flat)
+    torch.testing.assert_close(seen.gram, flat.t() @ flat)
 
 
 def test_what_cannot_be_calibrated_changes_nothing():

@@ -1,0 +1,248 @@
+"""Which layers of a model are quantized, and why the others stay in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION
+from ..formats.scheme import QuantScheme
+from ..nn.embedding import QuantEmbedding, embedding_reason
+from ..nn.linear import QuantLinear, float_weight, is_conv1d
+from .layers import Layer
+from .leftover import is_plain_linear, kept_in_float32, leftover_reason, matrix_weights
+from .report import QuantizationReport
+
+# Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
+SKIPPED = "skipped by pattern"
+NOT_INCLUDED = "not included"
+SLOWER = "float is faster"
+NOT_ASKED = "embedding: embeddings=True was not asked for"
+QUANTIZED = "already quantized"
+KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values overflow float16"
+
+
+def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
+    """Every linear layer below `model` (also `QuantLinear`), each once, in the order of `named_modules`.
+
+    Args:
+        embeddings: list the embeddings too.
+    """
+    layers: dict[int, Layer] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) or is_conv1d(module) or (embeddings and isinstance(module, nn.Embedding)):
+            layers.setdefault(id(module), Layer([], module, [])).names.append(name)
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if id(child) in layers:
+                layers[id(child)].slots.append((parent, key))
+    return list(layers.values())
+
+
+def find_weights(model: nn.Module) -> list[Layer]:
+    """Every linear layer and embedding below `model`, and every other matrix weight, in the order of the modules."""
+    layers = find_layers(model, embeddings=True)
+    layers += [
+        Layer(names, module, [], key=key)
+        for names, module, key in matrix_weights(model, [layer.module for layer in layers])
+    ]
+    position = {id(module): at for at, module in enumerate(model.modules())}
+    return sorted(layers, key=lambda layer: position[id(layer.module)])
+
+
+def plan(
+    model: nn.Module,
+    scheme: QuantScheme,
+    skip: Sequence[str],
+    include: Sequence[str] | None,
+    report: QuantizationReport,
+    tied: Mapping[str, str] | None = None,
+    *,
+    embeddings: bool | str | QuantScheme = False,
+) -> list[Layer]:
+    """The linear layers of `model`, each with its scheme or the reason to stay in float. Nothing is changed.
+
+    Args:
+        model, scheme, skip, include, embeddings: as in `quantize_`.
+        report: receives a warning for each pattern that matches no layer.
+        tied: full names of parameters that will share one storage, for a model whose weights are not tied yet.
+    """
+    for argument, patterns in (("skip", skip), ("include", include)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
+        for pattern in patterns or ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{argument} must be patterns of layer names, such as 'lm_head', got {pattern!r}")
+    layers = find_weights(model)
+    _match_patterns(layers, skip, include, report)
+    structure = _structure_reasons(model)
+    groups = _tied_groups(model, tied or {})
+    kept = kept_in_float32(model)
+    for layer in layers:
+        if layer.reason is None:
+            layer.reason = structure.get(id(layer.module))
+        if layer.reason is None:
+            if layer.key is not None:
+                layer.reason = leftover_reason(layer.name, layer.module, layer.key)
+            elif type(layer.module) is not QuantEmbedding and isinstance(layer.module, nn.Embedding) and not embeddings:
+                layer.reason = NOT_ASKED
+            elif any(name in kept for name in layer.names) and not isinstance(layer.module, QuantLinear):
+                layer.reason = KEPT
+            else:
+                layer.reason = _layer_reason(layer.module, scheme)
+    by_module = {id(layer.module): layer for layer in layers if layer.key is None}
+    for group in groups:
+        _settle_tied(group, by_module, bool(embeddings))
+    embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
+    for layer in layers:
+        looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.peers))
+        layer.scheme = embedding_scheme if looked_up else scheme
+    return layers
+
+
+def unexpected_results(
+    layers: Sequence[Layer], report: QuantizationReport, embeddings: bool | str | QuantScheme
+) -> list[str]:
+    """What the caller will hardly expect: nothing is quantized, or layers keep another scheme or mode."""
+    messages = []
+    asked = {"mode": report.mode, "grad": report.grad, "weight_scale": report.weight_scale}
+    lookups = [layer.module for layer in layers if isinstance(layer.module, QuantEmbedding)]
+    shared = {id(module.qweight) for module in lookups}
+    other = []
+    for layer in layers:
+        module = layer.module
+        if not (layer.reason or "").startswith(QUANTIZED):
+            continue
+        if isinstance(module, QuantEmbedding):
+            differs = bool(embeddings) and module.scheme != layer.scheme
+        else:
+            tied = module.mode == "frozen" and id(module.qweight) in shared
+            own = {key: getattr(module, key) for key in asked}
+            differs = own != asked or (module.scheme != layer.scheme and not tied)
+        if differs:
+            other.append(layer)
+    if other:
+        kinds = sorted({layer.reason.partition(" (")[2].rstrip(")") for layer in other})
+        change = (
+            "call freeze_(model) to freeze them"
+            if report.mode == "frozen" and any(layer.module.mode != "frozen" for layer in other)
+            else "quantize the float model instead, or call dequantize_(model) first"
+        )
+        messages.append(
+            f"already quantized ({'; '.join(kinds)}), and not changed to {report.scheme}, {report.mode}: "
+            f"{other[0].name}{f' and {len(other) - 1} more layers' if other[1:] else ''}; {change}, "
+            "or name them in skip= if they are to stay"
+        )
+    patterns = (SKIPPED, NOT_INCLUDED)
+    left = [layer for layer in layers if not (layer.reason or "").startswith((*patterns, QUANTIZED))]
+    if any((layer.reason or "").startswith(patterns) for layer in layers):
+        left = [layer for layer in left if layer.reason != NOT_ASKED]
+    if all(layer.reason is not None for layer in left) and (left or not layers):
+        reasons = dict.fromkeys(f"{layer.name}: {layer.reason}" for layer in left)
+        why = "; ".join([*reasons][:3]) or "the model has no linear layer"
+        messages.append(f"nothing was quantized: {why}{'; ...' if len(reasons) > 3 else ''}")
+    return messages
+
+
+def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, Layer], share: bool) -> None:
+    """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise."""
+    members = [layers.get(id(module)) if key == "weight" else None for _, module, key in group]
+    if share and all(member is not None and member.reason is None for member in members):
+        if not any(is_conv1d(member.module) for member in members):  # which holds the weight transposed
+            for member in members:
+                member.peers = members
+            return
+    for member, (_, module, _) in zip(members, group, strict=True):
+        if member is not None and member.reason is None:
+            other = next((name for name, other, _ in group if other is not module), "itself")
+            member.reason = f"tied to {other}"
+
+
+def _match_patterns(
+    layers: list[Layer], skip: Sequence[str], include: Sequence[str] | None, report: QuantizationReport
+) -> None:
+    def matched(argument: str, patterns: Sequence[str]) -> set[int]:
+        found: set[int] = set()
+        for pattern in patterns:
+            hits = {id(layer) for layer in layers if any(_matches(pattern, name) for name in layer.names)}
+            if not hits:
+                report.warnings.append(f"{argument} pattern {pattern!r} matches no linear layer")
+            found |= hits
+        return found
+
+    skipped = matched("skip", skip)
+    included = None if include is None else matched("include", include)
+    for layer in layers:
+        if id(layer) in skipped:
+            layer.reason = SKIPPED
+        elif included is not None and id(layer) not in included:
+            layer.reason = NOT_INCLUDED
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
+
+
+def _structure_reasons(model: nn.Module) -> dict[int, str]:
+    """By id of a linear layer: the reason its parents give for leaving it in float."""
+    reasons: dict[int, str] = {}
+
+    def mark(modules: Iterable[nn.Module], reason: str) -> None:
+        reasons.update((id(module), reason) for module in modules)
+
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            mark(parent.modules(), "inside nn.MultiheadAttention, which reads the weight itself")
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            mark((parent.linear1, parent.linear2), "inside nn.TransformerEncoderLayer, which reads the weight itself")
+        for name in getattr(parent, "adapter_layer_names", ()):  # PEFT's layers name their adapters so
+            adapter = parent._modules.get(name.partition(".")[0])
+            if adapter is not None:
+                mark(adapter.modules(), "adapter of a PEFT layer")
+        if "base_layer" in parent._modules:
+            if getattr(parent, "merged", False):
+                mark(parent.base_layer.modules(), "holds a merged PEFT adapter")
+            elif getattr(parent, "lora_variant", None):
+                mark(parent.base_layer.modules(), "read by the variant (such as DoRA) of its PEFT layer")
+    return reasons
+
+
+def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
+    """The reason the layer itself gives for leaving it as it is."""
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return f"{QUANTIZED} ({module.scheme}, {module.mode})"
+    if isinstance(module, nn.Embedding):
+        return embedding_reason(module)
+    if parametrize.is_parametrized(module) or set(module._parameters) != {"weight", "bias"}:
+        return "parametrized weight"
+    if not (is_conv1d(module) or is_plain_linear(type(module))):
+        return f"{type(module).__name__} is a subclass of nn.Linear: its forward may compute something else"
+    if "forward" in vars(module):
+        return "forward is replaced on the instance"
+    if module.weight is None or module.weight.dtype not in FLOAT_DTYPES:
+        return "no weight" if module.weight is None else f"{module.weight.dtype} weight"
+    if type(module.weight) not in (Tensor, nn.Parameter):
+        kind = type(module.weight).__name__
+        return f"weight is a {kind}: " + (
+            "quantize the model before it is sharded" if kind == "DTensor" else "only plain tensors are quantized"
+        )
+    in_features = float_weight(module).shape[1]
+    if in_features == 0 or (scheme.int_activations and in_features > MAX_REDUCTION):
+        return f"in_features {in_features} is not in 1..{MAX_REDUCTION}"
+    return None
+
+
+def _tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[tuple[str, nn.Module, str]]]:
+    """The weights that several modules own: for each, (module's name, module, its name in the module)."""
+    owners: dict[object, list[tuple[str, nn.Module, str]]] = {}
+    sources = set(tied.values())
+    for module_name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                full_name = f"{module_name}.{key}" if module_name else key
+                owner = tied.get(full_name) or (full_name if full_name in sources else id(parameter))
+                owners.setdefault(owner, []).append((module_name or "the model", module, key))
+    return [group for group in owners.values() if len(group) > 1]

@@ -1,0 +1,135 @@
+"""The time of linear layers quantized and in float, beside the limit of this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _native
+from ..formats.scheme import QuantScheme
+from ..kernels import dispatch, ops
+from ..kernels.quantizers import quantize_weight
+from ..nn.linear import QuantLinear, float_weight
+from .roofline import Product, Roofline, measure
+from .timing import Turns, interleave
+
+# Rows of x: decoding one sequence, a few sequences, and a block of tokens (prefill, training).
+ROWS = (1, 16, 256)
+# A layer counts as slower than its float twin only beyond what two timings of the same thing differ by.
+NOISE = 1.05
+SECONDS = 0.05  # of timing for each layer and M
+ROOFLINE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One product of a layer with `m` rows of x.
+
+    Attributes:
+        layers: names of the layers with this shape.
+        shape: (N, K) = (out_features, in_features).
+        m: rows of x.
+        scheme: of the quantized weight.
+        kernel: the driver of the core that computes it.
+        reason: why this one.
+        threads: how many it uses.
+        seconds, float_seconds: medians of the quantized and of the float layer, timed in turn.
+        quartiles, float_quartiles: of the same timings, the first and the third.
+        limit_seconds: no implementation of the quantized product is faster on this CPU.
+        limited_by: the instruction or the memory that sets the limit.
+    """
+
+    layers: tuple[str, ...]
+    shape: tuple[int, int]
+    m: int
+    scheme: str
+    kernel: str
+    reason: str
+    threads: int
+    seconds: float
+    float_seconds: float
+    quartiles: tuple[float, float]
+    float_quartiles: tuple[float, float]
+    limit_seconds: float
+    limited_by: str
+
+    @property
+    def speedup(self) -> float:
+        return self.float_seconds / self.seconds
+
+    @property
+    def slower(self) -> bool:
+        """Whether the float layer is faster, beyond the noise of timing and the spread of both."""
+        return self.seconds > NOISE * self.float_seconds and self.quartiles[0] > self.float_quartiles[1]
+
+
+def time_layers(
+    layers: Iterable[tuple[Sequence[str], nn.Module]], scheme: QuantScheme, rows: Sequence[int], seconds: float
+) -> list[Timing]:
+    """One timing for each distinct shape of `layers` (names, module) and each number of rows."""
+    shapes: dict[tuple, tuple[list[str], nn.Module]] = {}
+    for names, module in layers:
+        quantized = isinstance(module, QuantLinear)
+        weight = next(module.parameters())
+        if weight.device.type != "cpu":
+            raise ValueError(
+                f"layer {names[0]!r} is on {weight.device}; only layers on the CPU can be timed. There it runs on "
+                f"{_backend(weight.device)}"
+            )
+        own = module.scheme if quantized else scheme
+        n, k = (module.out_features, module.in_features) if quantized else float_weight(module).shape
+        shapes.setdefault((n, k, own, layer_dtype(module), module.bias is not None), ([], module))[0].append(names[0])
+    roofline = measure(torch.get_num_threads(), ROOFLINE_SECONDS)
+    return [
+        _time(tuple(names), module, shape[2], m, seconds, roofline)
+        for shape, (names, module) in shapes.items()
+        for m in rows
+    ]
+
+
+def layer_dtype(module: nn.Module) -> torch.dtype:
+    return module.compute_dtype if isinstance(module, QuantLinear) else module.weight.dtype
+
+
+def _backend(device: torch.device) -> str:
+    choice = dispatch.select(dispatch.facts_of(device))
+    return f"{choice.backend}: {choice.reason}"
+
+
+@torch.no_grad()
+def _time(
+    names: tuple[str, ...], module: nn.Module, scheme: QuantScheme, m: int, seconds: float, roofline: Roofline
+) -> Timing:
+    dtype = layer_dtype(module)
+    if isinstance(module, QuantLinear):
+        stored, weight = module.quantized_weight(), module.dequantize().to(dtype)
+    else:
+        weight = float_weight(module)
+        stored = quantize_weight(weight, scheme)
+    n, k = weight.shape
+    x = torch.randn(m, k).to(dtype)
+    bias = module.bias
+
+    def quantized(x: Tensor) -> Tensor:
+        return ops.linear(x, *stored, bias, scheme.name)
+
+    turns = [Turns([quantized], x), Turns([lambda x: nn.functional.linear(x, weight, bias)], x)]
+    interleave(turns, seconds)
+    ordered = [sorted(turn.samples) for turn in turns]
+    times = [samples[len(samples) // 2] for samples in ordered]
+    quartiles = [(samples[len(samples) // 4], samples[3 * len(samples) // 4]) for samples in ordered]
+    choice = _native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
+    limit = roofline.limit(Product.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
+    return Timing(
+        names, (n, k), m, scheme.name, choice["kernel"], _reason(m, choice["dot_rows"]), choice["threads"], *times,
+        *quartiles, limit.seconds, limit.by,
+    )  # fmt: skip
+
+
+def _reason(m: int, dot_rows: int) -> str:
+    if m <= dot_rows:
+        return f"up to {dot_rows} rows the stored weight is read in place, row by row"
+    return f"beyond {dot_rows} rows it pays to pack the weight into panels"
