@@ -11,13 +11,13 @@ constexpr uint32_t kPhiloxMultiplier[2] = {0xd2511f53, 0xcd9e8d57};
 constexpr uint32_t kPhiloxWeyl[2] = {0x9e3779b9, 0xbb67ae85};
 constexpr int kPhiloxWords = 4;  // 32-bit words in a block
 
-// The blocks of one row of values: block b, for the values 4 b .. 4 b + 3, has the counter (b, row, stream, 0) and the
-// key (seed low, seed high).
+// The blocks of one row of values: block b, for the values 4 b .. 4 b + 3, has the counter (b, row, rng_stream, 0) and
+// the key (seed low, seed high).
 struct PhiloxRow {
   uint32_t keys[kPhiloxRounds][2];
-  uint32_t row, stream;
+  uint32_t row, rng_stream;
 
-  PhiloxRow(const Random& random, int64_t index) : row(static_cast<uint32_t>(index)), stream(random.stream) {
+  PhiloxRow(const Random& random, int64_t index) : row(static_cast<uint32_t>(index)), rng_stream(random.rng_stream) {
     uint32_t key[2] = {static_cast<uint32_t>(random.seed), static_cast<uint32_t>(random.seed >> 32)};
     for (auto& round : keys) {
       for (int i = 0; i < 2; ++i) {
@@ -28,7 +28,7 @@ struct PhiloxRow {
   }
 
   void block(uint32_t index, uint32_t (&words)[kPhiloxWords]) const {
-    uint32_t c[kPhiloxWords] = {index, row, stream, 0};
+    uint32_t c[kPhiloxWords] = {index, row, rng_stream, 0};
     for (const auto& key : keys) {
       const uint64_t product0 = uint64_t{kPhiloxMultiplier[0]} * c[0], product1 = uint64_t{kPhiloxMultiplier[1]} * c[2];
       c[0] = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ key[0];

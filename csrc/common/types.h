@@ -79,7 +79,7 @@ struct QuantizedRows {
 // Where stochastic rounding takes its bits from (common/philox.h): streams of one seed are independent.
 struct Random {
   uint64_t seed;
-  uint32_t stream;
+  uint32_t rng_stream;
 };
 
 // The canonical storage of a weight [n, k] (docs/formats.md).

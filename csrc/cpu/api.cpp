@@ -4,11 +4,11 @@
 #include <bit>
 #include <cmath>
 
-#include "cpu/parallel.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/drivers/rows.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/parallel.h"
 
 namespace qk {
 namespace {
@@ -116,8 +116,8 @@ void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dt
   multiply(kernels(), x, w, bias, {out, out_dtype}, parallel);
 }
 
-void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx, float* x_scales,
-                   const Parallel& parallel) {
+void linear_with_saved_input(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
+                             float* x_scales, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   const Scheme& scheme = w.scheme;
   const int64_t groups = scheme.act_groups(x.cols);

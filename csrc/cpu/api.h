@@ -28,8 +28,8 @@ QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType
 
 // The same for an a8 scheme, and x as the gradient of the weight needs it: int8 qx [M, k] with a scale for each row,
 // x_scales [M]. Under an activation group the integers are made anew for one scale a row.
-QK_API void linear_saving(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
-                          float* x_scales, const Parallel& parallel);
+QK_API void linear_with_saved_input(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
+                                    float* x_scales, const Parallel& parallel);
 
 // grad_out [M, n] -> out [M, k], in float.
 QK_API void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype,
@@ -85,11 +85,11 @@ QK_API void scale_gradient(const Matrix& grad, const Matrix& w, const float* sca
 
 // Stochastic rounding of x [rows, cols] to int8 with a scale for each row: q [rows, cols], scales [rows]. Column c is
 // multiplied by column_factors[c] before; null: by nothing.
-QK_API void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
-                          const Parallel& parallel);
+QK_API void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Random random, int8_t* q,
+                                     float* scales, const Parallel& parallel);
 
 // The same for each column: q [cols, rows], scales [cols]. Row r is multiplied by row_factors[r] before, or null.
-QK_API void quantize_columns(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
-                             const Parallel& parallel);
+QK_API void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Random random, int8_t* q,
+                                        float* scales, const Parallel& parallel);
 
 }  // namespace qk

@@ -5,11 +5,11 @@
 #include <cstring>
 
 #include "cpu/api.h"
-#include "cpu/parallel.h"
 #include "cpu/buffer.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/drivers/rows.h"
 #include "cpu/drivers/stream.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/parallel.h"
 
 namespace qk {
 namespace {
@@ -158,8 +158,8 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
   });
 }
 
-void quantize_rows(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
-                   const Parallel& parallel) {
+void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
+                              const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   limit(parallel, kRandomWork * x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols), folded(x.cols);
@@ -181,8 +181,8 @@ void quantize_rows(const Matrix& x, const float* column_factors, Random random, 
   });
 }
 
-void quantize_columns(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
-                      const Parallel& parallel) {
+void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
+                                 const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   const Parallel limited = limit(parallel, kRandomWork * x.rows * x.cols);
   const auto folded = [&](int64_t m, int64_t c0, int64_t count, float* out) {

@@ -40,8 +40,8 @@ cudaError_t quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q
   return quantize_rows(rows_args(x, {q, scales, x.cols}, scheme.act_group_size, Order::plain), device.stream);
 }
 
-cudaError_t quantize_rows(const Matrix& x, const float* factors, const Random& random, int8_t* q, float* scales,
-                          const Device& device) {
+cudaError_t quantize_rows_stochastic(const Matrix& x, const float* factors, const Random& random, int8_t* q,
+                                     float* scales, const Device& device) {
   RowsArgs args = rows_args(x, {q, scales, x.cols}, 0, Order::plain);
   args.factors = factors;
   args.random = random;
@@ -121,8 +121,8 @@ cudaError_t linear(const Matrix& x, const Weight& weight, const Bias& bias, void
   return linear_int(x, operand.x, weight, bias, out, out_dtype, device);
 }
 
-cudaError_t linear_saving(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
-                          int8_t* q, float* scales, const Device& device) {
+cudaError_t linear_with_saved_input(const Matrix& x, const Weight& weight, const Bias& bias, void* out, DType out_dtype,
+                                    int8_t* q, float* scales, const Device& device) {
   const cudaError_t error = quantize_activation(x, weight.scheme, q, scales, device);
   if (error != cudaSuccess || x.rows == 0 || weight.n == 0) return error;
   const Operand operand(x, weight.scheme);

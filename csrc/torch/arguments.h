@@ -245,11 +245,12 @@ class IntGradient {
   int64_t n_;
 };
 
-inline Random random_of(const Tensor& seed, int64_t stream) {
+inline Random random_of(const Tensor& seed, int64_t rng_stream) {
   require(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, "seed must be torch.int64 of shape [], got ",
           name_of(seed.scalar_type()), " of shape ", shape_of(seed));
-  require(stream >= 0 && stream <= UINT32_MAX, "stream must be between 0 and 2^32 - 1, got ", stream);
-  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), static_cast<uint32_t>(stream)};
+  require(rng_stream >= 0 && rng_stream <= UINT32_MAX, "rng_stream must be between 0 and 2^32 - 1, got ", rng_stream);
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
+          static_cast<uint32_t>(rng_stream)};
 }
 
 inline const float* factors_of(const char* name, std::optional<Tensor>& factors, int64_t size) {

@@ -83,17 +83,18 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t sche
   return {q, scales};
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
-                                         int64_t stream) {
+std::tuple<Tensor, Tensor> quantize_rows_stochastic(const Tensor& x_arg, std::optional<Tensor> column_factors,
+                                                    const Tensor& seed, int64_t rng_stream) {
   Call call(x_arg);
   FloatMatrix x("x", x_arg);
   check_rows("x", x.rows);
   const float* const factors = factors_of("column_factors", column_factors, x.cols);
   Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
-  check_launch("quantize_rows", qk::cuda::quantize_rows(x.read(), factors, random_of(seed, stream),
-                                                        static_cast<int8_t*>(q.mutable_data_ptr()),
-                                                        static_cast<float*>(scales.mutable_data_ptr()), call.device()));
+  check_launch("quantize_rows_stochastic",
+               qk::cuda::quantize_rows_stochastic(x.read(), factors, random_of(seed, rng_stream),
+                                                  static_cast<int8_t*>(q.mutable_data_ptr()),
+                                                  static_cast<float*>(scales.mutable_data_ptr()), call.device()));
   return {q, scales};
 }
 
@@ -120,9 +121,10 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
-                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
-                                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> linear_with_saved_input(const Tensor& x_arg, const Tensor& qweight,
+                                                           const Tensor& scales, std::optional<Tensor> zeros,
+                                                           std::optional<Tensor> bias_arg, int64_t scheme_code,
+                                                           std::optional<ScalarType> out_dtype) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.int_activations() && scheme.act_group_size == 0,
           "scheme must be an a8 scheme without groups of activations, got ", scheme);
@@ -136,10 +138,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tens
   Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
   Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor x_scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
-  check_launch("linear_saving",
-               qk::cuda::linear_saving(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
-                                       static_cast<int8_t*>(q.mutable_data_ptr()),
-                                       static_cast<float*>(x_scales.mutable_data_ptr()), call.device()));
+  check_launch("linear_with_saved_input",
+               qk::cuda::linear_with_saved_input(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+                                                 static_cast<int8_t*>(q.mutable_data_ptr()),
+                                                 static_cast<float*>(x_scales.mutable_data_ptr()), call.device()));
   return {out, q, x_scales};
 }
 
@@ -161,12 +163,12 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
 
 STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
   m.def("quantize_activation(Tensor x, int scheme) -> (Tensor, Tensor)");
-  m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def("quantize_rows_stochastic(Tensor x, Tensor? column_factors, Tensor seed, int rng_stream) -> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
-      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
+      "linear_with_saved_input(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
@@ -175,9 +177,9 @@ STABLE_TORCH_LIBRARY(qkernels_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels_cuda, CUDA, m) {
   m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_rows_stochastic", TORCH_BOX(&quantize_rows_stochastic));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_saving", TORCH_BOX(&linear_saving));
+  m.impl("linear_with_saved_input", TORCH_BOX(&linear_with_saved_input));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
 }
 

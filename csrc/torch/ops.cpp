@@ -58,9 +58,10 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales,
-                                                 std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
-                                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> linear_with_saved_input(const Tensor& x_arg, const Tensor& qweight,
+                                                           const Tensor& scales, std::optional<Tensor> zeros,
+                                                           std::optional<Tensor> bias_arg, int64_t scheme_code,
+                                                           std::optional<ScalarType> out_dtype) {
   FloatMatrix x("x", x_arg);
   const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
   require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", weight.get().scheme);
@@ -70,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_saving(const Tensor& x_arg, const Tens
   Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
   Tensor qx = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor x_scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
-  qk::linear_saving(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
-                    static_cast<int8_t*>(qx.mutable_data_ptr()), static_cast<float*>(x_scales.mutable_data_ptr()),
-                    parallel());
+  qk::linear_with_saved_input(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+                              static_cast<int8_t*>(qx.mutable_data_ptr()),
+                              static_cast<float*>(x_scales.mutable_data_ptr()), parallel());
   return {out, qx, x_scales};
 }
 
@@ -227,25 +228,27 @@ std::tuple<Tensor, Tensor> scale_gradient(const Tensor& grad_arg, const Tensor& 
   return {out, grad_scales};
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_arg, std::optional<Tensor> column_factors, const Tensor& seed,
-                                         int64_t stream) {
+std::tuple<Tensor, Tensor> quantize_rows_stochastic(const Tensor& x_arg, std::optional<Tensor> column_factors,
+                                                    const Tensor& seed, int64_t rng_stream) {
   FloatMatrix x("x", x_arg);
   const float* const factors = factors_of("column_factors", column_factors, x.cols);
   Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
-  qk::quantize_rows(x.read(), factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
-                    static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  qk::quantize_rows_stochastic(x.read(), factors, random_of(seed, rng_stream),
+                               static_cast<int8_t*>(q.mutable_data_ptr()),
+                               static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }
 
-std::tuple<Tensor, Tensor> quantize_columns(const Tensor& x_arg, std::optional<Tensor> row_factors, const Tensor& seed,
-                                            int64_t stream) {
+std::tuple<Tensor, Tensor> quantize_columns_stochastic(const Tensor& x_arg, std::optional<Tensor> row_factors,
+                                                       const Tensor& seed, int64_t rng_stream) {
   FloatMatrix x("x", x_arg);
   const float* const factors = factors_of("row_factors", row_factors, x.rows);
   Tensor q = new_tensor(x_arg, {x.cols, x.rows}, ScalarType::Char);
   Tensor scales = new_tensor(x_arg, {x.cols}, ScalarType::Float);
-  qk::quantize_columns(x.read(), factors, random_of(seed, stream), static_cast<int8_t*>(q.mutable_data_ptr()),
-                       static_cast<float*>(scales.mutable_data_ptr()), parallel());
+  qk::quantize_columns_stochastic(x.read(), factors, random_of(seed, rng_stream),
+                                  static_cast<int8_t*>(q.mutable_data_ptr()),
+                                  static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }
 
@@ -256,7 +259,7 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
-      "linear_saving(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
+      "linear_with_saved_input(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
@@ -265,8 +268,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "linear_grad_input(Tensor grad_out, Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme, "
       "ScalarType? out_dtype=None) -> Tensor");
-  m.def("quantize_rows(Tensor x, Tensor? column_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
-  m.def("quantize_columns(Tensor x, Tensor? row_factors, Tensor seed, int stream) -> (Tensor, Tensor)");
+  m.def("quantize_rows_stochastic(Tensor x, Tensor? column_factors, Tensor seed, int rng_stream) -> (Tensor, Tensor)");
+  m.def("quantize_columns_stochastic(Tensor x, Tensor? row_factors, Tensor seed, int rng_stream) -> (Tensor, Tensor)");
   m.def("column_scales(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme) -> Tensor");
   m.def(
       "int_grad_input(Tensor q_grad, Tensor grad_scales, Tensor qweight, Tensor scales, Tensor? zeros, "
@@ -282,13 +285,13 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
-  m.impl("linear_saving", TORCH_BOX(&linear_saving));
+  m.impl("linear_with_saved_input", TORCH_BOX(&linear_with_saved_input));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
   m.impl("quantize_weight_scaled", TORCH_BOX(&quantize_weight_scaled));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
-  m.impl("quantize_columns", TORCH_BOX(&quantize_columns));
+  m.impl("quantize_rows_stochastic", TORCH_BOX(&quantize_rows_stochastic));
+  m.impl("quantize_columns_stochastic", TORCH_BOX(&quantize_columns_stochastic));
   m.impl("column_scales", TORCH_BOX(&column_scales));
   m.impl("int_grad_input", TORCH_BOX(&int_grad_input));
   m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));

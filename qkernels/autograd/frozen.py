@@ -73,7 +73,7 @@ def int8_grad_input(
         out_dtype: of the result [M, in_features].
     """
     folded = _row_factors(weight, in_features, scheme) if columns is None else None
-    q_grad, grad_scales = ops.quantize_rows(grad_out, folded, seed, GRAD_INPUT)
+    q_grad, grad_scales = ops.quantize_rows_stochastic(grad_out, folded, seed, GRAD_INPUT)
     return _product(q_grad, grad_scales, weight, in_features, scheme, columns, out_dtype)
 
 
@@ -82,11 +82,11 @@ def int8_grad_weight(grad_out: Tensor, qx: Tensor, x_scales: Tensor, seed: Tenso
 
     Args:
         grad_out: float [M, N].
-        qx, x_scales: int8 [M, K] and float32 [M], as `ops.linear_saving` returns them.
+        qx, x_scales: int8 [M, K] and float32 [M], as `ops.linear_with_saved_input` returns them.
         seed: int64 of shape [].
         out_dtype: of the result [N, K].
     """
-    q_grad, grad_scales = ops.quantize_columns(grad_out, x_scales, seed, GRAD_WEIGHT)
+    q_grad, grad_scales = ops.quantize_columns_stochastic(grad_out, x_scales, seed, GRAD_WEIGHT)
     x = QuantizedWeight(qx, torch.ones_like(x_scales).unsqueeze(1), None)
     return _product(q_grad, grad_scales, x, qx.shape[1], "w8a8", None, out_dtype)
 
@@ -348,7 +348,7 @@ class _TrainedLinear(torch.autograd.Function):
         if scales is not None:
             kept = kept._replace(scales=None)  # an input
         if needs_weight and scheme.int_activations:
-            return *ops.linear_saving(x, *quantized, bias, scheme.name, out_dtype), *kept
+            return *ops.linear_with_saved_input(x, *quantized, bias, scheme.name, out_dtype), *kept
         return ops.linear(x, *quantized, bias, scheme.name, out_dtype), None, None, *kept
 
     @staticmethod

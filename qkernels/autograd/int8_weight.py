@@ -91,7 +91,7 @@ class Int8Weight(Tensor):
             raise RuntimeError(f"an Int8Weight cannot be resized: it is {list(self.shape)}, got {list(values.shape)}")
         changed = self._changed_rows(values)
         seed = draw_shared_seed(values) if seed is None else seed
-        qweight, scales = ops.quantize_rows(values, None, seed, WEIGHT)
+        qweight, scales = ops.quantize_rows_stochastic(values, None, seed, WEIGHT)
         self._set(torch.where(changed, qweight, self.qweight), torch.where(changed, scales[:, None], self.scales))
 
     def _changed_rows(self, values: Tensor) -> Tensor:

@@ -68,15 +68,15 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def uniform(rows: int, columns: int, seed: Tensor, stream: int, device: torch.device) -> Tensor:
+def uniform(rows: int, columns: int, seed: Tensor, rng_stream: int, device: torch.device) -> Tensor:
     """float32 [rows, columns] in [0, 1), multiples of 2^-24.
 
     Element (r, c) is the upper 24 bits of word c mod 4 of Philox with key (seed low, seed high) and counter
-    (c div 4, r, stream, 0).
+    (c div 4, r, rng_stream, 0).
     """
     block = torch.arange(-(-columns // 4), device=device)[None, :].expand(rows, -1)
     row = torch.arange(rows, device=device)[:, None].expand_as(block)
-    counter = (block, row, torch.full_like(block, stream), torch.zeros_like(block))
+    counter = (block, row, torch.full_like(block, rng_stream), torch.zeros_like(block))
     words = torch.stack(philox(counter, (seed & _MASK, seed >> 32 & _MASK)), dim=-1).flatten(1)[:, :columns]
     return (words >> 8).to(torch.float32) * 2.0**-24
 

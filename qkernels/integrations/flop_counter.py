@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 _ops = torch.ops.qkernels
 
 
-@register_flop_formula([_ops.linear, _ops.linear_saving])
+@register_flop_formula([_ops.linear, _ops.linear_with_saved_input])
 def _linear(x_shape, qweight_shape, *args, **kwargs) -> int:
     return 2 * x_shape[0] * x_shape[1] * qweight_shape[0]
 

@@ -133,7 +133,7 @@ def _check_product(name: str, x: Tensor, weight: tuple, bias: Tensor | None, sch
     _check_device("bias", bias, x.device)
 
 
-def linear_saving(
+def linear_with_saved_input(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -255,15 +255,15 @@ def linear_cross_entropy(
         raise RuntimeError(f"z_loss must be finite, got {z_loss}")
 
 
-def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> None:
-    _check_random(x, "column_factors", column_factors, 1, seed, stream)
+def quantize_rows_stochastic(x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int) -> None:
+    _check_random(x, "column_factors", column_factors, 1, seed, rng_stream)
 
 
-def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> None:
-    _check_random(x, "row_factors", row_factors, 0, seed, stream)
+def quantize_columns_stochastic(x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int) -> None:
+    _check_random(x, "row_factors", row_factors, 0, seed, rng_stream)
 
 
-def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, stream: int) -> None:
+def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: Tensor, rng_stream: int) -> None:
     _check_matrix("x", x)
     if factors is not None:
         _check_shaped(name, factors, torch.float32, (x.shape[dim],), x.device)
@@ -271,5 +271,5 @@ def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: 
         raise RuntimeError(f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}")
     if seed.device.type != "cpu" and not (seed.is_meta and x.is_meta):  # every backend reads it on the host
         raise RuntimeError(f"seed must be on cpu, got {seed.device}")
-    if not 0 <= stream < 2**32:
-        raise RuntimeError(f"stream must be between 0 and 2^32 - 1, got {stream}")
+    if not 0 <= rng_stream < 2**32:
+        raise RuntimeError(f"rng_stream must be between 0 and 2^32 - 1, got {rng_stream}")

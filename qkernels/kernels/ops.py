@@ -70,7 +70,7 @@ def linear(
     return _call(_ops.linear.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
-def linear_saving(
+def linear_with_saved_input(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -92,7 +92,7 @@ def linear_saving(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _call(_ops.linear_saving.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
+    return _call(_ops.linear_with_saved_input.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,14 +267,16 @@ def linear_cross_entropy(
     )
 
 
-def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def quantize_rows_stochastic(
+    x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8 with stochastic rounding: the mean over seeds is what is quantized.
 
     Args:
         x: float [M, N].
         column_factors: float32 [N] that the columns are multiplied with before; None: ones.
         seed: int64 of shape [], see `stochastic.draw_seed`.
-        stream: which of the seed's independent random numbers, see `stochastic`.
+        rng_stream: which of the seed's independent random numbers, see `stochastic`.
 
     Returns:
         int8 [M, N] and float32 scales [M]. A row that holds Inf or NaN has q = 0 and scale NaN.
@@ -282,16 +284,18 @@ def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream
     Raises:
         RuntimeError: naming the argument that does not fit.
     """
-    return _call(_ops.quantize_rows.default, x, column_factors, seed, stream)
+    return _call(_ops.quantize_rows_stochastic.default, x, column_factors, seed, rng_stream)
 
 
-def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Quantize each column to int8 with stochastic rounding, transposed; see `quantize_rows`.
+def quantize_columns_stochastic(
+    x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
+    """Quantize each column to int8 with stochastic rounding, transposed; see `quantize_rows_stochastic`.
 
     Args:
         x: float [M, N].
         row_factors: float32 [M] that the rows are multiplied with before; None: ones.
-        seed, stream: as in `quantize_rows`.
+        seed, rng_stream: as in `quantize_rows_stochastic`.
 
     Returns:
         int8 [N, M] and float32 scales [N].
@@ -299,7 +303,7 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
     Raises:
         RuntimeError: naming the argument that does not fit.
     """
-    return _call(_ops.quantize_columns.default, x, row_factors, seed, stream)
+    return _call(_ops.quantize_columns_stochastic.default, x, row_factors, seed, rng_stream)
 
 
 # What the operators return, without values: for fake tensors. The scheme is parsed, and the arguments are checked.
@@ -318,7 +322,7 @@ def _linear_result(x, qweight, scales, zeros, bias, scheme, out_dtype=None) -> T
     return x.new_empty((x.shape[0], qweight.shape[0]), dtype=out_dtype or x.dtype)
 
 
-def _linear_saving_result(x, *weight_and_options) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_with_saved_input_result(x, *weight_and_options) -> tuple[Tensor, Tensor, Tensor]:
     out = _linear_result(x, *weight_and_options)
     return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
@@ -365,11 +369,11 @@ def _linear_cross_entropy_result(
     return hidden.new_empty((rows,), dtype=torch.float32), hidden.new_empty((rows,), dtype=torch.float32), grad
 
 
-def _quantize_rows_result(x, column_factors, seed, stream) -> tuple[Tensor, Tensor]:
+def _quantize_rows_stochastic_result(x, column_factors, seed, rng_stream) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _quantize_columns_result(x, row_factors, seed, stream) -> tuple[Tensor, Tensor]:
+def _quantize_columns_stochastic_result(x, row_factors, seed, rng_stream) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
@@ -413,7 +417,7 @@ def _register(name: str) -> None:
 # What has the gradient of an operator that was called by itself.
 _DIFFERENTIABLE = {
     "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
-    "linear_saving": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
+    "linear_with_saved_input": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
     "linear_cross_entropy": "qkernels.linear_cross_entropy",
 }
 
@@ -425,12 +429,12 @@ for _name in (
     "column_scales",
     "int_grad_input",
     "linear_cross_entropy",
-    "linear_saving",
+    "linear_with_saved_input",
     "mask_clipped",
     "quantize_weight",
     "quantize_weight_scaled",
     "scale_gradient",
-    "quantize_rows",
-    "quantize_columns",
+    "quantize_rows_stochastic",
+    "quantize_columns_stochastic",
 ):
     _register(_name)

@@ -81,7 +81,7 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
     return total if scheme.act_group_size else total * x_scales
 
 
-def linear_saving(
+def linear_with_saved_input(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -380,17 +380,21 @@ def linear_cross_entropy(
     return *out, grad
 
 
-def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def quantize_rows_stochastic(
+    x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
     """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
     folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
     scaled, scales = quantize.int8_scaled(folded.unsqueeze(1))
-    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device)
+    uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device)
     return stochastic.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
 
 
-def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def quantize_columns_stochastic(
+    x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
     """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
     folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
     scaled, scales = quantize.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
-    uniforms = stochastic.uniform(*x.shape, seed, stream, x.device).t()
+    uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device).t()
     return stochastic.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

@@ -92,7 +92,7 @@ def test_layer_hands_its_gradient_to_both(scheme, grad):
     if grad == "float":
         x64 = x.double()
         if layer.scheme.int_activations:
-            _, qx, scales = ops.linear_saving(x, *layer.quantized_weight(), None, scheme)
+            _, qx, scales = ops.linear_with_saved_input(x, *layer.quantized_weight(), None, scheme)
             x64 = qx.double() * scales.double()[:, None]
         whole = (grad_out.double().t() @ x64).float()
         masked, of_scales = ops.scale_gradient(whole, layer.weight.detach(), layer.scales.detach(), scheme)

@@ -46,7 +46,7 @@ def multiplied_x(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """float64 [M, K]: x as the gradient of the weight reads it."""
     if not layer.scheme.int_activations:
         return x.detach().double()
-    _, qx, scales = reference.linear_saving(x.detach(), *layer.quantized_weight(), None, layer.scheme.name)
+    _, qx, scales = reference.linear_with_saved_input(x.detach(), *layer.quantized_weight(), None, layer.scheme.name)
     return qx.double() * scales.double()[:, None]
 
 
@@ -147,7 +147,7 @@ def test_int8_gradients_are_within_a_step_of_each_rounding(scheme, mode, grad):
     if not layer.scheme.int_activations:
         bound = gamma(M + 4) * (grad_out.double().abs().t() @ x64.abs())
     else:
-        _, qx, x_scales = reference.linear_saving(x, integers, scales, zeros, None, name)
+        _, qx, x_scales = reference.linear_with_saved_input(x, integers, scales, zeros, None, name)
         steps = (grad_out.double() * x_scales.double()[:, None]).abs().amax(0) / 127
         bound = steps[:, None] * qx.double().abs().sum(0)
     mask = clip_mask(layer)
@@ -199,7 +199,11 @@ def test_int8_gradient_of_the_weight_is_unbiased():
 
 def test_streams_and_seeds_are_independent():
     x = torch.randn(64, 64)
-    draws = [ops.quantize_rows(x, None, torch.tensor(seed), stream)[0] for seed in (1, 2) for stream in (0, 1, 2)]
+    draws = [
+        ops.quantize_rows_stochastic(x, None, torch.tensor(seed), rng_stream)[0]
+        for seed in (1, 2)
+        for rng_stream in (0, 1, 2)
+    ]
     scaled = x * (127 / x.abs().amax(1, keepdim=True))
     errors = torch.stack([draw.float() - scaled for draw in draws]).flatten(1)
     correlation = torch.corrcoef(errors) - torch.eye(len(draws))
@@ -213,7 +217,7 @@ def test_long_sums_are_added_block_by_block(depth):
     grad_out, qx = draw.floats(depth, 3), torch.randint(-127, 128, (depth, 5), dtype=torch.int8)
     x_scales, seed = draw.floats(depth).abs() + 0.1, torch.tensor(11)
     got = int8_grad_weight(grad_out, qx, x_scales, seed, torch.float32)
-    q, scales = reference.quantize_columns(grad_out, x_scales, seed, 1)
+    q, scales = reference.quantize_columns_stochastic(grad_out, x_scales, seed, 1)
     total = torch.zeros(3, 5)
     for start in range(0, depth, 65536):
         block = slice(start, start + 65536)
@@ -517,7 +521,7 @@ def test_column_scales_follow_the_weight(scheme):
     for each in (layer, other, copy.deepcopy(other), copy.deepcopy(other).bfloat16()):
         assert_same_bits(each.column_scales, ops.column_scales(*weight, K, scheme))
     grad_out, seed = torch.randn(M, N), torch.tensor(3)
-    q, scales = ops.quantize_rows(grad_out, None, seed, 0)
+    q, scales = ops.quantize_rows_stochastic(grad_out, None, seed, 0)
     expected = ops.int_grad_input(q, scales, *weight, K, scheme, layer.column_scales)
     assert_same_bits(int8_grad_input(grad_out, weight, K, scheme, layer.column_scales, seed, torch.float32), expected)
 

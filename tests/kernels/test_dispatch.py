@@ -41,8 +41,8 @@ def test_choice(facts, backend, word):
         (cuda.Call("linear", parse("w4a8-g32-asym"), torch.float32), "cuda"),
         (cuda.Call("linear", parse("w4a16-g128"), torch.bfloat16), "cuda"),
         (cuda.Call("linear", parse("w4a16-g128"), torch.float32), "triton"),
-        (cuda.Call("linear_saving", parse("w8a8"), torch.bfloat16), "cuda"),
-        (cuda.Call("linear_saving", parse("w8a8-ag64"), torch.bfloat16), "triton"),
+        (cuda.Call("linear_with_saved_input", parse("w8a8"), torch.bfloat16), "cuda"),
+        (cuda.Call("linear_with_saved_input", parse("w8a8-ag64"), torch.bfloat16), "triton"),
         (cuda.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
     ],
 )
@@ -78,7 +78,7 @@ def test_call_of_arguments():
     stored = quantize_weight(torch.ones(3, 4), "w4a8")
     call = dispatch.call_of("linear", (x, *stored, None, parse("w4a8").code))
     assert call.scheme == parse("w4a8") and call.multiply_adds == 2 * 3 * 4
-    assert dispatch.call_of("quantize_rows", (x, None, torch.tensor(0), 1)).scheme is None
+    assert dispatch.call_of("quantize_rows_stochastic", (x, None, torch.tensor(0), 1)).scheme is None
 
 
 def test_library_is_not_loaded_without_cuda():

@@ -8,7 +8,7 @@ from qkernels.kernels import ops
 
 ROWS, N, K = 3, 6, 40
 SCHEME, SYMMETRIC = "w4a8-g32-asym", "w4a8-g32"
-RANDOMNESS = {"seed": torch.tensor(1), "stream": 0}
+RANDOMNESS = {"seed": torch.tensor(1), "rng_stream": 0}
 
 
 def arguments(op: str, scheme: str = SCHEME) -> dict:
@@ -40,7 +40,7 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "column_scales": torch.ones(K),
             "out_dtype": None,
         },
-        "linear_saving": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme},
+        "linear_with_saved_input": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme},
         "quantize_weight": {"weight": torch.ones(N, K), "scheme": scheme},
         "mask_clipped": {"grad": torch.ones(N, K), "weight": torch.ones(N, K), "scheme": scheme},
         "quantize_weight_scaled": {"weight": torch.ones(N, K), "scales": torch.ones(N, 2), "scheme": SYMMETRIC},
@@ -50,8 +50,8 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "scales": torch.ones(N, 2),
             "scheme": SYMMETRIC,
         },
-        "quantize_rows": {"x": torch.ones(ROWS, K), "column_factors": torch.ones(K), **RANDOMNESS},
-        "quantize_columns": {"x": torch.ones(ROWS, K), "row_factors": torch.ones(ROWS), **RANDOMNESS},
+        "quantize_rows_stochastic": {"x": torch.ones(ROWS, K), "column_factors": torch.ones(K), **RANDOMNESS},
+        "quantize_columns_stochastic": {"x": torch.ones(ROWS, K), "row_factors": torch.ones(ROWS), **RANDOMNESS},
     }[op]
 
 
@@ -73,7 +73,14 @@ WEIGHT = [
     ("zeros", torch.zeros(N, 1, dtype=torch.uint8)),
     ("zeros", torch.zeros(N, dtype=torch.uint8)),
 ]
-WEIGHT_OPS = ["dequantize_weight", "linear", "linear_saving", "linear_grad_input", "column_scales", "int_grad_input"]
+WEIGHT_OPS = [
+    "dequantize_weight",
+    "linear",
+    "linear_with_saved_input",
+    "linear_grad_input",
+    "column_scales",
+    "int_grad_input",
+]
 SCHEME_NAMES = ["w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"]
 SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8s")]
 IN_FEATURES = [("in_features", 0), ("in_features", -40), ("in_features", 42)]
@@ -91,8 +98,8 @@ RANDOM = [
     ("seed", torch.tensor(1, dtype=torch.int32)),
     ("seed", torch.tensor([1])),
     ("seed", torch.tensor(1.0)),
-    ("stream", -1),
-    ("stream", 2**32),
+    ("rng_stream", -1),
+    ("rng_stream", 2**32),
 ]
 
 GIVEN_SCALES = [
@@ -125,7 +132,13 @@ CASES = {
         ("grad_out", torch.ones(ROWS, N + 1)),
     ],
     "column_scales": [*WEIGHT, *SCHEMES, *IN_FEATURES],
-    "linear_saving": [*matrix("x", K), *WEIGHT, *SCHEMES, ("scheme", "w4a16-g32-asym"), ("bias", torch.ones(N + 1))],
+    "linear_with_saved_input": [
+        *matrix("x", K),
+        *WEIGHT,
+        *SCHEMES,
+        ("scheme", "w4a16-g32-asym"),
+        ("bias", torch.ones(N + 1)),
+    ],
     "quantize_weight": [*matrix("weight", K), *SCHEMES, ("weight", torch.ones(3, 0))],
     "mask_clipped": [
         *matrix("weight", K),
@@ -137,13 +150,13 @@ CASES = {
     ],
     "quantize_weight_scaled": [*matrix("weight", K), *GIVEN_SCALES, ("weight", torch.ones(N, 0))],
     "scale_gradient": [*matrix("weight", K), *matrix("grad", K), *GIVEN_SCALES, ("grad", torch.ones(N + 1, K))],
-    "quantize_rows": [
+    "quantize_rows_stochastic": [
         *matrix("x", K),
         *RANDOM,
         *(("column_factors", torch.ones(shape)) for shape in ((), (K + 1,), (1, K))),
         ("column_factors", torch.ones(K, dtype=torch.bfloat16)),
     ],
-    "quantize_columns": [
+    "quantize_columns_stochastic": [
         *matrix("x", K),
         *RANDOM,
         *(("row_factors", torch.ones(shape)) for shape in ((), (ROWS + 1,), (1, ROWS))),
@@ -303,7 +316,7 @@ def test_what_does_not_fit_is_not_copied():
         ops.linear(**{**given, "x": torch.ones(1, K).expand(2**40, K)})
 
 
-@pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
+@pytest.mark.parametrize("op", ["quantize_rows_stochastic", "quantize_columns_stochastic"])
 def test_the_seed_lies_on_the_cpu(op):
     with pytest.raises(RuntimeError, match="seed must be on cpu, got meta"):
         getattr(ops, op)(**{**arguments(op), "seed": torch.tensor(1, device="meta")})

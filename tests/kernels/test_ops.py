@@ -109,8 +109,8 @@ def test_linear_cross_entropy_equals_reference(each_isa, scheme):
 
 
 @pytest.mark.parametrize("scheme", INT_SCHEMES)
-def test_linear_saving_equals_reference(each_isa, scheme):
-    assert_equals_reference("linear_saving", scheme, 6, each_isa)
+def test_linear_with_saved_input_equals_reference(each_isa, scheme):
+    assert_equals_reference("linear_with_saved_input", scheme, 6, each_isa)
 
 
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
@@ -140,7 +140,7 @@ def test_large_results_equal_reference(each_isa):
             assert_same_bits(ops.int_grad_input(*args, out_dtype=dtype), expected, f"{each_isa} {rows} x {columns}")
 
 
-@pytest.mark.parametrize("op", ["quantize_rows", "quantize_columns"])
+@pytest.mark.parametrize("op", ["quantize_rows_stochastic", "quantize_columns_stochastic"])
 def test_stochastic_rounding_equals_reference(each_isa, op):
     for scheme in OP_SCHEMES[op]:
         assert_equals_reference(op, scheme, 20, each_isa)

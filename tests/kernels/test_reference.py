@@ -72,9 +72,9 @@ def test_stochastic_rounding_follows_the_rule(each_isa, seed):
     x[6, 0] = -127.0000153  # 127 / absmax rounds up: the value lies below -127
     for given in (None, factors):
         with np.errstate(invalid="ignore"):
-            expected = rules.quantize_rows(x.numpy(), None if given is None else given.numpy(), seed, 5)
+            expected = rules.quantize_rows_stochastic(x.numpy(), None if given is None else given.numpy(), seed, 5)
         expected = [torch.from_numpy(array) for array in expected]
-        for a, b in zip(ops.quantize_rows(x, given, torch.tensor(seed), 5), expected, strict=True):
+        for a, b in zip(ops.quantize_rows_stochastic(x, given, torch.tensor(seed), 5), expected, strict=True):
             assert_same_bits(a, b, each_isa)
 
 
@@ -83,7 +83,10 @@ def test_columns_use_the_random_numbers_of_their_places(each_isa):
     x = op_samples.Draw("places").floats(70, 130).clamp(-2, 2)
     x[:, 0] = x[0] = 2.0
     seed = torch.tensor(7)
-    rows, columns = ops.quantize_rows(x, None, seed, 1)[0], ops.quantize_columns(x, None, seed, 1)[0]
+    rows, columns = (
+        ops.quantize_rows_stochastic(x, None, seed, 1)[0],
+        ops.quantize_columns_stochastic(x, None, seed, 1)[0],
+    )
     assert_same_bits(columns, rows.t().contiguous(), each_isa)
 
 

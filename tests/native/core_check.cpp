@@ -390,12 +390,12 @@ void check_stochastic(Checker& checker, const Shape& shape, bool columns) {
   const Input x(rows, cols, shape.x, random, true);
   Guarded<float> factors(columns ? rows : cols);
   for (int64_t i = 0; i < (columns ? rows : cols); ++i) factors[i] = random.unit(DType::float32);
-  const std::string label = std::string(columns ? "quantize_columns " : "quantize_rows ") + std::to_string(rows) + "x" +
-                            std::to_string(cols) + " " + name_of(shape.x);
+  const std::string label = std::string(columns ? "quantize_columns_stochastic " : "quantize_rows_stochastic ") +
+                            std::to_string(rows) + "x" + std::to_string(cols) + " " + name_of(shape.x);
   checker.exact(label, results + rows * cols, DType::float32, [&](void* out) {
     Guarded<int8_t> q(rows * cols);
     auto* floats = static_cast<float*>(out);
-    const auto quantize = columns ? qk::quantize_columns : qk::quantize_rows;
+    const auto quantize = columns ? qk::quantize_columns_stochastic : qk::quantize_rows_stochastic;
     quantize(x.matrix(), factors.get(), {0x123456789abcdef0, 7}, q.get(), floats, kOneThread);
     for (int64_t i = 0; i < rows * cols; ++i) floats[results + i] = q[i];
   });
@@ -425,7 +425,7 @@ void check_quantized_weight(Checker& checker, const std::string& scheme_name, co
   });
 }
 
-// linear_saving: its result, the scales and the integers of x.
+// linear_with_saved_input: its result, the scales and the integers of x.
 void check_saving(Checker& checker, const std::string& scheme_name, const Shape& shape) {
   const auto [m, n, k, x_dtype, out_dtype] = shape;
   Random random("saving " + scheme_name);
@@ -433,12 +433,12 @@ void check_saving(Checker& checker, const std::string& scheme_name, const Shape&
   const StoredWeight stored(qk::parse_scheme(scheme_name), n, k, random);
   const qk::Weight weight = stored.weight();
   const std::string label =
-      scheme_name + " linear_saving " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
+      scheme_name + " linear_with_saved_input " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
   checker.exact(label, m * n + m + m * k, DType::float32, [&, m = m, n = n, k = k](void* out) {
     Guarded<int8_t> q(m * k);
     auto* floats = static_cast<float*>(out);
-    qk::linear_saving(x.matrix(), weight, {nullptr, DType::float32}, floats, DType::float32, q.get(), floats + m * n,
-                      kOneThread);
+    qk::linear_with_saved_input(x.matrix(), weight, {nullptr, DType::float32}, floats, DType::float32, q.get(),
+                                floats + m * n, kOneThread);
     for (int64_t i = 0; i < m * k; ++i) floats[m * n + m + i] = q[i];
   });
 }

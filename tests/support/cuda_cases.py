@@ -26,7 +26,11 @@ CASES += [
 CASES += [("int_grad_input", scheme, shape, torch.int8) for scheme, shape in GRADIENTS]
 CASES += [
     (op, scheme, (3, columns), dtype)
-    for op, scheme in (("quantize_activation", "w8a8"), ("quantize_activation", "w8a8-ag64"), ("quantize_rows", "w8a8"))
+    for op, scheme in (
+        ("quantize_activation", "w8a8"),
+        ("quantize_activation", "w8a8-ag64"),
+        ("quantize_rows_stochastic", "w8a8"),
+    )
     for columns, dtype in ((328, torch.float32), (9000, torch.bfloat16), (328, torch.float16))
 ]
 CASES += [("linear", scheme, (3, 9, 77), torch.float32) for scheme in ("w8a8", "w8a8-g32", "w4a8-asym", "w4a8-g64")]
@@ -38,7 +42,11 @@ CASES += [
 CASES += [("int_grad_input", "w8a8", (5, 47, 81), torch.int8)]
 CASES += [
     (op, scheme, (3, 301), dtype)
-    for op, scheme in (("quantize_activation", "w8a8"), ("quantize_activation", "w8a8-ag64"), ("quantize_rows", "w8a8"))
+    for op, scheme in (
+        ("quantize_activation", "w8a8"),
+        ("quantize_activation", "w8a8-ag64"),
+        ("quantize_rows_stochastic", "w8a8"),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]
 IDS = ["-".join(map(str, (op, scheme, *shape, str(dtype)[6:]))) for op, scheme, shape, dtype in CASES]
@@ -51,7 +59,7 @@ def sample(op: str, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     label = f"{op} {scheme} {list(shape)} {dtype}"
     if op == "quantize_activation":
         return op_samples.Sample((torch.randn(shape, generator=generator).to(dtype), scheme), label)
-    if op == "quantize_rows":
+    if op == "quantize_rows_stochastic":
         x, factors = torch.randn(shape, generator=generator).to(dtype), torch.rand(shape[1], generator=generator)
         return op_samples.Sample((x, factors, torch.tensor(7), 1), label)
     if op == "int_grad_input":

@@ -142,7 +142,9 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
     return c
 
 
-def quantize_rows(x: np.ndarray, factors: np.ndarray | None, seed: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize_rows_stochastic(
+    x: np.ndarray, factors: np.ndarray | None, seed: int, rng_stream: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Rule 8, value by value: int8 of x's shape and a scale for each row."""
     q, scales = np.zeros(x.shape, np.int8), np.zeros(len(x), F)
     key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
@@ -152,7 +154,7 @@ def quantize_rows(x: np.ndarray, factors: np.ndarray | None, seed: int, stream: 
         if not np.isfinite(top) or top < TINY:
             continue
         for c, v in enumerate(row * (F(127) / top)):
-            u = F(philox((c // 4, r, stream, 0), key)[c % 4] >> 8) * F(2.0**-24)
+            u = F(philox((c // 4, r, rng_stream, 0), key)[c % 4] >> 8) * F(2.0**-24)
             down = np.floor(v)
             q[r, c] = np.clip(down + F(u < F(v - down)), -127, 127)
     return q, scales

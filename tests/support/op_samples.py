@@ -251,16 +251,16 @@ def quantize_randomly(draw: Draw, count: int, of_rows: bool) -> Iterator[Sample]
         x, words = draw.matrix(rows, columns, draw.choose.choice(("normal", "extremes", "ties", "special")))
         factors = None if draw.choose.random() < 0.3 else draw.floats(columns if of_rows else rows)
         seed = torch.tensor(draw.choose.choice((0, -1, draw.choose.getrandbits(63))))
-        stream = draw.choose.choice((0, 1, 2, 2**32 - 1))
-        label = f"x {words}, {'no ' if factors is None else ''}factors, seed {seed}, stream {stream}"
-        yield Sample((x, factors, seed, stream), label)
+        rng_stream = draw.choose.choice((0, 1, 2, 2**32 - 1))
+        label = f"x {words}, {'no ' if factors is None else ''}factors, seed {seed}, rng_stream {rng_stream}"
+        yield Sample((x, factors, seed, rng_stream), label)
 
 
-def quantize_rows(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+def quantize_rows_stochastic(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
     return quantize_randomly(draw, count, of_rows=True)
 
 
-def quantize_columns(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+def quantize_columns_stochastic(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
     return quantize_randomly(draw, count, of_rows=False)
 
 
@@ -271,11 +271,11 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "linear": linear,
     "linear_cross_entropy": linear_cross_entropy,
     "linear_grad_input": linear_grad_input,
-    "linear_saving": linear,
+    "linear_with_saved_input": linear,
     "mask_clipped": mask_clipped,
     "quantize_activation": quantize_activation,
-    "quantize_columns": quantize_columns,
-    "quantize_rows": quantize_rows,
+    "quantize_columns_stochastic": quantize_columns_stochastic,
+    "quantize_rows_stochastic": quantize_rows_stochastic,
     "quantize_weight": quantize_weight,
     "quantize_weight_scaled": quantize_weight_scaled,
     "scale_gradient": scale_gradient,
@@ -284,13 +284,15 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
 OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
     "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
 }
-OP_SCHEMES["linear_saving"] = INT_SCHEMES
+OP_SCHEMES["linear_with_saved_input"] = INT_SCHEMES
 OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
 # Scales that are given have no zero points.
 for _op in ("quantize_weight_scaled", "scale_gradient"):
     OP_SCHEMES[_op] = [name for name in FLOAT_SCHEMES if QuantScheme.parse(name).symmetric]
 # These know no schemes at all; the names tell their sets of samples apart.
-OP_SCHEMES |= dict.fromkeys(("quantize_columns", "quantize_rows"), ("w8a8", "w8a16", "w4a8", "w4a16"))
+OP_SCHEMES |= dict.fromkeys(
+    ("quantize_columns_stochastic", "quantize_rows_stochastic"), ("w8a8", "w8a16", "w4a8", "w4a16")
+)
 
 
 def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:

@@ -206,11 +206,15 @@ class Emulated:
         scales = self.noise((x.shape[0], -(-x.shape[1] // group)), torch.float32)
         return self._call("quantize_activation", x, DTYPES[x.dtype], *x.shape, scheme, q, scales)
 
-    def quantize_rows(self, x: Tensor, factors: Tensor | None, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    def quantize_rows_stochastic(
+        self, x: Tensor, factors: Tensor | None, seed: Tensor, rng_stream: int
+    ) -> tuple[Tensor, Tensor]:
         x = self._begin(x)
         factors = None if factors is None else self.place(factors)
         q, scales = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
-        return self._call("quantize_rows", x, DTYPES[x.dtype], *x.shape, factors, seed.item(), stream, q, scales)
+        return self._call(
+            "quantize_rows_stochastic", x, DTYPES[x.dtype], *x.shape, factors, seed.item(), rng_stream, q, scales
+        )
 
     def linear(
         self,
@@ -225,7 +229,7 @@ class Emulated:
         arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
         return self._call("linear", *arguments, self.processors)
 
-    def linear_saving(
+    def linear_with_saved_input(
         self,
         x: Tensor,
         qweight: Tensor,
@@ -237,7 +241,7 @@ class Emulated:
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
         saved = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
-        return self._call("linear_saving", *arguments, *saved, self.processors)
+        return self._call("linear_with_saved_input", *arguments, *saved, self.processors)
 
     def _product(self, x, qweight, scales, zeros, bias, scheme, out_dtype) -> tuple:
         """The arguments of a product, and where its result goes."""

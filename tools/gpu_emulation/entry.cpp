@@ -55,9 +55,10 @@ int quantize_activation(const void* x, int dtype, int64_t rows, int64_t cols, co
   return qk::cuda::quantize_activation(matrix(x, dtype, rows, cols), qk::parse_scheme(scheme), q, scales, device(1));
 }
 
-int quantize_rows(const void* x, int dtype, int64_t rows, int64_t cols, const float* factors, uint64_t seed,
-                  uint32_t stream, int8_t* q, float* scales) {
-  return qk::cuda::quantize_rows(matrix(x, dtype, rows, cols), factors, {seed, stream}, q, scales, device(1));
+int quantize_rows_stochastic(const void* x, int dtype, int64_t rows, int64_t cols, const float* factors, uint64_t seed,
+                             uint32_t rng_stream, int8_t* q, float* scales) {
+  return qk::cuda::quantize_rows_stochastic(matrix(x, dtype, rows, cols), factors, {seed, rng_stream}, q, scales,
+                                            device(1));
 }
 
 int linear(const void* x, int dtype, int64_t rows, int64_t cols, const void* qweight, const float* scales,
@@ -68,12 +69,13 @@ int linear(const void* x, int dtype, int64_t rows, int64_t cols, const void* qwe
                           static_cast<qk::DType>(out_dtype), device(processors));
 }
 
-int linear_saving(const void* x, int dtype, int64_t rows, int64_t cols, const void* qweight, const float* scales,
-                  const uint8_t* zeros, int64_t n, const char* scheme, const void* bias, int bias_dtype, void* out,
-                  int out_dtype, int8_t* q, float* x_scales, int processors) {
+int linear_with_saved_input(const void* x, int dtype, int64_t rows, int64_t cols, const void* qweight,
+                            const float* scales, const uint8_t* zeros, int64_t n, const char* scheme, const void* bias,
+                            int bias_dtype, void* out, int out_dtype, int8_t* q, float* x_scales, int processors) {
   const qk::Weight weight(qk::parse_scheme(scheme), n, cols, qweight, scales, zeros);
-  return qk::cuda::linear_saving(matrix(x, dtype, rows, cols), weight, {bias, static_cast<qk::DType>(bias_dtype)}, out,
-                                 static_cast<qk::DType>(out_dtype), q, x_scales, device(processors));
+  return qk::cuda::linear_with_saved_input(matrix(x, dtype, rows, cols), weight,
+                                           {bias, static_cast<qk::DType>(bias_dtype)}, out,
+                                           static_cast<qk::DType>(out_dtype), q, x_scales, device(processors));
 }
 
 // Why these tiles: of an `a8` forward with K a multiple of 16 or not, and of an `a16` forward.

@@ -53,8 +53,8 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
         if parsed.weight_bits == 4:
             add(scheme, "mask_clipped", empty(N, K), empty(N, K), scheme)
     seed, factors = torch.tensor(1), empty(N, dtype=torch.float32)
-    add("M=2048", "quantize_rows", empty(2048, N), factors, seed, 0)
-    add("M=2048", "quantize_columns", empty(2048, N), empty(2048, dtype=torch.float32), seed, 1)
+    add("M=2048", "quantize_rows_stochastic", empty(2048, N), factors, seed, 0)
+    add("M=2048", "quantize_columns_stochastic", empty(2048, N), empty(2048, dtype=torch.float32), seed, 1)
     stored = (empty(N, K, dtype=torch.int8), empty(N, 1, dtype=torch.float32), None)
-    add("w8a8-ag128", "linear_saving", empty(2048, K), *stored, None, "w8a8-ag128")
+    add("w8a8-ag128", "linear_with_saved_input", empty(2048, K), *stored, None, "w8a8-ag128")
     return found

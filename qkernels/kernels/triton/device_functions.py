@@ -50,12 +50,12 @@ def round_up_or_down(v, uniform):
 
 
 @triton.jit
-def uniforms(rows, first, seed_low, seed_high, stream, COLUMNS: tl.constexpr):
+def uniforms(rows, first, seed_low, seed_high, rng_stream, COLUMNS: tl.constexpr):
     """Rule 8: float32 [rows, COLUMNS] in [0, 1) from column `first` (a multiple of 4) on, multiples of 2^-24."""
     blocks = first // 4 + tl.arange(0, COLUMNS // 4)
     zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.int32)
     seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
-    w0, w1, w2, w3 = tl.philox(seed, zero + blocks[None, :], zero + rows.to(tl.int32)[:, None], zero + stream, zero)
+    w0, w1, w2, w3 = tl.philox(seed, zero + blocks[None, :], zero + rows.to(tl.int32)[:, None], zero + rng_stream, zero)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], COLUMNS))
     return (words >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
 

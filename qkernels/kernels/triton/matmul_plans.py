@@ -275,7 +275,9 @@ def int_grad_input(
     out_dtype: torch.dtype | None = None,
     device: Target,
 ) -> Plan:
-    """[M, in_features]; also the gradient of a weight, whose factors `quantize_columns` and `linear_saving` make."""
+    """[M, in_features]; also the gradient of a weight, whose factors come from
+    `quantize_columns_stochastic` and `linear_with_saved_input`.
+    """
     m, n = q_grad.shape
     out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
     shape = Product(m, in_features, n, "int8", converted=True)

@@ -18,12 +18,12 @@ from .device_functions import (
 )
 
 # Numbers that differ in each call: specialized for none of them, as triton would for multiples of 16.
-RANDOM = ("seed_low", "seed_high", "stream")
+RANDOM = ("seed_low", "seed_high", "rng_stream")
 
 
 @triton.jit(do_not_specialize=RANDOM)
 def random_rows_kernel(
-    x, factors, q, scales, N, stride_x, seed_low, seed_high, stream, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+    x, factors, q, scales, N, stride_x, seed_low, seed_high, rng_stream, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Rule 8, one row a program: int8 q [M, N] and float32 scales [M] of x [M, N] times the factors [N], if any."""
     row = tl.program_id(0) + tl.arange(0, 1)
@@ -43,7 +43,7 @@ def random_rows_kernel(
         if factors is not None:
             value = value * tl.load(factors + columns, mask=columns < N, other=0.0)
         value = tl.where(usable[:, None], value, 0.0) * inverse[:, None]
-        uniform = uniforms(row, block * BLOCK, seed_low, seed_high, stream, BLOCK)
+        uniform = uniforms(row, block * BLOCK, seed_low, seed_high, rng_stream, BLOCK)
         tl.store(q + start * N + columns, round_up_or_down(value, uniform), mask=columns < N)
 
 
@@ -87,7 +87,7 @@ def random_columns_kernel(
     slices,
     seed_low,
     seed_high,
-    stream,
+    rng_stream,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -102,7 +102,7 @@ def random_columns_kernel(
         tl.store(scales + columns, scale, mask=columns < N)
     value = _load_scaled_rows(x, factors, rows, columns, M, N, stride_x)
     value = tl.where(usable[None, :], value, 0.0) * inverse[None, :]
-    uniform = uniforms(rows, tl.program_id(0) * BLOCK_N, seed_low, seed_high, stream, BLOCK_N)
+    uniform = uniforms(rows, tl.program_id(0) * BLOCK_N, seed_low, seed_high, rng_stream, BLOCK_N)
     at = columns.to(tl.int64)[:, None] * M + rows[None, :]
     tl.store(q + at, tl.trans(round_up_or_down(value, uniform)), mask=(columns[:, None] < N) & (rows[None, :] < M))
 

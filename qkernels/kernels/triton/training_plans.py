@@ -16,14 +16,16 @@ from .matmul_plans import ELEMENTS, Plan, power_of_two, product, quantize_activa
 _SLICE = 1024  # rows whose columns' ranges one program finds
 
 
-def _words(seed: Tensor, stream: int) -> tuple[int, int, int]:
-    """Low and high half of the seed, and the stream, as signed 32-bit integers."""
+def _words(seed: Tensor, rng_stream: int) -> tuple[int, int, int]:
+    """Low and high half of the seed, and the rng_stream, as signed 32-bit integers."""
     value = int(seed)
-    halves = (value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF, stream)
+    halves = (value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF, rng_stream)
     return tuple(half - 2**32 if half >= 2**31 else half for half in halves)
 
 
-def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream: int, *, device: Target) -> Plan:
+def quantize_rows_stochastic(
+    x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int, *, device: Target
+) -> Plan:
     """int8 [M, N] and float32 scales [M]."""
     x = row_major(x)
     m, n = x.shape
@@ -32,12 +34,14 @@ def quantize_rows(x: Tensor, column_factors: Tensor | None, seed: Tensor, stream
     block = min(max(4, power_of_two(n)), ELEMENTS)
     constants = {"BLOCK": block, "BLOCKS": -(-n // block)}
     factors = None if column_factors is None else column_factors.contiguous()
-    args = (x, factors, q, scales, n, x.stride(0), *_words(seed, stream))
+    args = (x, factors, q, scales, n, x.stride(0), *_words(seed, rng_stream))
     reason = "a row a program: read twice, the second time from the cache"
     return Plan((q, scales), [Launch(training_kernels.random_rows_kernel, (m,), args, constants, 4, 1, reason)])
 
 
-def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream: int, *, device: Target) -> Plan:
+def quantize_columns_stochastic(
+    x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int, *, device: Target
+) -> Plan:
     """int8 [N, M] and float32 scales [N]."""
     x = row_major(x)
     m, n = x.shape
@@ -63,7 +67,7 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
             Launch(
                 training_kernels.random_columns_kernel,
                 (-(-n // 64), max(1, -(-m // 64))),
-                (x, factors, bits, q, scales, *shape, count, *_words(seed, stream)),
+                (x, factors, bits, q, scales, *shape, count, *_words(seed, rng_stream)),
                 tiles,
                 4,
                 1,
@@ -73,7 +77,7 @@ def quantize_columns(x: Tensor, row_factors: Tensor | None, seed: Tensor, stream
     )
 
 
-def linear_saving(
+def linear_with_saved_input(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,

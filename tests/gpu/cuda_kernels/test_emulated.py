@@ -16,9 +16,9 @@ if emulated.MISSING:
 
 CASES = [
     (op, scheme)
-    for op in ("quantize_activation", "quantize_rows", "linear", "linear_saving", "int_grad_input")
+    for op in ("quantize_activation", "quantize_rows_stochastic", "linear", "linear_with_saved_input", "int_grad_input")
     for scheme in op_samples.OP_SCHEMES[op]
-    if op != "linear_saving" or "-ag" not in scheme
+    if op != "linear_with_saved_input" or "-ag" not in scheme
 ]
 
 
@@ -50,8 +50,8 @@ def test_saving_quantizes_once_where_the_product_reads_what_is_saved():
     """And where it reads padded rows or another order, which 40 columns or 4 bits make it do, a second time."""
     kernels = emulated.library()
     for scheme, columns, launches in (("w8a8", 64, 2), ("w8a8-g32", 96, 2), ("w8a8", 40, 3), ("w4a8", 64, 3)):
-        sample = cases.sample("linear_saving", scheme, (5, 33, columns), torch.bfloat16)
-        assert len(kernels.record("linear_saving", *sample.args)) == launches, (scheme, columns)
+        sample = cases.sample("linear_with_saved_input", scheme, (5, 33, columns), torch.bfloat16)
+        assert len(kernels.record("linear_with_saved_input", *sample.args)) == launches, (scheme, columns)
 
 
 def test_few_columns_divide_the_depth():

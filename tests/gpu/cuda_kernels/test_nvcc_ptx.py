@@ -15,7 +15,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     ("quantize_activation", "w8a8", (2, 300), F32),
     ("quantize_activation", "w8a8-ag64", (2, 328), BF16),
-    ("quantize_rows", "w8a8", (2, 328), F16),
+    ("quantize_rows_stochastic", "w8a8", (2, 328), F16),
     ("linear", "w8a8", (5, 40, 96), F32),
     ("linear", "w8a8", (66, 70, 96), BF16),
     ("linear", "w8a8", (3, 7, 50), BF16),

@@ -150,8 +150,8 @@ def test_training_step(scheme, mode, grad, monkeypatch):
             assert_same_bits(actual, wanted, f"{scheme} {mode} {grad}")
         else:
             torch.testing.assert_close(actual, wanted)
-    assert used >= ({"linear_saving"} if mode != "frozen" else {"linear"})
-    assert (grad == "int8") == ("quantize_rows" in used)
+    assert used >= ({"linear_with_saved_input"} if mode != "frozen" else {"linear"})
+    assert (grad == "int8") == ("quantize_rows_stochastic" in used)
 
 
 def test_dispatch_reaches_triton():

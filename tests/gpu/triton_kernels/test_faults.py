@@ -50,8 +50,8 @@ def case(name: str) -> Case:
         return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_activation(x, "w8a8"))
     if name == "random":
         args = (random(5, 300), random(300), torch.tensor(7), 1)
-        outputs, (launch,) = plan("quantize_rows", args, TARGETS[TARGET])
-        return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_rows(*args))
+        outputs, (launch,) = plan("quantize_rows_stochastic", args, TARGETS[TARGET])
+        return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_rows_stochastic(*args))
     args = (random(40, 272), *quantize_weight(random(72, 272), name), random(72), name, torch.bfloat16)
     outputs, (quantize, launch) = plan("linear", args, TARGETS[TARGET])
     execute_all([quantize], TARGET)
