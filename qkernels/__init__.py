@@ -4,8 +4,8 @@ from . import integrations, testing
 from .convert.dequantize import dequantize_
 from .convert.model import freeze_, quantize_
 from .convert.report import QuantizationReport
-from .formats.rules import QuantizedWeight
 from .formats.scheme import QuantScheme
+from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight

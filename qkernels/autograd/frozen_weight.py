@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from .weight_products import ReadOnly, refuse_write
 

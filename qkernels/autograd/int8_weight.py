@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ..formats import rules as quantize
+from ..formats import rules
 from ..formats.philox import WEIGHT, draw_shared_seed, is_traced
 from ..kernels import ops
 
@@ -96,7 +96,7 @@ class Int8Weight(Tensor):
 
     def _changed_rows(self, values: Tensor) -> Tensor:
         """bool [N, 1]: which rows differ from the weight, in the dtype of the values."""
-        rows = values.shape[0] if is_traced() else quantize.rows_per_block(self.shape[1])
+        rows = values.shape[0] if is_traced() else rules.rows_per_block(self.shape[1])
         changed = []
         for start in range(0, values.shape[0], rows):
             old = self._rows(start, start + rows).dequantize(values.dtype)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..formats.rules import FLOAT_DTYPES
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES
 from ..kernels import ops
-from .frozen import quant_linear, trained_linear
+from .frozen import quant_linear
 from .int8_weight import Int8Weight, Int8WeightView
+from .trained import trained_linear
 
 # Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
 # cannot trace it.
@@ -117,8 +118,7 @@ class _Trained(Operand):
                 stored = ops.quantize_weight(weight, scheme)
             else:
                 stored = (ops.quantize_weight_scaled(weight, scales, scheme), scales.detach(), None)
-            zeros = None if scheme.symmetric else stored[2]
-            weight = ops.dequantize_weight(*stored[:2], zeros, weight.shape[1], scheme).to(weight.dtype)
+            weight = ops.dequantize_weight(*stored, weight.shape[1], scheme).to(weight.dtype)
         else:
             weight = weight.dequantize()
         weight = weight.t() if self.transposed else weight

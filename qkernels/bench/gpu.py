@@ -54,11 +54,11 @@ class GemLiteInt4(Candidate):
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         from gemlite.helper import A16Wn
 
-        from ..formats.rules import unpack_int4
+        from ..formats.weight_format import INT4
         from ..kernels.quantizers import quantize_weight
 
         stored = quantize_weight(weight, f"w4a16-g{GROUP}-asym")
-        nibbles = unpack_int4(stored.qweight, weight.shape[1])
+        nibbles = INT4.unpack(stored.qweight, weight.shape[1])
         scales, zeros = stored.scales.to(self.dtype), stored.zeros.to(self.dtype)
         packer = A16Wn(device=str(weight.device))
         return packer.from_weights(nibbles, scales, zeros, 4, GROUP, bias.to(self.dtype))

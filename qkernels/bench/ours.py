@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..formats.rules import QuantizedWeight
 from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
 from ..kernels import ops, reference
 from ..kernels.quantizers import quantize_activation, quantize_weight
 from ..nn.linear import QuantLinear

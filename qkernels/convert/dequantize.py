@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..formats.rules import FLOAT_DTYPES
+from ..formats.storage import FLOAT_DTYPES
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
 from .selection import find_layers

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ..formats.rules import QuantizedWeight
 from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear, float_weight, is_conv1d, relative_error
 from ..ptq import gptq

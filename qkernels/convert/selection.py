@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
 from ..nn.embedding import QuantEmbedding, embedding_reason
 from ..nn.linear import QuantLinear, float_weight, is_conv1d
 from .layers import Layer

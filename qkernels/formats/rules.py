@@ -6,40 +6,18 @@ All arithmetic is float32 with each operation rounded on its own, so that every 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .scheme import QuantScheme
+from .storage import QuantizedWeight, storage_dtypes
+from .weight_format import INT4, INT8
 
 # Below this magnitude a range counts as zero: 127 / absmax and scale products then stay far from overflow.
 TINY = 2.0**-96
 _INF_BITS = 0x7F800000
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# |sum qx * qw| <= 131072 * 127 * 127 < 2^31, with room for the shifted operands' corrected sum.
-MAX_REDUCTION = 131072
 _BLOCK_ELEMENTS = 1 << 17
-
-
-class QuantizedWeight(NamedTuple):
-    """The canonical storage of a weight [N, K]; shapes in `QuantScheme.storage_shapes`."""
-
-    qweight: Tensor  # int8 [N, K] or uint8 [N, ceil(K / 2)]
-    scales: Tensor  # float32 [N, groups]
-    zeros: Tensor | None  # uint8 [N, groups], asymmetric schemes only
-
-
-def pack_int4(nibbles: Tensor) -> Tensor:
-    """uint8 values 0..15 [N, K] -> uint8 [N, ceil(K / 2)], even k in the low nibble; the pad nibble is 0."""
-    nibbles = pad(nibbles, (0, nibbles.shape[-1] % 2))
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-
-
-def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of `pack_int4`: uint8 [N, ceil(K / 2)] -> uint8 values 0..15 [N, K]."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :in_features]
 
 
 def check_float_matrix(name: str, x: Tensor) -> None:
@@ -111,11 +89,10 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
     scheme = QuantScheme.parse(scheme)
     check_float_matrix("weight", weight)
     out_features, in_features = weight.shape
-    dtypes = {"qweight": torch.int8 if scheme.weight_bits == 8 else torch.uint8, "scales": torch.float32}
-    shapes = scheme.storage_shapes(in_features, out_features)
+    dtypes = storage_dtypes(scheme)
     stored = {
-        name: torch.empty(shape, dtype=dtypes.get(name, torch.uint8), device=weight.device)
-        for name, shape in shapes.items()
+        name: torch.empty(shape, dtype=dtypes[name], device=weight.device)
+        for name, shape in scheme.storage_shapes(in_features, out_features).items()
     }
     step = rows_per_block(in_features)
     for start in range(0, out_features, step):
@@ -137,12 +114,12 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         raise ValueError("weight must be finite, got NaN or Inf values")
     in_features = weight.shape[1]
     groups = grouped(weight, scheme.group_size)
-    if scheme.weight_bits == 8:
+    if scheme.weight_format is INT8:
         q, scales = int8_groups(groups)
         return QuantizedWeight(q.flatten(1)[:, :in_features].contiguous(), scales, None)
     scales, inverse, zeros = int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), scheme.symmetric)
     nibbles = int4_nibbles(groups, inverse.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)[:, :in_features]
-    return QuantizedWeight(pack_int4(nibbles), scales, None if scheme.symmetric else zeros.to(torch.uint8))
+    return QuantizedWeight(INT4.pack(nibbles), scales, None if scheme.symmetric else zeros.to(torch.uint8))
 
 
 def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,30 +152,3 @@ def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor,
 def int4_nibbles(weight: Tensor, inverse: Tensor, zeros: Tensor) -> Tensor:
     """uint8 values 0..15 of float32 weights, given the parameters of their groups (broadcast)."""
     return ((weight * inverse).round() + zeros).clamp(0, 15).to(torch.uint8)
-
-
-def weight_integers(qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme) -> Tensor:
-    """The signed integers a weight is multiplied as: int8 [N, K]; `nibble - zero` for 4 bits (-15..15)."""
-    scheme = QuantScheme.parse(scheme)
-    if scheme.weight_bits == 8:
-        return qweight
-    nibbles = unpack_int4(qweight, in_features).to(torch.int8)
-    if zeros is None:
-        return nibbles - 8
-    return nibbles - expand_groups(zeros.to(torch.int8), scheme.group_size, in_features)
-
-
-def expand_groups(per_group: Tensor, group_size: int | None, in_features: int) -> Tensor:
-    """[R, groups] -> [R, K]: each group's value repeated over its columns."""
-    if group_size is None:
-        return per_group.expand(-1, in_features)
-    return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
-
-
-def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
-) -> Tensor:
-    """float32 [N, K]: each integer times its group's scale, rounded once."""
-    scheme = QuantScheme.parse(scheme)
-    integers = weight_integers(qweight, zeros, in_features, scheme).to(torch.float32)
-    return integers * expand_groups(scales, scheme.group_size, in_features)

@@ -6,6 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from .weight_format import WEIGHT_FORMATS, WeightFormat
+
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -34,11 +36,11 @@ class QuantScheme:
             if not ok:
                 raise ValueError(f"{field} must be {what}, got {getattr(self, field)!r}")
 
-        expect(self.weight_bits in (4, 8), "weight_bits", "4 or 8")
+        expect(self.weight_bits in WEIGHT_FORMATS, "weight_bits", "4 or 8")
         expect(self.act_bits in (8, 16), "act_bits", "8 or 16")
         expect(self.group_size in (None, *GROUP_SIZES), "group_size", f"None or one of {GROUP_SIZES}")
         expect(self.act_group_size in (None, *GROUP_SIZES), "act_group_size", f"None or one of {GROUP_SIZES}")
-        expect(self.symmetric or self.weight_bits == 4, "symmetric", "True for 8-bit weights")
+        expect(self.symmetric or self.weight_format.has_zeros, "symmetric", "True for 8-bit weights")
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
 
     @staticmethod
@@ -114,9 +116,9 @@ class QuantScheme:
         return self.act_bits == 8
 
     @property
-    def weight_range(self) -> tuple[int, int]:
-        """The least and the greatest integer of a weight with symmetric groups."""
-        return (-127, 127) if self.weight_bits == 8 else (-8, 7)
+    def weight_format(self) -> WeightFormat:
+        """How the integers of the weight are stored."""
+        return WEIGHT_FORMATS[self.weight_bits]
 
     def weight_groups(self, in_features: int) -> int:
         """Scales per row of a weight with `in_features` columns."""
@@ -132,7 +134,7 @@ class QuantScheme:
 
     def packed_features(self, in_features: int) -> int:
         """Bytes in a row of `qweight`."""
-        return in_features if self.weight_bits == 8 else -(-in_features // 2)
+        return self.weight_format.packed_columns(in_features)
 
     def storage_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
         """Shapes of the stored tensors by name; `zeros` is present for asymmetric schemes only."""
@@ -161,10 +163,10 @@ def _all_schemes() -> list[QuantScheme]:
     groups = (None, *GROUP_SIZES)
     return [
         QuantScheme(bits, act_bits, group, symmetric, act_group)
-        for bits in (8, 4)
+        for bits in WEIGHT_FORMATS
         for act_bits in (8, 16)
         for group in groups
-        for symmetric in ((True, False) if bits == 4 else (True,))
+        for symmetric in ((True, False) if WEIGHT_FORMATS[bits].has_zeros else (True,))
         for act_group in (groups if act_bits == 8 else (None,))
     ]
 

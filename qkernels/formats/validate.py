@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .scheme import QuantScheme
+from .storage import storage_dtypes
 
 STORAGE = ("qweight", "scales", "zeros")
 
@@ -38,12 +39,6 @@ def storage_problems(
         if problem is not None:
             problems[name] = problem
     return problems
-
-
-def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:
-    """Dtypes of the stored tensors by name."""
-    integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
-    return {"qweight": integer, "scales": torch.float32, "zeros": torch.uint8}
 
 
 def tensor_problem(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..autograd.frozen import LowRank
 from ..convert.model import AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
-from ..formats.rules import QuantizedWeight
+from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..nn.embedding import QuantEmbedding

@@ -28,9 +28,8 @@ from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
 from ..convert.selection import find_layers, plan, unexpected_results
 from ..convert.watch import watch_frozen
-from ..formats.rules import QuantizedWeight
 from ..formats.scheme import QuantScheme
-from ..formats.validate import storage_dtypes
+from ..formats.storage import QuantizedWeight, storage_dtypes
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
 from .folders import METHOD, describe, empty_like, layer_entry, unclaimed

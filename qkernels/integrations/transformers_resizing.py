@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..formats.rules import QuantizedWeight
+from ..formats.storage import QuantizedWeight
 from ..kernels.quantizers import quantize_weight
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear

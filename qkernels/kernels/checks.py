@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
 
 
 def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:
@@ -23,8 +23,8 @@ def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_featu
     if qweight.dim() != 2:
         raise RuntimeError(f"qweight must be a matrix, got shape {list(qweight.shape)}")
     rows, groups = qweight.shape[0], scheme.weight_groups(in_features)
-    integer = torch.int8 if scheme.weight_bits == 8 else torch.uint8
-    _check_stored("qweight", qweight, integer, (rows, scheme.packed_features(in_features)), in_features, scheme)
+    integer, columns = scheme.weight_format.dtype, scheme.packed_features(in_features)
+    _check_stored("qweight", qweight, integer, (rows, columns), in_features, scheme)
     _check_stored("scales", scales, torch.float32, (rows, groups), in_features, scheme)
     _check_device("scales", scales, qweight.device)
     if scheme.symmetric:

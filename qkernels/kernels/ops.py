@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme, scheme_code
+from ..formats.storage import QuantizedWeight
 from . import checks, dispatch, extensions
 from .checks import check_weight as check_weight
 
@@ -95,14 +96,17 @@ def linear_with_saved_input(
     return _call(_ops.linear_with_saved_input.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
-def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize.quantize_weight` by the kernels; zeros is uint8 [N, 0] for symmetric schemes.
+def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
+    """The canonical storage of a float weight [N, K] (rules 1 to 3 of docs/numerics.md).
+
+    The operator below returns zeros as uint8 [N, 0] for symmetric schemes, because an operator cannot return None.
 
     Raises:
         RuntimeError: if the weight is not a float matrix with K >= 1, or holds NaN or Inf.
         ValueError: for an unknown scheme.
     """
-    return _call(_ops.quantize_weight.default, weight, scheme_code(scheme))
+    qweight, scales, zeros = _call(_ops.quantize_weight.default, weight, scheme_code(scheme))
+    return QuantizedWeight(qweight, scales, zeros if zeros.shape[1] else None)
 
 
 def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
@@ -329,7 +333,7 @@ def _linear_with_saved_input_result(x, *weight_and_options) -> tuple[Tensor, Ten
 
 def _quantize_weight_result(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     shapes = scheme.storage_shapes(weight.shape[1], weight.shape[0])
-    qweight = weight.new_empty(shapes["qweight"], dtype=torch.int8 if scheme.weight_bits == 8 else torch.uint8)
+    qweight = weight.new_empty(shapes["qweight"], dtype=scheme.weight_format.dtype)
     zeros = weight.new_empty(shapes.get("zeros", (weight.shape[0], 0)), dtype=torch.uint8)
     return qweight, weight.new_empty(shapes["scales"], dtype=torch.float32), zeros
 
@@ -339,8 +343,8 @@ def _mask_clipped_result(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> T
 
 
 def _quantize_weight_scaled_result(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> Tensor:
-    dtype = torch.int8 if scheme.weight_bits == 8 else torch.uint8
-    return weight.new_empty((weight.shape[0], scheme.packed_features(weight.shape[1])), dtype=dtype)
+    shape = (weight.shape[0], scheme.packed_features(weight.shape[1]))
+    return weight.new_empty(shape, dtype=scheme.weight_format.dtype)
 
 
 def _scale_gradient_result(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
-"""Float -> quantized as `quantize.py` defines it, computed by the kernels: the same bits in a fraction of the time."""
+"""Float -> quantized by the kernels: the bits that `formats/rules.py` defines, in a fraction of the time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..formats import rules as quantize
-from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
+from ..formats import rules
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..formats.validate import storage_problems
 from . import ops
 
@@ -16,7 +16,7 @@ def _float_matrix(name: str, x: Tensor) -> Tensor:
     """x, in a dtype that the kernels read."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    quantize.check_float_matrix(name, x)
+    rules.check_float_matrix(name, x)
     x = x.detach()
     return x if x.dtype in FLOAT_DTYPES else x.to(torch.float32)
 
@@ -63,14 +63,13 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
     scheme = QuantScheme.parse(scheme)
     weight = _float_matrix("weight", weight)
     try:
-        qweight, scales, zeros = ops.quantize_weight(weight, scheme)
+        return ops.quantize_weight(weight, scheme)
     except RuntimeError as error:
         if "must be finite" not in str(error):
             raise
         if bool(weight.isfinite().all()):
             raise ValueError("weight range of a group must be finite in float32, got max - min = Inf") from error
         raise ValueError("weight must be finite, got NaN or Inf values") from error
-    return QuantizedWeight(qweight, scales, None if scheme.symmetric else zeros)
 
 
 def dequantize_weight(

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..formats import philox as stochastic
-from ..formats import rules as quantize
-from ..formats.rules import weight_integers
+from ..formats import rules, storage
 from ..formats.scheme import QuantScheme
+from ..formats.storage import weight_integers
 
 
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
-    return quantize.quantize_activation(x, scheme)
+    return rules.quantize_activation(x, scheme)
 
 
 def dequantize_weight(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:
-    return quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+    return storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
 
 
 def linear(
@@ -43,7 +43,7 @@ def linear(
     if parsed.int_activations:
         out = _int_product(x, qweight, scales, zeros, parsed)
     else:
-        weight = quantize.dequantize_weight(qweight, scales, zeros, x.shape[1], parsed)
+        weight = storage.dequantize_weight(qweight, scales, zeros, x.shape[1], parsed)
         out = x.to(torch.float32) @ weight.t()
     if bias is not None:
         out = out + bias.to(torch.float32)
@@ -58,7 +58,7 @@ def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
 def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
     """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
     in_features = x.shape[1]
-    qx, x_scales = quantize.quantize_activation(x, scheme)
+    qx, x_scales = rules.quantize_activation(x, scheme)
     a = qx.to(torch.float64)
     b = weight_integers(qweight, zeros, in_features, scheme).to(torch.float64)
     w_scales = scales.t()  # [groups, N]
@@ -92,11 +92,11 @@ def linear_with_saved_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear`, and x quantized with one scale a row (rule 9): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
     parsed = QuantScheme.parse(scheme)
-    qx, x_scales = quantize.quantize_activation(x, parsed)
+    qx, x_scales = rules.quantize_activation(x, parsed)
     out = linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
     if parsed.act_group_size is None:
         return out, qx, x_scales.flatten()
-    groups = quantize.grouped(qx.to(torch.float32), parsed.act_group_size)
+    groups = rules.grouped(qx.to(torch.float32), parsed.act_group_size)
     counts = (groups != 0).any(dim=-1) | x_scales.isnan()
     row_scales = torch.where(counts, x_scales, 0.0).amax(dim=1)
     row_scales = torch.where(row_scales == 0, 1.0, row_scales)
@@ -107,15 +107,15 @@ def linear_with_saved_input(
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """The canonical storage; zeros is [N, 0] for symmetric schemes."""
-    qweight, scales, zeros = quantize.quantize_weight(weight, scheme)
+    qweight, scales, zeros = rules.quantize_weight(weight, scheme)
     return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
 
 
 def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
     """`grad [N, K]` where the integer of the weight lies in 0..15 before it is clamped, and 0 elsewhere."""
     parsed = QuantScheme.parse(scheme)
-    groups = quantize.grouped(weight.to(torch.float32), parsed.group_size)
-    _, inverse, zeros = quantize.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), parsed.symmetric)
+    groups = rules.grouped(weight.to(torch.float32), parsed.group_size)
+    _, inverse, zeros = rules.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), parsed.symmetric)
     integers = (groups * inverse.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
     inside = ((integers >= 0) & (integers <= 15)).flatten(1)[:, : weight.shape[1]]
     return torch.where(inside, grad, 0.0)
@@ -123,10 +123,10 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Ten
 
 def _in_scales(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """float32 [N, groups, G]: the weight divided by its scale, and that rounded and clamped (rule 11)."""
-    usable = scales.abs() >= quantize.TINY
-    inverse = torch.where(usable, quantize.divide(1.0, torch.where(usable, scales, 1.0)), 0.0)
-    values = quantize.grouped(weight.to(torch.float32), scheme.group_size) * inverse.unsqueeze(-1)
-    return values, values.round().clamp(*scheme.weight_range)
+    usable = scales.abs() >= rules.TINY
+    inverse = torch.where(usable, rules.divide(1.0, torch.where(usable, scales, 1.0)), 0.0)
+    values = rules.grouped(weight.to(torch.float32), scheme.group_size) * inverse.unsqueeze(-1)
+    return values, values.round().clamp(scheme.weight_format.least, scheme.weight_format.greatest)
 
 
 def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> Tensor:
@@ -135,7 +135,7 @@ def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantSc
         raise RuntimeError("weight and scales must be finite, got NaN or Inf")
     parsed = QuantScheme.parse(scheme)
     integers = _in_scales(weight, scales, parsed)[1].flatten(1)[:, : weight.shape[1]]
-    return integers.to(torch.int8) if parsed.weight_bits == 8 else quantize.pack_int4((integers + 8).to(torch.uint8))
+    return parsed.weight_format.pack(integers + parsed.weight_format.offset)
 
 
 def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | Q
     values, integers = _in_scales(weight, scales, parsed)
     inside = values.round() == integers
     group = parsed.group_size or in_features
-    steps = quantize.grouped(grad.to(torch.float32), group) * torch.where(inside, integers - values, integers)
+    steps = rules.grouped(grad.to(torch.float32), group) * torch.where(inside, integers - values, integers)
     lanes = torch.zeros(*steps.shape[:2], 16, device=grad.device)
     for part in pad(steps, (0, -group % 16)).unflatten(-1, (-1, 16)).unbind(-2):
         lanes = lanes + part
@@ -153,7 +153,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | Q
         lanes = lanes[..., : lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2 :]
     counts = torch.full((scales.shape[1],), group, dtype=torch.float64, device=grad.device)
     counts[-1] = in_features - group * (scales.shape[1] - 1)
-    factors = (1.0 / (counts * parsed.weight_range[1]).sqrt()).to(torch.float32)
+    factors = (1.0 / (counts * parsed.weight_format.greatest).sqrt()).to(torch.float32)
     masked = torch.where(inside.flatten(1)[:, :in_features], grad, 0.0)
     return masked, lanes.squeeze(-1) * factors
 
@@ -162,8 +162,8 @@ def column_scales(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:
     """float32 [in_features]: rule 1 on each column of the dequantized weight."""
-    weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
-    return quantize.int8_groups(pad(weight, (0, 0, 0, 1)).t().unsqueeze(1))[1].flatten()  # a zero, should N be 0
+    weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+    return rules.int8_groups(pad(weight, (0, 0, 0, 1)).t().unsqueeze(1))[1].flatten()  # a zero, should N be 0
 
 
 def int_grad_input(
@@ -182,8 +182,8 @@ def int_grad_input(
     if column_scales is None:
         integers, out_scales = weight_integers(qweight, zeros, in_features, scheme), grad_scales[:, None]
     else:
-        weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
-        scaled = weight * quantize.divide(1.0, column_scales)
+        weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+        scaled = weight * rules.divide(1.0, column_scales)
         integers = torch.where(scaled > -127, scaled, -127.0).clamp(max=127).round()
         out_scales = grad_scales[:, None] * column_scales
     acc = _exact_sum(q_grad.to(torch.float64), integers.to(torch.float64).t())
@@ -200,7 +200,7 @@ def linear_grad_input(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
-    weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+    weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
     return (grad_out.to(torch.float32) @ weight).to(out_dtype or grad_out.dtype)
 
 
@@ -273,7 +273,7 @@ def _soft_cap(logits: Tensor, cap: float) -> Tensor:
     """c * tanh(y / c): below |y / c| = 0.625 by a polynomial, from there on by exponentials."""
     if cap == 0:
         return logits
-    u = logits * quantize.divide(1.0, torch.tensor(cap, dtype=torch.float32, device=logits.device))
+    u = logits * rules.divide(1.0, torch.tensor(cap, dtype=torch.float32, device=logits.device))
     z = u * u
     p = z * -5.70498872745e-3 + 2.06390887954e-2
     for coefficient in (-5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
@@ -293,11 +293,11 @@ def _quantize_dithered(x: Tensor, dither: Tensor, first: int) -> tuple[Tensor, T
     bits = (x.view(torch.int32) & 0x7FFFFFFF).amax(dim=1, keepdim=True)
     absmax = bits.view(torch.float32)
     broken, tiny = bits >= 0x7F800000, bits < 0x0F800000  # Inf or NaN, below 2^-96
-    v = x * quantize.divide(127.0, torch.where(broken | tiny, 1.0, absmax))
+    v = x * rules.divide(127.0, torch.where(broken | tiny, 1.0, absmax))
     columns = torch.arange(first, first + x.shape[1], device=x.device)
     u = ((dither[:, None] + columns * 0x9E3779B9) % 2**32 >> 8).to(torch.float32) * 2.0**-24
     q = (v.floor() + (u < v - v.floor())).clamp(-127, 127)
-    scale = torch.where(broken, torch.nan, torch.where(tiny, 1.0, quantize.divide(absmax, 127.0)))
+    scale = torch.where(broken, torch.nan, torch.where(tiny, 1.0, rules.divide(absmax, 127.0)))
     return torch.where(broken | tiny, 0.0, q).to(torch.int8), scale
 
 
@@ -342,7 +342,7 @@ def linear_cross_entropy(
             if dither is None:
                 continue
             if softcap != 0:
-                t = y * quantize.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
+                t = y * rules.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
                 slope = 1.0 - t * t
                 e = torch.where(slope > 0, e * slope, 0.0)
             if not parsed.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
@@ -369,12 +369,12 @@ def linear_cross_entropy(
         if softcap != 0:
             at_target = at_target * (1.0 - (state.target.double() / softcap) ** 2)
         factor = (slope / state.sum.double()).to(torch.float32)
-        row = quantize.dequantize_weight(
+        row = storage.dequantize_weight(
             qweight[picked], scales[picked], None if zeros is None else zeros[picked], in_features, parsed
         )
         result = state.product * factor[:, None] + row * at_target.to(torch.float32)[:, None]
         if label_smoothing != 0:
-            weight = quantize.dequantize_weight(qweight, scales, zeros, in_features, parsed)
+            weight = storage.dequantize_weight(qweight, scales, zeros, in_features, parsed)
             result = result - label_smoothing / out_features * _column_sums(weight)
         grad[valid] = result.to(torch.float32)
     return *out, grad
@@ -385,7 +385,7 @@ def quantize_rows_stochastic(
 ) -> tuple[Tensor, Tensor]:
     """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
     folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
-    scaled, scales = quantize.int8_scaled(folded.unsqueeze(1))
+    scaled, scales = rules.int8_scaled(folded.unsqueeze(1))
     uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device)
     return stochastic.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
 
@@ -395,6 +395,6 @@ def quantize_columns_stochastic(
 ) -> tuple[Tensor, Tensor]:
     """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
     folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
-    scaled, scales = quantize.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
+    scaled, scales = rules.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
     uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device).t()
     return stochastic.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

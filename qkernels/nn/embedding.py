@@ -8,8 +8,8 @@ from torch.nn.utils import parametrize
 
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.weight_products import refuse_script, refuse_write, traced
-from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from .linear import leave_out_marker
@@ -148,7 +148,7 @@ class QuantEmbedding(Storage, nn.Embedding):
         """Take over the storage of a quantized weight [N, K]; parameters are shared with the layer that owns them.
 
         Raises:
-            RuntimeError: naming the tensor that does not fit.
+            ValueError: naming the tensor that does not fit.
         """
         self._check_weight(weight)
         with torch.inference_mode(False):

@@ -7,12 +7,13 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from ..autograd.frozen import LowRank, adapted_linear, quant_linear, trained_linear
+from ..autograd.frozen import LowRank, adapted_linear, quant_linear
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.int8_weight import Int8Weight
+from ..autograd.trained import trained_linear
 from ..autograd.weight_products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
-from ..formats.rules import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from ..formats.validate import STORAGE
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
@@ -253,7 +254,7 @@ class QuantLinear(Storage, nn.Linear):
         become those of `weight`, and the layer then multiplies exactly it; scales of the range are found anew.
 
         Raises:
-            RuntimeError: naming the tensor that does not fit; the layer is left as it was.
+            ValueError: naming the tensor that does not fit; the layer is left as it was.
         """
         self._check_weight(weight)
         with torch.inference_mode(False):
@@ -286,8 +287,7 @@ class QuantLinear(Storage, nn.Linear):
         if self.weight_scale == "learned":
             weight, scales = weight.detach(), self.scales.detach()
             return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
-        qweight, scales, zeros = ops.quantize_weight(weight.detach(), self._scheme_name)
-        return QuantizedWeight(qweight, scales, None if self.scheme.symmetric else zeros)
+        return ops.quantize_weight(weight.detach(), self._scheme_name)
 
     def freeze_(self) -> QuantLinear:
         """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.
@@ -367,7 +367,7 @@ class QuantLinear(Storage, nn.Linear):
         """Let learned scales begin anew, with those of the weight's range; without learned scales nothing changes."""
         if self.weight_scale == "learned" and not self._trained_weight().is_meta:
             with torch.no_grad():
-                _, scales, _ = ops.quantize_weight(self._trained_weight(), self._scheme_name)
+                scales = ops.quantize_weight(self._trained_weight(), self._scheme_name).scales
                 self.scales = nn.Parameter(scales, requires_grad=self.scales.requires_grad)
 
     def reset_parameters(self) -> None:

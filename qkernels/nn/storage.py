@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..formats.rules import FLOAT_DTYPES, QuantizedWeight
 from ..formats.scheme import QuantScheme
-from ..formats.validate import STORAGE, storage_dtypes, storage_problems
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, storage_dtypes
+from ..formats.validate import STORAGE, storage_problems
 from ..kernels import ops
 from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 
@@ -70,7 +70,7 @@ class Storage(nn.Module):
     def _set_to_zero(self) -> None:
         """Make the frozen weight zero: integers that stand for 0, with scales of 1."""
         qweight, scales, zeros = self._frozen_weight()
-        qweight.fill_(0x88 if self.scheme.weight_bits == 4 and self.scheme.symmetric else 0)
+        qweight.fill_(self.scheme.weight_format.zero_byte if self.scheme.symmetric else 0)
         scales.fill_(1.0)
         if zeros is not None:
             zeros.zero_()
@@ -94,13 +94,13 @@ class Storage(nn.Module):
         return storage_problems(self.quantized_weight()._asdict(), self.in_features, self.out_features, self.scheme)
 
     def _check_weight(self, weight: QuantizedWeight) -> None:
-        """Raise RuntimeError, naming the tensor, unless `weight` is the canonical storage of this scheme and shape."""
+        """Raise ValueError, naming the tensor, unless `weight` is the canonical storage of this scheme and shape."""
         tensors = weight._asdict()
         for name, problem in storage_problems(tensors, self.in_features, self.out_features, self.scheme).items():
-            raise RuntimeError(f"{name} {problem}")
+            raise ValueError(f"{name} {problem}")
         for name, tensor in tensors.items():
             if tensor is not None and tensor.device != weight.qweight.device:
-                raise RuntimeError(f"{name} must be on {weight.qweight.device}, got {tensor.device}")
+                raise ValueError(f"{name} must be on {weight.qweight.device}, got {tensor.device}")
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it is multiplied, in the canonical storage."""

@@ -22,8 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.rules import QuantizedWeight, int4_nibbles, int4_parameters, pack_int4
+from ..formats.rules import int4_nibbles, int4_parameters
 from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
 from .inputs import InputStatistics
 
 # Share of the mean of the diagonal that is added to it, so that GPTQ's inverse exists (as in the paper).
@@ -118,7 +119,7 @@ def _gptq(left: Tensor, scheme: QuantScheme, gram: Tensor) -> QuantizedWeight:
             errors[:, column - start] = error
         left[:, stop:] -= errors @ compensation[start:stop, stop:]
     return QuantizedWeight(
-        pack_int4(nibbles),
+        scheme.weight_format.pack(nibbles),
         torch.stack(scales, dim=1),
         None if scheme.symmetric else torch.stack(zeros, dim=1).to(torch.uint8),
     )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..formats.rules import expand_groups
 from ..formats.scheme import QuantScheme
+from ..formats.storage import expand_groups
 from ..kernels import ops
 
 

@@ -44,7 +44,7 @@ def exact_gradients(layer: QuantLinear, grad: torch.Tensor) -> tuple[torch.Tenso
     """float64, by autograd: of the weight and of the scales, for a gradient [N, K] of the dequantized weight."""
     scheme = layer.scheme.name
     weight, scales = (tensor.detach().double().requires_grad_() for tensor in (layer.weight, layer.scales))
-    low, high = layer.scheme.weight_range
+    low, high = layer.scheme.weight_format.least, layer.scheme.weight_format.greatest
     columns = per_column(scales, scheme)
     quotient = (weight / columns).detach()
     rest = quotient.round().clamp(low, high) - quotient.clamp(low - 0.5, high + 0.5)

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 from qkernels import QuantLinear, QuantScheme
-from qkernels.autograd.frozen import int8_grad_input, int8_grad_weight, quant_linear, trained_linear
+from qkernels.autograd.frozen import quant_linear
+from qkernels.autograd.int8_gradients import LinearWeight, int8_input_gradient, int8_weight_gradient
 from qkernels.autograd.int8_weight import Int8Weight
-from qkernels.formats.rules import QuantizedWeight
+from qkernels.autograd.trained import trained_linear
+from qkernels.formats.storage import QuantizedWeight
 from qkernels.kernels import ops, reference
 
 M, N, K = 24, 33, 130
@@ -179,13 +181,13 @@ def test_int8_gradient_of_x_is_unbiased(scheme):
     """For the weight as it is multiplied: under groups that is the requantized one."""
     weight = layer_of(scheme, "frozen").quantized_weight()
     grad_out = torch.randn(M, N)
-    fixed, columns, exact = (K, scheme), None, reference.dequantize_weight(*weight, K, scheme).double()
+    multiplied, exact = LinearWeight(weight, K, scheme), reference.dequantize_weight(*weight, K, scheme).double()
     if QuantScheme.parse(scheme).group_size is not None:
-        columns = ops.column_scales(*weight, *fixed)
+        multiplied = multiplied._replace(column_scales=ops.column_scales(*weight, K, scheme))
         eye, ones = torch.eye(N, dtype=torch.int8), torch.ones(N)
-        exact = ops.int_grad_input(eye, ones, *weight, *fixed, columns).double()
+        exact = ops.int_grad_input(eye, ones, *weight, *multiplied[1:]).double()
     assert_unbiased(
-        lambda seed: int8_grad_input(grad_out, weight, *fixed, columns, seed, torch.float32), grad_out.double() @ exact
+        lambda seed: int8_input_gradient(grad_out, multiplied, seed, torch.float32), grad_out.double() @ exact
     )
 
 
@@ -194,7 +196,7 @@ def test_int8_gradient_of_the_weight_is_unbiased():
     qx, x_scales = ops.quantize_activation(torch.randn(M, K) * torch.exp2(torch.randn(M, 1)), "w8a8")
     x_scales = x_scales.flatten()
     exact = grad_out.double().t() @ (qx.double() * x_scales.double()[:, None])
-    assert_unbiased(lambda seed: int8_grad_weight(grad_out, qx, x_scales, seed, torch.float32), exact)
+    assert_unbiased(lambda seed: int8_weight_gradient(grad_out, qx, x_scales, seed, torch.float32), exact)
 
 
 def test_streams_and_seeds_are_independent():
@@ -216,7 +218,7 @@ def test_long_sums_are_added_block_by_block(depth):
     draw = op_samples.Draw(f"depth {depth}")
     grad_out, qx = draw.floats(depth, 3), torch.randint(-127, 128, (depth, 5), dtype=torch.int8)
     x_scales, seed = draw.floats(depth).abs() + 0.1, torch.tensor(11)
-    got = int8_grad_weight(grad_out, qx, x_scales, seed, torch.float32)
+    got = int8_weight_gradient(grad_out, qx, x_scales, seed, torch.float32)
     q, scales = reference.quantize_columns_stochastic(grad_out, x_scales, seed, 1)
     total = torch.zeros(3, 5)
     for start in range(0, depth, 65536):
@@ -523,7 +525,10 @@ def test_column_scales_follow_the_weight(scheme):
     grad_out, seed = torch.randn(M, N), torch.tensor(3)
     q, scales = ops.quantize_rows_stochastic(grad_out, None, seed, 0)
     expected = ops.int_grad_input(q, scales, *weight, K, scheme, layer.column_scales)
-    assert_same_bits(int8_grad_input(grad_out, weight, K, scheme, layer.column_scales, seed, torch.float32), expected)
+    assert_same_bits(
+        int8_input_gradient(grad_out, LinearWeight(weight, K, scheme, layer.column_scales), seed, torch.float32),
+        expected,
+    )
 
 
 def test_non_finite_gradients_stay_in_their_rows_and_columns():
@@ -551,7 +556,8 @@ def test_a_row_of_zeros_takes_no_part_in_the_gradient_of_x():
     weight[-1] = 0.0  # quantized, its scale is 1
     seed = torch.tensor(5)
     whole, rest = (qk.quantize_weight(part, "w8a8") for part in (weight, weight[:-1]))
-    grads = [int8_grad_input(grad_out[:, : len(w[0])], w, K, "w8a8", None, seed, torch.float32) for w in (whole, rest)]
+    weights = [LinearWeight(stored, K, "w8a8") for stored in (whole, rest)]
+    grads = [int8_input_gradient(grad_out[:, : len(w.stored[0])], w, seed, torch.float32) for w in weights]
     assert_same_bits(*grads)
 
 

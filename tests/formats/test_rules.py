@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, dequantize_weight, quantize_activation, quantize_weight
-from qkernels.formats.rules import pack_int4, unpack_int4, weight_integers
+from qkernels.formats.storage import weight_integers
+from qkernels.formats.weight_format import INT4
 
 SCHEMES = [QuantScheme.parse(name) for name in QuantScheme.names()]
 WEIGHT_SCHEMES = [s for s in SCHEMES if s.act_bits == 16]  # one of each weight format
@@ -177,7 +178,7 @@ def test_divisions_are_ieee():
     w = torch.stack((absmax, absmax / 15 * (ties % 15)), dim=1).numpy()
     got = quantize_weight(torch.from_numpy(w), "w4a8-asym")
     expected = np.rint(w[:, 1] * (np.float32(15) / w[:, 0])).clip(0, 15)
-    assert_same_bits(unpack_int4(got.qweight, 2)[:, 1].to(torch.float32), torch.from_numpy(expected))
+    assert_same_bits(INT4.unpack(got.qweight, 2)[:, 1].to(torch.float32), torch.from_numpy(expected))
     assert_same_bits(got.scales[:, 0], torch.from_numpy(w[:, 0] / np.float32(15)))
 
 
@@ -218,9 +219,9 @@ def test_non_contiguous_input_and_empty_batch():
 @given(st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**31))
 def test_int4_packing_round_trip(rows, columns, seed):
     nibbles = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    packed = pack_int4(nibbles)
+    packed = INT4.pack(nibbles)
     assert torch.equal(packed, torch.from_numpy(rules.pack_int4(nibbles.numpy())))
-    assert torch.equal(unpack_int4(packed, columns), nibbles)
+    assert torch.equal(INT4.unpack(packed, columns), nibbles)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

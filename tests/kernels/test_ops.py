@@ -9,7 +9,8 @@ from helpers import BFLOAT16_ISAS, assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
 
 from qkernels import QuantScheme
-from qkernels.formats.rules import FLOAT_DTYPES, quantize_weight
+from qkernels.formats.rules import quantize_weight
+from qkernels.formats.storage import FLOAT_DTYPES
 from qkernels.kernels import isa, ops, reference
 
 OPS = torch.ops.qkernels

@@ -10,7 +10,7 @@ from op_samples import FLOAT_SCHEMES, INT_SCHEMES
 
 from qkernels import QuantScheme
 from qkernels.formats import philox as stochastic
-from qkernels.formats.rules import MAX_REDUCTION
+from qkernels.formats.storage import MAX_REDUCTION
 from qkernels.kernels import ops, reference
 
 

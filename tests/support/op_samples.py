@@ -15,7 +15,7 @@ from helpers import one_thread
 from torch import Tensor
 
 from qkernels import QuantScheme
-from qkernels.formats.rules import FLOAT_DTYPES, weight_integers
+from qkernels.formats.storage import FLOAT_DTYPES, weight_integers
 from qkernels.kernels import reference
 
 SCHEMES = QuantScheme.names()

@@ -157,7 +157,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | Q
     inverses, launches = _inverses(scales)
     out = torch.empty((n, k), dtype=grad.dtype, device=grad.device)
     grad_scales = torch.empty(scales.shape, dtype=torch.float32, device=grad.device)
-    low, high = parsed.weight_range
+    low, high = parsed.weight_format.least, parsed.weight_format.greatest
     size = parsed.group_size or k
     last = k - size * (scales.shape[1] - 1)
     factors = (_float32_bits(1.0 / math.sqrt(count * high)) for count in (size, last))

@@ -1,0 +1,53 @@
+"""`QuantizedWeight`: the canonical storage of a weight, and what its integers are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .scheme import QuantScheme
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# |sum qx * qw| <= 131072 * 127 * 127 < 2^31, with room for the shifted operands' corrected sum.
+MAX_REDUCTION = 131072
+
+
+class QuantizedWeight(NamedTuple):
+    """The canonical storage of a weight [N, K]; shapes in `QuantScheme.storage_shapes`."""
+
+    qweight: Tensor  # int8 [N, K] or uint8 [N, ceil(K / 2)]
+    scales: Tensor  # float32 [N, groups]
+    zeros: Tensor | None  # uint8 [N, groups], asymmetric schemes only
+
+
+def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:
+    """Dtypes of the stored tensors by name."""
+    return {"qweight": scheme.weight_format.dtype, "scales": torch.float32, "zeros": torch.uint8}
+
+
+def weight_integers(qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme) -> Tensor:
+    """The signed integers a weight is multiplied as: int8 [N, K]; for 4 bits `nibble - zero` (-15..15)."""
+    scheme = QuantScheme.parse(scheme)
+    stored = scheme.weight_format.unpack(qweight, in_features).to(torch.int8)
+    if zeros is not None:
+        return stored - expand_groups(zeros.to(torch.int8), scheme.group_size, in_features)
+    offset = scheme.weight_format.offset
+    return stored - offset if offset else stored
+
+
+def expand_groups(per_group: Tensor, group_size: int | None, in_features: int) -> Tensor:
+    """[R, groups] -> [R, K]: each group's value repeated over its columns."""
+    if group_size is None:
+        return per_group.expand(-1, in_features)
+    return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
+
+
+def dequantize_weight(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
+) -> Tensor:
+    """float32 [N, K]: each integer times its group's scale, rounded once."""
+    scheme = QuantScheme.parse(scheme)
+    integers = weight_integers(qweight, zeros, in_features, scheme).to(torch.float32)
+    return integers * expand_groups(scales, scheme.group_size, in_features)
