@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 import qkernels as qk
-from qkernels.kernels import cuda_library as cuda
-from qkernels.kernels import isa, ops, reference
+from qkernels.kernels import cuda_library, isa, ops, reference
 
 SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a16-g32", "w8a16")
 
@@ -92,7 +91,7 @@ def check_missing_device() -> None:
         assert "NVIDIA" in str(error) or "CUDA" in str(error), error
     else:
         raise AssertionError("a layer was moved to a GPU that is not there")
-    if cuda.library().loaded:
+    if cuda_library.library().loaded:
         try:
             torch.ops.qkernels_cuda.quantize_activation(torch.randn(3, 40), qk.QuantScheme.parse("w8a8").code)
         except (RuntimeError, NotImplementedError) as error:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..profiling.roofline import Product
+from ..profiling.roofline import MatmulCost
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD, GRAD_INPUT, OVERHEAD = "forward", "grad-input", "overhead"
@@ -109,12 +109,12 @@ class Candidate:
         """What the callable returns -> a float tensor [M, columns]; not timed."""
         return out
 
-    def product(self) -> Product:
+    def product(self) -> MatmulCost:
         """For the limit: its arithmetic and its bytes."""
         case = self.case
         weight_bytes = int(case.n * case.k * self.weight_bits / 8)
         activations = case.m * (case.n + case.k) * self.dtype.itemsize
-        return Product(case.m, case.n, case.k, self.kind, weight_bytes, activations)
+        return MatmulCost(case.m, case.n, case.k, self.kind, weight_bytes, activations)
 
 
 def chosen(found: Iterable[Named], only: tuple[str, ...]) -> list[Named]:

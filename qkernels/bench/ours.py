@@ -14,7 +14,7 @@ from ..formats.storage import QuantizedWeight
 from ..kernels import ops, reference
 from ..kernels.quantizers import quantize_activation, quantize_weight
 from ..nn.linear import QuantLinear
-from ..profiling.roofline import Product
+from ..profiling.roofline import MatmulCost
 from .candidate import FORWARD, GRAD_INPUT, OVERHEAD, Candidate, Case
 
 # Of float products (a16 schemes, gradients): the largest error over the root mean square of the reference. Both round
@@ -45,10 +45,10 @@ class Operator(Candidate):
             self._stored = quantize_weight(weight, self.scheme)
         return self._stored
 
-    def product(self) -> Product:
+    def product(self) -> MatmulCost:
         case = self.case
         gradient = case.direction == GRAD_INPUT
-        return Product.of(case.m, case.n, case.k, self.scheme.name, case.dtype, gradient=gradient)
+        return MatmulCost.of(case.m, case.n, case.k, self.scheme.name, case.dtype, gradient=gradient)
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         stored = QuantizedWeight(*(None if tensor is None else tensor.clone() for tensor in self.stored(weight)))
@@ -100,9 +100,9 @@ class IntGradient(Operator):
         super().__init__(case, scheme)
         self.name = f"{scheme} int8"
 
-    def product(self) -> Product:
+    def product(self) -> MatmulCost:
         case = self.case
-        product = Product.of(case.m, case.n, case.k, self.scheme.name, case.dtype)
+        product = MatmulCost.of(case.m, case.n, case.k, self.scheme.name, case.dtype)
         return replace(product, activation_bytes=case.m * (case.n + case.k * self.dtype.itemsize))
 
     def convert_input(self, x: Tensor) -> tuple[Tensor, Tensor]:

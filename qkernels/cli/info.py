@@ -51,8 +51,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     import torch
 
     from ..finetune.measure import package_version
-    from ..kernels import cuda_library as cuda
-    from ..kernels import dispatch
+    from ..kernels import cuda_library, dispatch
 
     if torch.cuda.is_available():
         device, missing = torch.cuda.get_device_name(), None
@@ -60,7 +59,7 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
         device, missing = None, "torch finds no GPU; check the driver with nvidia-smi or rocminfo"
     else:
         device, missing = None, "this torch is built for the CPU; install a CUDA or ROCm build from pytorch.org"
-    installed, kernels = dispatch.triton_installed(), cuda.library()
+    installed, kernels = dispatch.triton_installed(), cuda_library.library()
     choice = dispatch.select(dispatch.facts_of(torch.device("cuda" if device else "cpu")))
     return {
         "device": {"name": device, "next_step": missing},

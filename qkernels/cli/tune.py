@@ -46,7 +46,8 @@ def tune(
         raise InputError(f"tuning is for the Triton kernels, which this GPU does not use: {choice.reason}")
     from rich.console import Console
 
-    from ..kernels.triton import tune_device, tuning
+    from ..kernels.triton import tuning
+    from ..profiling import tune_tiles
 
     path = output or tuning.user_file()
     try:
@@ -55,7 +56,7 @@ def tune(
         raise InputError(f"{error}; nothing was measured") from error
     cases = [(shape.n, shape.k, m, scheme) for shape in shapes for scheme in names for m in counts]
     with Console(stderr=True).status("measuring") as status:
-        device, findings = tune_device.tune(cases, seconds, status.update)
+        device, findings = tune_tiles.tune(cases, seconds, status.update)
     try:
         tuning.save(path, device, findings)
     except (ValueError, OSError) as error:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..formats.scheme import QuantScheme
-from . import cuda_library as cuda
-from . import reference
+from . import cuda_library, reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
@@ -46,7 +45,7 @@ class Choice:
     reason: str
 
 
-def select(facts: Facts, call: cuda.Call | None = None) -> Choice:
+def select(facts: Facts, call: cuda_library.Call | None = None) -> Choice:
     """The backend for a call on a device with these facts; without a call, the one that has most of them."""
     if facts.device == "cpu":
         return Choice("cpu", "the compiled kernels of this package")
@@ -54,7 +53,11 @@ def select(facts: Facts, call: cuda.Call | None = None) -> Choice:
         return Choice("reference", f"there are no kernels for {facts.device} devices")
     if facts.triton and call is not None and _pays_warpgroups(facts, call):
         return Choice("triton", "large int8 product on Hopper, for which Triton uses warpgroup instructions")
-    if facts.cuda and facts.capability >= cuda.LEAST_CAPABILITY and (call is None or cuda.supports(call)):
+    if (
+        facts.cuda
+        and facts.capability >= cuda_library.LEAST_CAPABILITY
+        and (call is None or cuda_library.supports(call))
+    ):
         return Choice("cuda", "the compiled CUDA kernels of this package")
     if not facts.triton:
         return Choice("reference", "triton is not installed: pip install 'qkernels[triton]'")
@@ -64,7 +67,7 @@ def select(facts: Facts, call: cuda.Call | None = None) -> Choice:
     return Choice("triton", "triton is installed and compiles for this device")
 
 
-def _pays_warpgroups(facts: Facts, call: cuda.Call) -> bool:
+def _pays_warpgroups(facts: Facts, call: cuda_library.Call) -> bool:
     """Whether the call is a large product of ungrouped int8 weights and activations on compute capability 9.0."""
     scheme = call.scheme
     return (
@@ -92,7 +95,7 @@ def facts_of(device: torch.device) -> Facts:
         return Facts("hip", 0, triton_installed())
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
-    return Facts("cuda", capability, triton_installed(), cuda.library().covers(capability))
+    return Facts("cuda", capability, triton_installed(), cuda_library.library().covers(capability))
 
 
 @cache
@@ -112,11 +115,11 @@ def with_scheme(name: str, args: tuple) -> tuple:
     return args if index is None else (*args[:index], QuantScheme.from_code(args[index]), *args[index + 1 :])
 
 
-def call_of(name: str, args: tuple) -> cuda.Call:
+def call_of(name: str, args: tuple) -> cuda_library.Call:
     """What decides about a call of the operator `name` with these arguments of its schema."""
     index = _scheme_index(name)
     scheme = None if index is None else QuantScheme.from_code(args[index])
-    return cuda.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
+    return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
 
 
 def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:

@@ -13,17 +13,17 @@ from contextlib import contextmanager
 
 from . import extensions
 
-_native = extensions.require("_native")
+native = extensions.require("_native")
 
 
 def compiled() -> tuple[str, ...]:
     """Instruction sets in this build, in ascending order of preference."""
-    return tuple(_native.compiled_isas())
+    return tuple(native.compiled_isas())
 
 
 def supported() -> tuple[str, ...]:
     """Those of them that this CPU and its operating system can run."""
-    return tuple(_native.supported_isas())
+    return tuple(native.supported_isas())
 
 
 def current() -> str:
@@ -32,7 +32,7 @@ def current() -> str:
     Raises:
         ValueError: if QKERNELS_ISA names one that is unknown or that this CPU lacks.
     """
-    return _native.current_isa()
+    return native.current_isa()
 
 
 def reason() -> str:
@@ -56,7 +56,7 @@ class _Forced:
     def begin(self, block: object, name: str) -> None:
         with self._lock:
             before = current()
-            _native.force_isa(name)
+            native.force_isa(name)
             if not self._open:
                 self._before = before
             self._open.append((block, name))
@@ -64,7 +64,7 @@ class _Forced:
     def end(self, block: object) -> None:
         with self._lock:
             self._open = [entry for entry in self._open if entry[0] is not block]
-            _native.force_isa(self._open[-1][1] if self._open else self._before)
+            native.force_isa(self._open[-1][1] if self._open else self._before)
 
 
 _forced = _Forced()

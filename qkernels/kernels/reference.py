@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import philox as stochastic
-from ..formats import rules, storage
+from ..formats import philox, rules, storage
 from ..formats.scheme import QuantScheme
 from ..formats.storage import weight_integers
 
@@ -386,8 +385,8 @@ def quantize_rows_stochastic(
     """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
     folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
     scaled, scales = rules.int8_scaled(folded.unsqueeze(1))
-    uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device)
-    return stochastic.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
+    uniforms = philox.uniform(*x.shape, seed, rng_stream, x.device)
+    return philox.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
 
 
 def quantize_columns_stochastic(
@@ -396,5 +395,5 @@ def quantize_columns_stochastic(
     """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
     folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
     scaled, scales = rules.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
-    uniforms = stochastic.uniform(*x.shape, seed, rng_stream, x.device).t()
-    return stochastic.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()
+    uniforms = philox.uniform(*x.shape, seed, rng_stream, x.device).t()
+    return philox.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

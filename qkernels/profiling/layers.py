@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _native
 from ..formats.scheme import QuantScheme
 from ..kernels import dispatch, ops
+from ..kernels.isa import native
 from ..kernels.quantizers import quantize_weight
 from ..nn.linear import QuantLinear, float_weight
-from .roofline import Product, Roofline, measure
+from .roofline import MatmulCost, Roofline, measure
 from .timing import Turns, interleave
 
 # Rows of x: decoding one sequence, a few sequences, and a block of tokens (prefill, training).
@@ -121,8 +121,8 @@ def _time(
     ordered = [sorted(turn.samples) for turn in turns]
     times = [samples[len(samples) // 2] for samples in ordered]
     quartiles = [(samples[len(samples) // 4], samples[3 * len(samples) // 4]) for samples in ordered]
-    choice = _native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
-    limit = roofline.limit(Product.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
+    choice = native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
+    limit = roofline.limit(MatmulCost.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
     return Timing(
         names, (n, k), m, scheme.name, choice["kernel"], _reason(m, choice["dot_rows"]), choice["threads"], *times,
         *quartiles, limit.seconds, limit.by,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import _native
 from ..formats.scheme import QuantScheme
+from ..kernels.isa import native
 
 FLOAT32 = ("fma-avx512", "fma-avx2")
 # The instructions that multiply numbers of a kind, with float32 sums or exact int32 ones; of a GPU torch's products.
@@ -120,11 +120,11 @@ def measure(threads: int, seconds: float = 1.0) -> Roofline:
         "l3": max(caches["l3"] // 2 // threads, 2 * caches["l2"]),
         "dram": max(8 * caches["l3"], MIN_DRAM_BLOCK) // threads,
     }
-    probes = _native.peak_probes()
+    probes = native.peak_probes()
     share = seconds / (len(probes) + len(blocks))
     return Roofline(
         threads,
-        {probe: _native.peak(probe, threads, share) for probe in probes},
-        {level: _native.read_bandwidth(size, threads, share) for level, size in blocks.items()},
+        {probe: native.peak(probe, threads, share) for probe in probes},
+        {level: native.read_bandwidth(size, threads, share) for level, size in blocks.items()},
         caches,
     )

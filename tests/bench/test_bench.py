@@ -20,7 +20,7 @@ from qkernels.bench.compare import compare, regressions
 from qkernels.bench.results import Results
 from qkernels.bench.shapes import MODELS, Layer, parse_layers
 from qkernels.kernels import ops
-from qkernels.profiling.roofline import Limit, Product, Roofline, cache_bytes, measure
+from qkernels.profiling.roofline import Limit, MatmulCost, Roofline, cache_bytes, measure
 from qkernels.profiling.timing import MIN_TURNS, Turns, interleave
 
 pytest.importorskip("matplotlib")
@@ -53,7 +53,7 @@ class TestRoofline:
     def test_bytes_of_a_product(self):
         # weight 4 x 64: int8 and 4 scales; nibbles, 2 groups of a scale and a zero point; float. x 2 x 64, out 2 x 4.
         def sizes(*arguments, **options):
-            product = Product.of(2, 4, 64, *arguments, **options)
+            product = MatmulCost.of(2, 4, 64, *arguments, **options)
             return product.kind, product.weight_bytes, product.activation_bytes
 
         assert sizes("w8a8", "float32") == ("int8", 256 + 16, 2 * 68 * 4)
@@ -63,21 +63,21 @@ class TestRoofline:
         assert sizes("bfloat16", "bfloat16") == ("bfloat16", 512, 2 * 68 * 2)
 
     def test_limit_by_hand(self):
-        small = Product(1, 1, 1, "int8", 48, 16)
+        small = MatmulCost(1, 1, 1, "int8", 48, 16)
         assert ROUND.limit(small) == Limit(64 / 64, "l2")
         assert ROUND.limit(small, cold=True) == Limit(48 / 4 + 16 / 64, "dram")
-        assert ROUND.limit(Product(1, 1, 1, "int8", 400, 80)) == Limit(480 / 16, "l3")
-        assert ROUND.limit(Product(1, 1, 1, "int8", 4000, 80)) == Limit(4080 / 4, "dram")
-        assert ROUND.limit(Product(10, 100, 5, "int8", 40, 8)) == Limit(10000 / 1000, "vpmaddwd-avx2")
-        assert ROUND.limit(Product(10, 100, 5, "float32", 40, 8)) == Limit(10000 / 100, "fma-avx2")
-        assert ROUND.limit(Product(10, 100, 5, "bfloat16", 40, 8)) == Limit(10000 / 100, "fma-avx2")
+        assert ROUND.limit(MatmulCost(1, 1, 1, "int8", 400, 80)) == Limit(480 / 16, "l3")
+        assert ROUND.limit(MatmulCost(1, 1, 1, "int8", 4000, 80)) == Limit(4080 / 4, "dram")
+        assert ROUND.limit(MatmulCost(10, 100, 5, "int8", 40, 8)) == Limit(10000 / 1000, "vpmaddwd-avx2")
+        assert ROUND.limit(MatmulCost(10, 100, 5, "float32", 40, 8)) == Limit(10000 / 100, "fma-avx2")
+        assert ROUND.limit(MatmulCost(10, 100, 5, "bfloat16", 40, 8)) == Limit(10000 / 100, "fma-avx2")
 
     def test_level_counts_the_caches_of_all_threads(self):
         assert [ROUND.level(size) for size in (100, 101, 1000, 1001)] == ["l2", "l3", "l3", "dram"]
         assert dataclasses.replace(ROUND, threads=2).level(200) == "l2"
 
     def test_without_peaks_memory_is_the_limit(self):
-        assert dataclasses.replace(ROUND, peaks={}).limit(Product(10, 100, 5, "int8", 40, 8)) == Limit(48 / 64, "l2")
+        assert dataclasses.replace(ROUND, peaks={}).limit(MatmulCost(10, 100, 5, "int8", 40, 8)) == Limit(48 / 64, "l2")
 
     def test_measured_numbers_are_plausible(self):
         one, two = measure(1, 0.2), measure(2, 0.2)

@@ -8,8 +8,7 @@ import torch
 from helpers import invoke
 
 from qkernels import QuantLinear, linear_cross_entropy
-from qkernels.kernels import cuda_library as cuda
-from qkernels.kernels import dispatch, ops, reference
+from qkernels.kernels import cuda_library, dispatch, ops, reference
 from qkernels.nn.linear import GRADS
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
@@ -28,9 +27,9 @@ CASES = [(op, scheme) for op, schemes in op_samples.OP_SCHEMES.items() for schem
 def backend(request, monkeypatch) -> str:
     """Lets each backend compute what it can; without the CUDA C++ kernels their half is skipped."""
     if request.param == "triton":
-        monkeypatch.setattr(cuda, "supports", lambda call: False)
-    elif not cuda.library().loaded:
-        pytest.skip(f"CUDA kernels: {cuda.library().reason}")
+        monkeypatch.setattr(cuda_library, "supports", lambda call: False)
+    elif not cuda_library.library().loaded:
+        pytest.skip(f"CUDA kernels: {cuda_library.library().reason}")
     return request.param
 
 
@@ -129,7 +128,9 @@ def test_bench_and_tune(tmp_path, monkeypatch):
     shape = ["--layers", "256x512", "--rows", "1,64", "--schemes", "w8a8,w4a16-g128"]
     result = invoke("bench", "linear", "--device", "cuda", *shape, "--seconds", 0.05, "--output", tmp_path)
     assert result.exit_code == 0 and (tmp_path / "linear.json").exists(), result.output
-    monkeypatch.setattr(cuda, "library", lambda: cuda.Library(False, "hidden"))  # Triton's tiles are what is tuned
+    monkeypatch.setattr(
+        cuda_library, "library", lambda: cuda_library.Library(False, "hidden")
+    )  # Triton's tiles are what is tuned
     dispatch.facts_of.cache_clear()
     result = invoke("tune", *shape, "--seconds", 5, "--output", tmp_path / "tuned.json")
     dispatch.facts_of.cache_clear()

@@ -6,8 +6,7 @@ from helpers import run_python
 
 from qkernels import QuantScheme
 from qkernels.formats.rules import quantize_weight
-from qkernels.kernels import cuda_library as cuda
-from qkernels.kernels import dispatch, reference
+from qkernels.kernels import cuda_library, dispatch, reference
 from qkernels.kernels.dispatch import Choice, Facts, select
 
 parse = QuantScheme.parse
@@ -38,12 +37,12 @@ def test_choice(facts, backend, word):
 @pytest.mark.parametrize(
     ("call", "backend"),
     [
-        (cuda.Call("linear", parse("w4a8-g32-asym"), torch.float32), "cuda"),
-        (cuda.Call("linear", parse("w4a16-g128"), torch.bfloat16), "cuda"),
-        (cuda.Call("linear", parse("w4a16-g128"), torch.float32), "triton"),
-        (cuda.Call("linear_with_saved_input", parse("w8a8"), torch.bfloat16), "cuda"),
-        (cuda.Call("linear_with_saved_input", parse("w8a8-ag64"), torch.bfloat16), "triton"),
-        (cuda.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
+        (cuda_library.Call("linear", parse("w4a8-g32-asym"), torch.float32), "cuda"),
+        (cuda_library.Call("linear", parse("w4a16-g128"), torch.bfloat16), "cuda"),
+        (cuda_library.Call("linear", parse("w4a16-g128"), torch.float32), "triton"),
+        (cuda_library.Call("linear_with_saved_input", parse("w8a8"), torch.bfloat16), "cuda"),
+        (cuda_library.Call("linear_with_saved_input", parse("w8a8-ag64"), torch.bfloat16), "triton"),
+        (cuda_library.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
     ],
 )
 def test_choice_for_a_call(call, backend):
@@ -65,14 +64,14 @@ def test_choice_for_a_call(call, backend):
     ],
 )
 def test_large_int8_products_on_hopper_go_to_triton(capability, scheme, multiply_adds, backend):
-    call = cuda.Call("linear", parse(scheme), torch.bfloat16, multiply_adds)
+    call = cuda_library.Call("linear", parse(scheme), torch.bfloat16, multiply_adds)
     assert select(Facts("cuda", capability, triton=True, cuda=True), call).backend == backend
     assert select(Facts("cuda", capability, cuda=True), call).backend == "cuda"
 
 
 def test_call_of_arguments():
     x = torch.ones(2, 4, dtype=torch.float16)
-    assert dispatch.call_of("quantize_activation", (x, parse("w8a8-ag32").code)) == cuda.Call(
+    assert dispatch.call_of("quantize_activation", (x, parse("w8a8-ag32").code)) == cuda_library.Call(
         "quantize_activation", parse("w8a8-ag32"), torch.float16
     )
     stored = quantize_weight(torch.ones(3, 4), "w4a8")
@@ -82,7 +81,7 @@ def test_call_of_arguments():
 
 
 def test_library_is_not_loaded_without_cuda():
-    library = cuda.library()
+    library = cuda_library.library()
     assert torch.version.cuda or not library.loaded
     assert "QKERNELS_CUDA=1" in library.reason or "without CUDA" in library.reason or library.loaded
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import qkernels
-from qkernels.kernels import cuda_library as cuda
-from qkernels.kernels import extensions
+from qkernels.kernels import cuda_library, extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(qkernels.__file__).resolve().parent
@@ -162,7 +161,7 @@ def test_targets_of_make():
     ],
 )  # fmt: skip
 def test_which_devices_a_build_covers(targets, capability, expected):
-    assert cuda.Library(bool(targets), "", None, targets).covers(capability) is expected
+    assert cuda_library.Library(bool(targets), "", None, targets).covers(capability) is expected
 
 
 def break_copy(folder: Path, **files: str | None) -> None:

@@ -6,7 +6,8 @@ from helpers import assert_same_bits
 
 from qkernels.kernels import reference
 from qkernels.kernels.triton import ops
-from qkernels.kernels.triton.launch import Launch, Target
+from qkernels.kernels.triton.launch import Launch
+from qkernels.kernels.triton.target import Target
 
 
 def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qkernels.kernels.triton.launch import Launch, Target
+from qkernels.kernels.triton.launch import Launch
+from qkernels.kernels.triton.target import Target
 
 KILOBYTE = 1024
 # Processors of one common device, and the shared memory of one program, per target.

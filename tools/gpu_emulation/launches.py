@@ -4,7 +4,8 @@ import torch
 
 from qkernels import QuantScheme
 from qkernels.kernels.triton import ops
-from qkernels.kernels.triton.launch import Launch, Target
+from qkernels.kernels.triton.launch import Launch
+from qkernels.kernels.triton.target import Target
 
 N, K = 4096, 4096
 

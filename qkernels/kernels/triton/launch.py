@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a kernel is configured for.
-
-    Attributes:
-        backend: "cuda" or "hip".
-        capability: compute capability times ten (80, 89, 90, ...); 0 on HIP.
-        processors: multiprocessors (compute units), each of which runs a few programs at a time.
-        shared_bytes: shared memory that one program may use.
-        tuned: tiles that were measured to be the fastest, by product (`tuning.tuned`), before those of `configs`.
-    """
-
-    backend: str
-    capability: int
-    processors: int
-    shared_bytes: int
-    tuned: Mapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    @cache
-    def of(cls, device: torch.device) -> Target:
-        """The target a GPU is, with what `qkernels tune` found for it, if that was kept."""
-        from . import tuning
-
-        found = torch.cuda.get_device_properties(device)
-        if torch.version.hip:
-            return cls("hip", 0, found.multi_processor_count, 64 * 1024, tuning.tuned(found.name))
-        return cls(
-            "cuda",
-            10 * found.major + found.minor,
-            found.multi_processor_count,
-            getattr(found, "shared_memory_per_block_optin", 99 * 1024),
-            tuning.tuned(found.name),
-        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +21,7 @@ class Launch:
         constants: the `tl.constexpr` parameters by name.
         num_warps, num_stages: as triton takes them.
         reason: why these constants.
-        product: what the tiles were chosen for (`configs.Product`), if it is a matrix product.
+        product: what the tiles were chosen for (`tiles.MatmulShape`), if it is a matrix product.
     """
 
     kernel: Any

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...formats.scheme import QuantScheme
 from .. import reference
 from . import loss_kernels
-from .launch import Launch, Target
+from .launch import Launch
 from .matmul_plans import (
     Plan,
     column_scales_of_chunks,
@@ -24,7 +24,8 @@ from .matmul_plans import (
     stored,
     weight_format,
 )
-from .tiles import Product, choose, tiles
+from .target import Target
+from .tiles import MatmulShape, choose, tiles
 
 _RANGES = 8
 LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well:
@@ -201,7 +202,7 @@ def _product(
     device: Target,
 ) -> Launch:
     (m, n), k = q.shape, out.shape[1]
-    shape = Product(m, k, reference.LOSS_CHUNK, "int8", converted=True)
+    shape = MatmulShape(m, k, reference.LOSS_CHUNK, "int8", converted=True)
     config = choose(shape, device)
     if head.scheme.group_size:  # the weight is also held as floats
         config = replace(config, columns=min(config.columns, 64))

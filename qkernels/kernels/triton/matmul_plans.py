@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...formats.scheme import QuantScheme
 from . import matmul_kernels, row_kernels
-from .launch import Launch, Target
-from .tiles import Config, Product, choose, slices, tiles
+from .launch import Launch
+from .target import Target
+from .tiles import MatmulShape, Tile, choose, slices, tiles
 
 ELEMENTS = 2048  # of a program that touches each element once
 
@@ -123,7 +124,7 @@ def column_scales_of_chunks(
     return Plan((out,), [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)])
 
 
-def _tiles(config: Config) -> dict[str, int]:
+def _tiles(config: Tile) -> dict[str, int]:
     return {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": config.depth, "SWATH": config.swath}
 
 
@@ -161,9 +162,9 @@ def product(
     x = activation[0].contiguous()
     if scheme.int_activations:
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
-        shape = Product(*out.shape, x.shape[1], "int8", group, splittable=True)
+        shape = MatmulShape(*out.shape, x.shape[1], "int8", group, splittable=True)
         return _linear_int((x, activation[1]), weight, bias, scheme, out, (shape, choose(shape, device)))
-    shape = Product(*out.shape, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
+    shape = MatmulShape(*out.shape, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
     return _linear_float(x, weight, bias, scheme, out, (shape, choose(shape, device)))
 
 
@@ -173,7 +174,7 @@ def _linear_int(
     bias: Tensor | None,
     scheme: QuantScheme,
     out: Tensor,
-    chosen: tuple[Product, Config],
+    chosen: tuple[MatmulShape, Tile],
 ) -> list[Launch]:
     shape, config = chosen
     x_scales, scales = activation[1], weight[1]
@@ -209,7 +210,7 @@ def _linear_float(
     bias: Tensor | None,
     scheme: QuantScheme,
     out: Tensor,
-    chosen: tuple[Product, Config],
+    chosen: tuple[MatmulShape, Tile],
 ) -> list[Launch]:
     shape, config = chosen
     sizes = {**weight_format(scheme), "SLICE": config.slice_depth, **_tiles(config)}
@@ -223,7 +224,7 @@ def _linear_float(
     return launches
 
 
-def _launch(kernel, args: tuple, constants: dict, shape: Product, config: Config) -> Launch:
+def _launch(kernel, args: tuple, constants: dict, shape: MatmulShape, config: Tile) -> Launch:
     grid = (tiles(shape, config), slices(shape, config))
     return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason, shape)
 
@@ -236,7 +237,7 @@ def _reduce(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias:
     return Launch(matmul_kernels.reduce_slices_kernel, (m, -(-n // 128)), args, constants, 4, 1, reason)
 
 
-def grad_tiles(config: Config) -> dict[str, int]:
+def grad_tiles(config: Tile) -> dict[str, int]:
     """The reduction of an input gradient runs over N, its columns are K."""
     return {"BLOCK_M": config.rows, "BLOCK_N": config.depth, "BLOCK_K": config.columns, "SWATH": config.swath}
 
@@ -255,7 +256,7 @@ def linear_grad_input(
     """[M, in_features]."""
     m, n = grad_out.shape
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
-    shape = Product(m, in_features, n, _operand(grad_out), converted=True)
+    shape = MatmulShape(m, in_features, n, _operand(grad_out), converted=True)
     config = choose(shape, device)
     args = (grad_out.contiguous(), *stored(qweight, scales, zeros), out, m, n, in_features, qweight.shape[1])
     sizes = {**weight_format(QuantScheme.parse(scheme)), **grad_tiles(config)}
@@ -280,7 +281,7 @@ def int_grad_input(
     """
     m, n = q_grad.shape
     out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
-    shape = Product(m, in_features, n, "int8", converted=True)
+    shape = MatmulShape(m, in_features, n, "int8", converted=True)
     config = choose(shape, device)
     gradient = (q_grad.contiguous(), grad_scales.contiguous())
     columns = None if column_scales is None else column_scales.contiguous()

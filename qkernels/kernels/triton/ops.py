@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import loss_plans as loss_plan
-from . import matmul_plans as plans
-from . import training_plans
+from . import loss_plans, matmul_plans, training_plans
 from .late_errors import late_errors
-from .launch import Target, run_all
+from .launch import run_all
+from .target import Target
+from .tuning import target_of
 
-PLANS: dict[str, Callable[..., plans.Plan]] = {
-    "column_scales": plans.column_scales,
-    "dequantize_weight": plans.dequantize_weight,
-    "int_grad_input": plans.int_grad_input,
-    "linear": plans.linear,
-    "linear_cross_entropy": loss_plan.linear_cross_entropy,
-    "linear_grad_input": plans.linear_grad_input,
+PLANS: dict[str, Callable[..., matmul_plans.Plan]] = {
+    "column_scales": matmul_plans.column_scales,
+    "dequantize_weight": matmul_plans.dequantize_weight,
+    "int_grad_input": matmul_plans.int_grad_input,
+    "linear": matmul_plans.linear,
+    "linear_cross_entropy": loss_plans.linear_cross_entropy,
+    "linear_grad_input": matmul_plans.linear_grad_input,
     "linear_with_saved_input": training_plans.linear_with_saved_input,
     "mask_clipped": training_plans.mask_clipped,
-    "quantize_activation": plans.quantize_activation,
+    "quantize_activation": matmul_plans.quantize_activation,
     "quantize_columns_stochastic": training_plans.quantize_columns_stochastic,
     "quantize_rows_stochastic": training_plans.quantize_rows_stochastic,
     "quantize_weight": training_plans.quantize_weight,
@@ -43,7 +43,7 @@ def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tens
     """
     device = args[0].device
     late_errors.tell()
-    configured = INTERPRETED if device.type == "cpu" else Target.of(device)
+    configured = INTERPRETED if device.type == "cpu" else target_of(device)
     results, launches = PLANS[name](*args, **keywords, device=configured)
     run_all(launches, device)
     if name == "quantize_weight":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .launch import Target
+from .target import Target
 
 OPERAND_BYTES = {"int8": 1, "float16": 2, "float32": 4}
 FEW_ROWS = 16  # rows of the smallest tensor-core tile: up to here the weight's bytes, not the products, take the time
@@ -17,7 +17,7 @@ MIN_SLICE = 256  # columns of a slice of the depth, so that its loop is worth it
 
 
 @dataclass(frozen=True)
-class Product:
+class MatmulShape:
     """A matrix product [rows, depth] x [depth, columns].
 
     Attributes:
@@ -36,13 +36,13 @@ class Product:
     converted: bool = False
 
 
-def bucket(product: Product) -> Product:
+def bucket(product: MatmulShape) -> MatmulShape:
     """The product that stands for those with about as many rows: up to the next power of two."""
     return replace(product, rows=1 << max(0, product.rows - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class Config:
+class Tile:
     """Sizes of a tile, and how the programs work on it. `slice_depth` 0: a program walks the whole depth."""
 
     rows: int
@@ -59,17 +59,17 @@ class Config:
         return 8
 
 
-def tiles(product: Product, config: Config) -> int:
+def tiles(product: MatmulShape, config: Tile) -> int:
     """Programs along the first axis of the grid."""
     return -(-product.rows // config.rows) * -(-product.columns // config.columns)
 
 
-def slices(product: Product, config: Config) -> int:
+def slices(product: MatmulShape, config: Tile) -> int:
     """Programs along the second axis of the grid."""
     return -(-product.depth // config.slice_depth) if config.slice_depth else 1
 
 
-def choose(product: Product, target: Target) -> Config:
+def choose(product: MatmulShape, target: Target) -> Tile:
     """The tiles for `product` on `target`."""
     measured = target.tuned.get(bucket(product))
     if measured is not None:
@@ -77,7 +77,7 @@ def choose(product: Product, target: Target) -> Config:
     return _fit_shared(_split(_tile(product, target), product, target), product, target)
 
 
-def _tile(product: Product, target: Target) -> Config:
+def _tile(product: MatmulShape, target: Target) -> Tile:
     # 128 bytes of each row, a cache line, are read at a time, or 64 where their conversion takes registers. A tile of
     # the loop lies in one group, whose sum of integers must be whole.
     depth = (64 if product.converted else 128) // OPERAND_BYTES[product.operand]
@@ -85,23 +85,23 @@ def _tile(product: Product, target: Target) -> Config:
         depth = product.group if product.operand == "int8" else min(product.group, depth)
     if product.operand == "float32":
         size = 16 if product.rows <= FEW_ROWS else 32
-        return Config(size, 32, min(depth, 32), 4, 2, "float32 has no tensor-core product that rounds like float32")
+        return Tile(size, 32, min(depth, 32), 4, 2, "float32 has no tensor-core product that rounds like float32")
     if product.rows <= FEW_ROWS:
         columns = 128 if product.group == 32 else 64  # 16 bytes of 4-bit weights for each thread
         reason = f"at most {FEW_ROWS} rows: bound by the bytes of the weight, deep pipeline"
-        return Config(16, columns, product.group or depth, 4, 4, reason)
+        return Tile(16, columns, product.group or depth, 4, 4, reason)
     if product.rows <= 64:
         rows = 32 if product.rows <= 32 else 64
-        return Config(rows, 64, depth, 4, 4, "at most 64 rows: one row of tiles, narrow so that more programs run")
-    large = Config(128, 128, depth, 8, 3, "many rows: 128 x 128 reads each operand byte for 128 products")
+        return Tile(rows, 64, depth, 4, 4, "at most 64 rows: one row of tiles, narrow so that more programs run")
+    large = Tile(128, 128, depth, 8, 3, "many rows: 128 x 128 reads each operand byte for 128 products")
     if product.group or product.converted:
         large = replace(large, rows=64, reason="many rows, but registers also hold a group's sum or what is converted")
     if tiles(product, large) >= target.processors:
         return large
-    return Config(64, 64, depth, 4, 3, "fewer large tiles than processors: smaller ones use more of them")
+    return Tile(64, 64, depth, 4, 3, "fewer large tiles than processors: smaller ones use more of them")
 
 
-def _split(config: Config, product: Product, target: Target) -> Config:
+def _split(config: Tile, product: MatmulShape, target: Target) -> Tile:
     """Divide the depth among programs where the tiles alone leave processors idle."""
     wanted = 2 * target.processors // tiles(product, config) if product.rows and product.columns else 0
     possible = min(wanted, MAX_SLICES, product.depth // MIN_SLICE)
@@ -115,7 +115,7 @@ def _split(config: Config, product: Product, target: Target) -> Config:
     return replace(config, slice_depth=step, reason=reason)
 
 
-def _fit_shared(config: Config, product: Product, target: Target) -> Config:
+def _fit_shared(config: Tile, product: MatmulShape, target: Target) -> Tile:
     """As many stages as fit, with the other half of one tile for the conversion of 4-bit weights."""
     stage = (config.rows + config.columns) * config.depth * OPERAND_BYTES[product.operand]
     fitting = max(1, (target.shared_bytes - stage) // stage)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...formats.scheme import QuantScheme
 from . import training_kernels
-from .launch import Launch, Target
+from .launch import Launch
 from .matmul_plans import ELEMENTS, Plan, power_of_two, product, quantize_activation, quantize_int8, row_major, stored
+from .target import Target
 
 _SLICE = 1024  # rows whose columns' ranges one program finds
 

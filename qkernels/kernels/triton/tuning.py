@@ -1,8 +1,8 @@
 """Tiles measured on a device: `qkernels tune` searches within a time budget and writes one file.
 
-The file lists for each device the products for which other tiles than those of `configs` were faster. Two are read: the
-one of the package, should it have one, and then that of the user (`user_file`), whose entries go before. Every
-candidate gives the same bits for `a8` schemes: an exact sum has no order.
+The file lists for each device the products for which other tiles than those of `tiles.choose` were faster. Two files
+are read: the one of the package, should it have one, and then that of the user (`user_file`), whose entries go before.
+Every candidate gives the same bits for `a8` schemes: an exact sum has no order.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import product as combinations
 from pathlib import Path
 
+import torch
+
 from ...system.cache import user_cache
-from .launch import Target
-from .tiles import OPERAND_BYTES, Config, Product, bucket, choose
+from .target import Target
+from .tiles import OPERAND_BYTES, MatmulShape, Tile, bucket, choose
 
 FILE = Path(__file__).with_name("tuned.json")
 FORMAT = 1
-LEAST_GAIN = 0.03  # below, the difference is taken for noise, and the choice of `configs` stays
+LEAST_GAIN = 0.03  # below, the difference is taken for noise, and the choice of `tiles` stays
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The fastest tiles for a product. Times are seconds; `before` is that of `configs.choose`."""
+    """The fastest tiles for a product. Times are seconds; `before` is that of `tiles.choose`."""
 
-    product: Product
-    config: Config
+    product: MatmulShape
+    config: Tile
     seconds: float
     before: float
     tried: int
@@ -41,8 +44,8 @@ class Finding:
         return self.seconds < (1 - LEAST_GAIN) * self.before
 
 
-def candidates(product: Product, target: Target) -> Iterator[Config]:
-    """What may be launched for `product` on `target`: first the choice of `configs`, then its variations."""
+def candidates(product: MatmulShape, target: Target) -> Iterator[Tile]:
+    """What may be launched for `product` on `target`: first the choice of `tiles`, then its variations."""
     first = choose(product, replace(target, tuned={}))
     yield first
     rows = [size for size in (16, 32, 64, 128) if size <= max(16, bucket(product).rows)]
@@ -56,15 +59,15 @@ def candidates(product: Product, target: Target) -> Iterator[Config]:
             continue  # which do not fit into shared memory, or would hold over 128 sums in the registers of a thread
         for slice_depth in {0, first.slice_depth, 2 * first.slice_depth}:
             slice_depth = -(-slice_depth // depth) * depth
-            found = Config(size, columns, depth, num_warps, stages, "measured by qkernels tune", slice_depth)
+            found = Tile(size, columns, depth, num_warps, stages, "measured by qkernels tune", slice_depth)
             if found != replace(first, reason=found.reason):
                 yield found
 
 
 def search(
-    product: Product,
+    product: MatmulShape,
     target: Target,
-    measure: Callable[[Config], float],
+    measure: Callable[[Tile], float],
     budget: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Finding:
@@ -93,12 +96,12 @@ def user_file() -> Path:
     return user_cache() / FILE.name
 
 
-def tuned(device: str) -> Mapping[Product, Config]:
+def tuned(device: str) -> Mapping[MatmulShape, Tile]:
     """The tiles that the package's file and the user's hold for the device of this name.
 
-    A file that cannot be read is warned of and left out: the tiles of `configs` are right, too, if slower.
+    A file that cannot be read is warned of and left out: the tiles of `tiles.choose` are right, too, if slower.
     """
-    found: dict[Product, Config] = {}
+    found: dict[MatmulShape, Tile] = {}
     for path in (FILE, user_file()):
         try:
             found |= load(path, device)
@@ -107,7 +110,22 @@ def tuned(device: str) -> Mapping[Product, Config]:
     return found
 
 
-def load(path: Path, device: str) -> dict[Product, Config]:
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target a GPU is, with what `qkernels tune` found for it, if that was kept."""
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", 0, found.multi_processor_count, 64 * 1024, tuned(found.name))
+    return Target(
+        "cuda",
+        10 * found.major + found.minor,
+        found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", 99 * 1024),
+        tuned(found.name),
+    )
+
+
+def load(path: Path, device: str) -> dict[MatmulShape, Tile]:
     """The tiles that the file at `path`, if there is one, holds for the device of this name.
 
     Raises:
@@ -187,23 +205,23 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _entries(path: Path, content: dict) -> dict[str, dict[Product, tuple[Config, dict]]]:
+def _entries(path: Path, content: dict) -> dict[str, dict[MatmulShape, tuple[Tile, dict]]]:
     """By device and product: the tiles, and the entry as it stands in the file."""
-    devices: dict[str, dict[Product, tuple[Config, dict]]] = {}
+    devices: dict[str, dict[MatmulShape, tuple[Tile, dict]]] = {}
     for device, entries in content["devices"].items():
         if not isinstance(entries, list):
             raise ValueError(f"{path} is no file of qkernels tune: {device!r} has no list of products")
         devices[device] = {}
         for number, entry in enumerate(entries):
             parts = (entry.get("product"), entry.get("config")) if isinstance(entry, dict) else (None, None)
-            product, config = _build(Product, parts[0]), _build(Config, parts[1])
+            product, config = _build(MatmulShape, parts[0]), _build(Tile, parts[1])
             if product is None or config is None or product.operand not in OPERAND_BYTES:
                 raise ValueError(f"{path} is no file of qkernels tune: entry {number} of {device!r} is broken")
             devices[device][product] = (config, entry)
     return devices
 
 
-def _build(kind: type, values: object) -> Product | Config | None:
+def _build(kind: type, values: object) -> MatmulShape | Tile | None:
     """The dataclass with these values, or None if they are not of its fields and their types."""
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(kind)}:
         return None

@@ -8,8 +8,7 @@ from cuda_cases import check
 from gpu_emulation import emulated
 from helpers import assert_same_bits
 
-from qkernels.kernels import cuda_library as cuda
-from qkernels.kernels import dispatch
+from qkernels.kernels import cuda_library, dispatch
 
 if emulated.MISSING:
     pytest.skip(emulated.MISSING, allow_module_level=True)
@@ -23,7 +22,7 @@ CASES = [
 
 
 def supported(op: str, sample: op_samples.Sample) -> bool:
-    return cuda.supports(dispatch.call_of(op, op_samples.schema_args(sample.args)))
+    return cuda_library.supports(dispatch.call_of(op, op_samples.schema_args(sample.args)))
 
 
 @pytest.mark.parametrize(("op", "scheme"), CASES)

@@ -16,8 +16,7 @@ from triton.runtime import interpreter
 import qkernels
 from qkernels import QuantLinear, QuantScheme
 from qkernels.kernels import dispatch, reference
-from qkernels.kernels.triton import loss_plans as loss_plan
-from qkernels.kernels.triton import ops
+from qkernels.kernels.triton import loss_plans, ops
 
 COUNT = 2
 
@@ -88,8 +87,8 @@ def small_loss(scheme):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_terms_of_the_loss(terms, scheme, monkeypatch):
     """Blocks of rows, too."""
-    monkeypatch.setattr(loss_plan, "LOGITS", 1)
-    monkeypatch.setattr(loss_plan, "LEAST_ROWS", 5)
+    monkeypatch.setattr(loss_plans, "LOGITS", 1)
+    monkeypatch.setattr(loss_plans, "LEAST_ROWS", 5)
     args = small_loss(scheme)
     args[1].clamp_(min=3)
     actual = ops.run("linear_cross_entropy", args, terms)

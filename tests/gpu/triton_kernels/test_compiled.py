@@ -20,7 +20,7 @@ from launch_checks import check, plan
 from qkernels import QuantScheme, quantize_weight
 from qkernels.kernels import reference
 from qkernels.kernels.triton import matmul_kernels, ops
-from qkernels.kernels.triton.launch import Target
+from qkernels.kernels.triton.target import Target
 
 EXECUTED = ("sm_80", "sm_89", "sm_120")
 SAMPLES = 20

@@ -6,8 +6,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'qker
 
 from gpu_emulation.aot import TARGETS
 
-from qkernels.kernels.triton.launch import Target
-from qkernels.kernels.triton.tiles import Config, Product, choose, slices, tiles
+from qkernels.kernels.triton.target import Target
+from qkernels.kernels.triton.tiles import MatmulShape, Tile, choose, slices, tiles
 
 A100 = TARGETS["sm_80"]
 
@@ -17,7 +17,7 @@ A100 = TARGETS["sm_80"]
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_holds_of_every_choice(rows, operand, group, target):
-    product = Product(rows, 4096, 4096, operand, group, splittable=True)
+    product = MatmulShape(rows, 4096, 4096, operand, group, splittable=True)
     config = choose(product, TARGETS[target])
     assert config.reason
     assert config.rows >= 16 and config.columns >= 16 and config.depth >= 16
@@ -31,24 +31,24 @@ def test_what_holds_of_every_choice(rows, operand, group, target):
 
 
 def test_one_row_is_split_until_every_processor_has_work():
-    product = Product(1, 1024, 8192, "int8", splittable=True)
+    product = MatmulShape(1, 1024, 8192, "int8", splittable=True)
     config = choose(product, A100)
     assert tiles(product, config) * slices(product, config) >= A100.processors
     assert "slices" in config.reason
 
 
 def test_many_rows_get_large_tiles():
-    config = choose(Product(4096, 4096, 4096, "int8"), A100)
+    config = choose(MatmulShape(4096, 4096, 4096, "int8"), A100)
     assert (config.rows, config.columns) == (128, 128)
 
 
 def test_few_tiles_are_made_smaller():
-    config = choose(Product(256, 512, 4096, "int8"), A100)
+    config = choose(MatmulShape(256, 512, 4096, "int8"), A100)
     assert (config.rows, config.columns) == (64, 64)
 
 
 def test_stages_that_do_not_fit_are_left_out():
     small = Target("cuda", 89, 128, 48 * 1024)
-    config = choose(Product(4096, 4096, 4096, "float16"), small)
-    assert isinstance(config, Config) and config.num_stages < 3
+    config = choose(MatmulShape(4096, 4096, 4096, "float16"), small)
+    assert isinstance(config, Tile) and config.num_stages < 3
     assert "fit" in config.reason

@@ -17,12 +17,12 @@ from gpu_emulation.aot import TARGETS
 
 from qkernels import quantize_weight
 from qkernels.kernels.triton import ops, tuning
-from qkernels.kernels.triton.launch import Target
-from qkernels.kernels.triton.tiles import Product, bucket, choose
+from qkernels.kernels.triton.target import Target
+from qkernels.kernels.triton.tiles import MatmulShape, bucket, choose
 
 TARGET = TARGETS["sm_89"]
 PRODUCTS = [
-    Product(rows, 4096, 4096, operand, group, splittable=split)
+    MatmulShape(rows, 4096, 4096, operand, group, splittable=split)
     for rows, operand, group, split in (
         (1, "int8", 0, True),
         (16, "float16", 128, True),
@@ -166,7 +166,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     config = list(tuning.candidates(PRODUCTS[2], TARGET))[3]
     tuning.save(path, "A", [tuning.Finding(bucket(PRODUCTS[2]), config, 1.0, 2.0, 9)])
     before = path.read_bytes()
-    many = [tuning.Finding(Product(16 + i, 64, 64, "int8"), config, 1.0, 2.0, 9) for i in range(300)]
+    many = [tuning.Finding(MatmulShape(16 + i, 64, 64, "int8"), config, 1.0, 2.0, 9) for i in range(300)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # as on a disk that is full
@@ -183,7 +183,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 def test_launches_follow_the_file():
     """A whole operator, for any number of rows of the bucket."""
     stored = quantize_weight(torch.randn(64, 96), "w8a8")
-    product = Product(40, 64, 96, "int8", splittable=True)
+    product = MatmulShape(40, 64, 96, "int8", splittable=True)
     config = list(tuning.candidates(product, TARGET))[5]
     tuned = Target("cuda", 89, 1, TARGET.shared_bytes, {bucket(product): config})
     for m in (33, 64):

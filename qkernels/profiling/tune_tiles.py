@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 import triton
 
-from ...formats.scheme import QuantScheme
-from ..quantizers import quantize_weight
-from . import ops
-from .launch import Target, run_all
-from .tiles import Config, Product, bucket
-from .tuning import Finding, search
+from ..formats.scheme import QuantScheme
+from ..kernels.quantizers import quantize_weight
+from ..kernels.triton import ops
+from ..kernels.triton.launch import run_all
+from ..kernels.triton.target import Target
+from ..kernels.triton.tiles import MatmulShape, Tile, bucket
+from ..kernels.triton.tuning import Finding, search, target_of
 
 # The operators that multiply, by what they are called with.
 _FORWARD, _GRADIENT, _INT_GRADIENT = "linear", "linear_grad_input", "int_grad_input"
@@ -43,7 +44,7 @@ def tune(
         The name of the device, and what was found.
     """
     device = torch.device("cuda")
-    target, findings = Target.of(device), {}
+    target, findings = target_of(device), {}
     for index, (n, k, m, scheme) in enumerate(cases):
         share = seconds / len(cases)
         for op, args in calls(n, k, m, scheme):
@@ -56,10 +57,10 @@ def tune(
     return torch.cuda.get_device_name(device), list(findings.values())
 
 
-def _timer(op: str, args: tuple, shape: Product, target: Target) -> Callable[[Config], float]:
+def _timer(op: str, args: tuple, shape: MatmulShape, target: Target) -> Callable[[Tile], float]:
     """Seconds of all launches of a call, given the tiles of its product."""
 
-    def measure(config: Config) -> float:
+    def measure(config: Tile) -> float:
         configured = replace(target, tuned={bucket(shape): config})
         _, launches = ops.PLANS[op](*args, device=configured)
         try:
