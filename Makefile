@@ -27,6 +27,7 @@ test: $(VENV)/.test ## run the whole test suite
 lint: $(VENV)/.lint ## check style without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint
@@ -81,7 +82,7 @@ $(VENV)/.wheel: $(VENV)/.venv
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv
-	$(BIN)/pip install -q ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/pip install -q ruff==0.17.6 clang-format==23.1.5 import-linter==2.17
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ FALLBACK_CACHES = {"l2": 1 << 20, "l3": 32 << 20}  # where the system does not t
 
 
 @dataclass(frozen=True)
-class Product:
+class MatmulCost:
     """A product of x [M, K] and a weight [N, K], as the memory sees it; also the gradient with respect to x.
 
     Attributes:
@@ -38,7 +38,7 @@ class Product:
     activation_bytes: int
 
     @classmethod
-    def of(cls, m: int, n: int, k: int, scheme: str, dtype: str, *, gradient: bool = False) -> Product:
+    def of(cls, m: int, n: int, k: int, scheme: str, dtype: str, *, gradient: bool = False) -> MatmulCost:
         """The product of a scheme, or of plain "float32" or "bfloat16" weights, with activations of `dtype`."""
         if scheme in DTYPE_BYTES:
             kind, weight = scheme, n * k * DTYPE_BYTES[scheme]
@@ -84,7 +84,7 @@ class Roofline:
             return "l2"
         return "l3" if size <= self.caches["l3"] else "dram"
 
-    def limit(self, product: Product, *, cold: bool = False) -> Limit:
+    def limit(self, product: MatmulCost, *, cold: bool = False) -> Limit:
         """No implementation is faster than this: it has to multiply everything once and to read and write it once.
 
         cold: the weight comes from DRAM, however small it is.
