@@ -1,4 +1,4 @@
-"""Run by test_processes.py in a process with TRITON_INTERPRET=1: the operators on CPU tensors against the reference.
+"""Run by test_interpreted.py in a process with TRITON_INTERPRET=1: the operators on CPU tensors against the reference.
 
 Triton's interpreter is mended for bfloat16: it multiplies the bits as integers, truncates float32 instead of rounding
 it, and takes an integer's value for its bits.

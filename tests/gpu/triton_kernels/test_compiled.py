@@ -1,7 +1,7 @@
 """The code Triton compiles, executed without a GPU: equal bits for integer products, on ragged shapes.
 
 sm_80, sm_89 and sm_120 are executed, and of sm_90 the forward of w8a8; what the other targets get is inspected in
-target_checks.py.
+test_targets.py.
 """
 
 import math

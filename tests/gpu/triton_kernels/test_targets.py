@@ -1,12 +1,11 @@
-"""Run by test_processes.py: what the compiler makes of every kernel for every target, at the sizes of real layers.
-
-In a process rather than a thread, since the parser of Python 3.11, which Triton reads kernels with, fails now and then
-in two threads at once.
-"""
+"""What the compiler makes of every kernel for every target, at the sizes of real layers."""
 
 import re
 
 import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
+
 from gpu_emulation.aot import TARGETS, compile_launch
 from gpu_emulation.launches import real_launches
 from gpu_emulation.usage import usage
