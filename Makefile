@@ -10,10 +10,14 @@ CUDA ?= 13.0
 CUDA_ARCHS ?= 80;86;89;90;100;120
 # "80;120" -> "8.0;12.0+PTX": PTX of the last, too, which GPUs that come later compile
 CUDA_TARGETS = $(shell echo '$(CUDA_ARCHS)' | sed -E 's/([0-9]+)([0-9]a?)/\1.\2/g; s/$$/+PTX/')
+# Tests run in a process for each core, and at most 8, for each takes a gigabyte.
+TEST_WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores : 8)))
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+QUICK_TESTS := $(addprefix tests/,formats kernels autograd nn ptq convert project/test_repo.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/native tools/gpu_emulation -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-quick test lint format bench bench-peers wheel wheel-cuda wheel-test clean
+.PHONY: demo demo-quick test test-quick test-slow lint format bench bench-peers wheel wheel-cuda wheel-test clean
 
 demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in bf16, int8 and int4 and compare
 	$(BIN)/python -m qkernels demo
@@ -21,8 +25,14 @@ demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in bf16, int8 and int4 and compare
 demo-quick: $(VENV)/.demo
 	$(BIN)/python -m qkernels demo --quick
 
-test: $(VENV)/.test ## run the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.test ## all that needs neither a GPU nor much time
+	$(PYTEST) -m "not gpu and not slow"
+
+test-quick: $(VENV)/.test ## what answers in minutes: operators, layers, conversion, on the best and the plainest kernels
+	$(PYTEST) -m "not gpu and not slow and not thorough" $(QUICK_TESTS)
+
+test-slow: $(VENV)/.test ## what `make test` leaves out: every scheme, all targets, emulated CPUs, wheels, examples
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.lint ## check style without changing anything
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from op_samples import INT_SCHEMES
+from tiers import tiered
 
 from qkernels import QuantScheme
 from qkernels.kernels import ops
@@ -19,7 +20,7 @@ def arguments(scheme: str, rows: int, out_features: int, in_features: int):
     return x, draw.weight(out_features, in_features, QuantScheme.parse(scheme)), draw.floats(out_features)
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_batch_invariance(each_isa, scheme):
     """Row i does not depend on its companions; the counts reach every kernel for few, some and many rows."""
     x, weight, bias = arguments(scheme, 150, 37, 161)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import BFLOAT16_ISAS, assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
+from tiers import tiered
 
 from qkernels import QuantScheme
 from qkernels.formats.rules import quantize_weight
@@ -70,7 +71,7 @@ def assert_equals_reference(op: str, scheme: str, count: int, isa: str) -> None:
             assert_same_bits(a, b, f"{isa} {label}")
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_linear_equals_reference(each_isa, scheme):
     assert_equals_reference("linear", scheme, 10, each_isa)
 
@@ -89,37 +90,37 @@ def test_quantize_activation_equals_reference(each_isa, scheme):
     assert_equals_reference("quantize_activation", scheme, 40, each_isa)
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_dequantize_weight_equals_reference(each_isa, scheme):
     assert_equals_reference("dequantize_weight", scheme, 16, each_isa)
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_column_scales_equal_reference(each_isa, scheme):
     assert_equals_reference("column_scales", scheme, 10, each_isa)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_int_grad_input_equals_reference(each_isa, scheme):
     assert_equals_reference("int_grad_input", scheme, 8, each_isa)
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_linear_cross_entropy_equals_reference(each_isa, scheme):
     assert_equals_reference("linear_cross_entropy", scheme, 5, each_isa)
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_linear_with_saved_input_equals_reference(each_isa, scheme):
     assert_equals_reference("linear_with_saved_input", scheme, 6, each_isa)
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_quantize_weight_equals_reference(each_isa, scheme):
     assert_equals_reference("quantize_weight", scheme, 12, each_isa)
 
 
-@pytest.mark.parametrize("scheme", OP_SCHEMES["mask_clipped"])
+@pytest.mark.parametrize("scheme", tiered(OP_SCHEMES["mask_clipped"]))
 def test_mask_clipped_equals_reference(each_isa, scheme):
     assert_equals_reference("mask_clipped", scheme, 12, each_isa)
 
@@ -189,7 +190,7 @@ def test_int_grad_input_without_output_features(each_isa, scheme):
     assert_same_bits(out, torch.zeros(2, 40) * grad_scales[:, None], each_isa)
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_float_linear_is_within_its_bound(each_isa, scheme):
     for args, label in samples("linear", scheme, 10):
         x, *weight, bias, name, _ = args
@@ -198,7 +199,7 @@ def test_float_linear_is_within_its_bound(each_isa, scheme):
         assert_within_float_bound(ops.linear(*args), x, exact, bias, f"{each_isa} {label}")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_linear_grad_input_is_within_its_bound(each_isa, scheme):
     for args, label in samples("linear_grad_input", scheme, 6):
         grad_out, *weight, in_features, name, _ = args
@@ -208,7 +209,7 @@ def test_linear_grad_input_is_within_its_bound(each_isa, scheme):
 
 
 @pytest.mark.parametrize("name", [name for name in isa.supported() if name in BFLOAT16_ISAS])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_bfloat16_gradient_rounds_the_weight_and_nothing_else(name, scheme):
     for rows, out_features, in_features in ((1, 1, 1), (13, 70, 161), (5, 1029, 40)):
         draw = op_samples.Draw(f"bfloat16 {scheme} {rows}")
@@ -252,7 +253,7 @@ def test_parts_of_a_float_product_give_the_bits_of_the_whole(each_isa, scheme, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_non_finite_rows_of_float_products(each_isa, scheme, dtype):
     """NaN and Inf come out where a float product has them, and nowhere else."""
     for rows, out_features, in_features in ((1, 5, 33), (9, 17, 65), (70, 33, 100)):

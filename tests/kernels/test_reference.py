@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_same_bits, assert_within_float_bound, one_thread
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES
+from tiers import tiered
 
 from qkernels import QuantScheme
 from qkernels.formats import philox
@@ -18,7 +19,7 @@ def to_numpy(tensor):
     return None if tensor is None else tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_linear_follows_the_rules(scheme):
     torch.set_num_threads(1)
     for (x, qweight, scales, zeros, bias, name, _), label in [*op_samples.samples("linear", scheme, 6)][:-1]:
@@ -35,7 +36,7 @@ def test_linear_follows_the_rules(scheme):
         assert_same_bits(reference.linear(*args, torch.float16), half, label)
 
 
-@pytest.mark.parametrize("scheme", INT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_int_grad_input_follows_the_rules(scheme):
     torch.set_num_threads(1)
     for args, label in [*op_samples.samples("int_grad_input", scheme, 4)][:-1]:
@@ -101,7 +102,7 @@ def test_requantized_columns_stay_close_to_the_weight(scheme):
     assert ((back - reference.dequantize_weight(*weight)).abs() <= 0.50001 * columns).all()
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_float_products_are_within_their_bound(scheme):
     torch.set_num_threads(1)
     for args, label in op_samples.samples("linear", scheme, 4):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import UNIT_ROUNDOFF, assert_same_bits, assert_within_float_bound, gamma
 from op_samples import FLOAT_SCHEMES, SCHEMES
+from tiers import tiered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ def assert_gradient(layer: QuantLinear, gradient: torch.Tensor, grad_out: torch.
     assert_within_float_bound(gradient.reshape(-1, layer.in_features), rows, weight_of(layer).t(), gradient=True)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_from_float(scheme):
     linear = nn.Linear(K, N).eval()
     layer = QuantLinear.from_float(linear, scheme)
@@ -70,7 +71,7 @@ def test_from_float(scheme):
     assert_output(layer, layer(x), x)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_gradients(scheme):
     layer = layer_of(scheme)
     x = torch.randn(3, 4, K, requires_grad=True)
@@ -358,7 +359,7 @@ def test_non_finite_rows_stay_alone(scheme, value):
     assert_same_bits(out[keep], clean[keep])
 
 
-@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
 def test_relative_error(scheme):
     linear = nn.Linear(256, 64)
     layer = QuantLinear.from_float(linear, scheme)
@@ -433,7 +434,7 @@ def test_from_float_refuses_non_finite_weights(scheme, value):
     assert_same_bits(linear.weight.detach(), before)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_a_fresh_layer_is_zero(scheme):
     layer = QuantLinear(5, 3, scheme=scheme)
     assert_same_bits(layer.dequantize().abs(), torch.zeros(3, 5))

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, which needs a process of its own: a process either interprets or compiles them."""
+"""The kernels in Triton's interpreter, in a process of their own: one either interprets kernels or compiles them."""
 
 import os
 import re
