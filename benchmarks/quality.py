@@ -130,7 +130,7 @@ def runs(jobs: Sequence[str], schemes: Sequence[str], grads: Sequence[str], seed
             if reason is not None:
                 print(f"left out: {job}, {ours.name}: {reason}", file=sys.stderr)
                 continue
-            what = (job, ours.name, ours.scheme, ours.mode, ours.grad, _float_dtypes()[-1])
+            what = (job, ours.name, ours.scheme, ours.mode, ours.grad_dtype, _float_dtypes()[-1])
             found += [Run(*what, seed, **common) for seed in range(seeds)]
     return found
 
@@ -148,7 +148,7 @@ def gemma(run: Run) -> dict[str, Any]:
         train_text, held_out = write_texts(folder)
         settings = FinetuneSettings(
             run.model, [train_text], folder / "tuned", eval_text=[held_out], scheme=run.scheme, mode=run.mode,
-            grad=run.grad, method=run.method, steps=budget.steps, seq_len=budget.seq_len, lr=RATES[run.job],
+            grad_dtype=run.grad, method=run.method, steps=budget.steps, seq_len=budget.seq_len, lr=RATES[run.job],
             seed=run.seed, dtype=run.dtype, eval_blocks=budget.eval_blocks, baseline=run.scheme == "none",
             calibration_blocks=_calibration_blocks(run.scheme, budget), smooth=_smooth(run.scheme, budget),
         )  # fmt: skip
@@ -232,7 +232,7 @@ def prepare(model: torch.nn.Module, run: Run) -> torch.nn.Module:
     if run.method == LORA:
         model = model.to(pick_dtype(run.dtype))
     if run.scheme != "none":
-        qkernels.quantize_(model, run.scheme, run.mode, skip=["classifier"], grad=run.grad)
+        qkernels.quantize_(model, run.scheme, run.mode, skip=["classifier"], grad_dtype=run.grad)
     if run.method == FULL:
         return model
     from peft import LoraConfig, get_peft_model
@@ -400,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table and curves")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument("--schemes", default="w8a8,w8a8-ag128,w4a8-g32-asym,w4a8-g128")
-    parser.add_argument("--grads", default="float,int8")
+    parser.add_argument("--grad-dtypes", dest="grads", default="float,int8")
     parser.add_argument("--only", default="*", help="fnmatch patterns of runs, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
     for name, value in asdict(Budget()).items():

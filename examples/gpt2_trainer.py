@@ -57,7 +57,7 @@ if __name__ == "__main__":
         print(f"held-out loss in float:       {first.evaluate()['eval_loss']:.3f}")
 
         # Embeddings too, so that the tied head is quantized, and its loss can be computed with it in one product.
-        print(qk.quantize_(model, options.scheme, grad="int8", embeddings=True))
+        print(qk.quantize_(model, options.scheme, grad_dtype="int8", embeddings=True))
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(model, lora)
         second = trainer(model, blocks, options.steps, 1e-2, folder)

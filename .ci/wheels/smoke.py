@@ -66,7 +66,7 @@ def check_training() -> None:
     """A quantized model learns, through torch.compile's graphs, too, which need the fake kernels."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-    qk.quantize_(model, "w8a8", mode="qat", grad="int8")
+    qk.quantize_(model, "w8a8", mode="qat", grad_dtype="int8")
     x, y = torch.randn(32, 64), torch.randn(32, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

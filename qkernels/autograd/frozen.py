@@ -149,7 +149,7 @@ def quant_linear(
     bias: Tensor | None,
     scheme: str,
     out_dtype: torch.dtype | None = None,
-    grad: str = "float",
+    grad_dtype: str = "float",
     column_scales: Tensor | None = None,
 ) -> Tensor:
     """`ops.linear` over any leading dimensions, with straight-through gradients to x and bias.
@@ -158,7 +158,7 @@ def quant_linear(
         x: float [..., K].
         weight: the canonical storage of a weight [N, K].
         bias, scheme, out_dtype: as in `ops.linear`.
-        grad: "int8" rounds the gradient of the output stochastically to int8 for the product with the weight.
+        grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for the product with the weight.
         column_scales: `ops.column_scales` of the weight, for that and `-g` schemes.
 
     Returns:
@@ -168,7 +168,7 @@ def quant_linear(
     needs_x, needs_bias = needs_gradient(x, bias)
     if not (needs_x or needs_bias):
         return over_leading_dimensions(ops.linear, x, out_features, *weight, bias, scheme, out_dtype)
-    seed = draw_seed() if grad == "int8" and needs_x else None
+    seed = draw_seed() if grad_dtype == "int8" and needs_x else None
     args = (*weight, bias, scheme, out_dtype, seed, column_scales)
     return over_leading_dimensions(_frozen_linear, x, out_features, *args)
 
@@ -180,13 +180,13 @@ def adapted_linear(
     scheme: str,
     adapter: LowRank,
     out_dtype: torch.dtype | None = None,
-    grad: str = "float",
+    grad_dtype: str = "float",
     column_scales: Tensor | None = None,
 ) -> Tensor:
     """`quant_linear` plus a low-rank product, with gradients to both of its matrices too.
 
     Args:
-        x, weight, bias, scheme, out_dtype, grad, column_scales: as in `quant_linear`.
+        x, weight, bias, scheme, out_dtype, grad_dtype, column_scales: as in `quant_linear`.
         adapter: what is added, multiplied in the dtype of the output.
 
     Returns:
@@ -197,7 +197,7 @@ def adapted_linear(
         return over_leading_dimensions(
             _adapted_without_gradient, x, weight.qweight.shape[0], weight, bias, scheme, out_dtype, adapter
         )
-    seed = draw_seed() if grad == "int8" and needs[0] else None
+    seed = draw_seed() if grad_dtype == "int8" and needs[0] else None
     output_dtype = out_dtype or x.dtype
     anchor = anchors(x if needs[0] and x.dtype != output_dtype else None)
     args = (*weight, bias, scheme, out_dtype, seed, column_scales, *adapter, *anchor)

@@ -46,7 +46,7 @@ class FrozenWeight(ReadOnly, Tensor):
         scheme: str,
         in_features: int,
         dtype: torch.dtype,
-        grad: str = "float",
+        grad_dtype: str = "float",
         columns: Tensor | None = None,
         transposed: bool = False,
         values: Tensor | None = None,
@@ -68,13 +68,13 @@ class FrozenWeight(ReadOnly, Tensor):
         scheme: str,
         in_features: int,
         dtype: torch.dtype,
-        grad: str = "float",
+        grad_dtype: str = "float",
         columns: Tensor | None = None,
         transposed: bool = False,
         values: Tensor | None = None,
         writable: bool = False,
     ) -> None:
-        self.storage, self.scheme, self.in_features, self.grad_mode = storage, scheme, in_features, grad
+        self.storage, self.scheme, self.in_features, self.grad_mode = storage, scheme, in_features, grad_dtype
         self.columns, self.transposed, self.values, self.writable = columns, transposed, values, writable
 
     def __tensor_flatten__(self):
@@ -88,12 +88,12 @@ class FrozenWeight(ReadOnly, Tensor):
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
-        scheme, in_features, dtype, grad, transposed, writable = context
+        scheme, in_features, dtype, grad_dtype, transposed, writable = context
         storage = None
         if "qweight" in inner:
             storage = QuantizedWeight(*(inner.get(name) for name in QuantizedWeight._fields))
         columns, values = inner.get("columns"), inner.get("values")
-        return cls(storage, scheme, in_features, dtype, grad, columns, transposed, values, writable)
+        return cls(storage, scheme, in_features, dtype, grad_dtype, columns, transposed, values, writable)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -130,7 +130,7 @@ class FrozenWeight(ReadOnly, Tensor):
             "scheme": self.scheme,
             "in_features": self.in_features,
             "dtype": self.dtype,
-            "grad": self.grad_mode,
+            "grad_dtype": self.grad_mode,
             "columns": self.columns,
             "transposed": self.transposed,
             "values": self.values,
@@ -206,7 +206,7 @@ def _on_storage(func, weight: FrozenWeight, args, kwargs):
 def _slice(weight: FrozenWeight, start=None, end=None, step=1) -> FrozenWeight:
     """Rows of the weight as a weight. The columns' scales are those of all rows, and would be wrong here."""
     storage = weight.rows(lambda tensor: tensor[start:end:step])
-    return weight.like(storage=storage, columns=None, grad="float", writable=False)
+    return weight.like(storage=storage, columns=None, grad_dtype="float", writable=False)
 
 
 def _product_without_gradient(func, args, kwargs):

@@ -124,7 +124,7 @@ def trained_linear(
     bias: Tensor | None,
     scheme: QuantScheme,
     out_dtype: torch.dtype | None = None,
-    grad: str = "float",
+    grad_dtype: str = "float",
     scales: Tensor | None = None,
 ) -> Tensor:
     """`quant_linear` with a weight that is trained: it is quantized in each call, and gets a gradient.
@@ -134,7 +134,7 @@ def trained_linear(
         weight: float [N, K], or an `Int8Weight`, which is multiplied as it is.
         bias, out_dtype: as in `ops.linear`.
         scheme: the format and the activations.
-        grad: "int8" rounds the gradient of the output stochastically to int8 for both products.
+        grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for both products.
         scales: float32 [N, groups] that a float weight is rounded to, and that are trained; None: those of its range.
 
     Returns:
@@ -151,7 +151,7 @@ def trained_linear(
             _trained_without_gradient, x, len(weight), weight, scales, bias, scheme, out_dtype
         )
     needs_weight = needs_weight or needs_scales
-    seed = draw_seed() if grad == "int8" and (needs_x or needs_weight) else None
+    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight) else None
     graphs = anchors(x if needs_x else None, weight if needs_weight else None)
     args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *graphs)
     return over_leading_dimensions(_trained_linear, x, len(weight), *args)

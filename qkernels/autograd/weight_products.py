@@ -87,10 +87,10 @@ class ReadOnly(Operand):
 
 
 class _Product(NamedTuple):
-    """How a trained weight is multiplied: the scheme, `grad`, the learned scales if any, and its layer."""
+    """How a trained weight is multiplied: the scheme, `grad_dtype`, the learned scales if any, and its layer."""
 
     scheme: QuantScheme
-    grad: str
+    grad_dtype: str
     scales: Tensor | None
     layer: weakref.ref
 
@@ -163,8 +163,8 @@ def follow(weight: Tensor, layer: nn.Module) -> Tensor:
         product = weight.product
         scales = layer._parameters.get("scales")
         known = product is not None and product.layer() is layer and product.scales is scales
-        if not known or (product.scheme, product.grad) != (layer.scheme, layer.grad):
-            weight.product = _Product(layer.scheme, layer.grad, scales, weakref.ref(layer))
+        if not known or (product.scheme, product.grad_dtype) != (layer.scheme, layer.grad_dtype):
+            weight.product = _Product(layer.scheme, layer.grad_dtype, scales, weakref.ref(layer))
     return weight
 
 
@@ -210,10 +210,10 @@ def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, ReadOnly):
         check_input(x, weight.in_features)
         return quant_linear(x, weight.storage, bias, weight.scheme, dtype, weight.grad_mode, weight.columns)
-    scheme, grad, scales, _ = weight.product
+    scheme, grad_dtype, scales, _ = weight.product
     weight = weight.t() if weight.transposed else weight
     check_input(x, weight.shape[1])
-    return trained_linear(x, weight, bias, scheme, dtype, grad, scales)
+    return trained_linear(x, weight, bias, scheme, dtype, grad_dtype, scales)
 
 
 def _is_operand(value) -> bool:

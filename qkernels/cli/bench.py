@@ -108,7 +108,9 @@ def linear(
 def train(
     cases: Annotated[str, typer.Option(help="Time these cases (separate by commas).")] = ",".join(NAMES),
     schemes: Schemes = "w8a8,w4a8-g128",
-    grads: Annotated[str, typer.Option(help="Compute gradients in float, int8 or both.")] = "float,int8",
+    grad_dtypes: Annotated[
+        str, typer.Option("--grad-dtypes", "--grads", help="Compute gradients in float, int8 or both.")
+    ] = "float,int8",
     rounds: Annotated[int, typer.Option(help="Time this many steps of each contender.")] = TrainPlan.rounds,
     only: Only = None,
     peers: Annotated[bool, typer.Option(help="Time what benchmarks/peers.txt installs, too.")] = TrainPlan.peers,
@@ -130,7 +132,7 @@ def train(
         plan = TrainPlan(
             cases=tuple(cases.split(",")),
             schemes=tuple(map(check_scheme, schemes.split(","))),
-            grads=tuple(grads.split(",")),
+            grad_dtypes=tuple(grad_dtypes.split(",")),
             rounds=rounds,
             only=tuple(only.split(",")) if only else (),
             peers=peers,

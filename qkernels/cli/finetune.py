@@ -40,9 +40,14 @@ def finetune(
             show_default="frozen for lora, qat for full",
         ),
     ] = None,
-    grad: Annotated[
+    grad_dtype: Annotated[
         Literal["float", "int8"],
-        typer.Option(metavar="KIND", help="Multiply the gradients of quantized layers in float or in int8."),
+        typer.Option(
+            "--grad-dtype",
+            "--grad",
+            metavar="KIND",
+            help="Multiply the gradients of quantized layers in float or in int8.",
+        ),
     ] = "float",
     weight_scale: Annotated[
         Literal["absmax", "learned"],
@@ -134,7 +139,7 @@ def finetune(
         eval_text=eval_text or [],
         scheme=scheme,
         mode=mode,
-        grad=grad,
+        grad_dtype=grad_dtype,
         weight_scale=weight_scale,
         method=method,
         steps=steps,

@@ -67,7 +67,7 @@ class Layer:
         """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
 
         Args:
-            kind: the keywords mode, grad and weight_scale of `QuantLinear`.
+            kind: the keywords mode, grad_dtype and weight_scale of `QuantLinear`.
             statistics: of the layer's inputs, for calibration; see `gptq.quantize_weight`.
         """
         before, weight, scheme = self.row(), _weight(self.module), self.scheme

@@ -15,6 +15,7 @@ from ..nn.linear import QuantLinear, is_conv1d
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
+from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .report import QuantizationReport
 from .selection import NOT_ASKED, NOT_INCLUDED, QUANTIZED, SKIPPED, SLOWER, plan, unexpected_results
@@ -26,6 +27,7 @@ AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 AFTER_FREEZE: list[Callable[[nn.Module], None]] = []
 
 
+@renamed_keywords(grad="grad_dtype")
 def quantize_(
     model: nn.Module,
     scheme: str | QuantScheme,
@@ -34,7 +36,7 @@ def quantize_(
     include: Sequence[str] | None = None,
     strict: bool = False,
     *,
-    grad: str = "float",
+    grad_dtype: str = "float",
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None = None,
@@ -58,7 +60,7 @@ def quantize_(
         model: the module that contains the layers. A transformers model can be saved with `save_pretrained` after
             the call and loaded again; call it on the model, not on a part of it, for that.
         scheme: scheme name or `QuantScheme`.
-        mode, grad, weight_scale: what is trained, and how gradients are computed; see `QuantLinear`.
+        mode, grad_dtype, weight_scale: what is trained, and how gradients are computed; see `QuantLinear`.
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
         strict: raise if a layer stays in float for another reason than `skip` and `include`, or if a pattern
@@ -84,9 +86,10 @@ def quantize_(
     Raises:
         TypeError: if `model` is itself a linear layer, scripted, or wrapped by DDP, if `skip` or `include` is a single
             string or holds something else than strings, or for a `calibration` that is no iterable of inputs.
-        ValueError: for an unknown scheme, mode, grad or weight_scale, a NaN or Inf weight or calibration input (naming
-            the layer), an empty `calibration` or one for 8-bit weights, `embeddings` for another mode than "frozen",
-            `never_slower` for layers on another device, or a violation of `strict`. The model is then as it was.
+        ValueError: for an unknown scheme, mode, grad_dtype or weight_scale, a NaN or Inf weight or calibration input
+            (naming the layer), an empty `calibration` or one for 8-bit weights, `embeddings` for another mode than
+            "frozen", `never_slower` for layers on another device, or a violation of `strict`. The model is then as it
+            was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -100,7 +103,7 @@ def quantize_(
             "use QuantLinear.from_float(layer, scheme)"
         )
     scheme = QuantScheme.parse(scheme)
-    kind = {"mode": mode, "grad": grad, "weight_scale": weight_scale}
+    kind = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
     QuantLinear(1, 1, False, scheme, **kind, device="meta", dtype=torch.float32)  # what does not exist is refused here
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
@@ -122,7 +125,7 @@ def quantize_(
     statistics = {} if calibration is None else _calibrate(model, layers, calibration, scheme, report)
     report.warnings += unexpected_results(layers, report, embeddings)
     for message in report.warnings:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)  # 2 is the decorator
     for layer in layers:
         if layer.reason is None:
             layer.convert(kind, statistics.pop(id(layer.module), None))

@@ -36,14 +36,14 @@ class QuantizationReport:
     """One row for each linear layer, embedding and other matrix weight; `str()` is a plain-text table.
 
     Attributes:
-        scheme, mode, grad, weight_scale: what the call asked for.
+        scheme, mode, grad_dtype, weight_scale: what the call asked for.
         rows: in the order of the model's modules.
         warnings: what the call warned of, such as patterns that matched nothing.
     """
 
     scheme: str
     mode: str
-    grad: str
+    grad_dtype: str
     rows: list[LayerReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     weight_scale: str = "absmax"

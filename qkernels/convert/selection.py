@@ -108,7 +108,7 @@ def unexpected_results(
 ) -> list[str]:
     """What the caller will hardly expect: nothing is quantized, or layers keep another scheme or mode."""
     messages = []
-    asked = {"mode": report.mode, "grad": report.grad, "weight_scale": report.weight_scale}
+    asked = {"mode": report.mode, "grad_dtype": report.grad_dtype, "weight_scale": report.weight_scale}
     lookups = [layer.module for layer in layers if isinstance(layer.module, QuantEmbedding)]
     shared = {id(module.qweight) for module in lookups}
     other = []

@@ -112,7 +112,7 @@ class Demo:
             f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
             "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
             "--seq-len", budget.seq_len, "--eval-seq-len", budget.eval_seq_len, "--lr", budget.lr,
-            "--lora-rank", budget.lora_rank, "--grad", "float" if scheme == "none" else "int8",
+            "--lora-rank", budget.lora_rank, "--grad-dtype", "float" if scheme == "none" else "int8",
             *self.preparation(scheme), "--baseline" if scheme == "none" else "--no-baseline",
         )  # fmt: skip
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))

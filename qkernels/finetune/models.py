@@ -213,7 +213,7 @@ def quantize(
     scheme: str,
     calibration: Sequence[Tensor] = (),
     mode: str = "frozen",
-    grad: str = "float",
+    grad_dtype: str = "float",
     weight_scale: str = "absmax",
     smooth: bool = False,
 ) -> QuantizationReport:
@@ -223,7 +223,7 @@ def quantize(
     to the perplexity of Gemma-3-270M.
 
     Args:
-        model, scheme, mode, grad, weight_scale: as in `quantize_`.
+        model, scheme, mode, grad_dtype, weight_scale: as in `quantize_`.
         calibration: blocks of tokens [T] for calibrated rounding of 4-bit weights; none: round to nearest, as 8-bit
             weights are anyway, for which calibration is no gain on other text.
         smooth: apply `smooth_` with these blocks before.
@@ -243,7 +243,7 @@ def quantize(
             smooth_(model, batches)
         calibrate = batches and QuantScheme.parse(scheme).weight_bits == 4
         samples = tqdm(batches, desc=f"calibrating {scheme}") if calibrate else None
-        kind = {"grad": grad, "weight_scale": weight_scale}
+        kind = {"grad_dtype": grad_dtype, "weight_scale": weight_scale}
         report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -64,7 +64,7 @@ def record(
         "model_fingerprint": fingerprint(folder),
         "scheme": settings.scheme,
         "mode": settings.mode if settings.scheme != "none" else None,
-        "grad": settings.grad if settings.scheme != "none" else None,
+        "grad_dtype": settings.grad_dtype if settings.scheme != "none" else None,
         "dtype": report["dtype"],
         "text": _hash(blocks),
         "versions": _versions(),

@@ -52,7 +52,7 @@ class FinetuneSettings:
     eval_text: list[Path] = field(default_factory=list)
     scheme: str = "w8a8"
     mode: str | None = None
-    grad: str = "float"
+    grad_dtype: str = "float"
     weight_scale: str = "absmax"
     method: str = "lora"
     steps: int = 100
@@ -222,7 +222,7 @@ def _quantized_base(
             settings.scheme,
             evenly_spread(train_blocks, settings.calibration_blocks),
             settings.mode,
-            settings.grad,
+            settings.grad_dtype,
             settings.weight_scale,
             settings.smooth,
         )

@@ -20,20 +20,22 @@ from ..convert.model import quantize_
 from ..convert.selection import find_layers
 from ..formats.scheme import QuantScheme
 from ..nn.linear import QuantLinear
-from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
+from ..system.deprecation import renamed_keywords
+from .folders import METHOD, current_names, describe, empty_like, layer_entry, unclaimed
 
 
 class DiffusersConfig(QuantizationConfigMixin):
     """How to quantize a diffusers model: `from_pretrained(path, quantization_config=DiffusersConfig("w8a8"))`.
 
     Args:
-        scheme, mode, skip, include, grad, weight_scale: as in `quantize_`.
+        scheme, mode, skip, include, grad_dtype, weight_scale: as in `quantize_`.
         layers: the quantized layers of a saved model; filled in when it is saved.
 
     Raises:
-        ValueError: for an unknown scheme, mode, grad or weight_scale.
+        ValueError: for an unknown scheme, mode, grad_dtype or weight_scale.
     """
 
+    @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
         scheme: str | QuantScheme = "w8a8",
@@ -41,20 +43,21 @@ class DiffusersConfig(QuantizationConfigMixin):
         skip: list[str] | None = None,
         include: list[str] | None = None,
         *,
-        grad: str = "float",
+        grad_dtype: str = "float",
         weight_scale: str = "absmax",
         layers: dict[str, Any] | None = None,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = METHOD
-        self.scheme, self.mode, self.grad, self.weight_scale = QuantScheme.parse(scheme).name, mode, grad, weight_scale
+        self.scheme = QuantScheme.parse(scheme).name
+        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
         QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
 
     @property
     def kind(self) -> dict[str, str]:
         """The keywords of `QuantLinear`."""
-        return {"mode": self.mode, "grad": self.grad, "weight_scale": self.weight_scale}
+        return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: what `repr` shows."""
@@ -63,7 +66,7 @@ class DiffusersConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         known = inspect.signature(cls).parameters
-        config = cls(**{key: value for key, value in config_dict.items() if key in known})
+        config = cls(**{key: value for key, value in current_names(config_dict).items() if key in known})
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -100,7 +103,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             model.quantization_report = quantize_(
-                model, config.scheme, config.mode, config.skip, config.include, grad=config.grad,
+                model, config.scheme, config.mode, config.skip, config.include, grad_dtype=config.grad_dtype,
                 weight_scale=config.weight_scale,
             )  # fmt: skip
             return

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ class _Method(str):
 
 
 METHOD = _Method("qkernels")
-_KIND = ("mode", "grad", "weight_scale")
-_DEFAULT = {"mode": "frozen", "grad": "float", "weight_scale": "absmax"}
+_KIND = ("mode", "grad_dtype", "weight_scale")
+_DEFAULT = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
@@ -41,7 +42,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding
 def describe(model: nn.Module) -> dict[str, Any]:
     """The arguments of `QKernelsConfig` that describe the quantized layers of `model`; empty if it has none.
 
-    `layers` says the scheme of each by name. A layer whose mode, grad or weight_scale is not that of most is a mapping.
+    `layers` says the scheme of each by name. A layer whose mode, grad_dtype or weight_scale is not that of most is a
+    mapping.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -61,7 +63,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def kind_of(module: QuantLinear) -> dict[str, str]:
-    """Its mode, grad and weight_scale."""
+    """Its mode, grad_dtype and weight_scale."""
     return {key: getattr(module, key) for key in _KIND}
 
 
@@ -69,7 +71,13 @@ def layer_entry(entry: str | dict[str, str], kind: dict[str, str]) -> tuple[str,
     """Scheme and kind of a layer from its entry in `layers`; `kind` is that of layers whose entry is a scheme alone."""
     if isinstance(entry, str):
         return entry, kind
+    entry = current_names(entry)
     return entry["scheme"], {key: entry[key] for key in _KIND}
+
+
+def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder says, by the names of today: `grad_dtype` was called `grad`."""
+    return {"grad_dtype" if key == "grad" else key: value for key, value in saved.items()}
 
 
 def empty_like(

@@ -32,7 +32,8 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, storage_dtypes
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
-from .folders import METHOD, describe, empty_like, layer_entry, unclaimed
+from ..system.deprecation import renamed_keywords
+from .folders import METHOD, current_names, describe, empty_like, layer_entry, unclaimed
 
 _NO_DISK = (
     "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. "
@@ -48,25 +49,26 @@ class QKernelsConfig(QuantizationConfigMixin):
         scheme: scheme name or `QuantScheme`.
         skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
             (such as a head tied to the embedding) is left here too.
-        mode, grad, weight_scale: of the layers; see `QuantLinear`.
+        mode, grad_dtype, weight_scale: of the layers; see `QuantLinear`.
         embeddings: quantize embeddings too, and the head that is tied to one, to `scheme` (True) or to the scheme given
             here; see `quantize_`.
         include: patterns of the layers to quantize; None: all.
         modules_to_not_convert: another name of `skip`, that of transformers' own configurations.
-        layers: name -> scheme of the quantized layers of a saved model, or a mapping with scheme, mode, grad and
+        layers: name -> scheme of the quantized layers of a saved model, or a mapping with scheme, mode, grad_dtype and
             weight_scale; filled in when a model is quantized or saved.
 
     Raises:
-        ValueError: for an unknown scheme, mode, grad or weight_scale.
+        ValueError: for an unknown scheme, mode, grad_dtype or weight_scale.
         TypeError: if `skip` is a single string, or for an unknown argument.
     """
 
+    @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
         scheme: str | QuantScheme = "w8a8",
         skip: list[str] | None = None,
         mode: str = "frozen",
-        grad: str = "float",
+        grad_dtype: str = "float",
         *,
         weight_scale: str = "absmax",
         embeddings: bool | str | QuantScheme = False,
@@ -88,7 +90,7 @@ class QKernelsConfig(QuantizationConfigMixin):
         self.scheme = QuantScheme.parse(scheme).name
         self.skip = list(skip or ())
         self.include = None if include is None else list(include)
-        self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
+        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
@@ -100,11 +102,11 @@ class QKernelsConfig(QuantizationConfigMixin):
     @property
     def kind(self) -> dict[str, str]:
         """The keywords of `QuantLinear`."""
-        return {"mode": self.mode, "grad": self.grad, "weight_scale": self.weight_scale}
+        return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        arguments = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        arguments = {key: value for key, value in current_names(config_dict).items() if key != "quant_method"}
         return super().from_dict(arguments, return_unused_kwargs, **kwargs)
 
 

@@ -94,7 +94,7 @@ def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
     if not isinstance(layer, QuantLinear | QuantEmbedding):
         return resized
     if isinstance(layer, QuantLinear) and layer.mode != "frozen":
-        kind = {"mode": layer.mode, "grad": layer.grad, "weight_scale": layer.weight_scale}
+        kind = {"mode": layer.mode, "grad_dtype": layer.grad_dtype, "weight_scale": layer.weight_scale}
         return QuantLinear.from_float(resized, layer.scheme, **kind).train(layer.training)
     kept = min(len(resized.weight), layer.out_features)
     added = quantize_weight(resized.weight.detach()[kept:], layer.scheme)
@@ -105,7 +105,9 @@ def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
         scale = {"padding_idx": resized.padding_idx, "embed_scale": layer.embed_scale}
         new = QuantEmbedding(len(resized.weight), layer.embedding_dim, layer.scheme, **scale, **dtype)
     else:
-        new = QuantLinear(layer.in_features, len(resized.weight), False, layer.scheme, grad=layer.grad, **dtype)
+        new = QuantLinear(
+            layer.in_features, len(resized.weight), False, layer.scheme, grad_dtype=layer.grad_dtype, **dtype
+        )
         new.bias = resized.bias
     new.set_weight(weight)
     return new.train(layer.training)

@@ -17,12 +17,13 @@ from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from ..formats.validate import STORAGE
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
+from ..system.deprecation import renamed_keywords
 from .int8_state import StateScales, load_parts, state_parts
 from .storage import Storage
 from .stored_parameter import StoredParameter, plain
 
 MODES = ("frozen", "qat", "int8")
-GRADS = ("float", "int8")
+GRAD_DTYPES = ("float", "int8")
 WEIGHT_SCALES = ("absmax", "learned")
 # torch computes tensors of fewer elements on one thread: thousands of such operations do not wait for one another.
 _SERIAL_ELEMENTS = 32768
@@ -85,7 +86,7 @@ class QuantLinear(Storage, nn.Linear):
         bias: whether there is a bias [N].
         scheme: scheme name or `QuantScheme`.
         mode: "frozen", "qat" or "int8".
-        grad: "float": gradients are computed with the gradient of the output in float. "int8": that is rounded
+        grad_dtype: "float": gradients are computed with the gradient of the output in float. "int8": that is rounded
             stochastically to int8, with a seed from torch's default CPU generator, and multiplied in integers.
         weight_scale: how mode "qat" chooses the scales of the weight. "absmax": by its range, in each forward.
             "learned": they are trained (learned step size), for symmetric schemes, and begin with those of the range.
@@ -93,10 +94,11 @@ class QuantLinear(Storage, nn.Linear):
             are float32 always.
 
     Raises:
-        ValueError: for an unknown scheme, mode, grad or weight_scale, a scheme that the mode cannot train, learned
-            scales elsewhere than in mode "qat", or a shape that cannot be computed exactly.
+        ValueError: for an unknown scheme, mode, grad_dtype or weight_scale, a scheme that the mode cannot train,
+            learned scales elsewhere than in mode "qat", or a shape that cannot be computed exactly.
     """
 
+    @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
         in_features: int,
@@ -105,7 +107,7 @@ class QuantLinear(Storage, nn.Linear):
         scheme: str | QuantScheme = "w8a8",
         *,
         mode: str = "frozen",
-        grad: str = "float",
+        grad_dtype: str = "float",
         weight_scale: str = "absmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -114,8 +116,8 @@ class QuantLinear(Storage, nn.Linear):
         self.scheme = QuantScheme.parse(scheme)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        if grad not in GRADS:
-            raise ValueError(f"grad must be one of {GRADS}, got {grad!r}")
+        if grad_dtype not in GRAD_DTYPES:
+            raise ValueError(f"grad_dtype must be one of {GRAD_DTYPES}, got {grad_dtype!r}")
         if mode == "int8":
             _check_trainable(self.scheme)
         _check_weight_scale(weight_scale, mode, self.scheme)
@@ -129,7 +131,7 @@ class QuantLinear(Storage, nn.Linear):
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        self.mode, self.grad, self.weight_scale = mode, grad, weight_scale
+        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = dtype
         self._scheme_name = self.scheme.name
@@ -172,7 +174,7 @@ class QuantLinear(Storage, nn.Linear):
             self._scheme_name,
             self.in_features,
             self.compute_dtype,
-            self.grad,
+            self.grad_dtype,
             self._current_columns(),
         )
 
@@ -215,13 +217,14 @@ class QuantLinear(Storage, nn.Linear):
         return vars(self).get("weight") if weight is None else weight
 
     @classmethod
+    @renamed_keywords(grad="grad_dtype")
     def from_float(
         cls,
         layer: nn.Module,
         scheme: str | QuantScheme,
         *,
         mode: str = "frozen",
-        grad: str = "float",
+        grad_dtype: str = "float",
         weight_scale: str = "absmax",
     ) -> QuantLinear:
         """Quantize an `nn.Linear` or a transformers `Conv1D`; the bias parameter is shared with `layer`.
@@ -234,7 +237,7 @@ class QuantLinear(Storage, nn.Linear):
         """
         weight = float_weight(layer)
         out_features, in_features = weight.shape
-        kind = {"mode": mode, "grad": grad, "weight_scale": weight_scale}
+        kind = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
         quantized = cls(in_features, out_features, False, scheme, **kind, device="meta", dtype=weight.dtype)
         if mode == "qat":
             shared = not is_conv1d(layer)
@@ -331,7 +334,7 @@ class QuantLinear(Storage, nn.Linear):
         if self.mode != "frozen":
             return
         columns = None
-        if self.grad == "int8" and self.scheme.group_size is not None:
+        if self.grad_dtype == "int8" and self.scheme.group_size is not None:
             columns = torch.ones(self.in_features, dtype=torch.float32, device=device)
         self.register_buffer("column_scales", columns, persistent=columns is None)
 
@@ -394,16 +397,16 @@ class QuantLinear(Storage, nn.Linear):
         check_input(input, self.in_features)
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":
-            args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad)
-            return quant_linear(input, *args, self._columns_for(input) if self.grad == "int8" else None)
+            args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad_dtype)
+            return quant_linear(input, *args, self._columns_for(input) if self.grad_dtype == "int8" else None)
         weight, scales = self._trained_weight(), self._parameters.get("scales")
-        return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad, scales)
+        return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad_dtype, scales)
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
         check_input(x, self.in_features)
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
-        return adapted_linear(x, *args, self.grad, self._columns_for(x))
+        return adapted_linear(x, *args, self.grad_dtype, self._columns_for(x))
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
@@ -414,7 +417,7 @@ class QuantLinear(Storage, nn.Linear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, mode={self.mode}, grad={self.grad}"
+            f"scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
             + (", weight_scale=learned" if self.weight_scale == "learned" else "")
         )
 

@@ -14,14 +14,14 @@ from qkernels.kernels import ops
 
 M, N, K = 24, 33, 130
 SCHEMES = ["w8a8", "w8a8-g64", "w4a8", "w4a8-g32", "w4a8-g128-ag32", "w4a16-g32"]
-GRADS = ["float", "int8"]
+GRAD_DTYPES = ["float", "int8"]
 
 
-def layer_of(scheme: str, grad: str = "float", spread: float = 0.0, dtype=torch.float32) -> QuantLinear:
+def layer_of(scheme: str, grad_dtype: str = "float", spread: float = 0.0, dtype=torch.float32) -> QuantLinear:
     """A layer whose scales are those of the weight's range, times exp(spread * noise), so that some values clamp."""
     torch.manual_seed(3)
     linear = nn.Linear(K, N, dtype=dtype)
-    layer = QuantLinear.from_float(linear, scheme, mode="qat", grad=grad, weight_scale="learned")
+    layer = QuantLinear.from_float(linear, scheme, mode="qat", grad_dtype=grad_dtype, weight_scale="learned")
     with torch.no_grad():
         layer.scales *= torch.exp(spread * torch.randn_like(layer.scales))
     return layer
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_float64_reference(scheme, spread):
         assert (got_weight == 0).any()
 
 
-@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("grad", GRAD_DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layer_hands_its_gradient_to_both(scheme, grad):
     """The gradient of the weight, before clamping is taken into account, is that of the frozen scales' layer."""
@@ -108,7 +108,7 @@ def test_layer_hands_its_gradient_to_both(scheme, grad):
         assert [t.grad is not None for t in (layer.weight, layer.scales)] == [wants_weight, wants_scales]
 
 
-@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("grad", GRAD_DTYPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_training_moves_the_scales_and_freezing_keeps_the_outputs(scheme, grad):
     layer = layer_of(scheme, grad)
@@ -191,7 +191,7 @@ def test_what_does_not_exist_is_refused(arguments):
 
 def test_quantize_passes_it_on():
     model = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, N))
-    report = qk.quantize_(model, "w4a8-g32", "qat", grad="int8", weight_scale="learned")
+    report = qk.quantize_(model, "w4a8-g32", "qat", grad_dtype="int8", weight_scale="learned")
     assert report.weight_scale == "learned"
     assert all(layer.weight_scale == "learned" for layer in model if isinstance(layer, QuantLinear))
     x = torch.randn(5, K)

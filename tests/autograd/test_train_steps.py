@@ -33,12 +33,12 @@ class Tiny(nn.Module):
         return self.head(x)
 
 
-def run(scheme: str | None, mode: str, grad: str, seed: int = 0):
+def run(scheme: str | None, mode: str, grad_dtype: str, seed: int = 0):
     """Losses of a run that learns a permutation of the tokens, and the state it ends with; scheme None: in float."""
     torch.manual_seed(seed)
     model = Tiny()
     if scheme is not None:
-        qk.quantize_(model, scheme, mode, grad=grad, skip=["head"])
+        qk.quantize_(model, scheme, mode, grad_dtype=grad_dtype, skip=["head"])
     elif mode == "frozen":
         for layer in (*model.up, *model.down):
             layer.weight.requires_grad_(False)

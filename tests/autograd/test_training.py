@@ -31,14 +31,14 @@ def float_layer(bias: bool = True, dtype=torch.float32) -> nn.Linear:
     return nn.Linear(K, N, bias, dtype=dtype)
 
 
-def layer_of(scheme: str, mode: str, grad: str = "float", dtype=torch.float32) -> QuantLinear:
-    return QuantLinear.from_float(float_layer(dtype=dtype), scheme, mode=mode, grad=grad)
+def layer_of(scheme: str, mode: str, grad_dtype: str = "float", dtype=torch.float32) -> QuantLinear:
+    return QuantLinear.from_float(float_layer(dtype=dtype), scheme, mode=mode, grad_dtype=grad_dtype)
 
 
-def layers(grad: str) -> list:
+def layers(grad_dtype: str) -> list:
     """(scheme, mode) of layers that train a weight."""
     pairs = [(scheme, "qat") for scheme in QAT] + [(scheme, "int8") for scheme in INT8]
-    return [pytest.param(*pair, grad, id="-".join((*pair, grad))) for pair in pairs]
+    return [pytest.param(*pair, grad_dtype, id="-".join((*pair, grad_dtype))) for pair in pairs]
 
 
 TRAINED = layers("float") + layers("int8")
@@ -350,7 +350,7 @@ def test_training_lowers_the_loss_and_freezing_keeps_the_outputs(scheme, mode, g
     assert layer.freeze_() is layer and layer.mode == "frozen" and "weight" not in layer._parameters
     assert_same_bits(layer(x).detach(), out)
     assert layer.dequantize().shape == (N, K)
-    restored = QuantLinear(K, N, True, scheme, grad=grad)
+    restored = QuantLinear(K, N, True, scheme, grad_dtype=grad)
     restored.load_state_dict(layer.state_dict())
     assert_same_bits(restored(x).detach(), out)
     leaf = x[:4].clone().requires_grad_()
@@ -499,7 +499,7 @@ class TestInt8Weight:
 @pytest.mark.parametrize("mode", ["qat", "int8"])
 def test_models_are_quantized_trained_and_frozen(mode):
     model = nn.Sequential(nn.Linear(K, 40), nn.GELU(), nn.Linear(40, K))
-    report = qk.quantize_(model, "w8a8", mode=mode, grad="int8")
+    report = qk.quantize_(model, "w8a8", mode=mode, grad_dtype="int8")
     assert len(report.quantized) == 2 and report.mode == mode and all(row.weight_error < 0.02 for row in report.rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     x = torch.randn(3, 5, K)

@@ -28,11 +28,11 @@ class Adapted(nn.Module):
         return adapted_linear(x, weight, self.base.bias, self.base.scheme.name, LowRank(self.down, self.up, 0.5))
 
 
-def layer_of(kind: str, grad: str = "float") -> nn.Module:
+def layer_of(kind: str, grad_dtype: str = "float") -> nn.Module:
     scheme = "w4a8-g32" if kind == "qat4" else "w8a8"
     options = {"weight_scale": "learned"} if kind == "learned" else {}
     mode = {"adapted": "frozen", "qat4": "qat", "learned": "qat"}.get(kind, kind)
-    layer = qk.QuantLinear.from_float(nn.Linear(K, N), scheme, mode=mode, grad=grad, **options)
+    layer = qk.QuantLinear.from_float(nn.Linear(K, N), scheme, mode=mode, grad_dtype=grad_dtype, **options)
     return Adapted(layer) if kind == "adapted" else layer
 
 
@@ -174,7 +174,7 @@ def test_compiled_gradients_draw_the_numbers_of_eager(mode):
 import copy, torch, qkernels as qk
 torch.manual_seed(0)
 net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
-qk.quantize_(net, "w8a8", mode={mode!r}, grad="int8")
+qk.quantize_(net, "w8a8", mode={mode!r}, grad_dtype="int8")
 x = torch.randn(16, 64)
 def gradients(function):
     net.zero_grad()

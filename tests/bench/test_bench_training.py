@@ -14,7 +14,7 @@ from qkernels.bench.training.cases import CASES, FROZEN, FULL, LORA, Language, M
 from qkernels.bench.training.contenders import Contender, Float, Ours, contenders
 from qkernels.bench.training.memory import Memory, measure
 from qkernels.bench.training.run import TrainPlan, TrainResults, run, run_case
-from qkernels.nn.linear import GRADS
+from qkernels.nn.linear import GRAD_DTYPES
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,7 +40,7 @@ GPT2 = Language("gpt2", FULL, "tiny GPT-2", 2, 16, tiny_gpt2, inputs={"use_cache
 def test_gradients_of_all_contenders_are_near_float32():
     for trains in (FROZEN, FULL):
         case = dataclasses.replace(TINY, trains=trains)
-        chosen = contenders(case, ("w8a8", "w4a8-g32"), GRADS, peers=False)
+        chosen = contenders(case, ("w8a8", "w4a8-g32"), GRAD_DTYPES, peers=False)
         rows, _ = run_case(case, chosen, rounds=3)
         values = {row.name: row.value for row in rows}
         assert values["torch float32"] == 0
@@ -80,7 +80,7 @@ def test_a_wrong_gradient_of_ours_is_an_error_and_of_others_a_reason():
 def test_language_models_train(case):
     if case.trains == LORA:
         pytest.importorskip("peft")
-    chosen = contenders(case, ("w8a8",), GRADS, peers=False)
+    chosen = contenders(case, ("w8a8",), GRAD_DTYPES, peers=False)
     rows, skipped = run_case(case, chosen, rounds=2)
     expected = [contender.name for contender in chosen if contender.unavailable() is None]
     assert [row.name for row in rows] == expected and len(rows) + len(skipped) == len(chosen)

@@ -193,7 +193,7 @@ class TestFinetune:
         ("scheme", "mode", "grad"), [kind for kind in layer_kinds("w8a8", "w4a8-g32") if kind[1] != "frozen"]
     )
     def test_weights_of_quantized_layers_are_trained(self, llama, text, tmp_path, scheme, mode, grad):
-        options = ("--method", "full", "--scheme", scheme, "--mode", mode, "--grad", grad)
+        options = ("--method", "full", "--scheme", scheme, "--mode", mode, "--grad-dtype", grad)
         result = small_run(llama, text, tmp_path / "run", *options, "--lr", "1e-2", "--warmup-steps", 0)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -296,7 +296,7 @@ class TestEvalAndGenerate:
         assert result.exit_code == 0, result.output
         assert f"next: qkernels generate {llama} --adapter {output}" in result.stdout
         record = json.loads((output / "qkernels.json").read_text())
-        assert (record["scheme"], record["mode"], record["grad"]) == ("w8a16", "frozen", "float")
+        assert (record["scheme"], record["mode"], record["grad_dtype"]) == ("w8a16", "frozen", "float")
         assert record["base"]["folder"] == str(llama) and record["versions"]["torch"] == torch.__version__
         assert load_tokenizer(output).vocab_size == load_tokenizer(llama).vocab_size
 

@@ -152,7 +152,7 @@ def test_a_single_string_is_not_a_list_of_patterns(argument):
     [
         (dict(scheme="w8a9"), ValueError, "unknown scheme 'w8a9'"),
         (dict(scheme="w8a8", mode="magic"), ValueError, "mode must be one of .*, got 'magic'"),
-        (dict(scheme="w8a8", grad="int3"), ValueError, "grad must be one of .*, got 'int3'"),
+        (dict(scheme="w8a8", grad_dtype="int3"), ValueError, "grad_dtype must be one of .*, got 'int3'"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, error, message):

@@ -238,12 +238,12 @@ class TestLossNotFinite:
 
 
 KINDS = {
-    "lora": ("--grad", "int8", "--lora-dropout", 0.1, "--eval-steps", 2),
+    "lora": ("--grad-dtype", "int8", "--lora-dropout", 0.1, "--eval-steps", 2),
     "calibrated": ("--scheme", "w4a8-g32-asym", "--calibration-blocks", 2, "--smooth"),
     "float": ("--method", "full", "--scheme", "none"),
-    "qat": ("--method", "full", "--mode", "qat", "--grad", "int8", "--grad-accumulation", 2),
+    "qat": ("--method", "full", "--mode", "qat", "--grad-dtype", "int8", "--grad-accumulation", 2),
     "learned": ("--method", "full", "--mode", "qat", "--weight-scale", "learned"),
-    "int8": ("--method", "full", "--mode", "int8", "--grad", "int8"),
+    "int8": ("--method", "full", "--mode", "int8", "--grad-dtype", "int8"),
 }
 
 
@@ -366,7 +366,7 @@ class TestResume:
         for more, words in {
             ("--lr", "0.5"): ["--lr is 0.01, not 0.5"],
             ("--steps", "8"): ["--steps is 4, not 8"],
-            ("--grad", "int8"): ["--grad is float, not int8"],
+            ("--grad-dtype", "int8"): ["--grad-dtype is float, not int8"],
         }.items():
             assert_refused(run(llama, text, output, *options, *more, "--resume"), *words)
         text.write_text(TEXT + "more of it. " * 40)

@@ -9,7 +9,7 @@ from helpers import invoke
 
 from qkernels import QuantLinear, linear_cross_entropy
 from qkernels.kernels import cuda_library, dispatch, ops, reference
-from qkernels.nn.linear import GRADS
+from qkernels.nn.linear import GRAD_DTYPES
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
@@ -85,11 +85,11 @@ def test_layer_trains_and_compiles(backend):
     assert_within_bound(x.grad.cpu(), grad.cpu(), layer.dequantize().t().double().cpu(), gradient=True)
 
 
-@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("grad", GRAD_DTYPES)
 @pytest.mark.parametrize(("scheme", "mode"), [("w8a8", "qat"), ("w4a8-g32-asym-ag32", "qat"), ("w8a8", "int8")])
 def test_training_equals_that_of_the_cpu(scheme, mode, grad, backend):
     torch.manual_seed(0)
-    layer = QuantLinear.from_float(torch.nn.Linear(256, 128), scheme, mode=mode, grad=grad)
+    layer = QuantLinear.from_float(torch.nn.Linear(256, 128), scheme, mode=mode, grad_dtype=grad)
     x, upstream = torch.randn(33, 256), torch.randn(33, 128)
 
     def step(device: str) -> list[torch.Tensor]:

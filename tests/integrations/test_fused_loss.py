@@ -404,7 +404,7 @@ def test_trainer_runs_are_bit_identical(mode, tmp_path):
         transformers.set_seed(seed)
         config = GPT2Config(**SPECIAL, n_layer=2, n_embd=48, n_head=4, n_positions=64)
         model = GPT2LMHeadModel(config)
-        qk.quantize_(model, "w8a8", "frozen" if mode == "lora" else "qat", grad="int8", embeddings=mode == "lora")
+        qk.quantize_(model, "w8a8", "frozen" if mode == "lora" else "qat", grad_dtype="int8", embeddings=mode == "lora")
         if mode == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
         rows = [{name: tensor[i] for name, tensor in batch().items()} for i in range(2)] * 4

@@ -389,7 +389,7 @@ class TestForward:
     def test_int8_gradients_through_base_and_adapter(self):
         layer, x = self.layer(), torch.randn(70, 48)
         exact = self.gradients(QuantLoraLinear.forward, layer, x)
-        layer.base_layer.grad = "int8"
+        layer.base_layer.grad_dtype = "int8"
         torch.manual_seed(4)
         draws = [self.gradients(QuantLoraLinear.forward, layer, x) for _ in range(2)]
         assert_same_bits(draws[0][0], exact[0])

@@ -255,8 +255,8 @@ def test_config_round_trip_and_bad_values():
         qk.QKernelsConfig("w4a8-g33")
     with pytest.raises(ValueError, match="mode must be one of"):
         qk.QKernelsConfig(mode="magic")
-    with pytest.raises(ValueError, match="grad must be one of"):
-        qk.QKernelsConfig(grad="magic")
+    with pytest.raises(ValueError, match="grad_dtype must be one of"):
+        qk.QKernelsConfig(grad_dtype="magic")
     with pytest.raises(TypeError, match="skip must be a list of patterns, got the string 'lm_head'"):
         qk.QKernelsConfig(skip="lm_head")
     with pytest.raises(TypeError, match="bits"):

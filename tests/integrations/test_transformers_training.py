@@ -27,7 +27,7 @@ def linears(model) -> list[qk.QuantLinear]:
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 @pytest.mark.parametrize(("scheme", "mode"), [("w4a8-g32", "qat"), ("w8a8", "qat"), ("w8a8", "int8")])
 def test_loaded_model_is_trained_saved_and_loaded(scheme, mode, settings, folder, tmp_path):
-    config = qk.QKernelsConfig(scheme, mode=mode, grad="int8")
+    config = qk.QKernelsConfig(scheme, mode=mode, grad_dtype="int8")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=qk.QKernelsConfig(scheme))
     assert_same_bits(logits(model), logits(quantized))
@@ -39,7 +39,7 @@ def test_loaded_model_is_trained_saved_and_loaded(scheme, mode, settings, folder
     model.save_pretrained(tmp_path / "saved")
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert {layer.mode for layer in linears(restored)} == {mode}
-    assert {layer.grad for layer in linears(restored)} == {"int8"}
+    assert {layer.grad_dtype for layer in linears(restored)} == {"int8"}
     assert_same_bits(logits(restored), logits(model))
     if mode == "int8":
         assert all(isinstance(layer.weight, Int8Weight) for layer in linears(restored))
@@ -58,7 +58,7 @@ def test_loaded_model_is_trained_saved_and_loaded(scheme, mode, settings, folder
 @pytest.mark.parametrize(("scheme", "mode"), [("w4a8-g32-asym", "qat"), ("w8a8", "int8")])
 def test_quantize_then_train(family, scheme, mode, tmp_path):
     model = build(family)
-    qk.quantize_(model, scheme, mode=mode, grad="int8")
+    qk.quantize_(model, scheme, mode=mode, grad_dtype="int8")
     train(model, tmp_path)
     qk.freeze_(model)
     assert model.config.quantization_config.mode == "frozen"
@@ -67,7 +67,9 @@ def test_quantize_then_train(family, scheme, mode, tmp_path):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_frozen_model_with_int8_gradients_is_loaded(scheme, folder, tmp_path):
     """The scales of the columns, which are not saved, are derived anew."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=qk.QKernelsConfig(scheme, grad="int8"))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=qk.QKernelsConfig(scheme, grad_dtype="int8")
+    )
     loaded.save_pretrained(tmp_path / "saved")
     for model in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
         for layer in linears(model):

@@ -397,7 +397,7 @@ def test_wrong_input_dtype(dtype):
     [
         ({"scheme": "w8a9"}, "unknown scheme 'w8a9'; did you mean"),
         ({"mode": "train"}, r"mode must be one of \('frozen', 'qat', 'int8'\), got 'train'"),
-        ({"grad": "int4"}, r"grad must be one of \('float', 'int8'\), got 'int4'"),
+        ({"grad_dtype": "int4"}, r"grad_dtype must be one of \('float', 'int8'\), got 'int4'"),
         ({"in_features": 0}, "in_features must be at least 1, got 0"),
         ({"in_features": 131073}, "in_features must be at most 131072 for w8a8 .* use a w8a16 scheme"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
@@ -447,5 +447,6 @@ def test_a_fresh_layer_is_zero(scheme):
 def test_repr():
     layer = layer_of("w4a8-g32-asym", bias=False)
     assert repr(layer) == (
-        f"QuantLinear(in_features={K}, out_features={N}, bias=False, scheme=w4a8-g32-asym, mode=frozen, grad=float)"
+        f"QuantLinear(in_features={K}, out_features={N}, bias=False, scheme=w4a8-g32-asym, mode=frozen, "
+        "grad_dtype=float)"
     )

@@ -205,13 +205,13 @@ def test_scales_can_be_changed_in_place():
 @pytest.mark.parametrize("scheme", ["w8a8-g32", "w4a8-g64-asym"])
 def test_column_scales_follow_an_edit(scheme):
     torch.manual_seed(1)
-    layer = QuantLinear.from_float(nn.Linear(K, N), scheme, grad="int8")
+    layer = QuantLinear.from_float(nn.Linear(K, N), scheme, grad_dtype="int8")
     x = torch.randn(4, K, requires_grad=True)
     layer(x).sum().backward()
     layer.scales.data.mul_(4.0)
     torch.manual_seed(2)
     (edited,) = torch.autograd.grad(layer(x).sum(), x)
-    fresh = QuantLinear.from_float(nn.Linear(K, N), scheme, grad="int8")
+    fresh = QuantLinear.from_float(nn.Linear(K, N), scheme, grad_dtype="int8")
     fresh.load_state_dict(layer.state_dict())
     torch.manual_seed(2)
     (expected,) = torch.autograd.grad(fresh(x).sum(), x)
@@ -261,7 +261,7 @@ def test_a_mode_has_no_names_of_another(mode):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
 def test_weights_of_inference_mode_can_be_used_in_training(scheme):
     with torch.inference_mode():
-        model = model_of(scheme, mode="frozen", grad="int8")[1:]
+        model = model_of(scheme, mode="frozen", grad_dtype="int8")[1:]
         model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
         model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
         for parameter in (model[0].bias, model[2].bias):
@@ -285,7 +285,7 @@ def test_default_dtype_does_not_matter():
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
 def test_offloaded_buffers(scheme):
     accelerate = pytest.importorskip("accelerate")
-    model = model_of(scheme, mode="frozen", grad="int8")[1:]
+    model = model_of(scheme, mode="frozen", grad_dtype="int8")[1:]
     x = torch.randn(2, K)
     expected = model(x)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
@@ -310,7 +310,7 @@ def run(rank, folder):
     def make():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 97), torch.nn.GELU(), torch.nn.Linear(97, 32))
-        qk.quantize_(model, "w4a8-g32-asym", grad="int8")
+        qk.quantize_(model, "w4a8-g32-asym", grad_dtype="int8")
         return model
     whole, model, x = make().bfloat16(), make(), torch.randn(4, 64)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))

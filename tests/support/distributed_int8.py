@@ -13,9 +13,9 @@ import qkernels as qk
 from qkernels.autograd.int8_weight import Int8Weight
 
 
-def model_of(mode: str, grad: str = "float", features: int = 64, dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_of(mode: str, grad_dtype: str = "float", features: int = 64, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = nn.Sequential(nn.Linear(32, features), nn.ReLU(), nn.Dropout(0.1), nn.Linear(features, 17)).to(dtype)
-    qk.quantize_(model, "w8a8", mode=mode, grad=grad)
+    qk.quantize_(model, "w8a8", mode=mode, grad_dtype=grad_dtype)
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qkernels import QuantLinear
 from qkernels.kernels import isa
-from qkernels.nn.linear import GRADS, MODES
+from qkernels.nn.linear import GRAD_DTYPES, MODES
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 
@@ -56,9 +56,9 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, label: str = 
 def layer_kinds(*schemes: str) -> list[tuple[str, str, str]]:
     """(scheme, mode, grad) of all quantized layers that exist; not every scheme can be trained in every mode."""
     kinds = []
-    for scheme, mode, grad in itertools.product(schemes, MODES, GRADS):
+    for scheme, mode, grad in itertools.product(schemes, MODES, GRAD_DTYPES):
         try:
-            QuantLinear(1, 1, False, scheme, mode=mode, grad=grad, device="meta")
+            QuantLinear(1, 1, False, scheme, mode=mode, grad_dtype=grad, device="meta")
         except ValueError:
             assert mode != "frozen"
         else:

@@ -24,7 +24,7 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
     layer_kinds("w8a8", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w8a16", "w4a16-g32"),
 )
 def test_quant_linear_conforms(scheme, mode, grad, dtype):
-    layer = qk.QuantLinear.from_float(linear(dtype), scheme, mode=mode, grad=grad)
+    layer = qk.QuantLinear.from_float(linear(dtype), scheme, mode=mode, grad_dtype=grad)
     report = conformance(layer)
     assert report.passed, report
 

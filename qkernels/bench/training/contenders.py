@@ -100,13 +100,13 @@ class Ours(Contender):
 
     scheme: str
     mode: str
-    grad: str
+    grad_dtype: str
     fused: bool = False
     ours = True
 
     @property
     def name(self) -> str:
-        return f"{self.scheme} {self.mode} {self.grad}" + (FUSED if self.fused else "")
+        return f"{self.scheme} {self.mode} {self.grad_dtype}" + (FUSED if self.fused else "")
 
     @property
     def tolerance(self) -> float:
@@ -116,7 +116,7 @@ class Ours(Contender):
         import qkernels
 
         try:
-            qkernels.QuantLinear(1, 1, False, self.scheme, mode=self.mode, grad=self.grad, device="meta")
+            qkernels.QuantLinear(1, 1, False, self.scheme, mode=self.mode, grad_dtype=self.grad_dtype, device="meta")
         except ValueError as error:
             return str(error)
         return None
@@ -125,11 +125,11 @@ class Ours(Contender):
         import qkernels
 
         if not self.fused:
-            qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad)
+            qkernels.quantize_(model, self.scheme, self.mode, grad_dtype=self.grad_dtype)
             return model
         # A head that is trained is tied to a float embedding and stays as it is.
         embeddings = self.mode == "frozen" and embedding_scheme(self.scheme)
-        qkernels.quantize_(model, self.scheme, self.mode, grad=self.grad, embeddings=embeddings)
+        qkernels.quantize_(model, self.scheme, self.mode, grad_dtype=self.grad_dtype, embeddings=embeddings)
         patch_loss(model)
         return model
 
@@ -185,16 +185,16 @@ class Sdnq(Contender):
         )  # fmt: skip
 
 
-def contenders(case: Case, schemes: Sequence[str], grads: Sequence[str], *, peers: bool) -> list[Contender]:
+def contenders(case: Case, schemes: Sequence[str], grad_dtypes: Sequence[str], *, peers: bool) -> list[Contender]:
     """All for a case; whether they can run here is asked of each."""
     found: list[Contender] = [Float("float32"), OneDnn(), Float("bfloat16")]
     losses = (False, True) if isinstance(case, Language) else (False,)
     found += [Float(str(pick_dtype("auto")).removeprefix("torch."), fused=True)] if True in losses else []
     found += [
-        Ours(scheme, mode, grad, fused)
+        Ours(scheme, mode, grad_dtype, fused)
         for scheme in schemes
         for mode in MODES[case.trains]
-        for grad in grads
+        for grad_dtype in grad_dtypes
         for fused in losses
     ]
     if peers:

@@ -33,24 +33,24 @@ class Memory:
         return self.peak - self.loaded
 
 
-def measure(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
+def measure(case: str, contender: str, schemes: Sequence[str], grad_dtypes: Sequence[str]) -> Memory:
     """Load, convert and train in a new process.
 
     Args:
         case, contender: by name.
-        schemes, grads: what `contenders` was given.
+        schemes, grad_dtypes: what `contenders` was given.
 
     Raises:
         RuntimeError: if the process fails, with the end of what it wrote.
     """
-    request = {"case": case, "contender": contender, "schemes": list(schemes), "grads": list(grads)}
+    request = {"case": case, "contender": contender, "schemes": list(schemes), "grad_dtypes": list(grad_dtypes)}
     done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{contender} on {case}: exit status {done.returncode}: {done.stderr.strip()[-500:]}")
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequence[str]) -> Memory:
+def _measure_here(case: str, contender: str, schemes: Sequence[str], grad_dtypes: Sequence[str]) -> Memory:
     import psutil
 
     from ...finetune.measure import PeakMemory
@@ -63,7 +63,7 @@ def _measure_here(case: str, contender: str, schemes: Sequence[str], grads: Sequ
         heap.trim()
         return psutil.Process().memory_info().rss
 
-    found, chosen = CASES[case], contenders(CASES[case], schemes, grads, peers=True)
+    found, chosen = CASES[case], contenders(CASES[case], schemes, grad_dtypes, peers=True)
     trainer = next(item for item in chosen if item.name == contender)
     for reason in (found.unavailable(), trainer.unavailable()):  # imports what is needed
         if reason is not None:

@@ -101,7 +101,7 @@ class TrainPlan:
 
     Attributes:
         cases: names in `CASES`.
-        schemes, grads: of ours.
+        schemes, grad_dtypes: of ours.
         rounds: steps of each contender that are timed, after one that is not.
         only: fnmatch patterns of contenders; empty: all.
         peers: also what `benchmarks/peers.txt` installs.
@@ -111,7 +111,7 @@ class TrainPlan:
 
     cases: tuple[str, ...]
     schemes: tuple[str, ...]
-    grads: tuple[str, ...]
+    grad_dtypes: tuple[str, ...]
     rounds: int = 5
     only: tuple[str, ...] = ()
     peers: bool = False
@@ -132,7 +132,7 @@ class TrainPlan:
             QuantScheme.parse(scheme)
 
     def contenders(self, case: Case) -> list[Contender]:
-        found = contenders(case, self.schemes, self.grads, peers=self.peers)
+        found = contenders(case, self.schemes, self.grad_dtypes, peers=self.peers)
         return chosen(found, self.only)
 
 
@@ -166,7 +166,7 @@ def run(plan: TrainPlan, progress: Callable[[str], None] = lambda message: None)
 
 def _memory(plan: TrainPlan, case: str, contender: Contender, skipped: list[Skipped]) -> Memory | None:
     try:
-        return measure(case, contender.name, plan.schemes, plan.grads)
+        return measure(case, contender.name, plan.schemes, plan.grad_dtypes)
     except RuntimeError as error:
         if contender.ours:
             raise

@@ -127,7 +127,7 @@ def test_weight_or_scale_that_is_not_finite(place):
 def test_training_step(scheme, mode, grad, monkeypatch):
     """A layer's output and gradients, which the CPU's kernels made first, made by Triton's."""
     torch.manual_seed(0)
-    layer = QuantLinear.from_float(torch.nn.Linear(70, 19), scheme, mode=mode, grad=grad)
+    layer = QuantLinear.from_float(torch.nn.Linear(70, 19), scheme, mode=mode, grad_dtype=grad)
     x, upstream = torch.randn(9, 70, requires_grad=True), torch.randn(9, 19)
 
     def step():
