@@ -29,7 +29,7 @@ class Layer:
     slots: list[tuple[nn.Module, str]]  # (parent, name in the parent)
     reason: str | None = None
     scheme: QuantScheme | None = None  # what it will be quantized to
-    peers: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
+    tied: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
     converted: LayerReport | None = None
     key: str | None = None
 
@@ -63,23 +63,23 @@ class Layer:
             shape, size = (module.out_features, module.in_features), _weight_bytes(module)
         return LayerReport(self.name, type(module).__name__, shape, scheme, size, size, reason=self.reason)
 
-    def convert(self, kind: Mapping[str, str], statistics: InputStatistics | None = None) -> LayerReport:
+    def convert(self, layer_options: Mapping[str, str], statistics: InputStatistics | None = None) -> LayerReport:
         """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
 
         Args:
-            kind: the keywords mode, grad_dtype and weight_scale of `QuantLinear`.
+            layer_options: the keywords mode, grad_dtype and weight_scale of `QuantLinear`.
             statistics: of the layer's inputs, for calibration; see `gptq.quantize_weight`.
         """
         before, weight, scheme = self.row(), _weight(self.module), self.scheme
-        owner = next((peer for peer in self.peers if peer.converted is not None), None)
+        owner = next((layer for layer in self.tied if layer.converted is not None), None)
         if owner is not None:
-            self.replace(self._on_storage_of(owner.module, kind))
+            self.replace(self._on_storage_of(owner.module, layer_options))
             sizes, error = (0, 0), owner.converted.weight_error
         else:
             if isinstance(self.module, nn.Embedding):
                 quantized = QuantEmbedding.from_float(self.module, scheme)
             else:
-                quantized = QuantLinear.from_float(self.module, scheme, **kind)
+                quantized = QuantLinear.from_float(self.module, scheme, **layer_options)
             if statistics is not None:
                 quantized.set_weight(gptq.quantize_weight(weight, scheme, statistics))
             error = relative_error(weight, quantized)
@@ -89,7 +89,7 @@ class Layer:
         return self.converted
 
     def _on_storage_of(
-        self, owner: QuantLinear | QuantEmbedding, kind: Mapping[str, str]
+        self, owner: QuantLinear | QuantEmbedding, layer_options: Mapping[str, str]
     ) -> QuantLinear | QuantEmbedding:
         """A quantized twin of this layer that shares the parameters of `owner`."""
         if isinstance(self.module, nn.Embedding):
@@ -97,7 +97,7 @@ class Layer:
         else:
             out_features, in_features = self.module.weight.shape
             like = {"device": "meta", "dtype": self.module.weight.dtype}
-            twin = QuantLinear(in_features, out_features, False, owner.scheme, **kind, **like)
+            twin = QuantLinear(in_features, out_features, False, owner.scheme, **layer_options, **like)
             twin.bias = self.module.bias
         twin.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
         return twin

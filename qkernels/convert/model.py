@@ -18,7 +18,7 @@ from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statist
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .report import QuantizationReport
-from .selection import NOT_ASKED, NOT_INCLUDED, QUANTIZED, SKIPPED, SLOWER, plan, unexpected_results
+from .selection import NOT_ASKED, NOT_INCLUDED, QUANTIZED, SKIPPED, SLOWER, select_layers, unexpected_results
 from .watch import watch_frozen
 
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
@@ -32,10 +32,10 @@ def quantize_(
     model: nn.Module,
     scheme: str | QuantScheme,
     mode: str = "frozen",
+    *,
     skip: Sequence[str] = (),
     include: Sequence[str] | None = None,
     strict: bool = False,
-    *,
     grad_dtype: str = "float",
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
@@ -103,15 +103,16 @@ def quantize_(
             "use QuantLinear.from_float(layer, scheme)"
         )
     scheme = QuantScheme.parse(scheme)
-    kind = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
-    QuantLinear(1, 1, False, scheme, **kind, device="meta", dtype=torch.float32)  # what does not exist is refused here
+    layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
+    # What does not exist is refused here.
+    QuantLinear(1, 1, False, scheme, **layer_options, device="meta", dtype=torch.float32)
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     if calibration is not None:
         calibration = checked_batches(calibration)
         check_applies(scheme)
-    report = QuantizationReport(scheme.name, **kind)
-    layers = plan(model, scheme, skip, include, report, embeddings=embeddings)
+    report = QuantizationReport(scheme.name, **layer_options)
+    layers, report.warnings = select_layers(model, scheme, skip, include, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and layer.module.weight.is_meta:
             layer.reason = "weight on the meta device: load it first, then quantize"
@@ -121,14 +122,17 @@ def quantize_(
     if never_slower:
         _keep_faster_floats(layers, scheme)
     if strict:
-        _check_strict(layers, report)
-    statistics = {} if calibration is None else _calibrate(model, layers, calibration, scheme, report)
+        _check_strict(layers, report.warnings)
+    statistics: dict[int, InputStatistics] = {}
+    if calibration is not None:
+        statistics = collect_input_statistics(model, [layer.module for layer in _measured(layers)], calibration, scheme)
+        report.warnings += _unseen_inputs(layers, statistics)
     report.warnings += unexpected_results(layers, report, embeddings)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)  # 2 is the decorator
     for layer in layers:
         if layer.reason is None:
-            layer.convert(kind, statistics.pop(id(layer.module), None))
+            layer.convert(layer_options, statistics.pop(id(layer.module), None))
     report.rows = rows_of(layers)
     watch_frozen(model, layers)
     for callback in AFTER_QUANTIZE:
@@ -166,36 +170,34 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
         raise ValueError(f"weight of {name!r} spans more than float32 can hold; nothing was changed")
 
 
-def _calibrate(
-    model: nn.Module,
-    layers: list[Layer],
-    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
-    scheme: QuantScheme,
-    report: QuantizationReport,
-) -> dict[int, InputStatistics]:
-    """By id of the module: the statistics of the inputs of each layer to quantize; a warning for one that saw none."""
-    chosen = [
+def _measured(layers: list[Layer]) -> list[Layer]:
+    """The layers to quantize whose inputs are collected and that are timed: linear ones of a weight of their own."""
+    return [
         layer
         for layer in layers
-        if layer.reason is None and not layer.peers and not isinstance(layer.module, nn.Embedding)
+        if layer.reason is None and not layer.tied and not isinstance(layer.module, nn.Embedding)
     ]
-    statistics = collect_input_statistics(model, [layer.module for layer in chosen], batches, scheme)
-    for layer in chosen:
+
+
+def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:
+    """A warning for each layer that saw no calibration input.
+
+    Raises:
+        ValueError: naming a layer whose inputs were not finite.
+    """
+    messages = []
+    for layer in _measured(layers):
         found = statistics.get(id(layer.module))
         if found is None:
-            report.warnings.append(f"{layer.name} saw no calibration input and is rounded to nearest")
+            messages.append(f"{layer.name} saw no calibration input and is rounded to nearest")
         elif not found.gram.isfinite().all():
             raise ValueError(f"calibration input of {layer.name!r} must be finite, got NaN or Inf; nothing was changed")
-    return statistics
+    return messages
 
 
 def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
     """Give the layers that are faster in float that reason to stay."""
-    chosen = [
-        (layer.names, layer.module)
-        for layer in layers
-        if layer.reason is None and not layer.peers and not isinstance(layer.module, nn.Embedding)
-    ]
+    chosen = [(layer.names, layer.module) for layer in _measured(layers)]
     timings = time_layers(chosen, scheme, ROWS, SECONDS) if chosen else []
     slower = {name: timing for timing in timings if timing.slower for name in timing.layers}
     for layer in layers:
@@ -204,13 +206,13 @@ def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
             layer.reason = f"{SLOWER}: {times}"
 
 
-def _check_strict(layers: list[Layer], report: QuantizationReport) -> None:
+def _check_strict(layers: list[Layer], messages: list[str]) -> None:
     allowed = (SKIPPED, NOT_INCLUDED, SLOWER, NOT_ASKED, QUANTIZED)
     problems = [
         f"{layer.name} stays in float: {layer.reason}"
         for layer in layers
         if layer.reason is not None and not layer.reason.startswith(allowed)
     ]
-    problems += report.warnings
+    problems += messages
     if problems:
         raise ValueError("strict=True, and nothing was changed: " + "; ".join(problems))

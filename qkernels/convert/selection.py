@@ -53,22 +53,27 @@ def find_weights(model: nn.Module) -> list[Layer]:
     return sorted(layers, key=lambda layer: position[id(layer.module)])
 
 
-def plan(
+def select_layers(
     model: nn.Module,
     scheme: QuantScheme,
-    skip: Sequence[str],
-    include: Sequence[str] | None,
-    report: QuantizationReport,
-    tied: Mapping[str, str] | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] | None = None,
     *,
+    ties: Mapping[str, str] | None = None,
     embeddings: bool | str | QuantScheme = False,
-) -> list[Layer]:
-    """The linear layers of `model`, each with its scheme or the reason to stay in float. Nothing is changed.
+) -> tuple[list[Layer], list[str]]:
+    """Decide which layers of `model` are quantized. Nothing is changed.
 
     Args:
         model, scheme, skip, include, embeddings: as in `quantize_`.
-        report: receives a warning for each pattern that matches no layer.
-        tied: full names of parameters that will share one storage, for a model whose weights are not tied yet.
+        ties: full names of parameters (target: source) that will be one, for a model whose weights are not tied yet.
+
+    Returns:
+        All layers and other matrix weights, each with its scheme or the reason to stay in float; and a warning for each
+        pattern that matches none of them.
+
+    Raises:
+        TypeError: if `skip` or `include` is a single string or holds something else than strings.
     """
     for argument, patterns in (("skip", skip), ("include", include)):
         if isinstance(patterns, str):
@@ -77,9 +82,9 @@ def plan(
             if not isinstance(pattern, str):
                 raise TypeError(f"{argument} must be patterns of layer names, such as 'lm_head', got {pattern!r}")
     layers = find_weights(model)
-    _match_patterns(layers, skip, include, report)
+    messages = _match_patterns(layers, skip, include)
     structure = _structure_reasons(model)
-    groups = _tied_groups(model, tied or {})
+    groups = _tied_groups(model, ties or {})
     kept = kept_in_float32(model)
     for layer in layers:
         if layer.reason is None:
@@ -98,9 +103,9 @@ def plan(
         _settle_tied(group, by_module, bool(embeddings))
     embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
     for layer in layers:
-        looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.peers))
+        looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.tied))
         layer.scheme = embedding_scheme if looked_up else scheme
-    return layers
+    return layers, messages
 
 
 def unexpected_results(
@@ -153,7 +158,7 @@ def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, L
     if share and all(member is not None and member.reason is None for member in members):
         if not any(is_conv1d(member.module) for member in members):  # which holds the weight transposed
             for member in members:
-                member.peers = members
+                member.tied = members
             return
     for member, (_, module, _) in zip(members, group, strict=True):
         if member is not None and member.reason is None:
@@ -161,15 +166,16 @@ def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, L
             member.reason = f"tied to {other}"
 
 
-def _match_patterns(
-    layers: list[Layer], skip: Sequence[str], include: Sequence[str] | None, report: QuantizationReport
-) -> None:
+def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[str] | None) -> list[str]:
+    """Give the layers that the patterns leave in float that reason; a warning for each pattern without a match."""
+    messages: list[str] = []
+
     def matched(argument: str, patterns: Sequence[str]) -> set[int]:
         found: set[int] = set()
         for pattern in patterns:
             hits = {id(layer) for layer in layers if any(_matches(pattern, name) for name in layer.names)}
             if not hits:
-                report.warnings.append(f"{argument} pattern {pattern!r} matches no linear layer")
+                messages.append(f"{argument} pattern {pattern!r} matches no linear layer")
             found |= hits
         return found
 
@@ -180,6 +186,7 @@ def _match_patterns(
             layer.reason = SKIPPED
         elif included is not None and id(layer) not in included:
             layer.reason = NOT_INCLUDED
+    return messages
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -235,14 +242,14 @@ def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
     return None
 
 
-def _tied_groups(model: nn.Module, tied: Mapping[str, str]) -> list[list[tuple[str, nn.Module, str]]]:
+def _tied_groups(model: nn.Module, ties: Mapping[str, str]) -> list[list[tuple[str, nn.Module, str]]]:
     """The weights that several modules own: for each, (module's name, module, its name in the module)."""
     owners: dict[object, list[tuple[str, nn.Module, str]]] = {}
-    sources = set(tied.values())
+    sources = set(ties.values())
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 full_name = f"{module_name}.{key}" if module_name else key
-                owner = tied.get(full_name) or (full_name if full_name in sources else id(parameter))
+                owner = ties.get(full_name) or (full_name if full_name in sources else id(parameter))
                 owners.setdefault(owner, []).append((module_name or "the model", module, key))
     return [group for group in owners.values() if len(group) > 1]

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..convert.report import QuantizationReport
-from ..convert.selection import plan
+from ..convert.selection import select_layers
 from ..formats.scheme import QuantScheme
 from ..kernels import isa
 from ..nn.linear import QuantLinear
@@ -98,7 +97,7 @@ def explain(
     if not rows or min(rows) < 1:
         raise ValueError(f"rows must be at least 1, got {', '.join(map(str, rows)) or 'nothing'}")
     parsed = QuantScheme.parse(scheme) if scheme is not None else QuantScheme.parse("w8a8")
-    layers = plan(model, parsed, (), None, QuantizationReport(parsed.name, "frozen", "float"))
+    layers, _ = select_layers(model, parsed)
     chosen = [
         (layer.names, layer.module)
         for layer in layers

@@ -52,10 +52,11 @@ class DiffusersConfig(QuantizationConfigMixin):
         self.scheme = QuantScheme.parse(scheme).name
         self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
-        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
+        # What does not exist is refused here.
+        QuantLinear(1, 1, False, self.scheme, **self.layer_options, device="meta", dtype=torch.float32)
 
     @property
-    def kind(self) -> dict[str, str]:
+    def layer_options(self) -> dict[str, str]:
         """The keywords of `QuantLinear`."""
         return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
 
@@ -91,7 +92,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
         for name, entry in config.layers.items():
             if name not in by_name:
                 raise ValueError(f"config.json names the quantized layer {name}, which {type(model).__name__} lacks")
-            by_name[name].replace(empty_like(by_name[name].module, *layer_entry(entry, config.kind)))
+            by_name[name].replace(empty_like(by_name[name].module, *layer_entry(entry, config.layer_options)))
         lost = unclaimed(self._keys - set(model.state_dict()), model, set(config.layers), "")
         if lost:
             raise ValueError(
@@ -103,9 +104,8 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             model.quantization_report = quantize_(
-                model, config.scheme, config.mode, config.skip, config.include, grad_dtype=config.grad_dtype,
-                weight_scale=config.weight_scale,
-            )  # fmt: skip
+                model, config.scheme, **config.layer_options, skip=config.skip, include=config.include
+            )
             return
         for name, entry in config.layers.items():
             module = model.get_submodule(name)
@@ -117,7 +117,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
                 raise ValueError(f"{name}.{key} of the folder {problem}")
             if isinstance(module, QuantLinear):
                 module.update_column_scales()
-                if layer_entry(entry, config.kind)[1]["mode"] == "int8":
+                if layer_entry(entry, config.layer_options)[1]["mode"] == "int8":
                     module.thaw_int8_()
 
     def _dequantize(self, model):

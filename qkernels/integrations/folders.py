@@ -26,8 +26,8 @@ class _Method(str):
 
 
 METHOD = _Method("qkernels")
-_KIND = ("mode", "grad_dtype", "weight_scale")
-_DEFAULT = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
+LAYER_OPTIONS = ("mode", "grad_dtype", "weight_scale")
+_DEFAULTS = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
@@ -48,31 +48,30 @@ def describe(model: nn.Module) -> dict[str, Any]:
     layers = quantized_layers(model)
     if not layers:
         return {}
-    kinds = {name: kind_of(module) for name, module in layers.items() if isinstance(module, QuantLinear)}
-    common = _DEFAULT
-    if kinds:
-        common = dict(
-            zip(_KIND, Counter(tuple(kind.values()) for kind in kinds.values()).most_common(1)[0][0], strict=True)
-        )
+    options = {name: layer_options_of(module) for name, module in layers.items() if isinstance(module, QuantLinear)}
+    common = _DEFAULTS
+    if options:
+        ((most, _),) = Counter(tuple(own.values()) for own in options.values()).most_common(1)
+        common = dict(zip(LAYER_OPTIONS, most, strict=True))
     entries: dict[str, str | dict[str, str]] = {}
     for name, module in layers.items():
-        own = kinds.get(name, common)
+        own = options.get(name, common)
         entries[name] = module.scheme.name if own == common else {"scheme": module.scheme.name, **own}
     scheme = Counter(module.scheme.name for module in layers.values()).most_common(1)[0][0]
     return {"scheme": scheme, **common, "layers": entries}
 
 
-def kind_of(module: QuantLinear) -> dict[str, str]:
+def layer_options_of(module: QuantLinear) -> dict[str, str]:
     """Its mode, grad_dtype and weight_scale."""
-    return {key: getattr(module, key) for key in _KIND}
+    return {key: getattr(module, key) for key in LAYER_OPTIONS}
 
 
-def layer_entry(entry: str | dict[str, str], kind: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Scheme and kind of a layer from its entry in `layers`; `kind` is that of layers whose entry is a scheme alone."""
+def layer_entry(entry: str | dict[str, str], common: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Scheme and options of a layer from its entry in `layers`; one that is a scheme alone has the `common` options."""
     if isinstance(entry, str):
-        return entry, kind
+        return entry, common
     entry = current_names(entry)
-    return entry["scheme"], {key: entry[key] for key in _KIND}
+    return entry["scheme"], {key: entry[key] for key in LAYER_OPTIONS}
 
 
 def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,15 +80,15 @@ def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def empty_like(
-    module: nn.Module, scheme: str, kind: dict[str, str], dtype: torch.dtype | None = None
+    module: nn.Module, scheme: str, layer_options: dict[str, str], dtype: torch.dtype | None = None
 ) -> QuantLinear | QuantEmbedding:
     """The quantized twin of a float layer, on the meta device, as it is stored: mode "int8" as "frozen"."""
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.like(module, scheme)
     weight = float_weight(module)
-    if kind["mode"] == "int8":
-        kind = {**kind, "mode": "frozen"}
-    options = {**kind, "device": "meta", "dtype": dtype or weight.dtype}
+    if layer_options["mode"] == "int8":
+        layer_options = {**layer_options, "mode": "frozen"}
+    options = {**layer_options, "device": "meta", "dtype": dtype or weight.dtype}
     return QuantLinear(weight.shape[1], weight.shape[0], module.bias is not None, scheme, **options)
 
 

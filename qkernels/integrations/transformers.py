@@ -26,7 +26,7 @@ from ..convert.layers import Layer, rows_of
 from ..convert.leftover import kept_in_float32
 from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
-from ..convert.selection import find_layers, plan, unexpected_results
+from ..convert.selection import find_layers, select_layers, unexpected_results
 from ..convert.watch import watch_frozen
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, storage_dtypes
@@ -95,12 +95,13 @@ class QKernelsConfig(QuantizationConfigMixin):
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
         self.layers = dict(layers or {})
-        QuantLinear(1, 1, False, self.scheme, **self.kind, device="meta", dtype=torch.float32)  # refuses unknown values
+        # What does not exist is refused here.
+        QuantLinear(1, 1, False, self.scheme, **self.layer_options, device="meta", dtype=torch.float32)
         if embeddings and mode != "frozen":
             raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
 
     @property
-    def kind(self) -> dict[str, str]:
+    def layer_options(self) -> dict[str, str]:
         """The keywords of `QuantLinear`."""
         return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
 
@@ -208,11 +209,11 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._restore_layers(model)
             return
         config = self.quantization_config
-        self._report = QuantizationReport(config.scheme, **config.kind)
-        ties = model.all_tied_weights_keys
-        self._layers = plan(
-            model, self.scheme, config.skip, config.include, self._report, tied=ties, embeddings=config.embeddings
-        )
+        self._report = QuantizationReport(config.scheme, **config.layer_options)
+        self._layers, self._report.warnings = select_layers(
+            model, self.scheme, config.skip, config.include, ties=model.all_tied_weights_keys,
+            embeddings=config.embeddings,
+        )  # fmt: skip
         self._report.warnings += unexpected_results(self._layers, self._report, config.embeddings)
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
@@ -229,29 +230,29 @@ class QKernelsHfQuantizer(HfQuantizer):
         layer = self._pending.get(name)
         if layer is None:
             return []
-        peers = [layer, *(peer for peer in layer.peers if peer is not layer)]
-        keys = [f"{alias}.weight" for peer in peers for alias in peer.names]
+        tied = [layer, *(other for other in layer.tied if other is not layer)]
+        keys = [f"{alias}.weight" for member in tied for alias in member.names]
         if layer.converted is not None:  # from the weight of a layer that it is tied to
             return keys
         if tensor.shape != layer.module.weight.shape:
             for key in keys:
                 del self._pending[key]
-            for peer in peers:
-                peer.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
+            for member in tied:
+                member.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
             return []
         config = self.quantization_config
         layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
         try:
-            for peer in peers:
-                peer.convert(config.kind)
+            for member in tied:
+                member.convert(config.layer_options)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         for parameter_name, parameter in layer.module.named_parameters():
             if parameter_name != "bias":
                 parameter._is_hf_initialized = True
-        for peer in peers:
-            _guard_from_initialization(peer.module)
-        if layer.peers:
+        for member in tied:
+            _guard_from_initialization(member.module)
+        if layer.tied:
             _tie_storage(self._model)
         return keys
 
@@ -308,11 +309,11 @@ class QKernelsHfQuantizer(HfQuantizer):
             layer = next((by_name[candidate] for candidate in names if candidate in by_name), None)
             if layer is None or isinstance(layer.module, QuantLinear | QuantEmbedding):
                 continue  # the layer belongs to another head, or is known by a second name
-            scheme, kind = layer_entry(entry, config.kind)
+            scheme, layer_options = layer_entry(entry, config.layer_options)
             # What transformers keeps in float32 beside float16 computes in float32, quantized too.
             dtype = torch.float32 if kept & set(layer.names) else None
-            layer.replace(empty_like(layer.module, scheme, kind, dtype))
-            if kind["mode"] == "int8":
+            layer.replace(empty_like(layer.module, scheme, layer_options, dtype))
+            if layer_options["mode"] == "int8":
                 self._to_thaw.append(layer.module)
             _guard_from_initialization(layer.module)
             self._layers.append(layer)

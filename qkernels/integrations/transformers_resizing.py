@@ -17,6 +17,7 @@ from ..formats.storage import QuantizedWeight
 from ..kernels.quantizers import quantize_weight
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
+from .folders import layer_options_of
 
 _original = PreTrainedModel.resize_token_embeddings
 
@@ -94,8 +95,7 @@ def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
     if not isinstance(layer, QuantLinear | QuantEmbedding):
         return resized
     if isinstance(layer, QuantLinear) and layer.mode != "frozen":
-        kind = {"mode": layer.mode, "grad_dtype": layer.grad_dtype, "weight_scale": layer.weight_scale}
-        return QuantLinear.from_float(resized, layer.scheme, **kind).train(layer.training)
+        return QuantLinear.from_float(resized, layer.scheme, **layer_options_of(layer)).train(layer.training)
     kept = min(len(resized.weight), layer.out_features)
     added = quantize_weight(resized.weight.detach()[kept:], layer.scheme)
     pairs = zip(layer.quantized_weight(), added, strict=True)

@@ -50,9 +50,9 @@ def smooth_(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     config = getattr(model, "config", None)
-    kind = config.get_text_config().model_type if hasattr(config, "get_text_config") else type(model).__name__
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"model type must be one of {', '.join(MODEL_TYPES)}, got {kind}")
+    model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else type(model).__name__
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model type must be one of {', '.join(MODEL_TYPES)}, got {model_type}")
     names = {module: name for name, module in model.named_modules()}
     blocks = [module for module in names if hasattr(module, "self_attn") and hasattr(module, "mlp")]
     layers = [layer for block in blocks for layer in _linears(block)]
@@ -97,8 +97,8 @@ def _smooth_block(block: nn.Module, ranges: Mapping[nn.Module, Tensor], alpha: f
         (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
         (before_mlp, (mlp.gate_proj, mlp.up_proj)),
     ):
-        columns = torch.stack([_column_range(layer) for layer in consumers]).amax(dim=0)
-        factors = _factors(ranges[consumers[0]], columns, alpha)
+        column_ranges = torch.stack([_column_range(layer) for layer in consumers]).amax(dim=0)
+        factors = _factors(ranges[consumers[0]], column_ranges, alpha)
         offset = _offset(norm)
         norm.weight.copy_((norm.weight.to(torch.float32) + offset) / factors - offset)
         for layer in consumers:
@@ -109,11 +109,11 @@ def _smooth_block(block: nn.Module, ranges: Mapping[nn.Module, Tensor], alpha: f
     # Query heads of a group read the same values, channel by channel: one factor for all of them.
     size, kv_heads = attention.head_dim, attention.v_proj.out_features // attention.head_dim
     per_head = (kv_heads, -1, size)
-    seen, columns = (
+    seen, column_ranges = (
         values.view(per_head).amax(dim=1).flatten()
         for values in (ranges[attention.o_proj], _column_range(attention.o_proj))
     )
-    factors = _factors(seen, columns, alpha)
+    factors = _factors(seen, column_ranges, alpha)
     _divide_rows(attention.v_proj, factors)
     queries = attention.o_proj.in_features // (kv_heads * size)
     attention.o_proj.weight.mul_(factors.view(kv_heads, 1, size).expand(-1, queries, -1).flatten())
@@ -123,9 +123,9 @@ def _column_range(layer: nn.Linear) -> Tensor:
     return layer.weight.abs().amax(dim=0).to(torch.float32)
 
 
-def _factors(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
+def _factors(inputs: Tensor, column_ranges: Tensor, alpha: float) -> Tensor:
     """Powers of two near s, whose geometric mean is made 1: only their ratios matter."""
-    exponents = alpha * inputs.clamp(min=TINY).log2() - (1 - alpha) * columns.clamp(min=TINY).log2()
+    exponents = alpha * inputs.clamp(min=TINY).log2() - (1 - alpha) * column_ranges.clamp(min=TINY).log2()
     return (exponents - exponents.mean()).round().exp2()
 
 

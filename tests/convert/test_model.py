@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import qkernels as qk
 from qkernels.convert.model import AFTER_QUANTIZE
-from qkernels.convert.selection import NOT_ASKED
+from qkernels.convert.selection import NOT_ASKED, select_layers
 
 
 class Block(nn.Module):
@@ -417,3 +417,15 @@ def test_peak_memory_stays_below_the_model_and_one_layer():
         peak, final = map(float, line.split())
         assert peak < 1.0, f"the peak lay {peak:.2f} layers above the float model"
         assert final < -4 * (1 - kept) + 0.8, f"{-final:.2f} of 4 float layers were freed"
+
+
+def test_what_follows_the_mode_is_named():
+    with pytest.raises(TypeError, match="positional"):
+        qk.quantize_(Net(), "w8a8", "qat", ["head"])
+    assert qk.quantize_(Net(), "w8a8", "qat").mode == "qat"
+
+
+def test_a_selection_returns_its_warnings():
+    layers, messages = select_layers(Net(), qk.QuantScheme.parse("w8a8"), ["lm_head"], ["up"])
+    assert messages == ["skip pattern 'lm_head' matches no linear layer"]
+    assert [layer.name for layer in layers if layer.reason is None] == ["blocks.0.up", "blocks.1.up"]
