@@ -73,16 +73,6 @@ void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int
   });
 }
 
-void multiply(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias, Output out,
-              const Parallel& parallel) {
-  if (x.rows == 0 || w.n == 0) return;
-  const BiasFloats floats(kernels, bias, w.n);
-  const Choice choice = choose_linear(kernels, w.scheme, x.rows, w.n, w.k, parallel.num_threads);
-  const bool integer = w.scheme.int_activations();
-  const auto driver = integer ? (choice.dots ? int_dot : int_matmul) : (choice.dots ? float_dot : float_matmul);
-  driver(kernels, x, w, floats.get(), out, limit(parallel, x.rows * w.n * w.k));
-}
-
 }  // namespace
 
 void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales, const Parallel& parallel) {
@@ -98,44 +88,37 @@ void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
 }
 
 Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {
-  return choose_linear(kernels(), scheme, m, n, k, threads);
+  const LinearDriver& driver = choose_driver(kernels(), scheme, m);
+  return {driver.name, driver.reason, useful_threads(threads, m * n * k)};
 }
 
-Choice choose_linear(const Kernels& kernels, const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {
-  const DotRows& limits = kernels.dot_rows;
-  const bool integer = scheme.int_activations();
-  const int limit_int8 = scheme.grouped() ? limits.int8_grouped : limits.int8;
-  const int limit_int4 = scheme.grouped() ? limits.int4_grouped : limits.int4;
-  const int dot_rows = !integer ? limits.floats : scheme.weight_bits == 8 ? limit_int8 : limit_int4;
-  const bool dots = m <= dot_rows;
-  const char* kernel = integer ? (dots ? "int_dot" : "int_matmul") : (dots ? "float_dot" : "float_matmul");
-  return {kernel, dots, dot_rows, useful_threads(threads, m * n * k)};
+void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const Bias& bias, const Output& out,
+            const Parallel& parallel) {
+  const int64_t m = x.x.rows;
+  if (m == 0 || w.n == 0) return;
+  const BiasFloats floats(kernels, bias, w.n);
+  const Parallel limited = limit(parallel, m * w.n * w.k);
+  const LinearDriver& driver = choose_driver(kernels, w.scheme, m);
+  driver.prepare(kernels, x, w, limited)->multiply(w, floats.get(), out, limited);
 }
 
 void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel) {
-  multiply(kernels(), x, w, bias, {out, out_dtype}, parallel);
+  linear(kernels(), {x}, w, bias, {out, out_dtype}, parallel);
+}
+
+void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias,
+                             const Output& out, int8_t* qx, float* x_scales, const Parallel& parallel) {
+  const int64_t group = w.scheme.act_group_size, groups = w.scheme.act_groups(x.cols);
+  Buffer<float> group_scales(group != 0 ? x.rows * groups : 0);
+  float* const scales = group != 0 ? group_scales.get() : x_scales;
+  quantize(kernels, x, w.scheme, qx, scales, parallel);
+  linear(kernels, {x, qx, scales}, w, bias, out, parallel);
+  if (group != 0) ungroup(kernels, {qx, scales, x.rows, x.cols}, group, qx, x_scales, parallel);
 }
 
 void linear_with_saved_input(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
                              float* x_scales, const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
-  const Scheme& scheme = w.scheme;
-  const int64_t groups = scheme.act_groups(x.cols);
-  const bool grouped = scheme.act_group_size != 0;
-  Buffer<float> group_scales(grouped ? x.rows * groups : 0);
-  float* const scales = grouped ? group_scales.get() : x_scales;
-  quantize(kernels, x, scheme, qx, scales, parallel);
-  if (x.rows > 0 && w.n > 0) {
-    const Choice choice = choose_linear(kernels, scheme, x.rows, w.n, w.k, parallel.num_threads);
-    if (choice.dots) {  // so few rows that quantizing them once more does not matter
-      multiply(kernels, x, w, bias, {out, out_dtype}, parallel);
-    } else {
-      const BiasFloats floats(kernels, bias, w.n);
-      int_matmul_stored(kernels, {qx, scales, x.rows, x.cols}, w, floats.get(), {out, out_dtype},
-                        limit(parallel, x.rows * w.n * w.k));
-    }
-  }
-  if (grouped) ungroup(kernels, {qx, scales, x.rows, x.cols}, scheme.act_group_size, qx, x_scales, parallel);
+  linear_with_saved_input(kernels(), x, w, bias, {out, out_dtype}, qx, x_scales, parallel);
 }
 
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {

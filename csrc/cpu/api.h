@@ -15,9 +15,8 @@ QK_API void dequantize_weight(const Weight& w, float* out, const Parallel& paral
 
 // How `linear` computes a product: a pure function of its arguments and the ISA in use.
 struct Choice {
-  const char* kernel;  // name of the driver (cpu/drivers/drivers.h)
-  bool dots;           // row dots on the stored weight; otherwise packed panels
-  int dot_rows;        // up to how many rows of x it takes row dots for this scheme
+  const char* driver;  // its name and the reason for it, NOTE [drivers] in cpu/drivers/drivers.h
+  const char* reason;
   int threads;
 };
 
@@ -26,8 +25,8 @@ QK_API Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t 
 // x [M, k] -> out [M, n].
 QK_API void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel);
 
-// The same for an a8 scheme, and x as the gradient of the weight needs it: int8 qx [M, k] with a scale for each row,
-// x_scales [M]. Under an activation group the integers are made anew for one scale a row.
+// `linear` of an a8 scheme that also returns x as the gradient of the weight needs it: int8 qx [M, k] with a scale for
+// each row, x_scales [M]. Under an activation group the integers are made anew for one scale a row.
 QK_API void linear_with_saved_input(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, int8_t* qx,
                                     float* x_scales, const Parallel& parallel);
 
@@ -78,8 +77,8 @@ QK_API void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& sche
 QK_API bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& scheme, void* qweight,
                                    const Parallel& parallel);
 
-// What a gradient with respect to that weight is for w and for the scales (learned step size): out [n, k], of its
-// dtype, is grad where nothing was clamped, else 0; grad_scales [n, groups] is rule 11.
+// Backward of `quantize_weight_scaled` (learned step size): out [n, k], of the dtype of grad, is the gradient of w:
+// grad where nothing was clamped, else 0. grad_scales [n, groups] is that of the scales (rule 11).
 QK_API void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, const Scheme& scheme, void* out,
                            float* grad_scales, const Parallel& parallel);
 

@@ -67,6 +67,7 @@ thread_local Kept kept;
 }  // namespace
 
 Scratch take_scratch(int64_t bytes) {
+  if (bytes == 0) return {nullptr, 0};
   const Scratch found = bytes >= kLarge ? kept.take(bytes) : Scratch{nullptr, 0};
   if (found.data != nullptr) return found;
   void* const data = ::operator new(bytes, kLine, std::nothrow);
@@ -75,6 +76,7 @@ Scratch take_scratch(int64_t bytes) {
 }
 
 void give_scratch(Scratch scratch) {
+  if (scratch.bytes == 0) return;
   if (scratch.bytes >= kLarge) {
     kept.give(scratch);
   } else {

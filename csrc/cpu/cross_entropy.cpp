@@ -6,14 +6,13 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "cpu/api.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/drivers/rows.h"
+#include "cpu/kernels/kernels.h"
 
 namespace qk {
 namespace {
@@ -179,16 +178,14 @@ class CrossEntropy {
     }
     const Matrix x{&rows_[row0 * k * size_of(args_.hidden.dtype)], args_.hidden.dtype, rows, k};
     const int64_t first = range * chunks_ / kRanges, last = (range + 1) * chunks_ / kRanges;
-    const bool dots = choose_linear(kernels_, w_.scheme, rows, width, k, 1).dots, integer = w_.scheme.int_activations();
-    std::optional<IntOperand> packed;  // for all chunks
-    if (integer && !dots && first < last) packed.emplace(kernels_, x, chunk(first), kSerial);
-    const auto driver = integer ? int_dot : dots ? float_dot : float_matmul;
+    if (first == last) return;
+    const LinearDriver& driver = choose_driver(kernels_, w_.scheme, rows);
+    const auto operand = driver.prepare(kernels_, {x}, chunk(first), kSerial);  // for all chunks
     for (int64_t c = first; c < last; ++c) {
       const Weight w = chunk(c);
       const int64_t n0 = c * kChunk;
       const float* bias = args_.bias.data != nullptr ? &bias_[n0] : nullptr;
-      const Output out{logits.get(), DType::float32};
-      packed.has_value() ? packed->multiply(w, bias, out, kSerial) : driver(kernels_, x, w, bias, out, kSerial);
+      operand->multiply(w, bias, {logits.get(), DType::float32}, kSerial);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t m = valid_[first_ + row0 + i];
         const LogitRow row = {
@@ -271,9 +268,14 @@ class CrossEntropy {
 
 }  // namespace
 
+void linear_cross_entropy(const Kernels& kernels, const CrossEntropyArgs& args, const Weight& w,
+                          const CrossEntropyResult& result, const Parallel& parallel) {
+  CrossEntropy(kernels, args, w, result, parallel).run();
+}
+
 void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
                           const Parallel& parallel) {
-  CrossEntropy(kernels(), args, w, result, parallel).run();
+  linear_cross_entropy(kernels(), args, w, result, parallel);
 }
 
 }  // namespace qk

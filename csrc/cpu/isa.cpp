@@ -77,8 +77,9 @@ bool has_amx() {
 bool has_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }  // HWCAP_ASIMDDP
 #endif
 
-// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels/kernels.h. avxvnni goes before
-// avx512, whose vpmaddwd and vpaddd on twice the lanes do half the 8-bit products a cycle; no CPU has just these two.
+// In ascending order of preference. An ISA file adds its line here and its table in cpu/kernels/kernels.h. avxvnni goes
+// before avx512, whose vpmaddwd and vpaddd on twice the lanes do half the 8-bit products a cycle; no CPU has just these
+// two.
 const Isa kIsas[] = {
     {scalar_kernels, [] { return true; }},
 #if defined(__x86_64__)

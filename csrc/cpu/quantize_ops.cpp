@@ -6,8 +6,8 @@
 
 #include "cpu/api.h"
 #include "cpu/buffer.h"
+#include "cpu/drivers/large_results.h"
 #include "cpu/drivers/rows.h"
-#include "cpu/drivers/stream.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 

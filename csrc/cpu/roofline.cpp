@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <thread>
 
-#include "cpu/isa.h"
 #include "cpu/buffer.h"
+#include "cpu/isa.h"
 #include "cpu/kernels/kernels.h"
 
 #if defined(__x86_64__)

@@ -187,8 +187,8 @@ Array<float> int_grad_input(const Array<int8_t>& q_grad, const Array<float>& gra
 py::dict choose_linear(const std::string& scheme, int64_t m, int64_t n, int64_t k, int num_threads) {
   const qk::Choice choice = qk::choose_linear(qk::parse_scheme(scheme), m, n, k, num_threads);
   py::dict result;
-  result["kernel"] = choice.kernel;
-  result["dot_rows"] = choice.dot_rows;
+  result["driver"] = choice.driver;
+  result["reason"] = choice.reason;
   result["threads"] = choice.threads;
   return result;
 }
@@ -221,8 +221,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear", &linear, py::arg("x"), py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
         py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1, "float32 [M, K] -> float32 [M, N].");
   m.def("choose_linear", &choose_linear, py::arg("scheme"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("threads") = 1,
-        "How `linear` computes a product: the driver, the most rows for which it takes row dots, and the threads.");
+        py::arg("threads") = 1, "How `linear` computes a product: the driver, the reason for it, and the threads.");
   m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),
         py::arg("zeros").none(true), py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1,
         "float32 [M, N] -> float32 [M, K].");

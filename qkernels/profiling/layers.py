@@ -124,12 +124,6 @@ def _time(
     choice = native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
     limit = roofline.limit(MatmulCost.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
     return Timing(
-        names, (n, k), m, scheme.name, choice["kernel"], _reason(m, choice["dot_rows"]), choice["threads"], *times,
+        names, (n, k), m, scheme.name, choice["driver"], choice["reason"], choice["threads"], *times,
         *quartiles, limit.seconds, limit.by,
     )  # fmt: skip
-
-
-def _reason(m: int, dot_rows: int) -> str:
-    if m <= dot_rows:
-        return f"up to {dot_rows} rows the stored weight is read in place, row by row"
-    return f"beyond {dot_rows} rows it pays to pack the weight into panels"

@@ -1,5 +1,6 @@
 """What `explain` says of a model's layers, and `quantize_(never_slower=True)`."""
 
+import itertools
 import json
 import time
 
@@ -30,7 +31,7 @@ def test_one_row_for_each_shape_and_number_of_rows():
     ]
     for timing in found.timings:
         assert 0 < timing.limit_seconds and 0 < timing.seconds and 0 < timing.float_seconds
-        assert timing.kernel == ("int_dot" if timing.m == 1 else "int_matmul")
+        assert timing.kernel == ("row_dot" if timing.m == 1 else "int_matmul")
         assert timing.limited_by in str(found) and timing.layers[0] in str(found)
     assert json.loads(json.dumps(found.to_dict()))["timings"][0]["layers"] == ["up", "twin"]
 
@@ -82,13 +83,15 @@ def test_never_slower_leaves_what_is_faster_in_float(monkeypatch):
     assert type(model[1]) is nn.Linear
 
 
-def test_choice_depends_on_the_rows_and_the_work():
+def test_choice_depends_on_the_rows_and_the_work(each_isa):
     for scheme in ("w8a8", "w8a8-ag32", "w4a8", "w4a8-g32", "w8a16"):
-        limit = _native.choose_linear(scheme, 1, 64, 64)["dot_rows"]
-        dots, panels = (_native.choose_linear(scheme, m, 4096, 4096, threads=2) for m in (limit, limit + 1))
-        assert dots["kernel"].endswith("_dot") and panels["kernel"].endswith("_matmul")
-        assert dots["kernel"].startswith("float" if scheme.endswith("a16") else "int")
-        assert (dots["threads"], panels["threads"]) == (2, 2)
+        choices = [_native.choose_linear(scheme, m, 4096, 4096, threads=2) for m in range(1, 200)]
+        drivers = [choice["driver"] for choice in choices]
+        assert len(list(itertools.groupby(drivers))) == len(set(drivers)), "a range of rows each"
+        assert drivers[0].endswith("_dot") and not drivers[-1].endswith("_dot")
+        assert drivers[-1].startswith("float") == scheme.endswith("a16")
+        assert all(choice["threads"] == 2 for choice in choices)
+        assert len({(choice["driver"], choice["reason"]) for choice in choices}) == len(set(drivers))
         assert _native.choose_linear(scheme, 1, 8, 8, threads=2)["threads"] == 1
 
 
@@ -98,6 +101,6 @@ def test_layers_whose_weight_is_trained_are_timed_as_they_multiply(mode):
     qk.quantize_(model, "w8a8", mode=mode)
     found = explain.explain(model, rows=(2,), seconds=0.001)
     assert [(t.layers, t.scheme, t.kernel) for t in found.timings] == [
-        (("up", "twin"), "w8a8", "int_dot"),
-        (("down",), "w8a8", "int_dot"),
+        (("up", "twin"), "w8a8", "row_dot"),
+        (("down",), "w8a8", "row_dot"),
     ]

@@ -74,6 +74,15 @@ def test_forced_instruction_set(program, native_checksums):
 
 
 @pytest.mark.parametrize("isa", TILES)
+def test_the_driver_that_is_named_is_the_one_that_runs(program, isa):
+    command = [QEMU, "-cpu", "max", str(program.with_name("driver_check")), isa]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    drivers = {line.split(":")[0] for line in result.stdout.splitlines()}
+    assert drivers == {"row_dot", "int_matmul", "float_dot", "float_matmul"}
+
+
+@pytest.mark.parametrize("isa", TILES)
 def test_accumulators_stay_in_registers(tmp_path, isa):
     target = tmp_path / "kernels.o"
     source = core_driver.ROOT / f"csrc/cpu/kernels/arm/{isa}.cpp"

@@ -1,4 +1,4 @@
-"""Builds and runs tests/native/core_check.cpp, which computes cases of every scheme with the core alone."""
+"""Builds and runs the programs of tests/native, which compute cases of every scheme with the core alone."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import qkernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests/native/core_check.cpp"
+DRIVERS = ROOT / "tests/native/driver_check.cpp"
 LIBRARY = Path(qkernels.__file__).with_name("libqkernels_core.so")
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{ROOT / 'csrc'}"]
 
@@ -26,12 +27,13 @@ def build(target: Path, compiler: str = "g++") -> Path:
 
 
 def build_with_core(target: Path, compiler: str = "g++", flags: tuple[str, ...] = ()) -> Path:
-    """The driver with a core of its own, compiled with `flags`."""
-    sources = [SOURCE, *ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
-    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    """The driver with a core of its own, compiled with `flags`; beside it driver_check, which looks into the core."""
+    core = [*ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
+    objects = {source: target.with_name(f"{source.stem}.o") for source in (SOURCE, DRIVERS, *core)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda s, o: _call(compiler, *FLAGS, *flags, "-c", s, "-o", o), sources, objects))
-    _call(compiler, *flags, *objects, "-o", target)
+        list(pool.map(lambda s: _call(compiler, *FLAGS, *flags, "-c", s, "-o", objects[s]), objects))
+    for source, program in ((SOURCE, target), (DRIVERS, target.with_name("driver_check"))):
+        _call(compiler, *flags, objects[source], *(objects[s] for s in core), "-o", program)
     return target
 
 

@@ -1,50 +1,79 @@
-// Rows of x as integers, for the drivers that pack them: quantized when they are read, or before.
+// Rows of x as integers, for the drivers that lay them out anew.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/buffer.h"
+#include "cpu/drivers/drivers.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
 
-// Rows of x, quantized on the way. Each thread has its own.
-class QuantizeRows {
+// Reads rows of x with a scale for each `group` values: quantizes them, unless that has been done. Each thread has its
+// own.
+class IntRows {
  public:
-  QuantizeRows(const Kernels& kernels, const Scheme& scheme, const Matrix& x)
-      : kernels_(kernels), x_(x), act_group_(scheme.act_group(x.cols)), floats_(x.cols), q_(x.cols) {}
+  IntRows(const Kernels& kernels, const LinearInput& input, int64_t group)
+      : kernels_(kernels),
+        input_(input),
+        group_(group),
+        groups_(div_up(input.x.cols, group)),
+        floats_(input.q == nullptr ? input.x.cols : 0),
+        integers_(input.q == nullptr ? input.x.cols : 0) {}
 
-  int64_t scales() const { return div_up(x_.cols, act_group_); }  // of a row
+  int64_t groups() const { return groups_; }
 
-  // The integers of row m, with its scales.
+  // The integers of row m; its scales go to scales[groups()].
   const int8_t* operator()(int64_t m, float* scales) {
-    quantize_row(kernels_, x_, m, act_group_, q_.get(), scales, floats_.get());
-    return q_.get();
+    if (input_.q != nullptr) {
+      std::copy_n(input_.scales + m * groups_, groups_, scales);
+      return input_.q + m * input_.x.cols;
+    }
+    quantize_row(kernels_, input_.x, m, group_, integers_.get(), scales, floats_.get());
+    return integers_.get();
   }
 
  private:
   const Kernels& kernels_;
-  const Matrix& x_;
-  int64_t act_group_;
+  const LinearInput& input_;
+  int64_t group_, groups_;
   Buffer<float> floats_;
-  Buffer<int8_t> q_;
+  Buffer<int8_t> integers_;
 };
 
-// Rows that are quantized already, with `groups` scales each.
-class StoredRows {
- public:
-  explicit StoredRows(const QuantizedRows& rows, int64_t groups = 1) : rows_(rows), groups_(groups) {}
-
-  int64_t scales() const { return groups_; }
-
-  const int8_t* operator()(int64_t m, float* scales) const {
-    std::copy_n(rows_.scales + m * groups_, groups_, scales);
-    return rows_.data + m * rows_.cols;
+// Calls f(begin, end) for ranges of the rows of x: by several threads only where there is enough to do for them.
+template <class F>
+void quantize_rows_parallel(const Matrix& x, const Parallel& parallel, const F& f) {
+  constexpr int64_t kMinValues = 1 << 16;
+  if (x.rows * x.cols < kMinValues) {
+    f(0, x.rows);
+  } else {
+    parallel(x.rows, f);
   }
+}
 
- private:
-  const QuantizedRows& rows_;
-  int64_t groups_;
-};
+// What belongs to groups of `stored_group` k, such as scales, for each of `groups` groups of `group` k, which are as
+// large or parts of them.
+template <class T, class U>
+void expand_groups(const T* stored, int64_t stored_group, int64_t group, int64_t groups, U* out, int64_t stride = 1) {
+  if (stored_group <= group) {
+    for (int64_t g = 0; g < groups; ++g) out[g * stride] = stored[g];
+    return;
+  }
+  for (int64_t g = 0, end = stored_group; g < groups; ++g) {
+    if (g * group >= end) ++stored, end += stored_group;
+    out[g * stride] = *stored;
+  }
+}
+
+// Blocks of k as the dot kernels for 4 bits read them: the values at even places, then those at odd ones.
+inline void split_even_odd(const int8_t* q, int64_t k, int64_t block, int8_t* out) {
+  for (int64_t i = 0; i < k; i += block) {
+    for (int64_t j = 0; j < block / 2; ++j) {
+      out[i + j] = q[i + 2 * j];
+      out[i + block / 2 + j] = q[i + 2 * j + 1];
+    }
+  }
+}
 
 }  // namespace qk

@@ -1,4 +1,9 @@
-// The products, for any ISA: matrix drivers (any number of rows) and row-dot drivers (few rows).
+// The products, for any instruction set.
+//
+// NOTE [drivers]. A driver computes a product with the micro-kernels of one table (cpu/kernels/kernels.h). Forward
+// products have several: drivers.cpp lists them, best first, and the first that accepts a product runs it. `linear`,
+// `linear_with_saved_input`, the cross entropy and `explain` all ask choose_driver, so they speak of the same one.
+// All drivers of an a8 scheme give the same bits.
 //
 // NOTE [one table]. An entry point of the core (cpu/api.h) reads qk::kernels() once and hands that table down to all
 // it calls: another thread may force another ISA meanwhile, whose panels are laid out otherwise.
@@ -14,80 +19,65 @@ namespace qk {
 struct Output {
   void* data;  // row-major, contiguous
   DType dtype;
-  bool stream = false;  // stored past the caches, see NOTE [stream] in stream.h
+  bool nontemporal = false;  // stored past the caches, see NOTE [large results] in large_results.h
 };
 
-// x is quantized to int8 and multiplied with the weight's integers; bias [n] may be null. a8 schemes. Both drivers
-// give the same bits.
-void int_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                const Parallel& parallel);
-void int_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-             const Parallel& parallel);
+// x [M, k] of a forward product. If it has been quantized before, as quantize_activation does it, its integers and
+// scales [M, act_groups] are given too; drivers of a8 schemes then read these.
+struct LinearInput {
+  Matrix x;
+  const int8_t* q = nullptr;
+  const float* scales = nullptr;
+};
 
-// x quantized and packed, for int_matmul with several weights of one scheme and k.
-class IntOperand {
+// x as one driver reads it, for products with weights of one scheme and one k.
+class LinearOperand {
  public:
-  IntOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel);
-  ~IntOperand();
+  virtual ~LinearOperand() = default;
 
-  // int_matmul(kernels, x, w, ...)
-  void multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const;
-
- private:
-  struct Packed;
-  const Kernels& kernels_;
-  std::unique_ptr<Packed> packed_;
+  // x times w [n, k], plus bias [n] if it is not null.
+  virtual void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const = 0;
 };
 
-// The same through kernels that multiply tiles of the stored weight, for at most 4 * dot_tile_rows rows of x; whether
-// int_dot leaves the product to it.
-bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows);
-void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                  const Parallel& parallel);
-
-// The same for grouped schemes, through kernels that read the weight row by row; int_dot leaves them to it where the
-// ISA has such kernels.
-void int_group_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                   const Parallel& parallel);
-
-// The same for x that is quantized already, as quantize_activation does it: scales [M, act_groups].
-void int_matmul_stored(const Kernels& kernels, const QuantizedRows& x, const Weight& w, const float* bias, Output out,
-                       const Parallel& parallel);
-
-// x in panels for the tile registers, for products with several grouped weights of one scheme and k; whether int_matmul
-// leaves a product to it.
-bool takes_tile_groups(const Kernels& kernels, const Scheme& scheme);
-class TileOperand {
- public:
-  TileOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel);
-  TileOperand(const Kernels& kernels, const QuantizedRows& x, const Weight& w,
-              const Parallel& parallel);  // quantized already
-  ~TileOperand();
-
-  void multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const;
-
- private:
-  struct Panels;
-  const Kernels& kernels_;
-  std::unique_ptr<Panels> panels_;
+struct LinearDriver {
+  const char* name;
+  const char* reason;  // why no other driver is better for what it accepts
+  bool (*accepts)(const Kernels& kernels, const Scheme& scheme, int64_t m);
+  // w gives the scheme and k. The operand may point to x.
+  std::unique_ptr<LinearOperand> (*prepare)(const Kernels& kernels, const LinearInput& x, const Weight& w,
+                                            const Parallel& parallel);
 };
+
+template <class Operand>
+std::unique_ptr<LinearOperand> prepare(const Kernels& kernels, const LinearInput& x, const Weight& w,
+                                       const Parallel& parallel) {
+  return std::make_unique<Operand>(kernels, x, w, parallel);
+}
+
+// Whether the row dots are faster than what packs the weight (DotRows).
+bool few_rows(const Kernels& kernels, const Scheme& scheme, int64_t m);
+
+extern const LinearDriver kTileDot, kGroupDot, kRowDot, kTileGroups, kIntMatmul, kFloatDot, kFloatMatmul;
+
+// The driver of products with m rows of x.
+const LinearDriver& choose_driver(const Kernels& kernels, const Scheme& scheme, int64_t m);
 
 // grad_out [M, n] times the weight's integers, without its scales -> [M, k]. Grouped weights are requantized to one
 // scale a column, column_scales [k]; null for others. Any scheme.
 void int_matmul_grad_input(const Kernels& kernels, const QuantizedRows& grad_out, const Weight& w,
                            const float* column_scales, Output out, const Parallel& parallel);
 
-// Products with the dequantized weight in float: x [M, k] -> [M, n] ...
-void float_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                  const Parallel& parallel);
-void float_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-               const Parallel& parallel);
-// ... and grad_out [M, n] -> [M, k].
-void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, Output out,
+// grad_out [M, n] times the dequantized weight, in float -> [M, k].
+void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, const Output& out,
                              const Parallel& parallel);
 
 // The functions of these names in cpu/api.h, with a given table.
-Choice choose_linear(const Kernels& kernels, const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads);
+void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const Bias& bias, const Output& out,
+            const Parallel& parallel);
+void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias,
+                             const Output& out, int8_t* qx, float* x_scales, const Parallel& parallel);
+void linear_cross_entropy(const Kernels& kernels, const CrossEntropyArgs& args, const Weight& w,
+                          const CrossEntropyResult& result, const Parallel& parallel);
 void column_scales(const Kernels& kernels, const Weight& w, float* out, const Parallel& parallel);
 
 }  // namespace qk

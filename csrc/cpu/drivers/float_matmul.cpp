@@ -142,9 +142,9 @@ class Bfloat16 {
 
 // A packed block of the weight: panels [kPanels, kBlockUnits, nr], and scratch to make them.
 template <class Format>
-class PackedB {
+class FloatWeightBlock {
  public:
-  PackedB(const Kernels& kernels, const Weight& w, bool grad_input)
+  FloatWeightBlock(const Kernels& kernels, const Weight& w, bool grad_input)
       : kernels_(kernels),
         w_(w),
         grad_input_(grad_input),
@@ -276,7 +276,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
 
     parallel(split.tasks(), [&](int64_t begin, int64_t end) {
       const TileState state(kernels, Format::kUnit * kGroupStep);
-      PackedB<Format> b(kernels, w, grad_input);
+      FloatWeightBlock<Format> b(kernels, w, grad_input);
       Buffer<float> tiles(one_part ? panels * mr * width : 0), ones(std::max(mr, nr)), bias_panel(nr);
       std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
       for (int64_t task = begin; task < end; ++task) {
@@ -340,14 +340,31 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
   (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
 }
 
+// The rows of x are packed block by block, so nothing is kept of them.
+class FloatMatmulOperand : public LinearOperand {
+ public:
+  FloatMatmulOperand(const Kernels& kernels, const LinearInput& input, const Weight&, const Parallel&)
+      : kernels_(kernels), x_(input.x) {}
+
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override {
+    matmul(kernels_, x_, w, false, bias, out, parallel);
+  }
+
+ private:
+  const Kernels& kernels_;
+  Matrix x_;
+};
+
 }  // namespace
 
-void float_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                  const Parallel& parallel) {
-  matmul(kernels, x, w, false, bias, out, parallel);
-}
+const LinearDriver kFloatMatmul = {
+    .name = "float_matmul",
+    .reason = "many rows of x: it pays to make float panels of the weight, a block of it at a time",
+    .accepts = [](const Kernels&, const Scheme& scheme, int64_t) { return !scheme.int_activations(); },
+    .prepare = prepare<FloatMatmulOperand>,
+};
 
-void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, Output out,
+void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, const Output& out,
                              const Parallel& parallel) {
   matmul(kernels, grad_out, w, true, nullptr, out, parallel);
 }

@@ -8,16 +8,15 @@
 // columns; the latter is asked for while the chunk before is multiplied.
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
-#include "cpu/drivers/activations.h"
 #include "cpu/buffer.h"
 #include "cpu/cache.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/large_results.h"
 #include "cpu/drivers/rows.h"
 #include "cpu/drivers/split.h"
-#include "cpu/drivers/stream.h"
 
 namespace qk {
 namespace {
@@ -34,8 +33,8 @@ constexpr int64_t kSegment = 256;
 // Blocks of the weight are small enough that each thread has some of them.
 constexpr int64_t kBlocksPerThread = 4;
 // Rows that are unpacked or requantized at a time there; their segments stay in L1.
-constexpr int64_t kChunk = 64;
-static_assert(kChunk % kGroupStep == 0);
+constexpr int64_t kAcrossRows = 64;
+static_assert(kAcrossRows % kGroupStep == 0);
 constexpr int64_t kMaxGroup = 128;  // of all schemes; the smaller ones divide it
 // A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
 constexpr int64_t kAhead = 16;
@@ -47,7 +46,7 @@ struct Depth {
 };
 
 // What follows from the scheme and the shapes, for one call. The sums of the gradient are not grouped.
-struct Plan {
+struct MatmulShape {
   const Kernels& kernels;
   const NibbleKernels* nibbles;  // null: integer panels
   const Weight& w;
@@ -59,7 +58,7 @@ struct Plan {
   int64_t panels, row_panels;         // of a block of the weight and of A
   int64_t block_units, chunk_units;   // along the depth of a block, of a chunk of it
 
-  Plan(const Kernels& table, const Weight& weight, bool grad_input, int threads)
+  MatmulShape(const Kernels& table, const Weight& weight, bool grad_input, int threads)
       : kernels(table),
         nibbles(weight.scheme.weight_bits == 4 && !grad_input ? kernels.nibbles : nullptr),
         w(weight),
@@ -117,62 +116,69 @@ struct Plan {
 };
 
 // Quantized and packed rows of x.
-struct PackedA {
+struct PackedRows {
   Buffer<uint32_t> panels;     // [panels, units, mr]
   Buffer<uint32_t> sums;       // [panels, steps, mr], see NOTE [nibbles]
   Buffer<float> row_scales;    // [panels, mr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> group_scales;  // [panels, groups, mr], x_grouped only
 
-  PackedA(const Plan& plan, int64_t count)
-      : panels(count * plan.units * plan.mr),
-        sums(count * plan.steps * plan.mr),
-        row_scales(count * plan.mr),
-        group_scales(plan.x_grouped ? count * plan.groups * plan.mr : 0) {}
+  // Rows with a scale for each `act_group` values.
+  PackedRows(const MatmulShape& shape, const LinearInput& x, int64_t act_group, const Parallel& parallel)
+      : PackedRows(shape, div_up(x.x.rows, shape.mr)) {
+    parallel(div_up(x.x.rows, shape.mr), [&](int64_t begin, int64_t end) { pack(shape, x, act_group, begin, end); });
+  }
+
+ private:
+  PackedRows(const MatmulShape& shape, int64_t count)
+      : panels(count * shape.units * shape.mr),
+        sums(count * shape.steps * shape.mr),
+        row_scales(count * shape.mr),
+        group_scales(shape.x_grouped ? count * shape.groups * shape.mr : 0) {}
+
+  // Panels [begin, end).
+  void pack(const MatmulShape& shape, const LinearInput& x, int64_t act_group, int64_t begin, int64_t end);
 };
 
-// Packs panels [begin, end) of the `rows` rows that `read` gives.
-template <class Read>
-void pack_a(const Plan& plan, int64_t rows, Read&& read, int64_t begin, int64_t end, PackedA& packed) {
-  const Kernels& kernels = plan.kernels;
-  const int64_t k = plan.depth, act_group = plan.x_grouped ? plan.w.scheme.act_group(k) : 1;
-  Buffer<float> scales(read.scales());
+void PackedRows::pack(const MatmulShape& shape, const LinearInput& x, int64_t act_group, int64_t begin, int64_t end) {
+  const Kernels& kernels = shape.kernels;
+  const int64_t k = shape.depth, rows = x.x.rows;
+  IntRows read(kernels, x, act_group);
+  Buffer<float> scales(read.groups());
   Buffer<int8_t> zeros(k);
-  Buffer<uint32_t> encoded(plan.mr * plan.units), sums(plan.steps);
-  const bool own_order = kernels.interleave_a != nullptr && plan.nibbles == nullptr;
+  Buffer<uint32_t> encoded(shape.mr * shape.units), row_sums(shape.steps);
+  const bool own_order = kernels.interleave_a != nullptr && shape.nibbles == nullptr;
   const auto interleave = own_order ? kernels.interleave_a : kernels.interleave_int;
-  std::vector<const uint32_t*> sources(plan.mr);
+  std::vector<const uint32_t*> sources(shape.mr);
   std::fill_n(zeros.get(), k, int8_t{0});
   for (int64_t panel = begin; panel < end; ++panel) {
-    for (int i = 0; i < plan.mr; ++i) {
-      const int64_t m = panel * plan.mr + i;
+    for (int i = 0; i < shape.mr; ++i) {
+      const int64_t m = panel * shape.mr + i;
       const int8_t* q = zeros.get();
-      sources[i] = &encoded[i * plan.units];
+      sources[i] = &encoded[i * shape.units];
       if (m < rows) {
         q = read(m, scales.get());
       } else {
-        std::fill_n(scales.get(), read.scales(), 1.0f);
+        std::fill_n(scales.get(), read.groups(), 1.0f);
       }
-      if (plan.nibbles != nullptr) {
-        plan.nibbles->encode_a(q, k, &encoded[i * plan.units], sums.get());
-        for (int64_t s = 0; s < plan.steps; ++s) packed.sums[(panel * plan.steps + s) * plan.mr + i] = sums[s];
+      if (shape.nibbles != nullptr) {
+        shape.nibbles->encode_a(q, k, &encoded[i * shape.units], row_sums.get());
+        for (int64_t s = 0; s < shape.steps; ++s) sums[(panel * shape.steps + s) * shape.mr + i] = row_sums[s];
       } else {
-        kernels.encode_a(q, k, &encoded[i * plan.units]);
-        plan.pad(&encoded[i * plan.units], k, plan.units);
+        kernels.encode_a(q, k, &encoded[i * shape.units]);
+        shape.pad(&encoded[i * shape.units], k, shape.units);
       }
-      packed.row_scales[panel * plan.mr + i] = plan.x_grouped ? 1.0f : scales[0];
-      if (plan.x_grouped) {
-        float* group_scales = &packed.group_scales[panel * plan.groups * plan.mr];
-        for (int64_t g = 0; g < plan.groups; ++g) {
-          group_scales[g * plan.mr + i] = scales[g * plan.group / act_group];
-        }
+      row_scales[panel * shape.mr + i] = shape.x_grouped ? 1.0f : scales[0];
+      if (shape.x_grouped) {
+        float* panel_scales = &group_scales[panel * shape.groups * shape.mr + i];
+        expand_groups(scales.get(), act_group, shape.group, shape.groups, panel_scales, shape.mr);
       }
     }
-    interleave(sources.data(), plan.mr, plan.units, &packed.panels[panel * plan.units * plan.mr]);
+    interleave(sources.data(), shape.mr, shape.units, &panels[panel * shape.units * shape.mr]);
   }
 }
 
 // Panels of the weight, from a column of the product on; columns past the end are zero.
-struct PackedB {
+struct WeightPanels {
   int64_t block_groups;
   Buffer<uint32_t> panels;  // [panels, block_units, nr]
   Buffer<int32_t> start;    // [panels, block_groups, nr], see NOTE [shift]; with nibbles: zero points, see NibbleTile
@@ -180,14 +186,15 @@ struct PackedB {
   Buffer<float> col_scales;    // [panels, nr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> bias;          // [panels, nr], forward only
 
-  explicit PackedB(const Plan& plan)
-      : block_groups(plan.block_groups()),
-        panels(plan.panels * plan.block_units * plan.nr),
-        start(plan.panels * block_groups * plan.nr),
-        group_scales(plan.grouped ? plan.panels * block_groups * plan.nr : 0),
-        col_scales(plan.panels * plan.nr),
-        bias(plan.panels * plan.nr) {
-    if (plan.grouped && !plan.w_grouped) std::fill_n(group_scales.get(), plan.panels * block_groups * plan.nr, 1.0f);
+  explicit WeightPanels(const MatmulShape& shape)
+      : block_groups(shape.block_groups()),
+        panels(shape.panels * shape.block_units * shape.nr),
+        start(shape.panels * block_groups * shape.nr),
+        group_scales(shape.grouped ? shape.panels * block_groups * shape.nr : 0),
+        col_scales(shape.panels * shape.nr),
+        bias(shape.panels * shape.nr) {
+    if (shape.grouped && !shape.w_grouped)
+      std::fill_n(group_scales.get(), shape.panels * block_groups * shape.nr, 1.0f);
   }
 };
 
@@ -195,78 +202,78 @@ struct PackedB {
 // their groups.
 class PackAlong {
  public:
-  PackAlong(const Plan& plan, const float* bias)
-      : plan_(plan),
+  PackAlong(const MatmulShape& shape, const float* bias)
+      : shape_(shape),
         bias_(bias),
-        integers_(plan.block_units * plan.unit),
-        encoded_(plan.nr * plan.block_units),
-        start_(plan.nr * plan.block_groups()),
-        scales_(plan.w_grouped ? plan.nr * plan.block_groups() : 0) {}
+        integers_(shape.block_units * shape.unit),
+        encoded_(shape.nr * shape.block_units),
+        start_(shape.nr * shape.block_groups()),
+        scales_(shape.w_grouped ? shape.nr * shape.block_groups() : 0) {}
 
-  const float* bias(const PackedB& packed, int64_t p) const {
-    return bias_ != nullptr ? &packed.bias[p * plan_.nr] : nullptr;
+  const float* bias(const WeightPanels& packed, int64_t p) const {
+    return bias_ != nullptr ? &packed.bias[p * shape_.nr] : nullptr;
   }
 
-  void operator()(int64_t n0, const Depth& depth, PackedB& packed) {
-    for (int64_t p = 0; p < plan_.panels && n0 < plan_.cols; ++p, n0 += plan_.nr) pack(n0, depth, p, packed);
+  void operator()(int64_t n0, const Depth& depth, WeightPanels& packed) {
+    for (int64_t p = 0; p < shape_.panels && n0 < shape_.cols; ++p, n0 += shape_.nr) pack(n0, depth, p, packed);
   }
 
  private:
   // Panel p, from column n0 on.
-  void pack(int64_t n0, const Depth& depth, int64_t p, PackedB& packed) {
-    const Weight& w = plan_.w;
-    const int nr = plan_.nr;
+  void pack(int64_t n0, const Depth& depth, int64_t p, WeightPanels& packed) {
+    const Weight& w = shape_.w;
+    const int nr = shape_.nr;
     std::vector<const uint32_t*> rows(nr), start(nr), scales(nr);
     float *bias = &packed.bias[p * nr], *col_scales = &packed.col_scales[p * nr];
     for (int j = 0; j < nr; ++j) {
       const int64_t n = n0 + j;
       const bool valid = n < w.n;
-      uint32_t* encoded = &encoded_[j * plan_.block_units];
+      uint32_t* encoded = &encoded_[j * shape_.block_units];
       int32_t* row_start = &start_[j * packed.block_groups];
       rows[j] = encoded;
       start[j] = reinterpret_cast<const uint32_t*>(row_start);
       bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
-      col_scales[j] = valid && !plan_.w_grouped ? w.scales[n] : 1.0f;
+      col_scales[j] = valid && !shape_.w_grouped ? w.scales[n] : 1.0f;
       if (valid) {
         rows[j] = encode(n, depth, encoded, row_start);
       } else {
         std::fill_n(encoded, depth.units, 0u);
         std::fill_n(row_start, depth.groups, 0);
       }
-      if (plan_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), depth, &scales_[j * packed.block_groups]);
+      if (shape_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), depth, &scales_[j * packed.block_groups]);
     }
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
-      plan_.kernels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
+      shape_.kernels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
     };
-    plan_.kernels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * plan_.block_units * nr]);
+    shape_.kernels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * shape_.block_units * nr]);
     interleave(start, &packed.start[p * packed.block_groups * nr]);
-    if (plan_.w_grouped) interleave(scales, &packed.group_scales[p * packed.block_groups * nr]);
+    if (shape_.w_grouped) interleave(scales, &packed.group_scales[p * packed.block_groups * nr]);
   }
 
   // Row n of the weight as units, in place or in `encoded`, and its terms of `start`.
   const uint32_t* encode(int64_t n, const Depth& depth, uint32_t* encoded, int32_t* start) {
-    const Kernels& kernels = plan_.kernels;
-    const Weight& w = plan_.w;
-    if (plan_.nibbles != nullptr) {
+    const Kernels& kernels = shape_.kernels;
+    const Weight& w = shape_.w;
+    if (shape_.nibbles != nullptr) {
       kernels.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
-      std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, plan_.units * plan_.unit - w.k);
-      for (int64_t g = 0; g < plan_.groups; ++g) {
-        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + plan_.weight_group(g)] : 8;
+      std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, shape_.units * shape_.unit - w.k);
+      for (int64_t g = 0; g < shape_.groups; ++g) {
+        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)] : 8;
         start[g] = zero * 0x10001;
       }
       return encoded;
     }
     // Without an encoder bytes are units: 4-bit rows are unpacked in place, 8-bit ones read where they are stored.
-    encoded[div_up(depth.k, plan_.unit) - 1] = 0;
-    plan_.pad(encoded, depth.k, depth.units);
+    encoded[div_up(depth.k, shape_.unit) - 1] = 0;
+    shape_.pad(encoded, depth.k, depth.units);
     auto* bytes = reinterpret_cast<int8_t*>(encoded);
     int8_t* scratch = kernels.encode_b == nullptr ? bytes : integers_.get();
     const int8_t* q = integer_row(kernels, w, n, depth.k0, depth.k, scratch);
-    for (int64_t g = 0, begin = 0; g < depth.groups; ++g, begin += plan_.group) {
-      const int64_t count = std::min(plan_.group, depth.k - begin);
+    for (int64_t g = 0, begin = 0; g < depth.groups; ++g, begin += shape_.group) {
+      const int64_t count = std::min(shape_.group, depth.k - begin);
       start[g] = kernels.a_shift != 0 ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
     }
-    const bool whole = depth.k == depth.units * plan_.unit;
+    const bool whole = depth.k == depth.units * shape_.unit;
     if (kernels.encode_b != nullptr) {
       kernels.encode_b(q, depth.k, encoded);
     } else if (whole && reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0) {
@@ -279,13 +286,13 @@ class PackAlong {
 
   // The scales of the groups of row n, in place or in `expanded`.
   const uint32_t* group_scales(int64_t n, const Depth& depth, float* expanded) const {
-    const float* scales = plan_.w.scales + n * plan_.w.groups;
-    if (plan_.group == plan_.w.group) return reinterpret_cast<const uint32_t*>(scales + depth.g0);
-    for (int64_t g = 0; g < depth.groups; ++g) expanded[g] = scales[plan_.weight_group(depth.g0 + g)];
+    const float* scales = shape_.w.scales + n * shape_.w.groups + shape_.weight_group(depth.g0);
+    if (shape_.group == shape_.w.group) return reinterpret_cast<const uint32_t*>(scales);
+    expand_groups(scales, shape_.w.group, shape_.group, depth.groups, expanded);
     return reinterpret_cast<const uint32_t*>(expanded);
   }
 
-  const Plan& plan_;
+  const MatmulShape& shape_;
   const float* bias_;
   Buffer<int8_t> integers_;   // [block_units * unit]
   Buffer<uint32_t> encoded_;  // [nr, block_units]
@@ -296,20 +303,20 @@ class PackAlong {
 // Depth across the stored rows. Where the scales differ along a row, its integers are made anew for one scale a column.
 class PackAcross {
  public:
-  PackAcross(const Plan& plan, const float* column_scales)
-      : plan_(plan),
+  PackAcross(const MatmulShape& shape, const float* column_scales)
+      : shape_(shape),
         column_scales_(column_scales),
-        width_(plan.panels * plan.nr),
+        width_(shape.panels * shape.nr),
         inverse_(width_),
         integers_(width_),
-        chunk_(kChunk * width_) {}
+        chunk_(kAcrossRows * width_) {}
 
-  static const float* bias(const PackedB&, int64_t) { return nullptr; }
+  static const float* bias(const WeightPanels&, int64_t) { return nullptr; }
 
-  void operator()(int64_t k0, const Depth& depth, PackedB& packed) {
-    const Kernels& kernels = plan_.kernels;
-    const Weight& w = plan_.w;
-    const int64_t cols = std::min(width_, w.k - k0), panel = plan_.block_units * plan_.nr;
+  void operator()(int64_t k0, const Depth& depth, WeightPanels& packed) {
+    const Kernels& kernels = shape_.kernels;
+    const Weight& w = shape_.w;
+    const int64_t cols = std::min(width_, w.k - k0), panel = shape_.block_units * shape_.nr;
     const int64_t first = depth.k0, last = depth.k0 + depth.k;  // rows of the weight
     std::fill_n(packed.col_scales.get(), width_, 1.0f);
     if (column_scales_ != nullptr) {
@@ -320,25 +327,25 @@ class PackAcross {
       const auto* q = reinterpret_cast<const int8_t*>(w.row(first)) + k0;
       kernels.interleave_across(q, w.row_bytes, depth.k, cols, packed.panels.get(), panel);
     } else {
-      for (int64_t n0 = first; n0 < last; n0 += kChunk) {
-        const int64_t rows = std::min(kChunk, last - n0);
+      for (int64_t n0 = first; n0 < last; n0 += kAcrossRows) {
+        const int64_t rows = std::min(kAcrossRows, last - n0);
         for (int64_t r = 0; r < rows; ++r) {
           __builtin_prefetch(w.row(std::min(n0 + r + kAhead, w.n - 1)) + w.scheme.packed_features(k0));
           read(n0 + r, k0, cols, &chunk_[r * width_]);
         }
-        uint32_t* units = &packed.panels[(n0 - first) / plan_.unit * plan_.nr];
+        uint32_t* units = &packed.panels[(n0 - first) / shape_.unit * shape_.nr];
         kernels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
       }
     }
-    for (int64_t p = 0; p * plan_.nr < cols; ++p) {
+    for (int64_t p = 0; p * shape_.nr < cols; ++p) {
       uint32_t* units = &packed.panels[p * panel];
-      std::fill(units + div_up(depth.k, plan_.unit) * plan_.nr, units + depth.units * plan_.nr, 0u);
-      int32_t* start = &packed.start[p * plan_.nr];
+      std::fill(units + div_up(depth.k, shape_.unit) * shape_.nr, units + depth.units * shape_.nr, 0u);
+      int32_t* start = &packed.start[p * shape_.nr];
       if (kernels.column_sums == nullptr) {
-        std::fill_n(start, plan_.nr, 0);
+        std::fill_n(start, shape_.nr, 0);
       } else {
         kernels.column_sums(depth.units, units, start);
-        for (int j = 0; j < plan_.nr; ++j) start[j] *= -kernels.a_shift;
+        for (int j = 0; j < shape_.nr; ++j) start[j] *= -kernels.a_shift;
       }
     }
   }
@@ -346,8 +353,8 @@ class PackAcross {
  private:
   // Columns [k0, k0 + cols) of row n as they are multiplied.
   void read(int64_t n, int64_t k0, int64_t cols, int8_t* out) {
-    const Kernels& kernels = plan_.kernels;
-    const Weight& w = plan_.w;
+    const Kernels& kernels = shape_.kernels;
+    const Weight& w = shape_.w;
     if (column_scales_ == nullptr) {
       integer_row(kernels, w, n, k0, cols, out);
       return;
@@ -360,44 +367,44 @@ class PackAcross {
     }
   }
 
-  const Plan& plan_;
+  const MatmulShape& shape_;
   const float* column_scales_;  // or null: the integers are multiplied as they are
   int64_t width_;
   Buffer<float> inverse_;    // [width]
   Buffer<int8_t> integers_;  // [width]
-  Buffer<int8_t> chunk_;     // [kChunk, width]
+  Buffer<int8_t> chunk_;     // [kAcrossRows, width]
 };
 
 // Tiles of the sums, through the integer panels or the nibbles, and where they go.
 class Multiply {
  public:
-  Multiply(const Plan& plan, const PackedA& a, const PackedB& b) : plan_(plan), a_(a), b_(b) {}
+  Multiply(const MatmulShape& shape, const PackedRows& a, const WeightPanels& b) : shape_(shape), a_(a), b_(b) {}
 
   // Adds the products of panel `panel` of A and panel p of the block of B, which begins with unit `first`, over units
   // [u, end), to a tile, or sets it where they are the first.
   void add(int64_t panel, int64_t p, int64_t first, int64_t u, int64_t end, uint32_t* tile) {
-    const Kernels& kernels = plan_.kernels;
-    const int64_t size = plan_.mr * plan_.nr, g0 = plan_.grouped ? first / plan_.group_units : 0;
-    const int64_t g = plan_.grouped ? u / plan_.group_units : 0, b_group = (p * b_.block_groups + g - g0) * plan_.nr;
-    const uint32_t* a = &a_.panels[(panel * plan_.units + u) * plan_.mr];
-    const uint32_t* b = &b_.panels[(p * plan_.block_units + u - first) * plan_.nr];
+    const Kernels& kernels = shape_.kernels;
+    const int64_t size = shape_.mr * shape_.nr, g0 = shape_.grouped ? first / shape_.group_units : 0;
+    const int64_t g = shape_.grouped ? u / shape_.group_units : 0, b_group = (p * b_.block_groups + g - g0) * shape_.nr;
+    const uint32_t* a = &a_.panels[(panel * shape_.units + u) * shape_.mr];
+    const uint32_t* b = &b_.panels[(p * shape_.block_units + u - first) * shape_.nr];
     const int32_t* start = &b_.start[b_group];
-    if (plan_.nibbles != nullptr || plan_.grouped) {
+    if (shape_.nibbles != nullptr || shape_.grouped) {
       auto* floats = reinterpret_cast<float*>(tile);
-      if (plan_.grouped && u == 0) std::fill_n(floats, size, 0.0f);
-      const float* w_scales = plan_.grouped ? &b_.group_scales[b_group] : nullptr;
-      const float* x_scales = plan_.x_grouped ? &a_.group_scales[(panel * plan_.groups + g) * plan_.mr] : nullptr;
-      plan_.nibbles != nullptr ? add_nibbles(panel, a, b, start, w_scales, x_scales, tile)
-                               : kernels.int_tile_grouped({
-                                     .units = std::min(end, plan_.groups * plan_.group_units) - u,
-                                     .group_units = plan_.group_units,
-                                     .a = a,
-                                     .b = b,
-                                     .start = start,
-                                     .w_scales = w_scales,
-                                     .x_scales = x_scales,
-                                     .tile = floats,
-                                 });
+      if (shape_.grouped && u == 0) std::fill_n(floats, size, 0.0f);
+      const float* w_scales = shape_.grouped ? &b_.group_scales[b_group] : nullptr;
+      const float* x_scales = shape_.x_grouped ? &a_.group_scales[(panel * shape_.groups + g) * shape_.mr] : nullptr;
+      shape_.nibbles != nullptr ? add_nibbles(panel, a, b, start, w_scales, x_scales, tile)
+                                : kernels.int_tile_grouped({
+                                      .units = std::min(end, shape_.groups * shape_.group_units) - u,
+                                      .group_units = shape_.group_units,
+                                      .a = a,
+                                      .b = b,
+                                      .start = start,
+                                      .w_scales = w_scales,
+                                      .x_scales = x_scales,
+                                      .tile = floats,
+                                  });
       return;
     }
     auto* sums = reinterpret_cast<int32_t*>(tile);
@@ -406,25 +413,25 @@ class Multiply {
       return;
     }
     if (u == first && kernels.a_shift != 0) {
-      for (int64_t i = 0; i < size; ++i) tile[i] += static_cast<uint32_t>(start[i % plan_.nr]);
+      for (int64_t i = 0; i < size; ++i) tile[i] += static_cast<uint32_t>(start[i % shape_.nr]);
     }
-    kernels.int_tile(end - u, a, b, sums, plan_.nr, sums);
+    kernels.int_tile(end - u, a, b, sums, shape_.nr, sums);
   }
 
   // Asks L2 for part p of all `panels` parts of a chunk of A.
   void prefetch(int64_t panel, int64_t u, int64_t p, int64_t panels) {
     constexpr int64_t kLineUnits = 64 / sizeof(uint32_t);
-    const int64_t size = std::min(plan_.chunk_units, plan_.units - u) * plan_.mr;
-    const uint32_t* chunk = &a_.panels[(panel * plan_.units + u) * plan_.mr];
+    const int64_t size = std::min(shape_.chunk_units, shape_.units - u) * shape_.mr;
+    const uint32_t* chunk = &a_.panels[(panel * shape_.units + u) * shape_.mr];
     for (int64_t i = p * size / panels; i < (p + 1) * size / panels; i += kLineUnits)
       __builtin_prefetch(chunk + i, 0, 2);
   }
 
   void store(const uint32_t* tile, const TileOutput& output) {
-    if (plan_.grouped) {
-      plan_.kernels.store_float(reinterpret_cast<const float*>(tile), output);
+    if (shape_.grouped) {
+      shape_.kernels.store_float(reinterpret_cast<const float*>(tile), output);
     } else {
-      plan_.kernels.store_int(reinterpret_cast<const int32_t*>(tile), output);
+      shape_.kernels.store_int(reinterpret_cast<const int32_t*>(tile), output);
     }
   }
 
@@ -433,75 +440,75 @@ class Multiply {
   void add_nibbles(int64_t panel, const uint32_t* a, const uint32_t* b, const int32_t* zeros, const float* w_scales,
                    const float* x_scales, uint32_t* tile) {
     const NibbleTile args = {
-        .steps = plan_.steps,
-        .group_steps = plan_.group / kNibbleStep,
+        .steps = shape_.steps,
+        .group_steps = shape_.group / kNibbleStep,
         .a = a,
-        .sums = &a_.sums[panel * plan_.steps * plan_.mr],
+        .sums = &a_.sums[panel * shape_.steps * shape_.mr],
         .b = b,
         .zeros = zeros,
     };
-    if (plan_.grouped) {
-      plan_.nibbles->tile_grouped(args, w_scales, x_scales, reinterpret_cast<float*>(tile));
+    if (shape_.grouped) {
+      shape_.nibbles->tile_grouped(args, w_scales, x_scales, reinterpret_cast<float*>(tile));
     } else {
-      plan_.nibbles->tile(args, reinterpret_cast<int32_t*>(tile));
+      shape_.nibbles->tile(args, reinterpret_cast<int32_t*>(tile));
     }
   }
 
-  const Plan& plan_;
-  const PackedA& a_;
-  const PackedB& b_;
+  const MatmulShape& shape_;
+  const PackedRows& a_;
+  const WeightPanels& b_;
 };
 
 // The product of `rows` packed rows with the weight, which `Pack` packs: PackAlong with the bias, or PackAcross with
 // the scales of the columns. See NOTE [blocks].
 template <class Pack>
-void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const float* pack_argument, Output out,
-                     const Parallel& parallel) {
-  const int64_t width = plan.panels * plan.nr, tile_size = plan.mr * plan.nr;
-  const Split split(div_up(rows, plan.mr), div_up(plan.cols, width), parallel.num_threads);
-  const bool one_chunk = plan.chunk_units == plan.units;
+void multiply_panels(const MatmulShape& shape, int64_t rows, const PackedRows& a, const float* pack_argument,
+                     Output out, const Parallel& parallel) {
+  const int64_t width = shape.panels * shape.nr, tile_size = shape.mr * shape.nr;
+  const Split split(div_up(rows, shape.mr), div_up(shape.cols, width), parallel.num_threads);
+  const bool one_chunk = shape.chunk_units == shape.units;
 
   parallel(split.tasks(), [&](int64_t begin, int64_t end) {
-    const TileState state(plan.kernels, plan.group_bytes());
-    Pack pack(plan, pack_argument);
-    PackedB b(plan);
-    Multiply multiply(plan, a, b);
-    Buffer<uint32_t> tiles(one_chunk ? tile_size : split.max_rows() * plan.panels * tile_size);
+    const TileState state(shape.kernels, shape.group_bytes());
+    Pack pack(shape, pack_argument);
+    WeightPanels b(shape);
+    Multiply multiply(shape, a, b);
+    Buffer<uint32_t> tiles(one_chunk ? tile_size : split.max_rows() * shape.panels * tile_size);
     int64_t packed = -1;  // the first column of a block that holds the whole depth
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = split.column(task) * width, first_panel = split.row_begin(task), last = split.row_end(task);
-      const int64_t panels = std::min(plan.panels, div_up(plan.cols - c0, plan.nr));
-      for (int64_t first = 0; first == 0 || first < plan.units; first += plan.block_units) {
-        const Depth depth = plan.block_depth(first);
+      const int64_t panels = std::min(shape.panels, div_up(shape.cols - c0, shape.nr));
+      for (int64_t first = 0; first == 0 || first < shape.units; first += shape.block_units) {
+        const Depth depth = shape.block_depth(first);
         if (c0 != packed) pack(c0, depth, b);
-        packed = depth.units == plan.units ? c0 : -1;
+        packed = depth.units == shape.units ? c0 : -1;
         const int64_t block_end = first + depth.units;
-        for (int64_t block = first_panel; block < last; block += plan.row_panels) {
-          const int64_t block_last = std::min(block + plan.row_panels, last);
-          for (int64_t u = first; u == first || u < block_end; u += plan.chunk_units) {
-            const int64_t chunk_end = std::min(u + plan.chunk_units, block_end);
+        for (int64_t block = first_panel; block < last; block += shape.row_panels) {
+          const int64_t block_last = std::min(block + shape.row_panels, last);
+          for (int64_t u = first; u == first || u < block_end; u += shape.chunk_units) {
+            const int64_t chunk_end = std::min(u + shape.chunk_units, block_end);
             for (int64_t p = 0; p < panels; ++p) {
               for (int64_t panel = block; panel < block_last; ++panel) {
-                uint32_t* tile = &tiles[one_chunk ? 0 : ((panel - first_panel) * plan.panels + p) * tile_size];
+                uint32_t* tile = &tiles[one_chunk ? 0 : ((panel - first_panel) * shape.panels + p) * tile_size];
                 if (chunk_end < block_end) {
                   multiply.prefetch(panel, chunk_end, p, panels);
-                } else if (panel + plan.row_panels < last) {
-                  multiply.prefetch(panel + plan.row_panels, first, p, panels);
+                } else if (panel + shape.row_panels < last) {
+                  multiply.prefetch(panel + shape.row_panels, first, p, panels);
                 }
                 multiply.add(panel, p, first, u, chunk_end, tile);
-                if (chunk_end < plan.units) continue;
-                const int64_t m0 = panel * plan.mr, n0 = c0 + p * plan.nr;
+                if (chunk_end < shape.units) continue;
+                const int64_t m0 = panel * shape.mr, n0 = c0 + p * shape.nr;
                 multiply.store(tile,
                                {
                                    .row_scales = &a.row_scales[m0],
-                                   .col_scales = &b.col_scales[p * plan.nr],
+                                   .col_scales = &b.col_scales[p * shape.nr],
                                    .bias = pack.bias(b, p),
-                                   .rows = static_cast<int>(std::min<int64_t>(plan.mr, rows - m0)),
-                                   .cols = static_cast<int>(std::min<int64_t>(plan.nr, plan.cols - n0)),
-                                   .out = static_cast<char*>(out.data) + (m0 * plan.cols + n0) * size_of(out.dtype),
-                                   .stride = plan.cols,
+                                   .rows = static_cast<int>(std::min<int64_t>(shape.mr, rows - m0)),
+                                   .cols = static_cast<int>(std::min<int64_t>(shape.nr, shape.cols - n0)),
+                                   .out = static_cast<char*>(out.data) + (m0 * shape.cols + n0) * size_of(out.dtype),
+                                   .stride = shape.cols,
                                    .dtype = out.dtype,
-                                   .stream = out.stream,
+                                   .nontemporal = out.nontemporal,
                                });
               }
             }
@@ -509,68 +516,46 @@ void multiply_panels(const Plan& plan, int64_t rows, const PackedA& a, const flo
         }
       }
     }
-    if (out.stream) plan.kernels.end_stream();
+    if (out.nontemporal) shape.kernels.end_nontemporal();
   });
 }
+
+// x [M, k] for the forward.
+class IntMatmulOperand : public LinearOperand {
+ public:
+  IntMatmulOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel& parallel)
+      : kernels_(kernels),
+        rows_(input.x.rows),
+        packed_(MatmulShape(kernels, w, false, parallel.num_threads), input, w.scheme.act_group(w.k), parallel) {}
+
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override {
+    const MatmulShape shape(kernels_, w, false, parallel.num_threads);
+    multiply_panels<PackAlong>(shape, rows_, packed_, bias, out, parallel);
+  }
+
+ private:
+  const Kernels& kernels_;
+  int64_t rows_;
+  PackedRows packed_;
+};
 
 }  // namespace
 
-struct IntOperand::Packed {
-  explicit Packed(int64_t rows) : rows(rows) {}
-
-  int64_t rows;
-  std::optional<PackedA> panels;
-  std::optional<TileOperand> tiles;
+const LinearDriver kIntMatmul = {
+    .name = "int_matmul",
+    .reason = "many rows of x: it pays to pack the weight into panels, a block of it at a time",
+    .accepts = [](const Kernels&, const Scheme& scheme, int64_t) { return scheme.int_activations(); },
+    .prepare = prepare<IntMatmulOperand>,
 };
-
-IntOperand::IntOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel)
-    : kernels_(kernels), packed_(std::make_unique<Packed>(x.rows)) {
-  if (takes_tile_groups(kernels, w.scheme)) {
-    packed_->tiles.emplace(kernels, x, w, parallel);
-    return;
-  }
-  const Plan plan(kernels, w, false, parallel.num_threads);
-  PackedA& a = packed_->panels.emplace(plan, div_up(x.rows, plan.mr));
-  parallel(div_up(x.rows, plan.mr), [&](int64_t begin, int64_t end) {
-    pack_a(plan, x.rows, QuantizeRows(kernels, w.scheme, x), begin, end, a);
-  });
-}
-
-IntOperand::~IntOperand() = default;
-
-void IntOperand::multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const {
-  if (packed_->tiles.has_value()) {
-    packed_->tiles->multiply(w, bias, out, parallel);
-    return;
-  }
-  const Plan plan(kernels_, w, false, parallel.num_threads);
-  multiply_panels<PackAlong>(plan, packed_->rows, *packed_->panels, bias, out, parallel);
-}
-
-void int_matmul(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                const Parallel& parallel) {
-  IntOperand(kernels, x, w, parallel).multiply(w, bias, out, parallel);
-}
-
-void int_matmul_stored(const Kernels& kernels, const QuantizedRows& x, const Weight& w, const float* bias, Output out,
-                       const Parallel& parallel) {
-  if (takes_tile_groups(kernels, w.scheme))
-    return TileOperand(kernels, x, w, parallel).multiply(w, bias, out, parallel);
-  const Plan plan(kernels, w, false, parallel.num_threads);
-  const int64_t panels = div_up(x.rows, plan.mr), groups = w.scheme.act_groups(x.cols);
-  PackedA a(plan, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, x.rows, StoredRows(x, groups), begin, end, a); });
-  multiply_panels<PackAlong>(plan, x.rows, a, bias, out, parallel);
-}
 
 void int_matmul_grad_input(const Kernels& kernels, const QuantizedRows& grad_out, const Weight& w,
                            const float* column_scales, Output out, const Parallel& parallel) {
-  const Plan plan(kernels, w, true, parallel.num_threads);
-  const int64_t rows = grad_out.rows, panels = div_up(rows, plan.mr);
-  PackedA a(plan, panels);
-  parallel(panels, [&](int64_t begin, int64_t end) { pack_a(plan, rows, StoredRows(grad_out), begin, end, a); });
-  out.stream = begin_stream(plan.kernels, out.data, rows * plan.cols * size_of(out.dtype), parallel);
-  multiply_panels<PackAcross>(plan, rows, a, column_scales, out, parallel);
+  const MatmulShape shape(kernels, w, true, parallel.num_threads);
+  const LinearInput rows = {{nullptr, DType::float32, grad_out.rows, grad_out.cols}, grad_out.data, grad_out.scales};
+  const PackedRows packed(shape, rows, shape.depth, parallel);
+  const int64_t bytes = grad_out.rows * shape.cols * static_cast<int64_t>(size_of(out.dtype));
+  out.nontemporal = begin_nontemporal(kernels, out.data, bytes, parallel);
+  multiply_panels<PackAcross>(shape, grad_out.rows, packed, column_scales, out, parallel);
 }
 
 }  // namespace qk

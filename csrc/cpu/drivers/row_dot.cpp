@@ -1,209 +1,191 @@
 // Few rows of x: every weight row is read once, as it is stored, and multiplied with all of them. Bound by memory
 // bandwidth; nothing is packed. Four weight rows go together, so that one load of x serves four products.
 //
-// NOTE [streams]. The rows that go together are not neighbours: a thread reads its part of the weight as four streams,
-// a quarter of the part apart. Prefetchers follow long streams across pages, and memory delivers more to several of
-// them than to one; rows side by side would be four short streams that end every time a row does.
+// NOTE [read streams]. The rows that go together are not neighbours: a thread reads its part of the weight as four
+// streams, a quarter of the part apart. Prefetchers follow long streams across pages, and memory delivers more to
+// several of them than to one; rows side by side would be four short streams that end every time a row does.
 #include <algorithm>
 #include <bit>
 
 #include "cpu/buffer.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
 namespace {
 
-constexpr int kRows = 4;   // of the weight
-constexpr int kXRows = 4;  // of x, at most, for one call of a dot kernel
+constexpr int kWeightRows = 4;
+constexpr int kXRows = 4;  // at most, for one call of a dot kernel
+constexpr int64_t kXBlock = 64;
 
-// Rows of x are quantized by several threads only if there are as many values as this.
-constexpr int64_t kMinParallelValues = 1 << 16;
-
-// The quantized rows of x, in the layout the dot kernels read. What belongs to a group stands there kRows times, once
-// for each row of the weight.
-struct Activations {
-  int64_t k_padded, groups, act_groups;
-  Buffer<int8_t> q;            // [M, k_padded]
-  Buffer<int16_t> wide;        // [M, k_padded]: the same, where dot_int8_x4 takes int16
-  Buffer<int32_t> sums;        // [M, groups, kRows]: of q, for the shift or the zero points
-  Buffer<float> scales;        // [M, act_groups]
-  Buffer<float> group_scales;  // [M, groups, kRows], grouped activations only
-
-  Activations(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const Parallel& parallel)
-      : k_padded(round_up(x.cols, 64)),
-        groups(div_up(x.cols, scheme.acc_group(x.cols))),
-        act_groups(scheme.act_groups(x.cols)),
-        q(x.rows * k_padded),
-        wide(wants_wide(kernels, x, scheme) ? x.rows * k_padded : 0),
-        sums(x.rows * groups * kRows),
-        scales(x.rows * act_groups),
-        group_scales(scheme.act_group_size != 0 ? x.rows * groups * kRows : 0) {
-    if (x.rows * x.cols < kMinParallelValues) {
-      quantize(kernels, x, scheme, 0, x.rows);
-    } else {
-      parallel(x.rows, [&](int64_t begin, int64_t end) { quantize(kernels, x, scheme, begin, end); });
-    }
-  }
-
-  // Whether blocks of kXRows rows of x take dot_int8_x4.
-  static bool takes_x4(const Kernels& kernels, const Scheme& scheme) {
-    return kernels.dot_int8_x4 != nullptr && scheme.weight_bits == 8 && !scheme.grouped();
-  }
-
- private:
-  static bool wants_wide(const Kernels& kernels, const Matrix& x, const Scheme& scheme) {
-    return takes_x4(kernels, scheme) && kernels.x4_bytes == 2 && x.rows >= kXRows;
-  }
-
-  void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
-    const int64_t k = x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
-    Buffer<float> floats(k);
-    Buffer<int8_t> row(k_padded);
-    for (int64_t m = m_begin; m < m_end; ++m) {
-      std::fill_n(row.get(), k_padded, int8_t{0});
-      float* row_scales = &scales[m * act_groups];
-      quantize_row(kernels, float_row(kernels, x, m, floats.get()), k, act_group, row.get(), row_scales);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = g * group, at = (m * groups + g) * kRows;
-        std::fill_n(&sums[at], kRows, kernels.sum(&row[begin], std::min(group, k - begin)));
-        if (scheme.act_group_size != 0) std::fill_n(&group_scales[at], kRows, row_scales[begin / act_group]);
-      }
-      int8_t* out = &q[m * k_padded];
-      if (scheme.weight_bits == 8) {
-        std::copy_n(row.get(), k_padded, out);
-        if (wants_wide(kernels, x, scheme)) std::copy_n(row.get(), k_padded, &wide[m * k_padded]);
-        continue;
-      }
-      for (int64_t i = 0; i < k_padded; i += 64) {  // blocks of 32 even values, then 32 odd ones
-        for (int64_t j = 0; j < 32; ++j) {
-          out[i + j] = row[i + 2 * j];
-          out[i + 32 + j] = row[i + 2 * j + 1];
-        }
-      }
-    }
-  }
-};
-
-// kRows rows of the weight, with the scales and the zero points of each group of the sums.
-class WeightRows {
+// kWeightRows rows of the weight, with the scales and the zero points of each group of the sums.
+class DotWeightRows {
  public:
-  const uint8_t* rows[kRows];
-  const float* scales[kRows];
+  const uint8_t* rows[kWeightRows];
+  const float* scales[kWeightRows];
 
-  WeightRows(const Kernels& kernels, const Weight& w, int64_t groups)
+  DotWeightRows(const Kernels& kernels, const Weight& w, int64_t groups)
       : kernels_(kernels),
         w_(w),
+        group_(w.scheme.acc_group(w.k)),
         groups_(groups),
-        repeat_(w.scheme.group_size != 0 ? w.group / w.scheme.acc_group(w.k) : groups),
-        group_scales_(w.scheme.group_size != 0 ? groups * kRows : 0),
-        group_zeros_(w.zeros != nullptr ? groups * kRows : 0),
-        expanded_(groups * kRows) {}
+        group_scales_(w.scheme.group_size != 0 ? groups * kWeightRows : 0),
+        group_zeros_(w.zeros != nullptr ? groups * kWeightRows : 0),
+        expanded_(groups * kWeightRows) {}
 
   // Rows n0 + r * stride; past the end the last one is repeated.
   void load(int64_t n0, int64_t stride) {
-    int64_t n[kRows];
-    for (int r = 0; r < kRows; ++r) {
+    int64_t n[kWeightRows];
+    for (int r = 0; r < kWeightRows; ++r) {
       n[r] = std::min(n0 + r * stride, w_.n - 1);
       rows[r] = w_.row(n[r]);
       scales[r] = w_.scales + n[r] * w_.groups;
     }
     if (w_.scheme.group_size != 0) {
-      for (int r = 0; r < kRows; ++r) expand(scales[r], r);
-      interleave(reinterpret_cast<uint32_t*>(group_scales_.get()));
+      for (int r = 0; r < kWeightRows; ++r) expand(scales[r], reinterpret_cast<float*>(&expanded_[r * groups_]));
+      interleave(group_scales_.get());
     }
     if (w_.zeros != nullptr) {
-      for (int r = 0; r < kRows; ++r) expand(w_.zeros + n[r] * w_.groups, r);
-      interleave(reinterpret_cast<uint32_t*>(group_zeros_.get()));
+      for (int r = 0; r < kWeightRows; ++r) expand(w_.zeros + n[r] * w_.groups, &expanded_[r * groups_]);
+      interleave(group_zeros_.get());
     }
   }
 
-  // [groups, kRows]; null: one scale for the row, or no zero points.
+  // [groups, kWeightRows]; null: one scale for the row, or no zero points.
   const float* group_scales() const { return w_.scheme.group_size != 0 ? group_scales_.get() : nullptr; }
   const int32_t* group_zeros() const { return w_.zeros != nullptr ? group_zeros_.get() : nullptr; }
 
  private:
-  static uint32_t bits(float value) { return std::bit_cast<uint32_t>(value); }
-  static uint32_t bits(uint8_t value) { return value; }
-
-  // expanded[r][g] = the value of row r that group g of the sums takes: repeat_ of them share one.
-  template <class T>
-  void expand(const T* values, int r) {
-    uint32_t* row = &expanded_[r * groups_];
-    if (repeat_ == 1) {
-      for (int64_t g = 0; g < groups_; ++g) row[g] = bits(values[g]);
-      return;
-    }
-    for (int64_t g = 0; g < groups_; g += repeat_) {
-      std::fill(row + g, row + std::min(g + repeat_, groups_), bits(*values++));
-    }
+  template <class T, class U>
+  void expand(const T* stored, U* out) const {
+    expand_groups(stored, w_.group, group_, groups_, out);
   }
 
-  void interleave(uint32_t* panel) {
-    const uint32_t* sources[kRows];
-    for (int r = 0; r < kRows; ++r) sources[r] = &expanded_[r * groups_];
-    kernels_.interleave(sources, kRows, groups_, panel);
+  void interleave(void* panel) {
+    const uint32_t* sources[kWeightRows];
+    for (int r = 0; r < kWeightRows; ++r) sources[r] = &expanded_[r * groups_];
+    kernels_.interleave(sources, kWeightRows, groups_, static_cast<uint32_t*>(panel));
   }
 
   const Kernels& kernels_;
   const Weight& w_;
-  int64_t groups_, repeat_;
+  int64_t group_, groups_;
   Buffer<float> group_scales_;
   Buffer<int32_t> group_zeros_;
   Buffer<uint32_t> expanded_;
 };
 
-// The sums of rows m, m + 1, ... of x, of which `left` are left, with kRows rows of the weight; returns how many it
-// did.
-int64_t dot(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t left,
-            int64_t m, int32_t* sums) {
-  const int8_t* q = &x.q[m * x.k_padded];
-  const int64_t group = w.scheme.acc_group(w.k);
-  if (w.scheme.weight_bits == 4) {
-    kernels.dot_int4(q, rows.rows, w.k, group, sums);
+// The quantized rows of x, in the layout the dot kernels read. What belongs to a group stands there kWeightRows times,
+// once for each row of the weight.
+class RowDotOperand : public LinearOperand {
+ public:
+  RowDotOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel& parallel)
+      : kernels_(kernels),
+        rows_(input.x.rows),
+        k_padded_(round_up(w.k, kXBlock)),
+        groups_(div_up(w.k, w.scheme.acc_group(w.k))),
+        act_groups_(w.scheme.act_groups(w.k)),
+        takes_x4_(kernels.dot_int8_x4 != nullptr && w.scheme.weight_bits == 8 && !w.scheme.grouped() &&
+                  rows_ >= kXRows),
+        q_(rows_ * k_padded_),
+        wide_(takes_x4_ && kernels.x4_bytes == 2 ? rows_ * k_padded_ : 0),
+        sums_(rows_ * groups_ * kWeightRows),
+        scales_(rows_ * act_groups_),
+        group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_ * kWeightRows : 0) {
+    quantize_rows_parallel(input.x, parallel,
+                           [&](int64_t begin, int64_t end) { quantize(input, w.scheme, begin, end); });
+  }
+
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override;
+
+ private:
+  void quantize(const LinearInput& input, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
+    const int64_t k = input.x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
+    IntRows read(kernels_, input, act_group);
+    Buffer<int8_t> padded(scheme.weight_bits == 8 ? 0 : k_padded_);
+    for (int64_t m = m_begin; m < m_end; ++m) {
+      float* row_scales = &scales_[m * act_groups_];
+      const int8_t* row = read(m, row_scales);
+      for (int64_t g = 0; g < groups_; ++g) {
+        const int64_t begin = g * group, at = (m * groups_ + g) * kWeightRows;
+        std::fill_n(&sums_[at], kWeightRows, kernels_.sum(row + begin, std::min(group, k - begin)));
+      }
+      if (scheme.act_group_size != 0) {
+        for (int r = 0; r < kWeightRows; ++r)
+          expand_groups(row_scales, act_group, group, groups_, &group_scales_[m * groups_ * kWeightRows + r],
+                        kWeightRows);
+      }
+      int8_t* out = &q_[m * k_padded_];
+      if (scheme.weight_bits == 8) {
+        std::fill(std::copy_n(row, k, out), out + k_padded_, int8_t{0});
+        if (takes_x4_ && kernels_.x4_bytes == 2) std::copy_n(out, k_padded_, &wide_[m * k_padded_]);
+        continue;
+      }
+      std::fill(std::copy_n(row, k, padded.get()), padded.get() + k_padded_, int8_t{0});
+      split_even_odd(padded.get(), k_padded_, kXBlock, out);
+    }
+  }
+
+  // The sums of rows m, m + 1, ... of x with kWeightRows rows of the weight; returns how many rows it did.
+  int64_t dot(const Weight& w, const DotWeightRows& rows, int64_t m, int32_t* sums) const {
+    const int8_t* q = &q_[m * k_padded_];
+    const int64_t group = w.scheme.acc_group(w.k);
+    if (w.scheme.weight_bits == 4) {
+      kernels_.dot_int4(q, rows.rows, w.k, group, sums);
+      return 1;
+    }
+    const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
+    if (takes_x4_ && rows_ - m >= kXRows) {
+      const void* block = kernels_.x4_bytes == 1 ? static_cast<const void*>(q) : &wide_[m * k_padded_];
+      kernels_.dot_int8_x4(block, k_padded_, bytes, w.k, sums);
+      return kXRows;
+    }
+    kernels_.dot_int8(q, bytes, w.k, group, sums);
     return 1;
   }
-  const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
-  if (left >= kXRows && Activations::takes_x4(kernels, w.scheme)) {
-    const void* block = kernels.x4_bytes == 1 ? static_cast<const void*>(q) : &x.wide[m * x.k_padded];
-    kernels.dot_int8_x4(block, x.k_padded, bytes, w.k, sums);
-    return kXRows;
-  }
-  kernels.dot_int8(q, bytes, w.k, group, sums);
-  return 1;
-}
 
-// y[r] from the sums of row m of x with kRows rows of the weight: rule 4.
-void finish(const Kernels& kernels, const Weight& w, const WeightRows& rows, const Activations& x, int64_t m,
-            const int32_t* sums, float (&y)[kRows]) {
-  const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
-  const float x_scale = x.scales[m * x.act_groups];
-  const int zero = w.scheme.weight_bits == 8 ? kernels.dot_shift : 8;
-  const int32_t* x_sums = &x.sums[m * x.groups * kRows];
-  if (!w_grouped && !x_grouped) {
-    for (int r = 0; r < kRows; ++r) {
-      const auto offset = static_cast<uint32_t>(w.zeros != nullptr ? rows.group_zeros()[r] : zero);
-      const uint32_t sum = static_cast<uint32_t>(sums[r]) - offset * static_cast<uint32_t>(x_sums[r]);
-      y[r] = static_cast<float>(static_cast<int32_t>(sum)) * (x_scale * rows.scales[r][0]);
+  // y[r] from the sums of row m of x with kWeightRows rows of the weight: rule 4.
+  void finish(const Weight& w, const DotWeightRows& rows, int64_t m, const int32_t* sums,
+              float (&y)[kWeightRows]) const {
+    const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
+    const float x_scale = scales_[m * act_groups_];
+    const int zero = w.scheme.weight_bits == 8 ? kernels_.dot_shift : 8;
+    const int32_t* x_sums = &sums_[m * groups_ * kWeightRows];
+    if (!w_grouped && !x_grouped) {
+      for (int r = 0; r < kWeightRows; ++r) {
+        const auto offset = static_cast<uint32_t>(w.zeros != nullptr ? rows.group_zeros()[r] : zero);
+        const uint32_t sum = static_cast<uint32_t>(sums[r]) - offset * static_cast<uint32_t>(x_sums[r]);
+        y[r] = static_cast<float>(static_cast<int32_t>(sum)) * (x_scale * rows.scales[r][0]);
+      }
+      return;
     }
-    return;
+    kernels_.combine(
+        {
+            .groups = groups_,
+            .sums = sums,
+            .zeros = rows.group_zeros(),
+            .zero = zero,
+            .x_sums = x_sums,
+            .w_scales = rows.group_scales(),
+            .x_scales = x_grouped ? &group_scales_[m * groups_ * kWeightRows] : nullptr,
+        },
+        y);
+    for (int r = 0; r < kWeightRows; ++r) {
+      if (!w_grouped) y[r] = y[r] * rows.scales[r][0];
+      if (!x_grouped) y[r] = y[r] * x_scale;
+    }
   }
-  kernels.combine(
-      {
-          .groups = x.groups,
-          .sums = sums,
-          .zeros = rows.group_zeros(),
-          .zero = zero,
-          .x_sums = x_sums,
-          .w_scales = rows.group_scales(),
-          .x_scales = x_grouped ? &x.group_scales[m * x.groups * kRows] : nullptr,
-      },
-      y);
-  for (int r = 0; r < kRows; ++r) {
-    if (!w_grouped) y[r] = y[r] * rows.scales[r][0];
-    if (!x_grouped) y[r] = y[r] * x_scale;
-  }
-}
+
+  const Kernels& kernels_;
+  int64_t rows_, k_padded_, groups_, act_groups_;
+  bool takes_x4_;               // blocks of kXRows rows take dot_int8_x4
+  Buffer<int8_t> q_;            // [M, k_padded]
+  Buffer<int16_t> wide_;        // [M, k_padded]: the same, where dot_int8_x4 takes int16
+  Buffer<int32_t> sums_;        // [M, groups, kWeightRows]: of q, for the shift or the zero points
+  Buffer<float> scales_;        // [M, act_groups]
+  Buffer<float> group_scales_;  // [M, groups, kWeightRows], grouped activations only
+};
 
 // Writes y[M, count] (columns n0 .. n0 + count of the output) after adding the bias.
 void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64_t count, int64_t n0, int64_t n,
@@ -218,50 +200,70 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
   }
 }
 
-}  // namespace
-
-void int_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-             const Parallel& parallel) {
-  if (takes_tile_dot(kernels, w.scheme, x.rows)) return int_tile_dot(kernels, x, w, bias, out, parallel);
-  if (kernels.group_dots != nullptr && w.scheme.grouped()) return int_group_dot(kernels, x, w, bias, out, parallel);
-  const Activations activations(kernels, x, w.scheme, parallel);
-
-  parallel(div_up(w.n, kRows), [&](int64_t begin, int64_t end) {
-    const int64_t n0 = begin * kRows, count = std::min(end * kRows, w.n) - n0;
-    WeightRows rows(kernels, w, activations.groups);
-    Buffer<int32_t> sums(kXRows * activations.groups * kRows);
-    Buffer<float> y(x.rows * count);
-    const int64_t stream = end - begin;
-    for (int64_t j = 0; j < stream; ++j) {
-      rows.load(n0 + j, stream);
-      for (int64_t m = 0; m < x.rows;) {
-        const int64_t done = dot(kernels, w, rows, activations, x.rows - m, m, sums.get());
+void RowDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
+  parallel(div_up(w.n, kWeightRows), [&](int64_t begin, int64_t end) {
+    const int64_t n0 = begin * kWeightRows, count = std::min(end * kWeightRows, w.n) - n0;
+    DotWeightRows rows(kernels_, w, groups_);
+    Buffer<int32_t> sums(kXRows * groups_ * kWeightRows);
+    Buffer<float> y(rows_ * count);
+    const int64_t apart = end - begin;  // see NOTE [read streams]
+    for (int64_t j = 0; j < apart; ++j) {
+      rows.load(n0 + j, apart);
+      for (int64_t m = 0; m < rows_;) {
+        const int64_t done = dot(w, rows, m, sums.get());
         for (int64_t i = 0; i < done; ++i, ++m) {
-          float values[kRows];
-          finish(kernels, w, rows, activations, m, &sums[i * activations.groups * kRows], values);
-          for (int64_t r = 0; r < kRows && j + r * stream < count; ++r) y[m * count + j + r * stream] = values[r];
+          float values[kWeightRows];
+          finish(w, rows, m, &sums[i * groups_ * kWeightRows], values);
+          for (int64_t r = 0; r < kWeightRows && j + r * apart < count; ++r) y[m * count + j + r * apart] = values[r];
         }
       }
     }
-    store_columns(kernels, y, x.rows, count, n0, w.n, bias, out);
+    store_columns(kernels_, y, rows_, count, n0, w.n, bias, out);
   });
 }
 
-void float_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-               const Parallel& parallel) {
-  Buffer<float> floats(x.rows * w.k);
-  for (int64_t m = 0; m < x.rows; ++m) kernels.to_float(x.row(m), x.dtype, w.k, &floats[m * w.k]);
+class FloatDotOperand : public LinearOperand {
+ public:
+  FloatDotOperand(const Kernels& kernels, const LinearInput& input, const Weight&, const Parallel&)
+      : kernels_(kernels), rows_(input.x.rows), floats_(input.x.rows * input.x.cols) {
+    kernels.to_float(input.x.data, input.x.dtype, input.x.rows * input.x.cols, floats_.get());
+  }
 
-  parallel(w.n, [&](int64_t begin, int64_t end) {
-    const int64_t count = end - begin;
-    Buffer<int8_t> integers(w.k);
-    Buffer<float> row(w.k), y(x.rows * count);
-    for (int64_t j = 0; j < count; ++j) {
-      dequantize_row(kernels, w, begin + j, 0, w.k, integers.get(), row.get());
-      for (int64_t m = 0; m < x.rows; ++m) y[m * count + j] = kernels.dot_float(&floats[m * w.k], row.get(), w.k);
-    }
-    store_columns(kernels, y, x.rows, count, begin, w.n, bias, out);
-  });
-}
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override {
+    parallel(w.n, [&](int64_t begin, int64_t end) {
+      const int64_t count = end - begin;
+      Buffer<int8_t> integers(w.k);
+      Buffer<float> row(w.k), y(rows_ * count);
+      for (int64_t j = 0; j < count; ++j) {
+        dequantize_row(kernels_, w, begin + j, 0, w.k, integers.get(), row.get());
+        for (int64_t m = 0; m < rows_; ++m) y[m * count + j] = kernels_.dot_float(&floats_[m * w.k], row.get(), w.k);
+      }
+      store_columns(kernels_, y, rows_, count, begin, w.n, bias, out);
+    });
+  }
+
+ private:
+  const Kernels& kernels_;
+  int64_t rows_;
+  Buffer<float> floats_;  // [M, k]
+};
+
+}  // namespace
+
+const LinearDriver kRowDot = {
+    .name = "row_dot",
+    .reason = "few rows of x: each row of the weight is read once, as it is stored, and nothing is packed",
+    .accepts = [](const Kernels& kernels, const Scheme& scheme,
+                  int64_t m) { return scheme.int_activations() && few_rows(kernels, scheme, m); },
+    .prepare = prepare<RowDotOperand>,
+};
+
+const LinearDriver kFloatDot = {
+    .name = "float_dot",
+    .reason = "few rows of x: each row of the weight is read once and made float, and nothing is packed",
+    .accepts = [](const Kernels& kernels, const Scheme& scheme,
+                  int64_t m) { return !scheme.int_activations() && few_rows(kernels, scheme, m); },
+    .prepare = prepare<FloatDotOperand>,
+};
 
 }  // namespace qk

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/rows.h"
 
@@ -18,45 +19,42 @@ constexpr int64_t kMaxPanels = 4;
 constexpr int64_t kPanelsAtOnce = 2;
 
 // Rows of x in panels, quantized.
-struct Panels {
-  int64_t units, panels;
-  Buffer<uint32_t> data;  // [panels, units, tile_rows]
-  Buffer<float> scales;   // [M]
-
-  Panels(const Kernels& kernels, const Matrix& x)
-      : units(round_up(div_up(x.cols, kernels.unit), kernels.depth_step)),
-        panels(div_up(x.rows, kernels.dot_tile_rows)),
-        data(panels * units * kernels.dot_tile_rows),
-        scales(x.rows) {
+class TileDotOperand : public LinearOperand {
+ public:
+  TileDotOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel&)
+      : kernels_(kernels),
+        rows_(input.x.rows),
+        units_(round_up(div_up(w.k, kernels.unit), kernels.depth_step)),
+        panels_(div_up(rows_, kernels.dot_tile_rows)),
+        data_(panels_ * units_ * kernels.dot_tile_rows),
+        scales_(rows_) {
     const int tile_rows = kernels.dot_tile_rows;
-    Buffer<float> floats(x.cols);
-    Buffer<uint32_t> rows(tile_rows * units);
+    IntRows read(kernels, input, w.k);
+    Buffer<uint32_t> rows(tile_rows * units_);
     std::vector<const uint32_t*> sources(tile_rows);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      std::fill_n(rows.get(), tile_rows * units, 0u);
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      std::fill_n(rows.get(), tile_rows * units_, 0u);
       for (int64_t i = 0, m = panel * tile_rows; i < tile_rows; ++i, ++m) {
-        sources[i] = &rows[i * units];
-        if (m >= x.rows) continue;
-        auto* q = reinterpret_cast<int8_t*>(&rows[i * units]);
-        quantize_row(kernels, x, m, x.cols, q, &scales[m], floats.get());
+        sources[i] = &rows[i * units_];
+        if (m < rows_) std::memcpy(&rows[i * units_], read(m, &scales_[m]), w.k);
       }
-      kernels.interleave(sources.data(), tile_rows, units, &data[panel * units * tile_rows]);
+      kernels.interleave(sources.data(), tile_rows, units_, &data_[panel * units_ * tile_rows]);
     }
   }
+
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override;
+
+ private:
+  const Kernels& kernels_;
+  int64_t rows_, units_, panels_;
+  Buffer<uint32_t> data_;  // [panels, units, tile_rows]
+  Buffer<float> scales_;   // [M]
 };
 
-}  // namespace
-
-bool takes_tile_dot(const Kernels& kernels, const Scheme& scheme, int64_t rows) {
-  return kernels.dot_tile != nullptr && !scheme.grouped() && rows >= kMinRows &&
-         rows <= kMaxPanels * kernels.dot_tile_rows;
-}
-
-void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, const float* bias, Output out,
-                  const Parallel& parallel) {
-  const Panels a(kernels, x);
+void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
+  const Kernels& kernels = kernels_;
   const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
-  const int64_t bytes = a.units * kernels.unit;
+  const int64_t bytes = units_ * kernels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
   const auto is_direct = [&](int64_t n0) {
     return w.scheme.weight_bits == 8 && (n0 + block - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
@@ -65,7 +63,7 @@ void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, cons
   parallel(div_up(w.n, block), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
     Buffer<int8_t> copy(block * bytes);
-    Buffer<int32_t> sums(a.panels * block * tile_rows);
+    Buffer<int32_t> sums(panels_ * block * tile_rows);
     Buffer<uint32_t> tile(tile_rows * block);
     Buffer<float> scales(block), bias_block(block);
     std::vector<const uint32_t*> sources(block);
@@ -83,15 +81,15 @@ void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, cons
         rows = copy.get();
         stride = bytes;
       }
-      for (int64_t panel = 0; panel < a.panels; panel += kPanelsAtOnce) {
-        const auto panels = static_cast<int>(std::min(kPanelsAtOnce, a.panels - panel));
-        kernels.dot_tile(a.units, rows, stride, &a.data[panel * a.units * tile_rows], panels,
+      for (int64_t panel = 0; panel < panels_; panel += kPanelsAtOnce) {
+        const auto panels = static_cast<int>(std::min(kPanelsAtOnce, panels_ - panel));
+        kernels.dot_tile(units_, rows, stride, &data_[panel * units_ * tile_rows], panels,
                          &sums[panel * block * tile_rows]);
       }
       std::fill_n(scales.get(), block, 1.0f);
       std::copy_n(w.scales + n0, valid, scales.get());
       if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());
-      for (int64_t panel = 0; panel < a.panels; ++panel) {
+      for (int64_t panel = 0; panel < panels_; ++panel) {
         const int64_t m0 = panel * tile_rows;
         for (int j = 0; j < block; ++j) {
           sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * block + j) * tile_rows]);
@@ -99,10 +97,10 @@ void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, cons
         kernels.interleave(sources.data(), block, tile_rows, tile.get());
         kernels.store_int(reinterpret_cast<const int32_t*>(tile.get()),
                           {
-                              .row_scales = &a.scales[m0],
+                              .row_scales = &scales_[m0],
                               .col_scales = scales.get(),
                               .bias = bias != nullptr ? bias_block.get() : nullptr,
-                              .rows = static_cast<int>(std::min<int64_t>(tile_rows, x.rows - m0)),
+                              .rows = static_cast<int>(std::min<int64_t>(tile_rows, rows_ - m0)),
                               .cols = static_cast<int>(valid),
                               .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
                               .stride = w.n,
@@ -112,5 +110,18 @@ void int_tile_dot(const Kernels& kernels, const Matrix& x, const Weight& w, cons
     }
   });
 }
+
+}  // namespace
+
+const LinearDriver kTileDot = {
+    .name = "tile_dot",
+    .reason = "3 to 64 rows of x and no groups: tiles are loaded from the weight as it is stored, which is read once",
+    .accepts =
+        [](const Kernels& kernels, const Scheme& scheme, int64_t m) {
+          return kernels.dot_tile != nullptr && scheme.int_activations() && !scheme.grouped() && m >= kMinRows &&
+                 m <= kMaxPanels * kernels.dot_tile_rows;
+        },
+    .prepare = prepare<TileDotOperand>,
+};
 
 }  // namespace qk

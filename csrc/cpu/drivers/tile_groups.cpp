@@ -9,8 +9,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/drivers/activations.h"
 #include "cpu/cache.h"
+#include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
 
 namespace qk {
@@ -23,60 +23,13 @@ constexpr int64_t kPad = 64;  // keeps the rows of a chunk out of each other's c
 constexpr int64_t kMostPanels = 16;
 constexpr int64_t kL2PerBlock = 2;  // a block of x takes this part of L2
 
-}  // namespace
-
-// Panels of kTileRows rows of x, and what belongs to their groups.
-struct TileOperand::Panels {
-  int64_t rows, units, groups, panels;
-  Buffer<uint32_t> data;       // [panels, units, kTileRows]
-  Buffer<float> group_scales;  // [panels, groups, kTileRows], grouped activations only
-  Buffer<float> row_scales;    // [panels, kTileRows]: 1 where the group scales hold it
-
-  Panels(const Kernels& kernels, const Weight& w, int64_t rows)
-      : rows(rows),
-        units(round_up(w.k, kMaxGroup) / kernels.unit),
-        groups(div_up(w.k, w.scheme.acc_group(w.k))),
-        panels(div_up(rows, kTileRows)),
-        data(panels * units * kTileRows),
-        group_scales(w.scheme.act_group_size != 0 ? panels * groups * kTileRows : 0),
-        row_scales(panels * kTileRows) {}
-
-  // Panels [begin, end) of the rows that `read` gives.
-  template <class Read>
-  void pack(const Kernels& kernels, const Weight& w, Read&& read, int64_t begin, int64_t end) {
-    const int64_t k = w.k, group = w.scheme.acc_group(k);
-    const bool x_grouped = w.scheme.act_group_size != 0;
-    Buffer<uint32_t> integers(kTileRows * units);
-    Buffer<float> scales(read.scales());
-    const uint32_t* sources[kTileRows];
-    for (int64_t panel = begin; panel < end; ++panel) {
-      std::memset(integers.get(), 0, kTileRows * units * sizeof(uint32_t));
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        const int64_t m = panel * kTileRows + i;
-        sources[i] = &integers[i * units];
-        std::fill_n(scales.get(), read.scales(), 0.0f);
-        auto* q = reinterpret_cast<int8_t*>(&integers[i * units]);
-        if (m < rows) std::memcpy(q, read(m, scales.get()), k);
-        row_scales[m] = x_grouped ? 1.0f : scales[0];
-        if (!x_grouped) continue;
-        for (int64_t g = 0, at = panel * groups * kTileRows + i; g < groups; ++g, at += kTileRows) {
-          group_scales[at] = scales[g * group / w.scheme.act_group_size];
-        }
-      }
-      kernels.interleave(sources, kTileRows, units, &data[panel * units * kTileRows]);
-    }
-  }
-};
-
-namespace {
-
 // kBlock rows of the weight: a chunk of their integers, and the scales of all groups of the sums. Past the end the last
 // row is repeated.
-class WeightBlock {
+class TileWeightBlock {
  public:
   static constexpr int64_t kStride = kChunk + kPad;
 
-  WeightBlock(const Kernels& kernels, const Weight& w, int64_t groups)
+  TileWeightBlock(const Kernels& kernels, const Weight& w, int64_t groups)
       : kernels_(kernels),
         w_(w),
         groups_(groups),
@@ -86,13 +39,9 @@ class WeightBlock {
 
   void load_scales(int64_t n0) {
     if (w_.scheme.group_size == 0) return;
-    const int64_t repeat = w_.group / group_;
     for (int64_t r = 0; r < kBlock; ++r) {
       const float* stored = w_.scales + std::min(n0 + r, w_.n - 1) * w_.groups;
-      float* row = &scales_[r * groups_];
-      if (repeat == 1) std::copy_n(stored, groups_, row);
-      for (int64_t g = 0; repeat > 1 && g < groups_; g += repeat)
-        std::fill(row + g, row + std::min(g + repeat, groups_), *stored++);
+      expand_groups(stored, w_.group, group_, groups_, &scales_[r * groups_]);
     }
   }
 
@@ -123,9 +72,9 @@ class WeightBlock {
 };
 
 // Totals of kBlock rows of the weight and panels [first, last) of x, to their place in the result.
-class Store {
+class StoreTotals {
  public:
-  Store(const Kernels& kernels, const Weight& w, const float* bias, Output out, int64_t rows)
+  StoreTotals(const Kernels& kernels, const Weight& w, const float* bias, Output out, int64_t rows)
       : kernels_(kernels), w_(w), bias_(bias), out_(out), rows_(rows) {
     std::fill_n(col_scales_, kBlock, 1.0f);
   }
@@ -163,44 +112,71 @@ class Store {
   alignas(64) uint32_t tile_[kTileRows * kBlock];
 };
 
-}  // namespace
+// Panels of kTileRows rows of x, and what belongs to their groups.
+class TileGroupsOperand : public LinearOperand {
+ public:
+  TileGroupsOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel& parallel)
+      : kernels_(kernels),
+        rows_(input.x.rows),
+        units_(round_up(w.k, kMaxGroup) / kernels.unit),
+        groups_(div_up(w.k, w.scheme.acc_group(w.k))),
+        panels_(div_up(rows_, kTileRows)),
+        data_(panels_ * units_ * kTileRows),
+        group_scales_(w.scheme.act_group_size != 0 ? panels_ * groups_ * kTileRows : 0),
+        row_scales_(panels_ * kTileRows) {
+    parallel(panels_, [&](int64_t begin, int64_t end) { pack(input, w.scheme, begin, end); });
+  }
 
-bool takes_tile_groups(const Kernels& kernels, const Scheme& scheme) {
-  return kernels.dot_tile_grouped != nullptr && scheme.grouped();
-}
+  void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override;
 
-TileOperand::TileOperand(const Kernels& kernels, const Matrix& x, const Weight& w, const Parallel& parallel)
-    : kernels_(kernels), panels_(std::make_unique<Panels>(kernels, w, x.rows)) {
-  parallel(panels_->panels, [&](int64_t begin, int64_t end) {
-    panels_->pack(kernels, w, QuantizeRows(kernels, w.scheme, x), begin, end);
-  });
-}
+ private:
+  // Panels [begin, end).
+  void pack(const LinearInput& input, const Scheme& scheme, int64_t begin, int64_t end) {
+    const int64_t k = input.x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
+    const bool x_grouped = scheme.act_group_size != 0;
+    IntRows read(kernels_, input, act_group);
+    Buffer<uint32_t> integers(kTileRows * units_);
+    Buffer<float> scales(read.groups());
+    const uint32_t* sources[kTileRows];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      std::memset(integers.get(), 0, kTileRows * units_ * sizeof(uint32_t));
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const int64_t m = panel * kTileRows + i;
+        sources[i] = &integers[i * units_];
+        std::fill_n(scales.get(), read.groups(), 0.0f);
+        if (m < rows_) std::memcpy(&integers[i * units_], read(m, scales.get()), k);
+        row_scales_[m] = x_grouped ? 1.0f : scales[0];
+        if (!x_grouped) continue;
+        expand_groups(scales.get(), act_group, group, groups_, &group_scales_[panel * groups_ * kTileRows + i],
+                      kTileRows);
+      }
+      kernels_.interleave(sources, kTileRows, units_, &data_[panel * units_ * kTileRows]);
+    }
+  }
 
-TileOperand::TileOperand(const Kernels& kernels, const QuantizedRows& x, const Weight& w, const Parallel& parallel)
-    : kernels_(kernels), panels_(std::make_unique<Panels>(kernels, w, x.rows)) {
-  parallel(panels_->panels, [&](int64_t begin, int64_t end) {
-    panels_->pack(kernels, w, StoredRows(x, w.scheme.act_groups(x.cols)), begin, end);
-  });
-}
+  const Kernels& kernels_;
+  int64_t rows_, units_, groups_, panels_;
+  Buffer<uint32_t> data_;       // [panels, units, kTileRows]
+  Buffer<float> group_scales_;  // [panels, groups, kTileRows], grouped activations only
+  Buffer<float> row_scales_;    // [panels, kTileRows]: 1 where the group scales hold it
+};
 
-TileOperand::~TileOperand() = default;
-
-void TileOperand::multiply(const Weight& w, const float* bias, Output out, const Parallel& parallel) const {
+void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Output& out,
+                                 const Parallel& parallel) const {
   const Kernels& kernels = kernels_;
-  const Panels& x = *panels_;
   const bool x_grouped = w.scheme.act_group_size != 0;
-  const int64_t group = w.scheme.acc_group(w.k), block_panels = std::min(kMostPanels, x.panels);
+  const int64_t group = w.scheme.acc_group(w.k), block_panels = std::min(kMostPanels, panels_);
   const int64_t fits = l2_bytes() / kL2PerBlock / (block_panels * kTileRows);  // of the depth, a byte each
   const int64_t depth = std::max(fits / kChunk * kChunk, kChunk);
   const int64_t block_totals = block_panels * kBlock * kTileRows;
 
   parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, group);
-    WeightBlock block(kernels, w, x.groups);
+    TileWeightBlock block(kernels, w, groups_);
     Buffer<float> totals((depth < w.k ? end - begin : 1) * block_totals);
-    Store store(kernels, w, bias, out, x.rows);
-    for (int64_t first = 0; first < x.panels; first += block_panels) {
-      const int64_t last = std::min(first + block_panels, x.panels);
+    StoreTotals store(kernels, w, bias, out, rows_);
+    for (int64_t first = 0; first < panels_; first += block_panels) {
+      const int64_t last = std::min(first + block_panels, panels_);
       for (int64_t k_begin = 0; k_begin < w.k; k_begin += depth) {
         const int64_t k_end = std::min(k_begin + depth, w.k);
         for (int64_t b = begin; b < end; ++b) {
@@ -215,22 +191,36 @@ void TileOperand::multiply(const Weight& w, const float* bias, Output out, const
                 .groups = div_up(std::min(kChunk, w.k - k0), group),
                 .group = group,
                 .w = block.integers(),
-                .stride = WeightBlock::kStride,
+                .stride = TileWeightBlock::kStride,
                 .panels = last - first,
-                .x = &x.data[(first * x.units + k0 / kernels.unit) * kTileRows],
-                .x_stride = x.units * kTileRows,
+                .x = &data_[(first * units_ + k0 / kernels.unit) * kTileRows],
+                .x_stride = units_ * kTileRows,
                 .w_scales = block.scales() != nullptr ? block.scales() + g0 : nullptr,
-                .row_groups = x.groups,
-                .x_scales = x_grouped ? &x.group_scales[(first * x.groups + g0) * kTileRows] : nullptr,
-                .x_scales_stride = x.groups * kTileRows,
+                .row_groups = groups_,
+                .x_scales = x_grouped ? &group_scales_[(first * groups_ + g0) * kTileRows] : nullptr,
+                .x_scales_stride = groups_ * kTileRows,
                 .totals = block_total,
             });
           }
-          if (k_end == w.k) store(x.row_scales.get(), n0, first, last, block_total);
+          if (k_end == w.k) store(row_scales_.get(), n0, first, last, block_total);
         }
       }
     }
   });
 }
+
+}  // namespace
+
+const LinearDriver kTileGroups = {
+    .name = "tile_groups",
+    .reason =
+        "many rows of x and a grouped scheme: the rows of the weight are the rows of tiles, whose sums are scaled "
+        "group by group",
+    .accepts =
+        [](const Kernels& kernels, const Scheme& scheme, int64_t) {
+          return kernels.dot_tile_grouped != nullptr && scheme.int_activations() && scheme.grouped();
+        },
+    .prepare = prepare<TileGroupsOperand>,
+};
 
 }  // namespace qk

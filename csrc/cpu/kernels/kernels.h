@@ -29,8 +29,8 @@
 // so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
 #pragma once
 
-#include "common/types.h"
 #include "common/philox.h"
+#include "common/types.h"
 
 namespace qk {
 
@@ -76,7 +76,7 @@ struct TileOutput {
   void* out;
   int64_t stride;  // elements from one row of out to the next
   DType dtype;
-  bool stream = false;  // past the caches, if the ISA can; see end_stream
+  bool nontemporal = false;  // past the caches, if the ISA can; see end_nontemporal
 };
 
 // What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
@@ -274,7 +274,7 @@ struct Kernels {
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
   // Makes what a thread has stored past the caches visible to others. Null: the ISA stores nothing so.
-  void (*end_stream)() = nullptr;
+  void (*end_nontemporal)() = nullptr;
 
   // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
   // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.

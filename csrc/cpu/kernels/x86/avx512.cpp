@@ -78,7 +78,7 @@ const Kernels& avx512_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
-      .end_stream = end_stream,
+      .end_nontemporal = end_nontemporal,
       .dot_rows = {16, 8, 8, 4, 4},
       .dot_shift = 0,
       .dot_int8 = dot_int8,

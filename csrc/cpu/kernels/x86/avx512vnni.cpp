@@ -83,7 +83,7 @@ const Kernels& avx512vnni_kernels() {
       .nibbles = nullptr,
       .store_int = store_int,
       .store_float = store_float,
-      .end_stream = end_stream,
+      .end_nontemporal = end_nontemporal,
       .dot_rows = {32, 12, 12, 16, 4},
       .dot_shift = 128,
       .dot_int8 = dot_int8,

@@ -1,9 +1,9 @@
 // Results that are larger than the caches.
 //
-// NOTE [stream]. The gradient of a weight is larger than the caches and often lies in memory that is fresh from the
-// system, whose pages are cleared when they are first written to. Threads that work on neighbouring columns get to the
-// same pages at the same time, and all fault on them. So the system is asked to map them first, for each by one thread,
-// and the result is stored past the caches, which hold the operands.
+// NOTE [large results]. The gradient of a weight is larger than the caches and often lies in memory that is fresh from
+// the system, which clears a page when it is first written to. Threads that work on neighbouring columns get to the
+// same pages at the same time, and all fault on them. So the system is asked to map the pages first, each by one
+// thread, and the result is stored past the caches (non-temporal stores), which hold the operands.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/parallel.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/parallel.h"
 
 namespace qk {
 
@@ -34,8 +34,8 @@ inline void map_pages(void* out, int64_t bytes, const Parallel& parallel) {
 }
 
 // Whether a result of this size is to be stored past the caches; maps its pages if so.
-inline bool begin_stream(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
-  if (kernels.end_stream == nullptr || bytes < kLargeResult) return false;
+inline bool begin_nontemporal(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
+  if (kernels.end_nontemporal == nullptr || bytes < kLargeResult) return false;
   map_pages(out, bytes, parallel);
   return true;
 }
