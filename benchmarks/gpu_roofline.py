@@ -23,7 +23,7 @@ from gpu_emulation.usage import usage  # noqa: E402
 
 from qkernels import QuantScheme, quantize_weight  # noqa: E402
 from qkernels.bench.results import Results  # noqa: E402
-from qkernels.kernels.triton import matmul_plans  # noqa: E402
+from qkernels.kernels.triton import ops  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpu.md"
 LAYER = (14336, 4096)  # N, K: Llama-8B, up_proj
@@ -135,7 +135,7 @@ def counts() -> str:
     for scheme, m in (("w8a8", 128), ("w4a8-g128", 128), ("w4a16-g128", 128), ("w8a8", 16), ("w4a8-g128", 16)):
         torch.manual_seed(0)
         x, weight = torch.randn(m, 512).to(torch.bfloat16), quantize_weight(torch.randn(128, 512), scheme)
-        _, launches = matmul_plans.linear(x, *weight, None, scheme, device=TARGETS["sm_80"])
+        _, launches = ops.plan("linear", (x, *weight, None, scheme), TARGETS["sm_80"])
         least = -(-m // 16) * 128 // 8 * 512 // (32 if QuantScheme.parse(scheme).int_activations else 16)
         for launch in launches:
             statistics = Statistics()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import qkernels as qk
-from qkernels.kernels import cuda_library, isa, ops, reference
+from qkernels.kernels import arguments, cuda_library, isa, ops, reference
 
 SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a16-g32", "w8a16")
 
@@ -53,7 +53,7 @@ def check_products() -> None:
             with isa.force(name):
                 for rows in (1, 20, 130):
                     args = (torch.randn(rows, 300), layer.qweight, layer.scales, layer.zeros, layer.bias, scheme)
-                    actual, expected = ops.linear(*args), reference.linear(*args)
+                    actual, expected = ops.linear(*args), reference.linear(*arguments.bundle("linear", args))
                     if "a8" in scheme:
                         assert torch.equal(actual, expected), f"{scheme} on {name}: not the bits of the reference"
                     else:

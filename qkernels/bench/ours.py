@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedWeight
+from ..formats.storage import QuantizedWeight, StoredWeight
 from ..kernels import ops, reference
 from ..kernels.quantizers import quantize_activation, quantize_weight
 from ..nn.linear import QuantLinear
@@ -64,11 +63,11 @@ class Operator(Candidate):
             WrongResult: unless they are equal (a8 forward) or, but for the last place of a value, within
                 `FLOAT_TOLERANCE`.
         """
-        stored, case, name = self.stored(weight), self.case, self.scheme.name
+        case, known = self.case, StoredWeight(*self.stored(weight), self.case.k, self.scheme)
         if case.direction == GRAD_INPUT:
-            expected = reference.linear_grad_input(x, *stored, case.k, name)
+            expected = reference.linear_grad_input(x, known)
         else:
-            expected = reference.linear(x, *stored, bias, name)
+            expected = reference.linear(x, known, bias)
         if case.direction != GRAD_INPUT and self.scheme.int_activations:
             return self._expect_equal(out, expected)
         expected = expected.to(torch.float32)
@@ -113,17 +112,16 @@ class IntGradient(Operator):
         return q, scales[:, 0]
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-        arguments = self._arguments(ops, weight)
-        return lambda grad: ops.int_grad_input(*grad, *arguments, out_dtype=self.dtype)
+        arguments = (*(None if tensor is None else tensor.clone() for tensor in self.stored(weight)), self.case.k)
+        arguments = (*arguments, self.scheme.name)
+        column_scales = None if self.scheme.group_size is None else ops.column_scales(*arguments)
+        return lambda grad: ops.int_grad_input(*grad, *arguments, column_scales, out_dtype=self.dtype)
 
     def verify(self, x: tuple[Tensor, Tensor], out: Tensor, weight: Tensor, bias: Tensor) -> str:
-        expected = reference.int_grad_input(*x, *self._arguments(reference, weight), out_dtype=self.dtype)
+        known = StoredWeight(*self.stored(weight), self.case.k, self.scheme)
+        column_scales = None if self.scheme.group_size is None else reference.column_scales(known)
+        expected = reference.int_grad_input(*x, known, column_scales, out_dtype=self.dtype)
         return self._expect_equal(out, expected)
-
-    def _arguments(self, backend: ModuleType, weight: Tensor) -> tuple:
-        stored = (None if tensor is None else tensor.clone() for tensor in self.stored(weight))
-        arguments = (*stored, self.case.k, self.scheme.name)
-        return *arguments, None if self.scheme.group_size is None else backend.column_scales(*arguments)
 
 
 class Module(Operator):

@@ -51,3 +51,34 @@ def dequantize_weight(
     scheme = QuantScheme.parse(scheme)
     integers = weight_integers(qweight, zeros, in_features, scheme).to(torch.float32)
     return integers * expand_groups(scales, scheme.group_size, in_features)
+
+
+class StoredWeight(NamedTuple):
+    """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme."""
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    in_features: int
+    scheme: QuantScheme
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    def rows(self, index: slice | Tensor) -> StoredWeight:
+        """The weight of these rows."""
+        tensors = (None if tensor is None else tensor[index] for tensor in self[:3])
+        return StoredWeight(*tensors, self.in_features, self.scheme)
+
+    def integers(self) -> Tensor:
+        """`weight_integers`: int8 [N, K]."""
+        return weight_integers(self.qweight, self.zeros, self.in_features, self.scheme)
+
+    def dequantize(self) -> Tensor:
+        """`dequantize_weight`: float32 [N, K]."""
+        return dequantize_weight(*self)

@@ -1,8 +1,8 @@
 """Checks of the operators' arguments: an error names the argument, what was expected and what came.
 
-A check has the name and the parameters of its operator, with the scheme as a `QuantScheme`, and returns nothing. The
-fake kernels, the GPU path and the reference call it; `csrc/tensors.h` is its twin on the CPU. It allocates nothing and
-reads no values, so it does not wait for a device.
+A check has the name of its operator, takes its arguments as `arguments.bundle` makes them, and returns nothing. The
+fake kernels, the GPU path and the reference call it; `csrc/torch/arguments.h` is its twin on the CPU. It allocates
+nothing and reads no values, so it does not wait for a device.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, StoredWeight
 
 
-def check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme) -> None:
-    """Raise RuntimeError, naming the tensor, unless the three are the canonical storage of `scheme`."""
+def check_weight(weight: StoredWeight) -> None:
+    """Raise RuntimeError, naming the tensor, unless the tensors are the canonical storage of the scheme."""
+    qweight, scales, zeros, in_features, scheme = weight
     if in_features < 1:
         raise RuntimeError(f"in_features must be at least 1, got {in_features}")
     if qweight.dim() != 2:
@@ -95,37 +96,23 @@ def quantize_activation(x: Tensor, scheme: QuantScheme) -> None:
     _check_matrix("x", x)
 
 
-def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: QuantScheme
-) -> None:
-    check_weight(qweight, scales, zeros, in_features, scheme)
+dequantize_weight = column_scales = check_weight
 
 
-column_scales = dequantize_weight
-
-
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    _check_product("x", x, (qweight, scales, zeros), bias, scheme)
+def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> None:
+    _check_product("x", x, weight, bias)
     _check_out_dtype(out_dtype)
 
 
-def _check_product(name: str, x: Tensor, weight: tuple, bias: Tensor | None, scheme: QuantScheme) -> None:
+def _check_product(name: str, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
     _check_matrix(name, x)
-    check_weight(*weight, x.shape[1], scheme)
-    _check_device("qweight", weight[0], x.device)
-    if scheme.int_activations and x.shape[1] > MAX_REDUCTION:
+    check_weight(weight)
+    _check_device("qweight", weight.qweight, x.device)
+    if weight.scheme.int_activations and x.shape[1] > MAX_REDUCTION:
         raise RuntimeError(f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}")
     if bias is None:
         return
-    out_features = weight[0].shape[0]
+    out_features = weight.out_features
     if bias.shape != (out_features,) or bias.dtype not in FLOAT_DTYPES:
         raise RuntimeError(
             f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}"
@@ -134,16 +121,10 @@ def _check_product(name: str, x: Tensor, weight: tuple, bias: Tensor | None, sch
 
 
 def linear_with_saved_input(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
 ) -> None:
-    linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
-    _check_int_activations(scheme)
+    linear(x, weight, bias, out_dtype)
+    _check_int_activations(weight.scheme)
 
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> None:
@@ -177,35 +158,23 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantSc
     _check_gradient(grad, weight)
 
 
-def linear_grad_input(
-    grad_out: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: QuantScheme,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    check_weight(qweight, scales, zeros, in_features, scheme)
-    _check_matrix("grad_out", grad_out, columns=qweight.shape[0])
+def linear_grad_input(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None) -> None:
+    check_weight(weight)
+    _check_matrix("grad_out", grad_out, columns=weight.out_features)
     _check_out_dtype(out_dtype)
-    _check_device("qweight", qweight, grad_out.device)
+    _check_device("qweight", weight.qweight, grad_out.device)
 
 
 def int_grad_input(
     q_grad: Tensor,
     grad_scales: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: QuantScheme,
+    weight: StoredWeight,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    check_weight(qweight, scales, zeros, in_features, scheme)
-    out_features = qweight.shape[0]
+    check_weight(weight)
+    qweight, scheme, out_features = weight.qweight, weight.scheme, weight.out_features
     if out_features > MAX_REDUCTION:
         raise RuntimeError(
             f"qweight must have at most {MAX_REDUCTION} rows for exact int32 sums, got shape {list(qweight.shape)}"
@@ -222,18 +191,15 @@ def int_grad_input(
     elif column_scales is None:
         raise RuntimeError(f"column_scales is required for scheme {scheme}")
     else:
-        _check_shaped("column_scales", column_scales, torch.float32, (in_features,), q_grad.device)
+        _check_shaped("column_scales", column_scales, torch.float32, (weight.in_features,), q_grad.device)
     _check_out_dtype(out_dtype)
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     target: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    weight: StoredWeight,
     bias: Tensor | None,
-    scheme: QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,
@@ -241,7 +207,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> None:
-    _check_product("hidden", hidden, (qweight, scales, zeros), bias, scheme)
+    _check_product("hidden", hidden, weight, bias)
     _check_shaped("target", target, torch.int64, (hidden.shape[0],), hidden.device)
     if dither is not None:
         _check_shaped("dither", dither, torch.int64, (hidden.shape[0],), hidden.device)

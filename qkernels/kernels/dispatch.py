@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..formats.scheme import QuantScheme
-from . import cuda_library, reference
+from . import arguments, cuda_library, reference
 
 # Below this compute capability (times ten) there is no int8 tensor-core product that Triton compiles to.
 LEAST_CAPABILITY = 80
@@ -98,27 +97,9 @@ def facts_of(device: torch.device) -> Facts:
     return Facts("cuda", capability, triton_installed(), cuda_library.library().covers(capability))
 
 
-@cache
-def _scheme_index(name: str) -> int | None:
-    """Where the schema of the operator `name` has the code of the scheme; None if it has none."""
-    arguments = getattr(torch.ops.qkernels, name).default._schema.arguments
-    return next((index for index, argument in enumerate(arguments) if argument.name == "scheme"), None)
-
-
-def with_scheme(name: str, args: tuple) -> tuple:
-    """The arguments of the operator `name` as its schema has them, with the scheme instead of its code.
-
-    Raises:
-        ValueError: if the code is none.
-    """
-    index = _scheme_index(name)
-    return args if index is None else (*args[:index], QuantScheme.from_code(args[index]), *args[index + 1 :])
-
-
 def call_of(name: str, args: tuple) -> cuda_library.Call:
     """What decides about a call of the operator `name` with these arguments of its schema."""
-    index = _scheme_index(name)
-    scheme = None if index is None else QuantScheme.from_code(args[index])
+    scheme = arguments.scheme_of(name, args)
     return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
 
 
@@ -135,7 +116,7 @@ def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any
         return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
     if choice.backend not in ("triton", "reference"):
         raise ValueError(f"backend must be 'cuda', 'triton' or 'reference', got {choice.backend!r}")
-    args = with_scheme(name, args)
+    args = arguments.bundle(name, args)
     if choice.backend == "triton":
         from .triton import ops
 

@@ -7,13 +7,14 @@ their own run `reference.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme, scheme_code
-from ..formats.storage import QuantizedWeight
-from . import checks, dispatch, extensions
-from .checks import check_weight as check_weight
+from ..formats.storage import QuantizedWeight, StoredWeight
+from . import arguments, checks, dispatch, extensions
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
@@ -310,7 +311,7 @@ def quantize_columns_stochastic(
     return _call(_ops.quantize_columns_stochastic.default, x, row_factors, seed, rng_stream)
 
 
-# What the operators return, without values: for fake tensors. The scheme is parsed, and the arguments are checked.
+# What the operators return, without values: for fake tensors. The arguments are bundled and checked.
 
 
 def _quantize_activation_result(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -318,15 +319,17 @@ def _quantize_activation_result(x: Tensor, scheme: QuantScheme) -> tuple[Tensor,
     return x.new_empty(x.shape, dtype=torch.int8), scales
 
 
-def _dequantize_weight_result(qweight, scales, zeros, in_features, scheme) -> Tensor:
-    return scales.new_empty((qweight.shape[0], in_features), dtype=torch.float32)
+def _dequantize_weight_result(weight: StoredWeight) -> Tensor:
+    return weight.scales.new_empty((weight.out_features, weight.in_features), dtype=torch.float32)
 
 
-def _linear_result(x, qweight, scales, zeros, bias, scheme, out_dtype=None) -> Tensor:
-    return x.new_empty((x.shape[0], qweight.shape[0]), dtype=out_dtype or x.dtype)
+def _linear_result(
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.out_features), dtype=out_dtype or x.dtype)
 
 
-def _linear_with_saved_input_result(x, *weight_and_options) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_with_saved_input_result(x: Tensor, *weight_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = _linear_result(x, *weight_and_options)
     return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
@@ -351,22 +354,22 @@ def _scale_gradient_result(grad: Tensor, weight: Tensor, scales: Tensor, scheme:
     return grad.new_empty(grad.shape), scales.new_empty(scales.shape)
 
 
-def _linear_grad_input_result(grad_out, qweight, scales, zeros, in_features, scheme, out_dtype=None) -> Tensor:
-    return grad_out.new_empty((grad_out.shape[0], in_features), dtype=out_dtype or grad_out.dtype)
+def _linear_grad_input_result(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+    return grad_out.new_empty((grad_out.shape[0], weight.in_features), dtype=out_dtype or grad_out.dtype)
 
 
-def _column_scales_result(qweight, scales, zeros, in_features, scheme) -> Tensor:
-    return scales.new_empty((in_features,), dtype=torch.float32)
+def _column_scales_result(weight: StoredWeight) -> Tensor:
+    return weight.scales.new_empty((weight.in_features,), dtype=torch.float32)
 
 
 def _int_grad_input_result(
-    q_grad, grad_scales, qweight, scales, zeros, in_features, scheme, column_scales=None, *, out_dtype=None
+    q_grad: Tensor, grad_scales: Tensor, weight: StoredWeight, column_scales: Tensor | None = None, *, out_dtype=None
 ) -> Tensor:
-    return q_grad.new_empty((q_grad.shape[0], in_features), dtype=out_dtype or torch.float32)
+    return q_grad.new_empty((q_grad.shape[0], weight.in_features), dtype=out_dtype or torch.float32)
 
 
 def _linear_cross_entropy_result(
-    hidden, target, qweight, scales, zeros, bias, scheme, dither=None, **options
+    hidden: Tensor, target: Tensor, weight: StoredWeight, bias: Tensor | None, dither: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = hidden.shape
     grad = hidden.new_empty((0 if dither is None else rows, columns), dtype=torch.float32)
@@ -388,21 +391,20 @@ def _register(name: str) -> None:
     which are refused, come to the reference; CUDA and ROCm tensors to what `dispatch.select` chooses.
     """
     check, result = getattr(checks, name), globals()[f"_{name}_result"]
-    names = tuple(argument.name for argument in getattr(_ops, name).default._schema.arguments)
     on_reference = dispatch.Choice("reference", "")
 
     def fake(*args, **kwargs):
-        args = dispatch.with_scheme(name, args)
+        args = arguments.bundle(name, args)
         check(*args, **kwargs)
         return result(*args, **kwargs)
 
     def run_reference(*args, **kwargs):
-        checks.check_strided(names, args)
-        check(*dispatch.with_scheme(name, args), **kwargs)
+        checks.check_strided(arguments.names(name), args)
+        check(*arguments.bundle(name, args), **kwargs)
         return dispatch.run(name, on_reference, args, kwargs)
 
     def run_gpu(*args, **kwargs):
-        check(*dispatch.with_scheme(name, args), **kwargs)
+        check(*arguments.bundle(name, args), **kwargs)
         choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
         return dispatch.run(name, choice, args, kwargs)
 

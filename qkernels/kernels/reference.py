@@ -1,7 +1,7 @@
 """Every op in plain torch, for any device: the oracle the kernels are tested against.
 
 Integer products are held in float64 and summed by `torch.matmul`; below 2^53 that is exact in any order, so the
-result does not depend on the device or its BLAS. Signatures match the op schemas in `csrc/ops.cpp`.
+result does not depend on the device or its BLAS. The arguments of the schemas come as `arguments.bundle` makes them.
 """
 
 from __future__ import annotations
@@ -13,37 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import philox, rules, storage
+from ..formats import philox, rules
 from ..formats.scheme import QuantScheme
-from ..formats.storage import weight_integers
+from ..formats.storage import StoredWeight
 
 
-def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     return rules.quantize_activation(x, scheme)
 
 
-def dequantize_weight(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
-) -> Tensor:
-    return storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
+def dequantize_weight(weight: StoredWeight) -> Tensor:
+    return weight.dequantize()
 
 
-def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
     """`x [M, K]` times the quantized weight `[N, K]` transposed, plus bias: `[M, N]` of `out_dtype` or x.dtype."""
-    parsed = QuantScheme.parse(scheme)
-    if parsed.int_activations:
-        out = _int_product(x, qweight, scales, zeros, parsed)
+    if weight.scheme.int_activations:
+        out = _int_product(x, weight)
     else:
-        weight = storage.dequantize_weight(qweight, scales, zeros, x.shape[1], parsed)
-        out = x.to(torch.float32) @ weight.t()
+        out = x.to(torch.float32) @ weight.dequantize().t()
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out.to(out_dtype or x.dtype)
@@ -54,17 +42,16 @@ def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.t() + 0.0).to(torch.float32)
 
 
-def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, scheme: QuantScheme) -> Tensor:
+def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
     """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
-    in_features = x.shape[1]
+    scheme, in_features = weight.scheme, weight.in_features
     qx, x_scales = rules.quantize_activation(x, scheme)
-    a = qx.to(torch.float64)
-    b = weight_integers(qweight, zeros, in_features, scheme).to(torch.float64)
-    w_scales = scales.t()  # [groups, N]
+    a, b = qx.to(torch.float64), weight.integers().to(torch.float64)
+    w_scales = weight.scales.t()  # [groups, N]
     if scheme.group_size is None and scheme.act_group_size is None:
         return _exact_sum(a, b) * (x_scales * w_scales)
     step = scheme.acc_group_size(in_features)
-    total = torch.zeros(x.shape[0], qweight.shape[0], dtype=torch.float32, device=x.device)
+    total = torch.zeros(x.shape[0], weight.out_features, dtype=torch.float32, device=x.device)
     for start in range(0, in_features, step):
         acc = _exact_sum(a[:, start : start + step], b[:, start : start + step])
         x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else None
@@ -81,21 +68,15 @@ def _int_product(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | Non
 
 
 def linear_with_saved_input(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear`, and x quantized with one scale a row (rule 9): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
-    parsed = QuantScheme.parse(scheme)
-    qx, x_scales = rules.quantize_activation(x, parsed)
-    out = linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
-    if parsed.act_group_size is None:
+    scheme = weight.scheme
+    qx, x_scales = rules.quantize_activation(x, scheme)
+    out = linear(x, weight, bias, out_dtype)
+    if scheme.act_group_size is None:
         return out, qx, x_scales.flatten()
-    groups = rules.grouped(qx.to(torch.float32), parsed.act_group_size)
+    groups = rules.grouped(qx.to(torch.float32), scheme.act_group_size)
     counts = (groups != 0).any(dim=-1) | x_scales.isnan()
     row_scales = torch.where(counts, x_scales, 0.0).amax(dim=1)
     row_scales = torch.where(row_scales == 0, 1.0, row_scales)
@@ -104,17 +85,16 @@ def linear_with_saved_input(
     return out, merged.to(torch.int8).flatten(1)[:, : x.shape[1]].contiguous(), row_scales
 
 
-def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """The canonical storage; zeros is [N, 0] for symmetric schemes."""
     qweight, scales, zeros = rules.quantize_weight(weight, scheme)
     return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
 
 
-def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> Tensor:
     """`grad [N, K]` where the integer of the weight lies in 0..15 before it is clamped, and 0 elsewhere."""
-    parsed = QuantScheme.parse(scheme)
-    groups = rules.grouped(weight.to(torch.float32), parsed.group_size)
-    _, inverse, zeros = rules.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), parsed.symmetric)
+    groups = rules.grouped(weight.to(torch.float32), scheme.group_size)
+    _, inverse, zeros = rules.int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), scheme.symmetric)
     integers = (groups * inverse.unsqueeze(-1)).round() + zeros.unsqueeze(-1)
     inside = ((integers >= 0) & (integers <= 15)).flatten(1)[:, : weight.shape[1]]
     return torch.where(inside, grad, 0.0)
@@ -128,22 +108,20 @@ def _in_scales(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Ten
     return values, values.round().clamp(scheme.weight_format.least, scheme.weight_format.greatest)
 
 
-def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> Tensor:
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> Tensor:
     """Rule 11: `qweight` of the canonical storage for given scales."""
     if not (weight.isfinite().all() and scales.isfinite().all()):
         raise RuntimeError("weight and scales must be finite, got NaN or Inf")
-    parsed = QuantScheme.parse(scheme)
-    integers = _in_scales(weight, scales, parsed)[1].flatten(1)[:, : weight.shape[1]]
-    return parsed.weight_format.pack(integers + parsed.weight_format.offset)
+    integers = _in_scales(weight, scales, scheme)[1].flatten(1)[:, : weight.shape[1]]
+    return scheme.weight_format.pack(integers + scheme.weight_format.offset)
 
 
-def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Rule 11: what a gradient `[N, K]` is for the weight and, [N, groups], for its scales."""
-    parsed = QuantScheme.parse(scheme)
     in_features = weight.shape[1]
-    values, integers = _in_scales(weight, scales, parsed)
+    values, integers = _in_scales(weight, scales, scheme)
     inside = values.round() == integers
-    group = parsed.group_size or in_features
+    group = scheme.group_size or in_features
     steps = rules.grouped(grad.to(torch.float32), group) * torch.where(inside, integers - values, integers)
     lanes = torch.zeros(*steps.shape[:2], 16, device=grad.device)
     for part in pad(steps, (0, -group % 16)).unflatten(-1, (-1, 16)).unbind(-2):
@@ -152,55 +130,40 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | Q
         lanes = lanes[..., : lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2 :]
     counts = torch.full((scales.shape[1],), group, dtype=torch.float64, device=grad.device)
     counts[-1] = in_features - group * (scales.shape[1] - 1)
-    factors = (1.0 / (counts * parsed.weight_format.greatest).sqrt()).to(torch.float32)
+    factors = (1.0 / (counts * scheme.weight_format.greatest).sqrt()).to(torch.float32)
     masked = torch.where(inside.flatten(1)[:, :in_features], grad, 0.0)
     return masked, lanes.squeeze(-1) * factors
 
 
-def column_scales(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
-) -> Tensor:
+def column_scales(weight: StoredWeight) -> Tensor:
     """float32 [in_features]: rule 1 on each column of the dequantized weight."""
-    weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
-    return rules.int8_groups(pad(weight, (0, 0, 0, 1)).t().unsqueeze(1))[1].flatten()  # a zero, should N be 0
+    return rules.int8_groups(pad(weight.dequantize(), (0, 0, 0, 1)).t().unsqueeze(1))[
+        1
+    ].flatten()  # a zero, should N be 0
 
 
 def int_grad_input(
     q_grad: Tensor,
     grad_scales: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
+    weight: StoredWeight,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rule 6: the quantized gradient times the integers of the weight, made anew by column where it is grouped."""
     if column_scales is None:
-        integers, out_scales = weight_integers(qweight, zeros, in_features, scheme), grad_scales[:, None]
+        integers, out_scales = weight.integers(), grad_scales[:, None]
     else:
-        weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
-        scaled = weight * rules.divide(1.0, column_scales)
+        scaled = weight.dequantize() * rules.divide(1.0, column_scales)
         integers = torch.where(scaled > -127, scaled, -127.0).clamp(max=127).round()
         out_scales = grad_scales[:, None] * column_scales
     acc = _exact_sum(q_grad.to(torch.float64), integers.to(torch.float64).t())
     return (acc * out_scales).to(out_dtype or torch.float32)
 
 
-def linear_grad_input(
-    grad_out: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+def linear_grad_input(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None) -> Tensor:
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
-    weight = storage.dequantize_weight(qweight, scales, zeros, in_features, scheme)
-    return (grad_out.to(torch.float32) @ weight).to(out_dtype or grad_out.dtype)
+    return (grad_out.to(torch.float32) @ weight.dequantize()).to(out_dtype or grad_out.dtype)
 
 
 # Columns of the vocabulary that share a scale of the gradient, and the ranges of such chunks that are summed apart.
@@ -303,11 +266,8 @@ def _quantize_dithered(x: Tensor, dither: Tensor, first: int) -> tuple[Tensor, T
 def linear_cross_entropy(
     hidden: Tensor,
     target: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    weight: StoredWeight,
     bias: Tensor | None,
-    scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,
@@ -316,7 +276,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rule 7: losses [M], log-sum-exps [M] and gradients [M, K] of the losses (none without dither), float32."""
-    parsed, (out_features, in_features) = QuantScheme.parse(scheme), (qweight.shape[0], hidden.shape[1])
+    scheme, out_features, in_features = weight.scheme, weight.out_features, weight.in_features
     softcap = torch.tensor(softcap, dtype=torch.float32).item()
     softcap = 0.0 if math.isinf(softcap) else softcap
     valid = target != ignore_index
@@ -328,8 +288,8 @@ def linear_cross_entropy(
         part = _Softmax(len(hidden), in_features, hidden.device)
         for first in range(begin * LOSS_CHUNK, min(end * LOSS_CHUNK, out_features), LOSS_CHUNK):
             rows = slice(first, first + LOSS_CHUNK)
-            weight = (qweight[rows], scales[rows], None if zeros is None else zeros[rows])
-            logits = linear(hidden, *weight, None if bias is None else bias[rows], scheme)
+            chunk = weight.rows(rows)
+            logits = linear(hidden, chunk, None if bias is None else bias[rows])
             y = _soft_cap(logits, softcap)
             largest = torch.where(y.isnan(), _LOWEST, y).amax(dim=1).clamp(min=_LOWEST)
             e = exp_nonpositive(y - largest[:, None])
@@ -344,12 +304,12 @@ def linear_cross_entropy(
                 t = y * rules.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
                 slope = 1.0 - t * t
                 e = torch.where(slope > 0, e * slope, 0.0)
-            if not parsed.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
-                zero = (weight_integers(weight[0], weight[2], in_features, parsed) == 0).all(dim=1)
-                e = e * torch.where(zero, 0.0, weight[1][:, 0])
+            if not scheme.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
+                zero = (chunk.integers() == 0).all(dim=1)
+                e = e * torch.where(zero, 0.0, chunk.scales[:, 0])
             q, scale = _quantize_dithered(e.masked_fill(is_target, 0.0), dither[valid], first)
-            columns = column_scales(*weight, in_features, scheme) if parsed.group_size else None
-            product = int_grad_input(q, (scale * own)[:, 0], *weight, in_features, scheme, columns)
+            factors = column_scales(chunk) if scheme.group_size else None
+            product = int_grad_input(q, (scale * own)[:, 0], chunk, factors)
             part.product = part.product * before + product
         before, own = state.fold(part.max, part.sum, part.total)
         state.target = state.target + part.target
@@ -368,13 +328,10 @@ def linear_cross_entropy(
         if softcap != 0:
             at_target = at_target * (1.0 - (state.target.double() / softcap) ** 2)
         factor = (slope / state.sum.double()).to(torch.float32)
-        row = storage.dequantize_weight(
-            qweight[picked], scales[picked], None if zeros is None else zeros[picked], in_features, parsed
-        )
+        row = weight.rows(picked).dequantize()
         result = state.product * factor[:, None] + row * at_target.to(torch.float32)[:, None]
         if label_smoothing != 0:
-            weight = storage.dequantize_weight(qweight, scales, zeros, in_features, parsed)
-            result = result - label_smoothing / out_features * _column_sums(weight)
+            result = result - label_smoothing / out_features * _column_sums(weight.dequantize())
         grad[valid] = result.to(torch.float32)
     return *out, grad
 

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from ..formats.scheme import QuantScheme
+from ..kernels import arguments
 from ..kernels.quantizers import quantize_weight
 from ..kernels.triton import ops
 from ..kernels.triton.launch import run_all
@@ -29,7 +30,11 @@ def calls(n: int, k: int, m: int, scheme: str) -> Iterator[tuple[str, tuple]]:
     yield _FORWARD, (x, *stored, None, scheme)
     if parsed.int_activations:
         q = torch.randint(-127, 128, (m, n), dtype=torch.int8, device=device)
-        columns = ops.run("column_scales", (*stored, k, scheme), {}) if parsed.group_size else None
+        columns = (
+            ops.run("column_scales", arguments.bundle("column_scales", (*stored, k, scheme)), {})
+            if parsed.group_size
+            else None
+        )
         yield _INT_GRADIENT, (q, torch.rand(m, device=device), *stored, k, scheme, columns)
     else:
         yield _GRADIENT, (grad, *stored, k, scheme)
@@ -48,7 +53,7 @@ def tune(
     for index, (n, k, m, scheme) in enumerate(cases):
         share = seconds / len(cases)
         for op, args in calls(n, k, m, scheme):
-            shape = next(launch.product for launch in ops.PLANS[op](*args, device=target).launches if launch.product)
+            shape = next(launch.product for launch in ops.plan(op, args, target).launches if launch.product)
             if bucket(shape) in findings:
                 continue
             progress(f"{index + 1} of {len(cases)}: {op} of {scheme}, {m} x {n} x {k}")
@@ -62,7 +67,7 @@ def _timer(op: str, args: tuple, shape: MatmulShape, target: Target) -> Callable
 
     def measure(config: Tile) -> float:
         configured = replace(target, tuned={bucket(shape): config})
-        _, launches = ops.PLANS[op](*args, device=configured)
+        _, launches = ops.plan(op, args, configured)
         try:
             return triton.testing.do_bench(lambda: run_all(launches, args[0].device), return_mode="median") / 1e3
         except (triton.OutOfResources, triton.CompilationError):

@@ -5,6 +5,7 @@ import functools
 
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import assert_same_bits, assert_within_float_bound, gamma
 from torch import nn
@@ -17,7 +18,7 @@ from qkernels.autograd.int8_gradients import LinearWeight, int8_input_gradient, 
 from qkernels.autograd.int8_weight import Int8Weight
 from qkernels.autograd.trained import trained_linear
 from qkernels.formats.storage import QuantizedWeight
-from qkernels.kernels import ops, reference
+from qkernels.kernels import ops
 
 M, N, K = 24, 33, 130
 # One of each class: weight bits x grouping x activations.
@@ -48,14 +49,16 @@ def multiplied_x(layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """float64 [M, K]: x as the gradient of the weight reads it."""
     if not layer.scheme.int_activations:
         return x.detach().double()
-    _, qx, scales = reference.linear_with_saved_input(x.detach(), *layer.quantized_weight(), None, layer.scheme.name)
+    _, qx, scales = reference_ops.linear_with_saved_input(
+        x.detach(), *layer.quantized_weight(), None, layer.scheme.name
+    )
     return qx.double() * scales.double()[:, None]
 
 
 def clip_mask(layer: QuantLinear) -> torch.Tensor:
     if layer.mode != "qat" or layer.scheme.weight_bits == 8:
         return torch.ones(N, K)
-    return reference.mask_clipped(torch.ones(N, K), layer.weight.detach(), layer.scheme.name)
+    return reference_ops.mask_clipped(torch.ones(N, K), layer.weight.detach(), layer.scheme.name)
 
 
 def gradients(layer: QuantLinear, x: torch.Tensor, grad_out: torch.Tensor) -> list[torch.Tensor | None]:
@@ -149,7 +152,7 @@ def test_int8_gradients_are_within_a_step_of_each_rounding(scheme, mode, grad):
     if not layer.scheme.int_activations:
         bound = gamma(M + 4) * (grad_out.double().abs().t() @ x64.abs())
     else:
-        _, qx, x_scales = reference.linear_with_saved_input(x, integers, scales, zeros, None, name)
+        _, qx, x_scales = reference_ops.linear_with_saved_input(x, integers, scales, zeros, None, name)
         steps = (grad_out.double() * x_scales.double()[:, None]).abs().amax(0) / 127
         bound = steps[:, None] * qx.double().abs().sum(0)
     mask = clip_mask(layer)
@@ -181,7 +184,7 @@ def test_int8_gradient_of_x_is_unbiased(scheme):
     """For the weight as it is multiplied: under groups that is the requantized one."""
     weight = layer_of(scheme, "frozen").quantized_weight()
     grad_out = torch.randn(M, N)
-    multiplied, exact = LinearWeight(weight, K, scheme), reference.dequantize_weight(*weight, K, scheme).double()
+    multiplied, exact = LinearWeight(weight, K, scheme), reference_ops.dequantize_weight(*weight, K, scheme).double()
     if QuantScheme.parse(scheme).group_size is not None:
         multiplied = multiplied._replace(column_scales=ops.column_scales(*weight, K, scheme))
         eye, ones = torch.eye(N, dtype=torch.int8), torch.ones(N)
@@ -219,7 +222,7 @@ def test_long_sums_are_added_block_by_block(depth):
     grad_out, qx = draw.floats(depth, 3), torch.randint(-127, 128, (depth, 5), dtype=torch.int8)
     x_scales, seed = draw.floats(depth).abs() + 0.1, torch.tensor(11)
     got = int8_weight_gradient(grad_out, qx, x_scales, seed, torch.float32)
-    q, scales = reference.quantize_columns_stochastic(grad_out, x_scales, seed, 1)
+    q, scales = reference_ops.quantize_columns_stochastic(grad_out, x_scales, seed, 1)
     total = torch.zeros(3, 5)
     for start in range(0, depth, 65536):
         block = slice(start, start + 65536)

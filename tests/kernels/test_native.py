@@ -3,11 +3,11 @@
 import numpy as np
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import assert_same_bits
 
 from qkernels import QuantScheme, _native
-from qkernels.kernels import reference
 
 
 def to_numpy(tensor):
@@ -19,11 +19,11 @@ def test_gradient_from_integers(scheme):
     draw = op_samples.Draw(f"native {scheme}")
     weight = (*draw.weight(33, 130, QuantScheme.parse(scheme)), 130, scheme)
     arrays = (*map(to_numpy, weight[:3]), 130, scheme)
-    columns = reference.column_scales(*weight)
+    columns = reference_ops.column_scales(*weight)
     q_grad = torch.randint(-127, 128, (9, 33), dtype=torch.int8, generator=draw.generator)
     grad_scales = draw.floats(9)
     used = columns if QuantScheme.parse(scheme).group_size else None
-    expected = reference.int_grad_input(q_grad, grad_scales, *weight, used)
+    expected = reference_ops.int_grad_input(q_grad, grad_scales, *weight, used)
     for threads in (1, 2):
         assert_same_bits(torch.from_numpy(_native.column_scales(*arrays, threads=threads)), columns)
         out = _native.int_grad_input(q_grad.numpy(), grad_scales.numpy(), *arrays, to_numpy(used), threads=threads)

@@ -4,6 +4,7 @@ import inspect
 
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import BFLOAT16_ISAS, assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, OP_SCHEMES, SAMPLERS, SCHEMES, exact_weight, expected, samples
@@ -12,7 +13,7 @@ from tiers import tiered
 from qkernels import QuantScheme
 from qkernels.formats.rules import quantize_weight
 from qkernels.formats.storage import FLOAT_DTYPES
-from qkernels.kernels import isa, ops, reference
+from qkernels.kernels import checks, isa, ops, reference
 
 OPS = torch.ops.qkernels
 
@@ -33,7 +34,12 @@ def test_all_ops_are_complete():
 @pytest.mark.parametrize("op", registered_ops())
 def test_op_has_reference_fake_and_samples(op):
     schema = [argument.name for argument in getattr(OPS, op).default._schema.arguments]
-    assert list(inspect.signature(getattr(reference, op)).parameters) == schema
+    bundled = schema
+    if "qweight" in schema:
+        parts = ("scales", "zeros", "in_features", "scheme")
+        bundled = ["weight" if name == "qweight" else name for name in schema if name not in parts]
+    for module in (reference, checks):
+        assert list(inspect.signature(getattr(module, op)).parameters) == bundled
     assert list(inspect.signature(getattr(ops, op)).parameters) == schema
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "Meta")
     assert all(any(samples(op, scheme, 1)) for scheme in OP_SCHEMES[op])
@@ -82,7 +88,7 @@ def test_products_deeper_than_a_block_equal_reference(each_isa, scheme):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(270, 8333, generator=generator)
     stored = quantize_weight(torch.randn(70, 8333, generator=generator), QuantScheme.parse(scheme))
-    assert_same_bits(ops.linear(x, *stored, None, scheme), reference.linear(x, *stored, None, scheme))
+    assert_same_bits(ops.linear(x, *stored, None, scheme), reference_ops.linear(x, *stored, None, scheme))
 
 
 @pytest.mark.parametrize("scheme", OP_SCHEMES["quantize_activation"])
@@ -138,7 +144,7 @@ def test_large_results_equal_reference(each_isa):
         qx = torch.randint(-127, 128, (depth, columns), dtype=torch.int8)
         args = (q_grad, torch.rand(rows), qx, torch.ones(depth, 1), None, columns, "w8a8")
         for dtype in (torch.float32, torch.bfloat16):
-            expected = reference.int_grad_input(*args, out_dtype=dtype)
+            expected = reference_ops.int_grad_input(*args, out_dtype=dtype)
             assert_same_bits(ops.int_grad_input(*args, out_dtype=dtype), expected, f"{each_isa} {rows} x {columns}")
 
 
@@ -152,7 +158,7 @@ def test_stochastic_rounding_equals_reference(each_isa, op):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_int_grad_input_rounds_to_any_dtype(each_isa, scheme, dtype):
     for args, label in samples("int_grad_input", scheme, 8):
-        expected = reference.int_grad_input(*args, out_dtype=dtype)
+        expected = reference_ops.int_grad_input(*args, out_dtype=dtype)
         assert_same_bits(ops.int_grad_input(*args, out_dtype=dtype), expected, f"{each_isa} {label}")
         fake = ops.int_grad_input(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args), out_dtype=dtype)
         assert (fake.dtype, fake.shape) == (dtype, expected.shape)
@@ -166,12 +172,12 @@ def test_int_grad_input_of_a_broken_weight(each_isa, scheme):
     scales[3, 0], scales[32, 2] = torch.inf, torch.nan
     weight = (qweight.contiguous(), scales, zeros, 300, scheme)
     columns = ops.column_scales(*weight)
-    assert_same_bits(columns, reference.column_scales(*weight), each_isa)
+    assert_same_bits(columns, reference_ops.column_scales(*weight), each_isa)
     assert columns.isnan().any() and columns.isfinite().any()
     q_grad = torch.randint(-127, 128, (70, 33), dtype=torch.int8, generator=draw.generator)
     args = (q_grad, draw.floats(70), *weight, columns)
     out = ops.int_grad_input(*args)
-    assert_same_bits(out, reference.int_grad_input(*args), each_isa)
+    assert_same_bits(out, reference_ops.int_grad_input(*args), each_isa)
     assert torch.equal(out.isnan(), columns.isnan().expand(70, -1))
 
 
@@ -186,7 +192,7 @@ def test_int_grad_input_without_output_features(each_isa, scheme):
     grad_scales = torch.tensor([1.0, torch.nan])
     args = (torch.zeros(2, 0, dtype=torch.int8), grad_scales, *weight, columns if "-g" in scheme else None)
     out = ops.int_grad_input(*args)
-    assert_same_bits(out, reference.int_grad_input(*args), each_isa)
+    assert_same_bits(out, reference_ops.int_grad_input(*args), each_isa)
     assert_same_bits(out, torch.zeros(2, 40) * grad_scales[:, None], each_isa)
 
 

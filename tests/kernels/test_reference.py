@@ -4,6 +4,7 @@ import numpy as np
 import numpy_rules as rules
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import assert_same_bits, assert_within_float_bound, one_thread
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES
@@ -12,7 +13,7 @@ from tiers import tiered
 from qkernels import QuantScheme
 from qkernels.formats import philox
 from qkernels.formats.storage import MAX_REDUCTION
-from qkernels.kernels import ops, reference
+from qkernels.kernels import ops
 
 
 def to_numpy(tensor):
@@ -28,12 +29,12 @@ def test_linear_follows_the_rules(scheme):
         with np.errstate(over="ignore", invalid="ignore"):
             expected = rules.linear(*arrays, QuantScheme.parse(name))
         args = (x, qweight, scales, zeros, bias, name)
-        assert_same_bits(reference.linear(*args, torch.float32), torch.from_numpy(expected), label)
+        assert_same_bits(reference_ops.linear(*args, torch.float32), torch.from_numpy(expected), label)
         bits = torch.from_numpy(rules.bfloat16_bits(expected).view(np.int16)).view(torch.bfloat16)
-        assert_same_bits(reference.linear(*args, torch.bfloat16), bits, label)
+        assert_same_bits(reference_ops.linear(*args, torch.bfloat16), bits, label)
         with np.errstate(over="ignore"):
             half = torch.from_numpy(expected.astype(np.float16))
-        assert_same_bits(reference.linear(*args, torch.float16), half, label)
+        assert_same_bits(reference_ops.linear(*args, torch.float16), half, label)
 
 
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
@@ -43,7 +44,7 @@ def test_int_grad_input_follows_the_rules(scheme):
         *tensors, in_features, name, _ = args
         arrays = [None if t is None else t.contiguous().numpy() for t in tensors]
         expected = rules.int_grad_input(*arrays, in_features, QuantScheme.parse(name))
-        assert_same_bits(reference.int_grad_input(*args), torch.from_numpy(expected), label)
+        assert_same_bits(reference_ops.int_grad_input(*args), torch.from_numpy(expected), label)
 
 
 # From the file kat_vectors of the Random123 library.
@@ -96,10 +97,10 @@ def test_requantized_columns_stay_close_to_the_weight(scheme):
     """A gradient of one row of the weight reads it back, to half a step of each column."""
     draw = op_samples.Draw(f"close {scheme}")
     weight = (*draw.weight(60, 200, QuantScheme.parse(scheme)), 200, scheme)
-    columns = reference.column_scales(*weight)
+    columns = reference_ops.column_scales(*weight)
     q_grad, grad_scales = 127 * torch.eye(60, dtype=torch.int8), torch.full((60,), 1 / 127)
     back = ops.int_grad_input(q_grad, grad_scales, *weight, columns)
-    assert ((back - reference.dequantize_weight(*weight)).abs() <= 0.50001 * columns).all()
+    assert ((back - reference_ops.dequantize_weight(*weight)).abs() <= 0.50001 * columns).all()
 
 
 @pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
@@ -108,11 +109,11 @@ def test_float_products_are_within_their_bound(scheme):
     for args, label in op_samples.samples("linear", scheme, 4):
         x, *weight, bias, name, _ = args
         exact, bias = op_samples.exact_weight(*weight, x.shape[1], name), None if bias is None else bias.double()
-        assert_within_float_bound(reference.linear(*args), x, exact, bias, label)
+        assert_within_float_bound(reference_ops.linear(*args), x, exact, bias, label)
     for args, label in op_samples.samples("linear_grad_input", scheme, 4):
         grad_out, *weight, in_features, name, _ = args
         exact = op_samples.exact_weight(*weight, in_features, name).t()
-        assert_within_float_bound(reference.linear_grad_input(*args), grad_out, exact, None, label)
+        assert_within_float_bound(reference_ops.linear_grad_input(*args), grad_out, exact, None, label)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -125,9 +126,9 @@ def test_every_16_bit_value_is_read_and_written_exactly(each_isa, dtype):
     weight = (torch.tensor([[127]], dtype=torch.int8), torch.tensor([[1 / 127]]), None)
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
         args = (values[:, None], *weight, None, "w8a8", out_dtype)
-        assert_same_bits(ops.linear(*args), reference.linear(*args), f"{each_isa} {dtype} to {out_dtype}")
+        assert_same_bits(ops.linear(*args), reference_ops.linear(*args), f"{each_isa} {dtype} to {out_dtype}")
     q, scales = ops.quantize_activation(values[:, None], "w8a8")
-    expected_q, expected_scales = reference.quantize_activation(values[:, None], "w8a8")
+    expected_q, expected_scales = reference_ops.quantize_activation(values[:, None], "w8a8")
     assert_same_bits(q, expected_q, f"{each_isa} {dtype}")
     assert_same_bits(scales, expected_scales, f"{each_isa} {dtype}")
 
@@ -152,7 +153,7 @@ def test_sums_at_the_limit_are_exact(each_isa, scheme, rows):
     args = (x, qweight, torch.ones(shapes["scales"]), zeros, None, scheme)
     out = ops.linear(*args)
     with one_thread():
-        assert_same_bits(out, reference.linear(*args), f"{each_isa} {scheme}")
+        assert_same_bits(out, reference_ops.linear(*args), f"{each_isa} {scheme}")
     if not parsed.group_size and not parsed.act_group_size:
         top = np.float32(columns * 127 * extreme) * (np.float32(1) / np.float32(127))
         assert out[-1 if rows > 1 else 0, 0].abs().item() == top
@@ -178,14 +179,14 @@ def test_groups_are_added_in_ascending_order(each_isa):
             scheme = QuantScheme.parse(name)
             draw = op_samples.Draw(f"order {name}")
             args = (x[:rows], *draw.weight(19, x.shape[1], scheme), None, name)
-            assert_same_bits(ops.linear(*args), reference.linear(*args), f"{each_isa} {name} {rows}")
+            assert_same_bits(ops.linear(*args), reference_ops.linear(*args), f"{each_isa} {name} {rows}")
 
 
 def test_scales_are_multiplied_before_the_sum(each_isa):
     """acc * (x_scale * w_scale) and (acc * x_scale) * w_scale round differently for most of these values."""
     draw = op_samples.Draw("product order")
     x, weight = draw.floats(70, 40), draw.weight(50, 40, QuantScheme.parse("w8a8"))
-    qx, x_scales = reference.quantize_activation(x, "w8a8")
+    qx, x_scales = reference_ops.quantize_activation(x, "w8a8")
     acc = (qx.double() @ weight[0].double().t()).float()
     out = ops.linear(x, *weight, None, "w8a8")
     assert_same_bits(out, acc * (x_scales * weight[1].t()), each_isa)

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import reference_ops
 import torch
 from helpers import UNIT_ROUNDOFF, assert_same_bits, assert_within_float_bound, gamma
 from op_samples import FLOAT_SCHEMES, SCHEMES
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qkernels import QuantLinear, QuantScheme, quantize_weight
-from qkernels.kernels import isa, reference
+from qkernels.kernels import isa
 from qkernels.nn.linear import float_weight, relative_error
 
 K, N = 70, 19
@@ -28,7 +29,7 @@ def layer_of(scheme: str, in_features: int = K, out_features: int = N, bias: boo
 
 def reference_output(layer: QuantLinear, x: torch.Tensor, out_dtype=None) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    out = reference.linear(
+    out = reference_ops.linear(
         flat, layer.qweight, layer.scales, layer.zeros, layer.bias, layer.scheme.name, out_dtype or x.dtype
     )
     return out.reshape(*x.shape[:-1], layer.out_features)
@@ -93,7 +94,7 @@ def test_gradients_are_straight_through_in_float64(scheme):
     x64, bias = x.double().requires_grad_(), layer.bias.detach().double().requires_grad_()
     fake = x64
     if layer.scheme.int_activations:
-        q, scales = reference.quantize_activation(x, scheme)
+        q, scales = reference_ops.quantize_activation(x, scheme)
         size = layer.scheme.act_group_size or K
         restored = q.double() * scales.double().repeat_interleave(size, dim=1)[:, :K]
         fake = x64 + (restored - x64).detach()

@@ -2,6 +2,7 @@
 
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import assert_same_bits, run_python
 from loss_bounds import exact, gradient_bound, loss_bound, lse_bound
@@ -60,7 +61,7 @@ def test_loss_and_gradient_are_within_their_bounds(scheme, terms):
 def test_options_equal_the_reference_on_every_isa_and_thread_count(each_isa, scheme, terms):
     hidden, target, storage, bias = case(scheme)
     arguments = (hidden, target, *storage, bias, scheme, torch.randint(2**32, target.shape))
-    expected = reference.linear_cross_entropy(*arguments, **terms)
+    expected = reference_ops.linear_cross_entropy(*arguments, **terms)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for a, b in zip(ops.linear_cross_entropy(*arguments, **terms), expected, strict=True):
@@ -113,7 +114,7 @@ def test_a_soft_cap_of_any_size_is_exact(each_isa, softcap):
     hidden, target, storage, bias = case("w8a8")
     arguments = (hidden, target, *storage, bias, "w8a8", torch.randint(2**32, target.shape))
     results = ops.linear_cross_entropy(*arguments, softcap=softcap)
-    for a, b in zip(results, reference.linear_cross_entropy(*arguments, softcap=softcap), strict=True):
+    for a, b in zip(results, reference_ops.linear_cross_entropy(*arguments, softcap=softcap), strict=True):
         assert_same_bits(a, b, f"{each_isa} {softcap}")
     logits = ops.linear(hidden, *storage, bias, "w8a8").double()
     expected, y, lse = exact(logits, target, softcap=softcap)
@@ -125,7 +126,7 @@ def test_an_infinite_soft_cap_is_none(each_isa):
     arguments = (hidden, target, *storage, bias, "w8a8", torch.randint(2**32, target.shape))
     expected = ops.linear_cross_entropy(*arguments)
     for softcap in (float("inf"), 1e40):
-        for compute in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        for compute in (ops.linear_cross_entropy, reference_ops.linear_cross_entropy):
             for a, b in zip(compute(*arguments, softcap=softcap), expected, strict=True):
                 assert_same_bits(a, b, f"{each_isa} {softcap}")
     weight = torch.randn(40, 70)
@@ -149,7 +150,7 @@ def test_dither_is_taken_modulo_2_32(each_isa):
     hidden, target, storage, bias = case("w8a8")
     dither = torch.randint(2**32, target.shape)
     for shift in (2**32, -(2**32), 2**62, -(2**62)):
-        for compute in (ops.linear_cross_entropy, reference.linear_cross_entropy):
+        for compute in (ops.linear_cross_entropy, reference_ops.linear_cross_entropy):
             a, b = (compute(hidden, target, *storage, bias, "w8a8", d)[2] for d in (dither, dither + shift))
             assert_same_bits(a, b, f"{each_isa} {shift}")
 
@@ -166,7 +167,7 @@ def test_label_smoothing_adds_the_rows_of_the_weight_in_order(each_isa, scheme):
     hidden, target = torch.zeros(3, 40), torch.full((3,), 500)
     hidden[:, 0] = 100.0
     arguments = (hidden, target, *storage, None, scheme, torch.randint(2**32, target.shape))
-    expected = reference.linear_cross_entropy(*arguments, label_smoothing=0.5)
+    expected = reference_ops.linear_cross_entropy(*arguments, label_smoothing=0.5)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for a, b in zip(ops.linear_cross_entropy(*arguments, label_smoothing=0.5), expected, strict=True):
@@ -255,7 +256,7 @@ def test_classes_without_weight_do_not_coarsen_the_gradient(each_isa, scheme):
     hidden, target = torch.randn(20, 64), torch.randint(1, 500, (20,))
     arguments = (hidden, target, *storage, None, scheme, torch.randint(2**32, (20,)))
     results = ops.linear_cross_entropy(*arguments)
-    for a, b in zip(results, reference.linear_cross_entropy(*arguments), strict=True):
+    for a, b in zip(results, reference_ops.linear_cross_entropy(*arguments), strict=True):
         assert_same_bits(a, b, each_isa)
     logits = ops.linear(hidden, *storage, None, scheme).double().requires_grad_()
     exact(logits, target)[0].sum().backward()

@@ -1,12 +1,12 @@
 """What results must be; and arguments that reach every kernel: aligned rows for every size of tile, and ragged ones."""
 
 import op_samples
+import reference_ops
 import torch
 from bounds import assert_within_bound
 from helpers import assert_same_bits
 
 from qkernels import QuantScheme, quantize_weight
-from qkernels.kernels import reference
 
 FLOAT_SCHEMES = ("w8a16", "w8a16-g64", "w4a16", "w4a16-asym", "w4a16-g32-asym", "w4a16-g128")
 INT_SCHEMES = ("w8a8", "w8a8-g32-ag64", "w4a8-asym", "w4a8-g64", "w4a8-g32-asym", "w4a8-g128-asym-ag32", "w8a8-ag128")
@@ -65,7 +65,9 @@ def sample(op: str, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     if op == "int_grad_input":
         weight = quantize_weight(torch.randn(n, shape[2], generator=generator), scheme)
         q_grad = torch.randint(-127, 128, (rows, n), dtype=torch.int8, generator=generator)
-        columns = reference.column_scales(*weight, shape[2], scheme) if QuantScheme.parse(scheme).group_size else None
+        columns = (
+            reference_ops.column_scales(*weight, shape[2], scheme) if QuantScheme.parse(scheme).group_size else None
+        )
         scales = torch.rand(rows, generator=generator)
         return op_samples.Sample((q_grad, scales, *weight, shape[2], scheme, columns), label)
     weight = quantize_weight(torch.randn(n, shape[2], generator=generator), scheme)
@@ -80,7 +82,7 @@ def check(op: str, scheme: str, sample: op_samples.Sample, actual) -> None:
         exact = op_samples.exact_weight(*stored, x.shape[1], scheme)
         assert_within_bound(as_tuple(actual)[0], x, exact, bias, sample.label)
         return
-    expected = getattr(reference, op)(*sample.args)
+    expected = reference_ops.call(op, *sample.args)
     for result, wanted in zip(as_tuple(actual), as_tuple(expected), strict=True):
         assert_same_bits(result, wanted, sample.label)
 

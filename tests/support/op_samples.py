@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
+import reference_ops
 import torch
 from helpers import one_thread
 from torch import Tensor
@@ -176,7 +177,7 @@ def int_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
         if special:  # a row that held Inf or NaN
             q_grad[rows // 2], grad_scales[rows // 2] = 0, torch.nan
         layout = draw.choose.choice(LAYOUTS)
-        columns = reference.column_scales(*weight, in_features, scheme.name) if scheme.group_size else None
+        columns = reference_ops.column_scales(*weight, in_features, scheme.name) if scheme.group_size else None
         label = f"dy [{rows}, {out_features}] {layout}, K {in_features}" + (", tiny scales" if tiny else "")
         args = (relayout(q_grad, layout), grad_scales, *weight, in_features, scheme.name, columns)
         yield Sample(args, label + (", a row of NaN" if special else ""))
@@ -310,7 +311,7 @@ def schema_args(args: tuple) -> tuple:
 def expected(op: str, scheme: str, count: int = 8) -> list[tuple[Sample, tuple[Tensor, ...]]]:
     """The samples with what the reference makes of them."""
     with one_thread():
-        results = [(sample, getattr(reference, op)(*sample.args)) for sample in samples(op, scheme, count)]
+        results = [(sample, reference_ops.call(op, *sample.args)) for sample in samples(op, scheme, count)]
     return [(sample, result if isinstance(result, tuple) else (result,)) for sample, result in results]
 
 

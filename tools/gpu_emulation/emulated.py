@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkernels import QuantScheme
+from qkernels.formats.storage import StoredWeight
+from qkernels.kernels import arguments
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -79,7 +83,7 @@ def _bytes_at(address: int, size: int) -> np.ndarray:
 
 
 class Emulated:
-    """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.kernels.reference`.
+    """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.kernels.reference`; see `call`.
 
     Attributes:
         processors: of the device; few of them, so that small matrices reach large tiles.
@@ -161,11 +165,15 @@ class Emulated:
         results = self.results()
         return results if len(results) > 1 else results[0]
 
+    def call(self, name: str, *args, **keywords) -> Tensor | tuple[Tensor, ...]:
+        """The operator `name`, with the arguments of its schema."""
+        return getattr(self, name)(*arguments.bundle(name, args), **keywords)
+
     def record(self, name: str, *args, **keywords) -> list[Launch]:
         """The launches of an operator, which are not run; its results stay noise."""
         self._library.emulator_record(1)
         try:
-            getattr(self, name)(*args, **keywords)
+            self.call(name, *args, **keywords)
         finally:
             self._library.emulator_record(0)
         launches = []
@@ -186,8 +194,8 @@ class Emulated:
             found.append((self._library.emulator_scratch(i, ctypes.byref(size)), size.value, False))
         return [(_bytes_at(address, size), defined) for address, size, defined in found if size]
 
-    def _stored(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple:
-        return self.place(qweight), self.place(scales), None if zeros is None else self.place(zeros)
+    def _stored(self, weight: StoredWeight) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else self.place(tensor) for tensor in weight[:3])
 
     def _release(self) -> None:
         for tensor in self._kept:
@@ -199,12 +207,12 @@ class Emulated:
         self._release()
         return self.place(x)
 
-    def quantize_activation(self, x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    def quantize_activation(self, x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
         x = self._begin(x)
-        group = int(scheme.partition("-ag")[2] or x.shape[1])
+        group = scheme.act_group_size or x.shape[1]
         q = self.noise(x.shape, torch.int8)
         scales = self.noise((x.shape[0], -(-x.shape[1] // group)), torch.float32)
-        return self._call("quantize_activation", x, DTYPES[x.dtype], *x.shape, scheme, q, scales)
+        return self._call("quantize_activation", x, DTYPES[x.dtype], *x.shape, scheme.name, q, scales)
 
     def quantize_rows_stochastic(
         self, x: Tensor, factors: Tensor | None, seed: Tensor, rng_stream: int
@@ -217,57 +225,38 @@ class Emulated:
         )
 
     def linear(
-        self,
-        x: Tensor,
-        qweight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        bias: Tensor | None,
-        scheme: str,
-        out_dtype: torch.dtype | None = None,
+        self, x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
-        return self._call("linear", *arguments, self.processors)
+        return self._call("linear", *self._product(x, weight, bias, out_dtype), self.processors)
 
     def linear_with_saved_input(
-        self,
-        x: Tensor,
-        qweight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        bias: Tensor | None,
-        scheme: str,
-        out_dtype: torch.dtype | None = None,
+        self, x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = self._product(x, qweight, scales, zeros, bias, scheme, out_dtype)
+        product = self._product(x, weight, bias, out_dtype)
         saved = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
-        return self._call("linear_with_saved_input", *arguments, *saved, self.processors)
+        return self._call("linear_with_saved_input", *product, *saved, self.processors)
 
-    def _product(self, x, qweight, scales, zeros, bias, scheme, out_dtype) -> tuple:
+    def _product(self, x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None) -> tuple:
         """The arguments of a product, and where its result goes."""
-        x, n = self._begin(x), qweight.shape[0]
+        x, n, scheme = self._begin(x), weight.out_features, weight.scheme.name
         out = self.noise((x.shape[0], n), out_dtype or x.dtype)
-        weight = self._stored(qweight, scales, zeros)
+        stored = self._stored(weight)
         bias = None if bias is None else self.place(bias)
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-        return x, DTYPES[x.dtype], *x.shape, *weight, n, scheme, bias, bias_dtype, out, DTYPES[out.dtype]
+        return x, DTYPES[x.dtype], *x.shape, *stored, n, scheme, bias, bias_dtype, out, DTYPES[out.dtype]
 
     def int_grad_input(
         self,
         q_grad: Tensor,
         grad_scales: Tensor,
-        qweight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        in_features: int,
-        scheme: str,
+        weight: StoredWeight,
         column_scales: Tensor | None = None,
         *,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        q_grad, n = self._begin(q_grad), qweight.shape[0]
-        grad_scales, weight = self.place(grad_scales), self._stored(qweight, scales, zeros)
+        q_grad, n, in_features = self._begin(q_grad), weight.out_features, weight.in_features
+        grad_scales, stored = self.place(grad_scales), self._stored(weight)
         columns = None if column_scales is None else self.place(column_scales)
         out = self.noise((q_grad.shape[0], in_features), out_dtype or torch.float32)
-        arguments = (q_grad, grad_scales, q_grad.shape[0], *weight, n, in_features, scheme, columns)
-        return self._call("int_grad_input", *arguments, out, DTYPES[out.dtype], self.processors)
+        given = (q_grad, grad_scales, q_grad.shape[0], *stored, n, in_features, weight.scheme.name, columns)
+        return self._call("int_grad_input", *given, out, DTYPES[out.dtype], self.processors)

@@ -18,7 +18,7 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
     found = {}
 
     def add(name: str, op: str, *args, **keywords) -> None:
-        for launch in ops.PLANS[op](*args, **keywords, device=target).launches:
+        for launch in ops.plan(op, args, target, **keywords).launches:
             label = launch.kernel.__name__.removesuffix("_kernel")
             found[f"{name}: {label}"] = launch
 

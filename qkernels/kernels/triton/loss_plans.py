@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...formats.scheme import QuantScheme
+from ...formats.storage import StoredWeight
 from .. import reference
 from . import loss_kernels
 from .launch import Launch
 from .matmul_plans import (
     Plan,
     column_scales_of_chunks,
+    contiguous,
     grad_tiles,
     product,
     quantize_activation,
     row_major,
-    stored,
     weight_format,
 )
 from .target import Target
@@ -52,9 +52,8 @@ class _Options(NamedTuple):
 class _Head(NamedTuple):
     """The weight [N, K] and what is derived from it once."""
 
-    weight: tuple[Tensor, Tensor, Tensor | None]
+    weight: StoredWeight
     bias: Tensor | None
-    scheme: QuantScheme
     row_factors: Tensor | None  # [N], ungrouped
     column_scales: Tensor | None  # [chunks, K], grouped
     column_sums: Tensor | None  # [chunks, K], with label smoothing
@@ -63,11 +62,8 @@ class _Head(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor,
     target: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    weight: StoredWeight,
     bias: Tensor | None,
-    scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
     softcap: float = 0.0,
@@ -83,14 +79,13 @@ def linear_cross_entropy(
     """
     cap = torch.tensor(softcap, dtype=torch.float32).item()
     cap = 0.0 if math.isinf(cap) else cap
-    parsed, options = QuantScheme.parse(scheme), _Options(cap, z_loss, label_smoothing, ignore_index)
-    (m, k), n = hidden.shape, qweight.shape[0]
+    options = _Options(cap, z_loss, label_smoothing, ignore_index)
+    (m, k), n = hidden.shape, weight.out_features
     loss, lse = (torch.empty((m,), dtype=torch.float32, device=hidden.device) for _ in range(2))
     grad = torch.empty((0 if dither is None else m, k), dtype=torch.float32, device=hidden.device)
     if m == 0 or n == 0:
         return Plan((loss, lse, grad), [])
-    weight = stored(qweight, scales, zeros)
-    head, launches = _derive(weight, bias, parsed, k, options if dither is not None else None)
+    head, launches = _derive(contiguous(weight), bias, options if dither is not None else None)
     chunks = -(-n // reference.LOSS_CHUNK)
     width = -(-chunks // _RANGES) * reference.LOSS_CHUNK
     step = max(LEAST_ROWS, LOGITS // width)
@@ -102,25 +97,19 @@ def linear_cross_entropy(
     return Plan((loss, lse, grad), launches)
 
 
-def _derive(
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    k: int,
-    gradient: _Options | None,
-) -> tuple[_Head, list[Launch]]:
-    head, launches = _Head(weight, bias, scheme, None, None, None), []
+def _derive(weight: StoredWeight, bias: Tensor | None, gradient: _Options | None) -> tuple[_Head, list[Launch]]:
+    head, launches = _Head(weight, bias, None, None, None), []
     if gradient is None:
         return head, launches
-    qweight = weight[0]
+    scheme, k, qweight = weight.scheme, weight.in_features, weight.qweight
     n, row_bytes = qweight.shape
     if scheme.group_size:
-        (columns,), launches = column_scales_of_chunks(weight, k, scheme, reference.LOSS_CHUNK)
+        (columns,), launches = column_scales_of_chunks(weight, reference.LOSS_CHUNK)
         head = head._replace(column_scales=columns)
     else:
         factors = torch.empty((n,), dtype=torch.float32, device=qweight.device)
         constants = {"BITS": scheme.weight_bits, "BLOCK_N": 16, "BLOCK_K": 128}
-        args = (*weight, factors, n, k, row_bytes)
+        args = (*weight[:3], factors, n, k, row_bytes)
         kernel, reason = loss_kernels.row_factors_kernel, "128 bytes of each row at a time"
         launches = [Launch(kernel, (-(-n // 16),), args, constants, 4, 1, reason)]
         head = head._replace(row_factors=factors)
@@ -128,7 +117,7 @@ def _derive(
         chunks = -(-n // reference.LOSS_CHUNK)
         sums = torch.empty((chunks, k), dtype=torch.float64, device=qweight.device)
         constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_K": 128}
-        args = (*weight, sums, n, k, row_bytes, reference.LOSS_CHUNK)
+        args = (*weight[:3], sums, n, k, row_bytes, reference.LOSS_CHUNK)
         kernel, reason = loss_kernels.column_sums_kernel, "128 columns of a row at a time, rows in order"
         launches.append(Launch(kernel, (-(-k // 128), chunks), args, constants, 4, 1, reason))
         head = head._replace(column_sums=sums)
@@ -145,7 +134,7 @@ def _of_rows(
     device: Target,
 ) -> list[Launch]:
     """Loss, log-sum-exp and gradient of as many rows as the logits of a range may have."""
-    m, n = hidden.shape[0], head.weight[0].shape[0]
+    m, n = hidden.shape[0], head.weight.out_features
     chunks = -(-n // reference.LOSS_CHUNK)
     float32 = {"dtype": torch.float32, "device": hidden.device}
     statistics = _Statistics(
@@ -153,17 +142,17 @@ def _of_rows(
         None if dither is None else torch.empty((chunks, m), **float32),
     )
     activation, launches = (hidden,), []
-    if head.scheme.int_activations:
-        activation, launches = quantize_activation(hidden, head.scheme.name, device=device)
+    if head.weight.scheme.int_activations:
+        activation, launches = quantize_activation(hidden, head.weight.scheme, device=device)
     state = None
     for begin, end in pairwise(i * chunks // _RANGES for i in range(_RANGES + 1)):
         if begin == end:
             continue
         classes = slice(begin * reference.LOSS_CHUNK, min(end * reference.LOSS_CHUNK, n))
-        weight = tuple(None if tensor is None else tensor[classes] for tensor in head.weight)
+        weight = head.weight.rows(classes)
         bias = None if head.bias is None else head.bias[classes]
-        logits = torch.empty((m, len(weight[0])), **float32)
-        launches += product(activation, weight, bias, head.scheme, logits, device)
+        logits = torch.empty((m, weight.out_features), **float32)
+        launches += product(activation, weight, bias, logits, device)
         q = None if dither is None else torch.empty(logits.shape, dtype=torch.int8, device=hidden.device)
         launches.append(_softmax(logits, target, dither, head, q, statistics, classes.start, options))
         if q is not None:
@@ -194,7 +183,7 @@ def _softmax(
 def _product(
     q: Tensor,
     statistics: _Statistics,
-    weight: tuple[Tensor, Tensor, Tensor | None],
+    weight: StoredWeight,
     head: _Head,
     state: Tensor | None,
     out: Tensor,
@@ -204,23 +193,23 @@ def _product(
     (m, n), k = q.shape, out.shape[1]
     shape = MatmulShape(m, k, reference.LOSS_CHUNK, "int8", converted=True)
     config = choose(shape, device)
-    if head.scheme.group_size:  # the weight is also held as floats
+    if weight.scheme.group_size:  # the weight is also held as floats
         config = replace(config, columns=min(config.columns, 64))
     args = (
         q,
         statistics.maxima,
         statistics.grad_scales,
-        *weight,
+        *weight[:3],
         head.column_scales,
         state,
         out,
         m,
         n,
         k,
-        weight[0].shape[1],
+        weight.qweight.shape[1],
         first,
     )
-    sizes = {**weight_format(head.scheme), "CHUNK": reference.LOSS_CHUNK, **grad_tiles(config)}
+    sizes = {**weight_format(weight.scheme), "CHUNK": reference.LOSS_CHUNK, **grad_tiles(config)}
     kernel, grid = loss_kernels.loss_product_kernel, (tiles(shape, config),)
     return Launch(kernel, grid, args, sizes, config.num_warps, config.num_stages, config.reason)
 
@@ -234,7 +223,7 @@ def _finish(
     results: tuple[Tensor, Tensor, Tensor],
 ) -> list[Launch]:
     loss, lse, grad = results
-    m, (n, row_bytes) = len(target), head.weight[0].shape
+    m, (n, row_bytes) = len(target), head.weight.qweight.shape
     chunks = statistics.maxima.shape[0]
     factors = coefficients = None
     if state is not None:
@@ -247,7 +236,7 @@ def _finish(
     if state is None:
         return launches
     k = state.shape[1]
-    args = (state, factors, coefficients, target, *head.weight, head.column_sums, grad, m, n, k, row_bytes, chunks)
-    constants = {**weight_format(head.scheme), **smoothing, "BLOCK_M": 16, "BLOCK_K": 128}
+    args = (state, factors, coefficients, target, *head.weight[:3], head.column_sums, grad, m, n, k, row_bytes, chunks)
+    constants = {**weight_format(head.weight.scheme), **smoothing, "BLOCK_M": 16, "BLOCK_K": 128}
     kernel, reason = loss_kernels.loss_gradient_kernel, "512 bytes of each row"
     return [*launches, Launch(kernel, (-(-m // 16), -(-k // 128)), args, constants, 4, 1, reason)]

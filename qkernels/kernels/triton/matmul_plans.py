@@ -1,6 +1,6 @@
 """What each operator launches: outputs, kernels, grids and constants, decided without running anything.
 
-Arguments are those of the operators in `qkernels/ops.py`, checked there; `device` is what to configure for.
+Arguments are those that `arguments.bundle` makes, checked before; `device` is what to configure for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...formats.scheme import QuantScheme
+from ...formats.storage import StoredWeight
 from . import matmul_kernels, row_kernels
 from .launch import Launch
 from .target import Target
@@ -30,8 +31,10 @@ def _operand(x: Tensor) -> str:
     return "float32" if x.dtype == torch.float32 else "float16"
 
 
-def stored(qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+def contiguous(weight: StoredWeight) -> StoredWeight:
+    """The weight with each tensor in one piece."""
+    tensors = (None if tensor is None else tensor.contiguous() for tensor in weight[:3])
+    return StoredWeight(*tensors, weight.in_features, weight.scheme)
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -44,9 +47,9 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def quantize_activation(x: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
+def quantize_activation(x: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
     """int8 [M, K] and float32 scales [M, groups]."""
-    return quantize_int8(x, QuantScheme.parse(scheme).act_group_size)
+    return quantize_int8(x, scheme.act_group_size)
 
 
 def quantize_int8(x: Tensor, group: int | None) -> Plan:
@@ -74,52 +77,32 @@ def weight_format(scheme: QuantScheme) -> dict[str, int]:
     return {"BITS": scheme.weight_bits, "W_GROUP": scheme.group_size or 0}
 
 
-def dequantize_weight(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
-    *,
-    device: Target,
-) -> Plan:
+def dequantize_weight(weight: StoredWeight, *, device: Target) -> Plan:
     """float32 [N, in_features]."""
-    parsed = QuantScheme.parse(scheme)
-    n = qweight.shape[0]
-    out = torch.empty((n, in_features), dtype=torch.float32, device=qweight.device)
-    constants = {"BITS": parsed.weight_bits, "GROUP": parsed.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
-    grid = (-(-n // 16), -(-in_features // 128))
-    args = (*stored(qweight, scales, zeros), out, n, in_features, qweight.shape[1])
+    weight, scheme = contiguous(weight), weight.scheme
+    n, row_bytes = weight.qweight.shape
+    out = torch.empty((n, weight.in_features), dtype=torch.float32, device=weight.qweight.device)
+    constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
+    grid = (-(-n // 16), -(-weight.in_features // 128))
+    args = (*weight[:3], out, n, weight.in_features, row_bytes)
     reason = "512 bytes of each row of the result"
     return Plan((out,), [Launch(row_kernels.dequantize_weight_kernel, grid, args, constants, 4, 1, reason)])
 
 
-def column_scales(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
-    *,
-    device: Target,
-) -> Plan:
+def column_scales(weight: StoredWeight, *, device: Target) -> Plan:
     """float32 [in_features]."""
-    weight = stored(qweight, scales, zeros)
-    (out,), launches = column_scales_of_chunks(weight, in_features, QuantScheme.parse(scheme), max(1, len(qweight)))
+    (out,), launches = column_scales_of_chunks(contiguous(weight), max(1, weight.out_features))
     return Plan((out[0],), launches)
 
 
-def column_scales_of_chunks(
-    weight: tuple[Tensor, Tensor, Tensor | None], in_features: int, scheme: QuantScheme, chunk: int
-) -> Plan:
+def column_scales_of_chunks(weight: StoredWeight, chunk: int) -> Plan:
     """float32 [chunks, in_features]: `column_scales` of each `chunk` rows of the weight (a multiple of 64, or all)."""
-    qweight = weight[0]
-    n = qweight.shape[0]
+    scheme, in_features, (n, row_bytes) = weight.scheme, weight.in_features, weight.qweight.shape
     chunks = max(1, -(-n // chunk))
-    out = torch.empty((chunks, in_features), dtype=torch.float32, device=qweight.device)
+    out = torch.empty((chunks, in_features), dtype=torch.float32, device=weight.qweight.device)
     constants = {"BITS": scheme.weight_bits, "GROUP": scheme.group_size or 0, "BLOCK_N": 64, "BLOCK_K": 32}
     grid = (-(-in_features // 32), chunks)
-    args = (*weight, out, n, in_features, qweight.shape[1], chunk)
+    args = (*weight[:3], out, n, in_features, row_bytes, chunk)
     reason = "a sector of each row, so that as many programs as possible run"
     return Plan((out,), [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)])
 
@@ -129,55 +112,40 @@ def _tiles(config: Tile) -> dict[str, int]:
 
 
 def linear(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
-    *,
-    device: Target,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None, *, device: Target
 ) -> Plan:
     """[M, N]: for `a8` schemes the quantization, the product, and what split-K needs after it."""
-    parsed = QuantScheme.parse(scheme)
-    out = torch.empty((x.shape[0], qweight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return Plan((out,), [])
-    weight = stored(qweight, scales, zeros)
-    activation, launches = quantize_activation(x, scheme, device=device) if parsed.int_activations else ((x,), [])
-    return Plan((out,), launches + product(activation, weight, bias, parsed, out, device))
+    activation, launches = (x,), []
+    if weight.scheme.int_activations:
+        activation, launches = quantize_activation(x, weight.scheme, device=device)
+    return Plan((out,), launches + product(activation, contiguous(weight), bias, out, device))
 
 
 def product(
-    activation: tuple[Tensor, ...],
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    out: Tensor,
-    device: Target,
+    activation: tuple[Tensor, ...], weight: StoredWeight, bias: Tensor | None, out: Tensor, device: Target
 ) -> list[Launch]:
     """Launches that fill `out` [M, N]; an activation is int8 and its scales, or one float tensor."""
-    bias = None if bias is None else bias.contiguous()
+    scheme, bias = weight.scheme, None if bias is None else bias.contiguous()
     x = activation[0].contiguous()
     if scheme.int_activations:
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
         shape = MatmulShape(*out.shape, x.shape[1], "int8", group, splittable=True)
-        return _linear_int((x, activation[1]), weight, bias, scheme, out, (shape, choose(shape, device)))
+        return _linear_int((x, activation[1]), weight, bias, out, (shape, choose(shape, device)))
     shape = MatmulShape(*out.shape, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
-    return _linear_float(x, weight, bias, scheme, out, (shape, choose(shape, device)))
+    return _linear_float(x, weight, bias, out, (shape, choose(shape, device)))
 
 
 def _linear_int(
     activation: tuple[Tensor, Tensor],
-    weight: tuple[Tensor, Tensor, Tensor | None],
+    weight: StoredWeight,
     bias: Tensor | None,
-    scheme: QuantScheme,
     out: Tensor,
     chosen: tuple[MatmulShape, Tile],
 ) -> list[Launch]:
-    shape, config = chosen
-    x_scales, scales = activation[1], weight[1]
+    (shape, config), scheme = chosen, weight.scheme
     sizes = {
         **weight_format(scheme),
         "A_GROUP": scheme.act_group_size or 0,
@@ -189,14 +157,14 @@ def _linear_int(
         count = -(-shape.depth // shape.group) if shape.group else slices(shape, config)
         dtype = torch.float32 if shape.group else torch.int32
         parts = torch.empty((count, *out.shape), dtype=dtype, device=out.device)
-    args = (*activation, *weight, bias, parts, *out.shape, shape.depth, weight[0].shape[1])
+    args = (*activation, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1])
     launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, shape, config)]
     if config.slice_depth:
         launches.append(
             _reduce(
                 parts,
-                x_scales if scheme.act_group_size is None else None,
-                scales if scheme.group_size is None else None,
+                activation[1] if scheme.act_group_size is None else None,
+                weight.scales if scheme.group_size is None else None,
                 bias,
                 out,
             )
@@ -205,22 +173,17 @@ def _linear_int(
 
 
 def _linear_float(
-    x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    out: Tensor,
-    chosen: tuple[MatmulShape, Tile],
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out: Tensor, chosen: tuple[MatmulShape, Tile]
 ) -> list[Launch]:
-    shape, config = chosen
+    (shape, config), scheme = chosen, weight.scheme
     sizes = {**weight_format(scheme), "SLICE": config.slice_depth, **_tiles(config)}
     parts = out
     if config.slice_depth:
         parts = torch.empty((slices(shape, config), *out.shape), dtype=torch.float32, device=out.device)
-    args = (x, *weight, bias, parts, *out.shape, shape.depth, weight[0].shape[1])
+    args = (x, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1])
     launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, shape, config)]
     if config.slice_depth:
-        launches.append(_reduce(parts, None, weight[1] if scheme.group_size is None else None, bias, out))
+        launches.append(_reduce(parts, None, weight.scales if scheme.group_size is None else None, bias, out))
     return launches
 
 
@@ -243,34 +206,22 @@ def grad_tiles(config: Tile) -> dict[str, int]:
 
 
 def linear_grad_input(
-    grad_out: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
-    *,
-    device: Target,
+    grad_out: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None, *, device: Target
 ) -> Plan:
     """[M, in_features]."""
-    m, n = grad_out.shape
+    weight, (m, n), in_features = contiguous(weight), grad_out.shape, weight.in_features
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
     shape = MatmulShape(m, in_features, n, _operand(grad_out), converted=True)
     config = choose(shape, device)
-    args = (grad_out.contiguous(), *stored(qweight, scales, zeros), out, m, n, in_features, qweight.shape[1])
-    sizes = {**weight_format(QuantScheme.parse(scheme)), **grad_tiles(config)}
+    args = (grad_out.contiguous(), *weight[:3], out, m, n, in_features, weight.qweight.shape[1])
+    sizes = {**weight_format(weight.scheme), **grad_tiles(config)}
     return Plan((out,), [_launch(matmul_kernels.grad_input_kernel, args, sizes, shape, config)])
 
 
 def int_grad_input(
     q_grad: Tensor,
     grad_scales: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    in_features: int,
-    scheme: str | QuantScheme,
+    weight: StoredWeight,
     column_scales: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
@@ -279,12 +230,12 @@ def int_grad_input(
     """[M, in_features]; also the gradient of a weight, whose factors come from
     `quantize_columns_stochastic` and `linear_with_saved_input`.
     """
-    m, n = q_grad.shape
+    weight, (m, n), in_features = contiguous(weight), q_grad.shape, weight.in_features
     out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
     shape = MatmulShape(m, in_features, n, "int8", converted=True)
     config = choose(shape, device)
     gradient = (q_grad.contiguous(), grad_scales.contiguous())
-    columns = None if column_scales is None else column_scales.contiguous()
-    args = (*gradient, *stored(qweight, scales, zeros), columns, out, m, n, in_features, qweight.shape[1])
-    sizes = {**weight_format(QuantScheme.parse(scheme)), **grad_tiles(config)}
+    factors = None if column_scales is None else column_scales.contiguous()
+    args = (*gradient, *weight[:3], factors, out, m, n, in_features, weight.qweight.shape[1])
+    sizes = {**weight_format(weight.scheme), **grad_tiles(config)}
     return Plan((out,), [_launch(matmul_kernels.int_grad_input_kernel, args, sizes, shape, config)])

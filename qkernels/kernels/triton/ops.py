@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from . import loss_plans, matmul_plans, training_plans
 from .late_errors import late_errors
 from .launch import run_all
@@ -32,6 +33,11 @@ PLANS: dict[str, Callable[..., matmul_plans.Plan]] = {
 }
 # On the CPU, under Triton's interpreter, tiles are those for this target.
 INTERPRETED = Target("cuda", 80, 108, 163 * 1024)
+
+
+def plan(name: str, args: tuple[Any, ...], target: Target, **keywords: Any) -> matmul_plans.Plan:
+    """What the operator `name` launches on `target` for the arguments of its schema; see `arguments.bundle`."""
+    return PLANS[name](*arguments.bundle(name, args), **keywords, device=target)
 
 
 def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:

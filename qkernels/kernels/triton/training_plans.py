@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from ...formats.scheme import QuantScheme
+from ...formats.storage import StoredWeight
 from . import training_kernels
 from .launch import Launch
-from .matmul_plans import ELEMENTS, Plan, power_of_two, product, quantize_activation, quantize_int8, row_major, stored
+from .matmul_plans import (
+    ELEMENTS,
+    Plan,
+    contiguous,
+    power_of_two,
+    product,
+    quantize_activation,
+    quantize_int8,
+    row_major,
+)
 from .target import Target
 
 _SLICE = 1024  # rows whose columns' ranges one program finds
@@ -79,91 +89,78 @@ def quantize_columns_stochastic(
 
 
 def linear_with_saved_input(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    scheme: str | QuantScheme,
-    out_dtype: torch.dtype | None = None,
-    *,
-    device: Target,
+    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None, *, device: Target
 ) -> Plan:
     """[M, N], int8 [M, K] and float32 [M]."""
-    parsed = QuantScheme.parse(scheme)
-    m, k = x.shape
+    scheme, (m, k) = weight.scheme, x.shape
     activation, launches = quantize_activation(x, scheme, device=device)
     saved, row_scales = activation[0], activation[1].squeeze(1)
-    if parsed.act_group_size is not None:
+    if scheme.act_group_size is not None:
         saved = torch.empty_like(saved)
         row_scales = torch.empty((m,), dtype=torch.float32, device=x.device)
-        constants = {"GROUP": parsed.act_group_size, "BLOCK": ELEMENTS // parsed.act_group_size}
+        constants = {"GROUP": scheme.act_group_size, "BLOCK": ELEMENTS // scheme.act_group_size}
         args = (*activation, saved, row_scales, k)
         reason = "a row a program: its integers are read twice"
         launches.append(Launch(training_kernels.merge_groups_kernel, (m,), args, constants, 4, 1, reason))
-    out = torch.empty((m, qweight.shape[0]), dtype=out_dtype or x.dtype, device=x.device)
+    out = torch.empty((m, weight.out_features), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel():
-        launches += product(activation, stored(qweight, scales, zeros), bias, parsed, out, device)
+        launches += product(activation, contiguous(weight), bias, out, device)
     return Plan((out, saved, row_scales), launches)
 
 
-def quantize_weight(weight: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
+def quantize_weight(weight: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
     """qweight, scales and zeros ([N, 0] for symmetric schemes); a scale is NaN where no finite one exists."""
-    parsed = QuantScheme.parse(scheme)
     n, k = weight.shape
-    if parsed.weight_bits == 8:
-        (q, scales), launches = quantize_int8(weight, parsed.group_size)
+    if scheme.weight_bits == 8:
+        (q, scales), launches = quantize_int8(weight, scheme.group_size)
         return Plan((q, scales, scales.new_empty((n, 0), dtype=torch.uint8)), launches)
     weight = row_major(weight)
-    (scales, inverses, zeros), launches = _int4_parameters(weight, parsed)
-    packed = torch.empty((n, parsed.packed_features(k)), dtype=torch.uint8, device=weight.device)
+    (scales, inverses, zeros), launches = _int4_parameters(weight, scheme)
+    packed = torch.empty((n, scheme.packed_features(k)), dtype=torch.uint8, device=weight.device)
     args = (weight, inverses, zeros, packed, n, k, weight.stride(0), packed.shape[1])
-    launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, parsed, (n, k)))
+    launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, scheme, (n, k)))
     return Plan((packed, scales, scales.new_empty((n, 0), dtype=torch.uint8) if zeros is None else zeros), launches)
 
 
-def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
+def mask_clipped(grad: Tensor, weight: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
     """[N, K] of the dtype of grad."""
-    parsed = QuantScheme.parse(scheme)
     grad, weight = row_major(grad), row_major(weight)
-    (_, inverses, zeros), launches = _int4_parameters(weight, parsed)
+    (_, inverses, zeros), launches = _int4_parameters(weight, scheme)
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     args = (grad, weight, inverses, zeros, out, *grad.shape, grad.stride(0), weight.stride(0))
-    launches.append(_by_tiles(training_kernels.int4_mask_kernel, args, parsed, grad.shape))
+    launches.append(_by_tiles(training_kernels.int4_mask_kernel, args, scheme, grad.shape))
     return Plan((out,), launches)
 
 
-def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
+def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
     """qweight for finite scales [N, groups] of a symmetric scheme."""
-    parsed = QuantScheme.parse(scheme)
     n, k = weight.shape
     weight = row_major(weight)
     inverses, launches = _inverses(scales)
-    if parsed.weight_bits == 8:
+    if scheme.weight_bits == 8:
         out = torch.empty((n, k), dtype=torch.int8, device=weight.device)
         args = (weight, inverses, out, n, k, weight.stride(0))
-        launches.append(_by_tiles(training_kernels.int8_clamp_kernel, args, parsed, (n, k)))
+        launches.append(_by_tiles(training_kernels.int8_clamp_kernel, args, scheme, (n, k)))
     else:
-        out = torch.empty((n, parsed.packed_features(k)), dtype=torch.uint8, device=weight.device)
+        out = torch.empty((n, scheme.packed_features(k)), dtype=torch.uint8, device=weight.device)
         args = (weight, inverses, None, out, n, k, weight.stride(0), out.shape[1])
-        launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, parsed, (n, k)))
+        launches.append(_by_tiles(training_kernels.int4_pack_kernel, args, scheme, (n, k)))
     return Plan((out,), launches)
 
 
-def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: str | QuantScheme, *, device: Target) -> Plan:
+def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
     """[N, K] of the dtype of grad, and float32 [N, groups]."""
-    parsed = QuantScheme.parse(scheme)
     n, k = weight.shape
     grad, weight = row_major(grad), row_major(weight)
     inverses, launches = _inverses(scales)
     out = torch.empty((n, k), dtype=grad.dtype, device=grad.device)
     grad_scales = torch.empty(scales.shape, dtype=torch.float32, device=grad.device)
-    low, high = parsed.weight_format.least, parsed.weight_format.greatest
-    size = parsed.group_size or k
+    low, high = scheme.weight_format.least, scheme.weight_format.greatest
+    size = scheme.group_size or k
     last = k - size * (scales.shape[1] - 1)
     factors = (_float32_bits(1.0 / math.sqrt(count * high)) for count in (size, last))
     args = (grad, weight, inverses, out, grad_scales, n, k, grad.stride(0), weight.stride(0), size, *factors)
-    groups = 64 if parsed.group_size else 8
+    groups = 64 if scheme.group_size else 8
     constants = {"LOW": low, "HIGH": high, "GROUPS": groups}
     reason = "64 bytes of each group at a time: the sums of its 16 lanes are in order"
     grid = (-(-scales.numel() // groups),)

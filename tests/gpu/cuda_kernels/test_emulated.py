@@ -31,7 +31,7 @@ def test_ragged_samples(op, scheme):
     for number, sample in enumerate(op_samples.samples(op, scheme, 4)):
         if supported(op, sample):
             kernels.schedule(number, early_copies=number % 2 == 1)
-            check(op, scheme, sample, getattr(kernels, op)(*sample.args))
+            check(op, scheme, sample, kernels.call(op, *sample.args))
 
 
 @pytest.mark.parametrize(("op", "scheme", "shape", "dtype"), cases.CASES, ids=cases.IDS)
@@ -41,7 +41,7 @@ def test_every_kind_of_kernel(op, scheme, shape, dtype):
     kernels.counts()
     for seed, early_copies in ((1, False), (2, True)):
         kernels.schedule(seed, early_copies)
-        check(op, scheme, sample, getattr(kernels, op)(*sample.args))
+        check(op, scheme, sample, kernels.call(op, *sample.args))
     assert kernels.counts()["conflicts"] == 0
 
 
@@ -59,7 +59,7 @@ def test_few_columns_divide_the_depth():
     assert [len(launches) for launches in division(kernels, sample)] == [1, 2]
     kernels.processors = 64
     try:
-        results = [kernels.linear(*sample.args) for _ in range(2)]
+        results = [kernels.call("linear", *sample.args) for _ in range(2)]
     finally:
         kernels.processors = 2
     check("linear", "w4a16-g64-asym", sample, results[0])

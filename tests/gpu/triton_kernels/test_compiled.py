@@ -8,6 +8,7 @@ import math
 
 import op_samples
 import pytest
+import reference_ops
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
@@ -18,7 +19,6 @@ from helpers import assert_same_bits
 from launch_checks import check, plan
 
 from qkernels import QuantScheme, quantize_weight
-from qkernels.kernels import reference
 from qkernels.kernels.triton import matmul_kernels, ops
 from qkernels.kernels.triton.target import Target
 
@@ -144,9 +144,11 @@ def test_terms_of_the_loss(target):
     classes, dither = torch.randint(0, 70, (5,)), torch.randint(2**32, (5,))
     args = (draw.floats(5, 33), classes, *storage, None, "w8a8", dither)
     for terms in ({"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.3}):
-        plan_of_terms = ops.PLANS["linear_cross_entropy"](*args, **terms, device=TARGETS[target])
+        plan_of_terms = ops.plan("linear_cross_entropy", args, TARGETS[target], **terms)
         execute_all(plan_of_terms.launches, target)
-        for result, expected in zip(plan_of_terms.results, reference.linear_cross_entropy(*args, **terms), strict=True):
+        for result, expected in zip(
+            plan_of_terms.results, reference_ops.linear_cross_entropy(*args, **terms), strict=True
+        ):
             last_place = 2.0**-23 * expected.abs() if "label_smoothing" in terms else 0.0
             assert ((result - expected).abs() <= last_place).all(), f"{target} {terms}"
 

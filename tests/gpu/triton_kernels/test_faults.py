@@ -5,6 +5,7 @@ from functools import cache
 from typing import NamedTuple
 
 import pytest
+import reference_ops
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
@@ -16,7 +17,6 @@ from helpers import same_bits
 from launch_checks import plan
 
 from qkernels import quantize_weight
-from qkernels.kernels import reference
 from qkernels.kernels.triton.launch import Launch
 
 TARGET = "sm_80"
@@ -47,15 +47,15 @@ def case(name: str) -> Case:
         x = random(5, 300)
         x[:, 7] = -9.0  # the largest magnitude
         outputs, (launch,) = plan("quantize_activation", (x, "w8a8"), TARGETS[TARGET])
-        return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_activation(x, "w8a8"))
+        return Case(launch, compile_launch(launch, TARGET), outputs, reference_ops.quantize_activation(x, "w8a8"))
     if name == "random":
         args = (random(5, 300), random(300), torch.tensor(7), 1)
         outputs, (launch,) = plan("quantize_rows_stochastic", args, TARGETS[TARGET])
-        return Case(launch, compile_launch(launch, TARGET), outputs, reference.quantize_rows_stochastic(*args))
+        return Case(launch, compile_launch(launch, TARGET), outputs, reference_ops.quantize_rows_stochastic(*args))
     args = (random(40, 272), *quantize_weight(random(72, 272), name), random(72), name, torch.bfloat16)
     outputs, (quantize, launch) = plan("linear", args, TARGETS[TARGET])
     execute_all([quantize], TARGET)
-    return Case(launch, compile_launch(launch, TARGET), outputs, (reference.linear(*args),))
+    return Case(launch, compile_launch(launch, TARGET), outputs, (reference_ops.linear(*args),))
 
 
 def caught(name: str, ptx: str) -> str:

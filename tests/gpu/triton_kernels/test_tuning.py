@@ -187,7 +187,7 @@ def test_launches_follow_the_file():
     config = list(tuning.candidates(product, TARGET))[5]
     tuned = Target("cuda", 89, 1, TARGET.shared_bytes, {bucket(product): config})
     for m in (33, 64):
-        launch = ops.PLANS["linear"](torch.randn(m, 96), *stored, None, "w8a8", device=tuned).launches[-1]
+        launch = ops.plan("linear", (torch.randn(m, 96), *stored, None, "w8a8"), tuned).launches[-1]
         assert launch.constants["BLOCK_M"] == config.rows and launch.constants["BLOCK_N"] == config.columns
         assert launch.reason == "measured by qkernels tune"
 
@@ -196,7 +196,7 @@ def test_every_product_can_be_tuned():
     """Each operator that multiplies says for what its tiles were chosen."""
     for op, scheme in (("linear", "w4a8-g32"), ("linear", "w8a16"), ("linear_grad_input", "w8a16")):
         sample = next(s for s in op_samples.samples(op, scheme) if s.args[0].numel())
-        assert any(launch.product for launch in ops.PLANS[op](*sample.args, device=TARGET).launches)
+        assert any(launch.product for launch in ops.plan(op, sample.args, TARGET).launches)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
