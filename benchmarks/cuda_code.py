@@ -16,7 +16,7 @@ START, END = "<!-- cuda code -->\n", "<!-- end of cuda code -->"
 
 def table() -> str:
     """Registers, instructions a product, and threads that fit, of each product's kernel for each target."""
-    codes = sass.assembled()
+    codes = {target: sass.assembled(target) for target in sass.TARGETS}
     kernels = {kernel.name: name for name in codes["sm_80"] if (kernel := sass.product(name))}
     lines = ["| kernel | " + " | ".join(sass.TARGETS) + " |", "| --- |" + " --- |" * len(sass.TARGETS)]
     for words, name in sorted(kernels.items()):

@@ -3,6 +3,7 @@
 `pytest --threads 16` runs the tests with another number of threads.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,9 @@ import core_driver
 import hypothesis
 import pytest
 import torch
+from gpu_emulation.files import made_once
 from helpers import TEXT
+from tiers import isa_parameters
 
 from qkernels.kernels import isa
 
@@ -36,12 +39,6 @@ def deterministic(request):
     torch.set_num_threads(request.config.getoption("--threads"))
 
 
-def isa_parameters() -> list:
-    """The instruction sets of this CPU; the quick tier runs the plainest and the best."""
-    names = isa.supported()
-    return [pytest.param(name, marks=() if name in (names[0], names[-1]) else pytest.mark.thorough) for name in names]
-
-
 @pytest.fixture(params=isa_parameters())
 def each_isa(request):
     """Runs the test once per instruction set this CPU has; the value is its name."""
@@ -52,13 +49,18 @@ def each_isa(request):
 @pytest.fixture(scope="session")
 def core_check(tmp_path_factory):
     """The driver of the installed core, see core_driver.py."""
-    return core_driver.build(tmp_path_factory.mktemp("core") / "core_check")
+    folder = core_driver.shared_folder(tmp_path_factory, "core")
+    return made_once(folder / "core_check", core_driver.build)
 
 
 @pytest.fixture(scope="session")
 def native_checksums(core_check):
     """What the best instruction set of this CPU computes."""
-    return core_driver.run(core_check)[1]
+
+    def run(path: Path) -> None:
+        path.write_text(json.dumps(core_driver.run(core_check)[1]))
+
+    return json.loads(made_once(core_check.with_name("checksums.json"), run).read_text())
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,7 @@ def train(
     only: Only = None,
     peers: Annotated[bool, typer.Option(help="Time what benchmarks/peers.txt installs, too.")] = TrainPlan.peers,
     memory: Annotated[bool, typer.Option(help="Measure memory too, each in a process.")] = TrainPlan.memory,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile of bfloat16 too (slow).")] = TrainPlan.compiled,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Time on the CPU, or on a GPU (cuda).")] = "cpu",
     output: Annotated[Path, typer.Option(help="Write train.json to this folder.")] = Path("bench"),
 ) -> None:
@@ -138,6 +139,7 @@ def train(
             peers=peers,
             memory=memory,
             device=device,
+            compiled=compiled,
         )
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

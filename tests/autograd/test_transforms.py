@@ -167,14 +167,15 @@ def test_weights_that_change_before_the_backward_are_noticed(kind):
         out.backward()
 
 
-@pytest.mark.parametrize("mode", ["frozen", "qat", "int8"])
-def test_compiled_gradients_draw_the_numbers_of_eager(mode):
-    """In a process of its own: inductor starts threads."""
-    code = f"""
+@pytest.mark.thorough
+def test_compiled_gradients_draw_the_numbers_of_eager():
+    """In a process of its own: inductor starts threads. One graph holds layers of all modes."""
+    code = """
 import copy, torch, qkernels as qk
 torch.manual_seed(0)
-net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
-qk.quantize_(net, "w8a8", mode={mode!r}, grad_dtype="int8")
+net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
+for i, mode in enumerate(["frozen", "qat", "int8"]):
+    qk.quantize_(net, "w8a8", mode=mode, grad_dtype="int8", include=[str(i), str(i + 3)])
 x = torch.randn(16, 64)
 def gradients(function):
     net.zero_grad()

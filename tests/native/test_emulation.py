@@ -6,12 +6,16 @@ import subprocess
 
 import core_driver
 import pytest
+from gpu_emulation.files import made_once
 
 import qkernels as qk
 
-pytestmark = pytest.mark.skipif(
-    "avx2" not in qk.isa.supported() or shutil.which("g++") is None, reason="needs AVX2 and g++ to emulate the rest"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "avx2" not in qk.isa.supported() or shutil.which("g++") is None, reason="needs AVX2 and g++ to emulate the rest"
+    ),
+]
 
 # The drivers that an instruction set uses.
 COMMON = {"row_dot", "int_matmul", "float_dot", "float_matmul"}
@@ -24,7 +28,8 @@ def emulated(tmp_path_factory):
     """core_check with the emulated intrinsics (tests/native/emulation), every ISA of which counts as supported."""
     # AVX2 everywhere for the vector types in the headers.
     flags = (f"-I{core_driver.ROOT / 'tests/native/emulation'}", "-DQK_EMULATED", "-O1", "-mavx2", "-mfma", "-mf16c")
-    return core_driver.build_with_core(tmp_path_factory.mktemp("emulated") / "core_check", flags=flags)
+    folder = core_driver.shared_folder(tmp_path_factory, "emulated_core")
+    return made_once(folder / "core_check", lambda path: core_driver.build_with_core(path, flags=flags))
 
 
 @pytest.mark.parametrize("isa", qk.isa.compiled())

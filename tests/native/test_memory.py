@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_python
-
-from qkernels.kernels import isa
+from tiers import isa_parameters
 
 HERE = Path(__file__).parent
 
@@ -69,7 +68,7 @@ del x
         assert result.returncode < 0 and "inside" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("name", isa.supported())
+@pytest.mark.parametrize("name", isa_parameters())
 def test_kernels_stay_inside_their_tensors(guard, name):
     code = CODE.format(here=str(HERE.parent / "support"))
     result = run_python(code, check=False, LD_PRELOAD=str(guard), QKERNELS_ISA=name)

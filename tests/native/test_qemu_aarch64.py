@@ -8,14 +8,18 @@ import subprocess
 import core_driver
 import disassembly
 import pytest
+from gpu_emulation.files import made_once
 
 COMPILER, OBJDUMP = shutil.which("aarch64-linux-gnu-g++"), shutil.which("aarch64-linux-gnu-objdump")
 QEMU = shutil.which("qemu-aarch64")
 
-pytestmark = pytest.mark.skipif(
-    None in (COMPILER, OBJDUMP, QEMU),
-    reason="needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian packages g++-aarch64-linux-gnu and qemu-user)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        None in (COMPILER, OBJDUMP, QEMU),
+        reason="needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian packages g++-aarch64-linux-gnu and qemu-user)",
+    ),
+]
 
 # CPU -> the instruction sets it has, in ascending order.
 CPUS = {
@@ -45,8 +49,10 @@ TILES = {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    target = tmp_path_factory.mktemp("aarch64") / "core_check"
-    return core_driver.build_with_core(target, COMPILER, flags=("-static",))
+    folder = core_driver.shared_folder(tmp_path_factory, "aarch64")
+    return made_once(
+        folder / "core_check", lambda path: core_driver.build_with_core(path, COMPILER, flags=("-static",))
+    )
 
 
 @pytest.mark.parametrize("cpu", CPUS)

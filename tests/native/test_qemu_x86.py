@@ -11,6 +11,7 @@ import qkernels as qk
 QEMU = shutil.which("qemu-x86_64")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif("avx2" not in qk.isa.compiled(), reason="the core was not built for x86-64"),
     pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian package qemu-user)"),
 ]

@@ -13,6 +13,7 @@ import torch
 from qkernels.bench.training.cases import FULL, Language
 from qkernels.bench.training.contenders import Float, Ours
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 if not SCRIPT.exists():
     pytest.skip("needs the source tree", allow_module_level=True)

@@ -11,6 +11,7 @@ from itertools import combinations
 import pytest
 
 from qkernels import QuantScheme
+from qkernels.kernels import isa
 
 # One of each way to multiply: plain, grouped, with groups of activations, without quantized activations.
 QUICK_SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a8-g128", "w8a16", "w4a16-g32-asym")
@@ -45,3 +46,9 @@ def tiered(names: Iterable[str]) -> list:
     usual = set(pairwise(names))
     marks = {name: pytest.mark.thorough if name in usual else pytest.mark.slow for name in names}
     return [pytest.param(name, marks=() if name in QUICK_SCHEMES else marks[name]) for name in names]
+
+
+def isa_parameters() -> list:
+    """The instruction sets of this CPU: in the quick tier the plainest and the best, in the next all of them."""
+    names = isa.supported()
+    return [pytest.param(name, marks=() if name in (names[0], names[-1]) else pytest.mark.thorough) for name in names]

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gpu_emulation import emulated
+from gpu_emulation.files import made_once
 from gpu_emulation.ptx import machine, program
 from gpu_emulation.ptx.memory import NOBODY, GlobalMemory
 
@@ -25,9 +26,9 @@ def ptx_files() -> dict[str, Path]:
     """PTX for compute capability 8.0 of each source with kernels; its code for newer GPUs is assembled from it."""
 
     def compile_one(source: Path) -> Path:
-        to = Path(emulated.DIRECTORY.name) / f"{source.stem}.ptx"
-        subprocess.run(["nvcc", *FLAGS, "-arch=compute_80", "-ptx", str(source), "-o", str(to)], check=True)
-        return to
+        command = ["nvcc", *FLAGS, "-arch=compute_80", "-ptx", str(source), "-o"]
+        to = emulated.FOLDER / f"{source.stem}.ptx"
+        return made_once(to, lambda path: subprocess.run([*command, str(path)], check=True))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((source.stem for source in KERNEL_SOURCES), pool.map(compile_one, KERNEL_SOURCES), strict=True))

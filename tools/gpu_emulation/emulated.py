@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_emulation.files import made_once
 from qkernels import QuantScheme
 from qkernels.formats.storage import StoredWeight
 from qkernels.kernels import arguments
@@ -34,7 +35,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::DType
 COUNTS = ("products", "matrices", "conflicts", "barriers", "switches")
 
 
-DIRECTORY = tempfile.TemporaryDirectory()
+_TEMPORARY = tempfile.TemporaryDirectory()
+FOLDER = Path(_TEMPORARY.name)  # what is compiled goes here; processes may share another one
 
 
 class KernelError(Exception):
@@ -54,7 +56,7 @@ class Launch(NamedTuple):
 @cache
 def _object(source: Path) -> Path:
     """The compiled file; the same in every library that does not replace it."""
-    return compile_source(source, Path(DIRECTORY.name) / f"{source.name}.o")
+    return made_once(FOLDER / f"{source.name}.o", lambda path: compile_source(source, path))
 
 
 def compile_source(source: Path, to: Path, *flags: str, before: Path | None = None) -> Path:
@@ -73,9 +75,8 @@ def link(name: str, **replaced: Path) -> Emulated:
     """The library of this name, with other objects for the sources named by their stem."""
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda s: replaced.get(s.stem) or _object(s), [*SOURCES, *HOST_SOURCES]))
-    path = Path(DIRECTORY.name) / f"{name}.so"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-ldl", "-o", str(path)], check=True)
-    return Emulated(path)
+    command = ["g++", "-shared", *map(str, objects), "-ldl", "-o"]
+    return Emulated(made_once(FOLDER / f"{name}.so", lambda path: subprocess.run([*command, str(path)], check=True)))
 
 
 def _bytes_at(address: int, size: int) -> np.ndarray:

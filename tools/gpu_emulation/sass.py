@@ -142,19 +142,15 @@ def occupancy(kernel: Product, registers: int, target: str) -> float:
 
 
 @cache
-def assembled() -> dict[str, dict[str, Code]]:
-    """Every kernel for every target, by target and mangled name."""
-    jobs = [(target, path) for target in TARGETS for path in compiled.ptx_files().values()]
+def assembled(target: str) -> dict[str, Code]:
+    """Every kernel for a target, by mangled name."""
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: _assemble(*job), jobs)
-    found = {target: {} for target in TARGETS}
-    for (target, _), codes in zip(jobs, results, strict=True):
-        found[target] |= codes
-    return found
+        codes = list(pool.map(lambda path: _assemble(target, path), compiled.ptx_files().values()))
+    return {name: code for of_file in codes for name, code in of_file.items()}
 
 
 def _assemble(target: str, ptx: Path) -> dict[str, Code]:
-    cubin = str(Path(emulated.DIRECTORY.name) / f"{ptx.stem}.{target}.cubin")
+    cubin = str(emulated.FOLDER / f"{ptx.stem}.{target}.cubin")
     command = ["ptxas", f"-arch={target}", "-v", str(ptx), "-o", cubin]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     text = subprocess.run([DISASSEMBLER, "-c", cubin], capture_output=True, text=True, check=True).stdout

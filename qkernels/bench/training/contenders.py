@@ -18,6 +18,7 @@ from .cases import FROZEN, FULL, LORA, Case, Language
 
 GROUP = 128
 FUSED = " + loss"
+COMPILED = " compiled"
 MODES = {FULL: ("qat", "int8"), FROZEN: ("frozen",), LORA: ("frozen",)}
 
 
@@ -61,25 +62,30 @@ class Contender:
 
 
 class Float(Contender):
-    """The model as it is, parameters and optimizer in one dtype; `fused`: with our `patch_loss`, and nothing else."""
+    """The model as it is, parameters and optimizer in one dtype; `fused`: with our `patch_loss`, and nothing else;
+    `compiled`: by `torch.compile`. `device`: where it runs, "cpu" or "cuda".
+    """
 
     tolerance = 0.02
 
-    def __init__(self, dtype: str, fused: bool = False) -> None:
-        self.name, self._dtype, self._fused = f"torch {dtype}" + (FUSED if fused else ""), DTYPES[dtype], fused
+    def __init__(self, dtype: str, fused: bool = False, compiled: bool = False, device: str = "cpu") -> None:
+        self.name = f"torch {dtype}" + (FUSED if fused else "") + (COMPILED if compiled else "")
+        self._dtype, self._fused, self._compiled, self._device = DTYPES[dtype], fused, compiled, device
 
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
     def unavailable(self) -> str | None:
-        if self._dtype == torch.bfloat16 and not fast_bf16():
+        if self._device == "cpu" and self._dtype == torch.bfloat16 and not fast_bf16():
             return "this CPU has no bfloat16 instructions: torch would take many times as long as in float32"
         return None
 
     def convert(self, model: nn.Module) -> nn.Module:
         if self._fused:
             patch_loss(model)
+        if self._compiled:
+            model.compile()  # in place, when it is first called
         return model
 
 
@@ -185,9 +191,19 @@ class Sdnq(Contender):
         )  # fmt: skip
 
 
-def contenders(case: Case, schemes: Sequence[str], grad_dtypes: Sequence[str], *, peers: bool) -> list[Contender]:
+def contenders(
+    case: Case,
+    schemes: Sequence[str],
+    grad_dtypes: Sequence[str],
+    *,
+    peers: bool,
+    compiled: bool = False,
+    device: str = "cpu",
+) -> list[Contender]:
     """All for a case; whether they can run here is asked of each."""
-    found: list[Contender] = [Float("float32"), OneDnn(), Float("bfloat16")]
+    found: list[Contender] = [Float("float32"), Float("bfloat16", device=device)]
+    found += [OneDnn()] if device == "cpu" else []
+    found += [Float("bfloat16", compiled=True, device=device)] if compiled else []
     losses = (False, True) if isinstance(case, Language) else (False,)
     found += [Float(str(pick_dtype("auto")).removeprefix("torch."), fused=True)] if True in losses else []
     found += [

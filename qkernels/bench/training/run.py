@@ -107,6 +107,7 @@ class TrainPlan:
         peers: also what `benchmarks/peers.txt` installs.
         memory: also measure memory, each contender in a process of its own; of the CPU only.
         device: "cpu" or "cuda", a GPU.
+        compiled: also torch's bfloat16 under torch.compile.
     """
 
     cases: tuple[str, ...]
@@ -117,6 +118,7 @@ class TrainPlan:
     peers: bool = False
     memory: bool = False
     device: str = "cpu"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         from ...formats.scheme import QuantScheme
@@ -132,7 +134,14 @@ class TrainPlan:
             QuantScheme.parse(scheme)
 
     def contenders(self, case: Case) -> list[Contender]:
-        found = contenders(case, self.schemes, self.grad_dtypes, peers=self.peers)
+        found = contenders(
+            case,
+            self.schemes,
+            self.grad_dtypes,
+            peers=self.peers,
+            compiled=self.compiled,
+            device=self.device,
+        )
         return chosen(found, self.only)
 
 

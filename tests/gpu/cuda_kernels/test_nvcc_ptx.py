@@ -10,6 +10,7 @@ MISSING = emulated.MISSING or compiled.MISSING
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # A tile and a bit of each size, for the interpreter is slow.
 CASES = [

@@ -14,6 +14,7 @@ from gpu_emulation.ptx.program import PtxError
 if emulated.MISSING:
     pytest.skip(emulated.MISSING, allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 BF16, F32 = torch.bfloat16, torch.float32
 QUANTIZE = ("quantize_activation", "w8a8", (3, 1000), F32)
 INT8 = ("linear", "w8a8", (66, 70, 288), BF16)

@@ -10,6 +10,7 @@ if sass.MISSING:
 
 from gpu_emulation import compiled, emulated
 
+pytestmark = pytest.mark.slow
 TABLE = emulated.ROOT / "docs" / "gpu.md"
 # Another release of the compiler may need some more registers than the one the table is of.
 SPARE_REGISTERS = 8
@@ -28,7 +29,7 @@ def documented() -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("target", sass.TARGETS)
 def test_code(target):
     registers, seen = documented(), set()
-    for name, code in sass.assembled()[target].items():
+    for name, code in sass.assembled(target).items():
         assert code.spilled == 0, name
         kernel = sass.product(name)
         if kernel is None:

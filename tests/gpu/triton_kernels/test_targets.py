@@ -10,6 +10,7 @@ from gpu_emulation.aot import TARGETS, compile_launch
 from gpu_emulation.launches import real_launches
 from gpu_emulation.usage import usage
 
+pytestmark = pytest.mark.slow
 # Kernels that multiply integers: their rules know no fused multiply-add, and division is IEEE.
 INTEGER_KERNELS = (
     "quantize_rows_stochastic",
