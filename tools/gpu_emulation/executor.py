@@ -1,5 +1,6 @@
 """Runs launches by executing the PTX that Triton compiles them to."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -37,6 +38,23 @@ def array(tensor: Tensor) -> np.ndarray:
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.as_strided((extent if tensor.numel() else 0,), (1,))
     return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
+
+
+def codes_of(launches: Sequence[Launch], target: str) -> tuple:
+    """What executing the launches depends on besides their tensors; equal for targets that get the same code."""
+
+    def code_of(launch: Launch) -> tuple:
+        compiled = compile_launch(launch, target)
+        numbers = tuple(value for value in launch.args if not isinstance(value, Tensor))
+        return instructions(compiled.asm["ptx"]), tuple(launch.grid), compiled.threads, compiled.shared, numbers
+
+    return tuple(map(code_of, launches))
+
+
+def instructions(ptx: str) -> str:
+    """The text of a kernel without its version, its target and what is for debuggers: all that is executed."""
+    text = re.sub(r"^\s*(\.version|\.target|\.loc|\.file|//).*$", "", ptx, flags=re.MULTILINE)
+    return text.split(".section")[0]
 
 
 def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> None:

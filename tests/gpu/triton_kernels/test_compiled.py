@@ -1,7 +1,7 @@
 """The code Triton compiles, executed without a GPU: equal bits for integer products, on ragged shapes.
 
 sm_80, sm_89 and sm_120 are executed, and of sm_90 the forward of w8a8; what the other targets get is inspected in
-test_targets.py.
+test_targets.py. Code that two targets share is executed once for each sample.
 """
 
 import math
@@ -14,15 +14,17 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
 from gpu_emulation.aot import TARGETS, compile_launch
-from gpu_emulation.executor import execute_all
+from gpu_emulation.executor import codes_of, execute_all
 from helpers import assert_same_bits
 from launch_checks import check, plan
 
 from qkernels import QuantScheme, quantize_weight
 from qkernels.kernels.triton import matmul_kernels, ops
+from qkernels.kernels.triton.launch import Launch
 from qkernels.kernels.triton.target import Target
 
-EXECUTED = ("sm_80", "sm_89", "sm_120")
+FIRST, OTHERS = "sm_80", ("sm_89", "sm_120")
+EXECUTED = [FIRST, *(pytest.param(target, marks=pytest.mark.slow) for target in OTHERS)]
 SAMPLES = 20
 LEAST_EXECUTED = 6
 MOST_BLOCKS = 40
@@ -59,20 +61,38 @@ MANY_CHUNKS = (4, 600, 47)
 LOSS = {"w8a8": (*LOSS_SHAPES, MANY_CHUNKS), "w4a8-g32-asym": LOSS_SHAPES, "w4a16": LOSS_SHAPES[:1]}
 
 
-@pytest.mark.parametrize("target", EXECUTED)
-@pytest.mark.parametrize(("op", "scheme"), CASES)
-def test_operator(op, scheme, target):
-    executed = 0
+def executable(op: str, scheme: str, target: str) -> list[tuple[op_samples.Sample, tuple, list[Launch]]]:
+    """The first samples of some but few blocks, for more of them run the same code; their results and launches."""
+    found = []
     for sample in op_samples.samples(op, scheme, SAMPLES):
         results, launches = plan(op, sample.args, TARGETS[target])
-        if not 0 < sum(math.prod(launch.grid) for launch in launches) <= MOST_BLOCKS:
-            continue  # no rows, or many blocks of the same code
-        execute_all(launches, target)
+        if 0 < sum(math.prod(launch.grid) for launch in launches) <= MOST_BLOCKS:
+            found.append((sample, results, launches))
+        if len(found) == LEAST_EXECUTED:
+            return found
+    raise AssertionError(f"only {len(found)} samples are executed")
+
+
+@pytest.mark.parametrize(("op", "scheme"), CASES)
+def test_operator(op, scheme):
+    for sample, results, launches in executable(op, scheme, FIRST):
+        execute_all(launches, FIRST)
         check(op, scheme, sample, results)
-        executed += 1
-        if executed == LEAST_EXECUTED:
-            return
-    raise AssertionError(f"only {executed} samples were executed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "scheme"), CASES)
+def test_operator_on_other_targets(op, scheme):
+    """Code that a target before has, too, was executed with these arguments."""
+    seen = {sample.label: {codes_of(launches, FIRST)} for sample, _, launches in executable(op, scheme, FIRST)}
+    for target in OTHERS:
+        for sample, results, launches in executable(op, scheme, target):
+            codes = codes_of(launches, target)
+            if codes in seen.setdefault(sample.label, set()):
+                continue
+            seen[sample.label].add(codes)
+            execute_all(launches, target)
+            check(op, scheme, sample, results)
 
 
 @pytest.mark.parametrize("target", EXECUTED)
