@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Streams of one seed: what is rounded with it. Each is independent of the others.
+# Independent random streams of one seed, by what is rounded.
 GRAD_INPUT, GRAD_WEIGHT, WEIGHT = 0, 1, 2
 
 _MASK = 0xFFFFFFFF
@@ -22,8 +22,8 @@ _COUNT = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def is_traced() -> bool:
-    """Whether what runs now is recorded, by torch.compile or make_fx, and not only computed."""
-    return torch.compiler.is_compiling() or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
+    """True while operations are recorded, by torch.compile or make_fx, and not only computed."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _draw(count: Tensor | None = None) -> Tensor:

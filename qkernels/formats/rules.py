@@ -26,9 +26,16 @@ def check_float_matrix(name: str, x: Tensor) -> None:
 
 
 def divide(a: Tensor | float, b: Tensor | float) -> Tensor:
-    """IEEE a / b of float32. torch turns `number / tensor`, and on GPUs `tensor / number`, into a reciprocal."""
-    like = a if isinstance(a, Tensor) else b
-    return like.new_full((), a) / b if like is b else a / like.new_full((), b)
+    """IEEE a / b of float32. torch turns `number / tensor`, and on GPUs `tensor / number`, into a reciprocal.
+
+    Raises:
+        TypeError: if neither is a tensor.
+    """
+    if isinstance(b, Tensor):
+        return (a if isinstance(a, Tensor) else b.new_full((), a)) / b
+    if isinstance(a, Tensor):
+        return a / a.new_full((), b)
+    raise TypeError("a or b must be a tensor, got two numbers")
 
 
 def grouped(x: Tensor, group_size: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ class QuantizedWeight(NamedTuple):
     qweight: Tensor  # int8 [N, K] or uint8 [N, ceil(K / 2)]
     scales: Tensor  # float32 [N, groups]
     zeros: Tensor | None  # uint8 [N, groups], asymmetric schemes only
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The weight of `function(tensor)` for each tensor that there is, such as some rows of it."""
+        qweight, scales, zeros = self
+        return QuantizedWeight(function(qweight), function(scales), None if zeros is None else function(zeros))
 
 
 def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:

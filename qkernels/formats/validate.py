@@ -34,7 +34,7 @@ def storage_problems(
     for name in STORAGE:
         tensor = weight.get(name)
         problem = tensor_problem(tensor, shapes.get(name), dtypes[name], scheme)
-        if problem is None and tensor is not None and values:
+        if problem is None and isinstance(tensor, Tensor) and values:
             problem = value_problem(name, tensor)
         if problem is not None:
             problems[name] = problem
@@ -63,7 +63,7 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
     """Why the values of a stored tensor are none; a tensor on the meta device has no values."""
     if tensor.is_meta or tensor.numel() == 0:
         return None
-    local = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
+    local = tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor
     if local.numel() == 0:
         return None
     if name == "scales" and not bool(local.isfinite().all()):

@@ -95,9 +95,9 @@ def _dotted(version: int) -> str:
 
 
 def supports(call: Call) -> bool:
-    """Whether `qkernels_cuda` has a kernel for this call; a pure function."""
-    if call.operator == "linear":
+    """True if `qkernels_cuda` has a kernel for this call; a pure function."""
+    if call.scheme is not None and call.operator == "linear":
         return call.scheme.int_activations or call.dtype != torch.float32
-    if call.operator == "linear_with_saved_input":
+    if call.scheme is not None and call.operator == "linear_with_saved_input":
         return call.scheme.act_group_size is None
     return call.operator in ("int_grad_input", "quantize_activation", "quantize_rows_stochastic")

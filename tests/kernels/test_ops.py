@@ -52,6 +52,9 @@ def test_fake_kernel_predicts_the_result(op):
             real = getattr(ops, op)(*args)
             fake = getattr(ops, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
             for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, fake)), strict=True):
+                if a is None:  # zero points of a symmetric scheme
+                    assert b is None
+                    continue
                 assert b.is_meta
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), label
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Arguments: TypeAlias = tuple[Tensor | int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Tensor | int | None, ...]
+    args: Arguments
     constants: dict[str, Any]
     num_warps: int
     num_stages: int

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product as combinations
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from .tiles import OPERAND_BYTES, MatmulShape, Tile, bucket, choose
 FILE = Path(__file__).with_name("tuned.json")
 FORMAT = 1
 LEAST_GAIN = 0.03  # below, the difference is taken for noise, and the choice of `tiles` stays
+
+_Entry = TypeVar("_Entry", MatmulShape, Tile)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _replace(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     """What the file holds, or what an empty one would; only its outermost layer is checked."""
     if not path.exists():
         return {"format": FORMAT, "devices": {}}
@@ -205,9 +208,9 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _entries(path: Path, content: dict) -> dict[str, dict[MatmulShape, tuple[Tile, dict]]]:
+def _entries(path: Path, content: dict[str, Any]) -> dict[str, dict[MatmulShape, tuple[Tile, dict[str, Any]]]]:
     """By device and product: the tiles, and the entry as it stands in the file."""
-    devices: dict[str, dict[MatmulShape, tuple[Tile, dict]]] = {}
+    devices: dict[str, dict[MatmulShape, tuple[Tile, dict[str, Any]]]] = {}
     for device, entries in content["devices"].items():
         if not isinstance(entries, list):
             raise ValueError(f"{path} is no file of qkernels tune: {device!r} has no list of products")
@@ -221,7 +224,7 @@ def _entries(path: Path, content: dict) -> dict[str, dict[MatmulShape, tuple[Til
     return devices
 
 
-def _build(kind: type, values: object) -> MatmulShape | Tile | None:
+def _build(kind: type[_Entry], values: object) -> _Entry | None:
     """The dataclass with these values, or None if they are not of its fields and their types."""
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(kind)}:
         return None
