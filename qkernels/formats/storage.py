@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ class QuantizedWeight(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """The weight of `function(tensor)` for each tensor that there is, such as some rows of it."""
-        qweight, scales, zeros = self
-        return QuantizedWeight(function(qweight), function(scales), None if zeros is None else function(zeros))
+        zeros = None if self.zeros is None else function(self.zeros)
+        return QuantizedWeight(function(self.qweight), function(self.scales), zeros)
 
 
 def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:
@@ -78,8 +79,12 @@ class StoredWeight(NamedTuple):
 
     def rows(self, index: slice | Tensor) -> StoredWeight:
         """The weight of these rows."""
-        tensors = (None if tensor is None else tensor[index] for tensor in self[:3])
-        return StoredWeight(*tensors, self.in_features, self.scheme)
+        return self.map(itemgetter(index))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StoredWeight:
+        """The weight of `function(tensor)` for each tensor that there is."""
+        zeros = None if self.zeros is None else function(self.zeros)
+        return self._replace(qweight=function(self.qweight), scales=function(self.scales), zeros=zeros)
 
     def integers(self) -> Tensor:
         """`weight_integers`: int8 [N, K]."""

@@ -61,6 +61,7 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     weight = places["qweight"]
     # A matrix x has K columns; a check tells if it is none.
     in_features = args[places["in_features"]] if "in_features" in places else (args[0].shape or (0,))[-1]
+    qweight, scales, zeros = args[weight : weight + 3]
     dropped = {places["scheme"], places.get("in_features")}
     rest = (value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped)
-    return *args[:weight], StoredWeight(*args[weight : weight + 3], in_features, scheme), *rest
+    return *args[:weight], StoredWeight(qweight, scales, zeros, in_features, scheme), *rest

@@ -8,6 +8,7 @@ nothing and reads no values, so it does not wait for a device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def _check_stored(
         )
 
 
-def check_strided(names: tuple[str, ...], args: tuple) -> None:
+def check_strided(names: tuple[str, ...], args: tuple[Any, ...]) -> None:
     """Raise RuntimeError for a tensor whose elements do not lie in memory with strides: sparse, MKL-DNN or nested."""
     for name, value in zip(names, args, strict=False):
         if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):

@@ -67,10 +67,11 @@ def select(facts: Facts, call: cuda_library.Call | None = None) -> Choice:
 
 
 def _pays_warpgroups(facts: Facts, call: cuda_library.Call) -> bool:
-    """Whether the call is a large product of ungrouped int8 weights and activations on compute capability 9.0."""
+    """True for a large product of ungrouped int8 weights and activations on compute capability 9.0."""
     scheme = call.scheme
     return (
-        (facts.device, facts.capability) == ("cuda", 90)
+        scheme is not None
+        and (facts.device, facts.capability) == ("cuda", 90)
         and call.operator == "linear"
         and call.multiply_adds >= WARPGROUP_MULTIPLY_ADDS
         and scheme.weight_bits == 8
@@ -81,7 +82,7 @@ def _pays_warpgroups(facts: Facts, call: cuda_library.Call) -> bool:
 
 
 def triton_installed() -> bool:
-    """Without importing it."""
+    """True if triton can be imported; this does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -97,13 +98,13 @@ def facts_of(device: torch.device) -> Facts:
     return Facts("cuda", capability, triton_installed(), cuda_library.library().covers(capability))
 
 
-def call_of(name: str, args: tuple) -> cuda_library.Call:
+def call_of(name: str, args: tuple[Any, ...]) -> cuda_library.Call:
     """What decides about a call of the operator `name` with these arguments of its schema."""
     scheme = arguments.scheme_of(name, args)
     return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
 
 
-def run(name: str, choice: Choice, args: tuple, keywords: dict[str, Any]) -> Any:
+def run(name: str, choice: Choice, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Compute the operator `name` with the chosen backend.
 
     Args:

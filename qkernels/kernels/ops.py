@@ -7,6 +7,7 @@ their own run `reference.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ _ops = torch.ops.qkernels
 _LIBRARY = torch.library.Library("qkernels", "IMPL")
 
 
-def _call(op, *args, **kwargs):
-    """Where no gradient is wanted, past the operator's autograd kernel, which is Python and only refuses."""
+def _call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an operator; where no gradient is wanted, past its autograd kernel, which is Python and only refuses."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args, **kwargs)
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
@@ -363,24 +364,38 @@ def _column_scales_result(weight: StoredWeight) -> Tensor:
 
 
 def _int_grad_input_result(
-    q_grad: Tensor, grad_scales: Tensor, weight: StoredWeight, column_scales: Tensor | None = None, *, out_dtype=None
+    q_grad: Tensor,
+    grad_scales: Tensor,
+    weight: StoredWeight,
+    column_scales: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return q_grad.new_empty((q_grad.shape[0], weight.in_features), dtype=out_dtype or torch.float32)
 
 
 def _linear_cross_entropy_result(
-    hidden: Tensor, target: Tensor, weight: StoredWeight, bias: Tensor | None, dither: Tensor | None = None, **options
+    hidden: Tensor,
+    target: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    dither: Tensor | None = None,
+    **options: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = hidden.shape
     grad = hidden.new_empty((0 if dither is None else rows, columns), dtype=torch.float32)
     return hidden.new_empty((rows,), dtype=torch.float32), hidden.new_empty((rows,), dtype=torch.float32), grad
 
 
-def _quantize_rows_stochastic_result(x, column_factors, seed, rng_stream) -> tuple[Tensor, Tensor]:
+def _quantize_rows_stochastic_result(
+    x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _quantize_columns_stochastic_result(x, row_factors, seed, rng_stream) -> tuple[Tensor, Tensor]:
+def _quantize_columns_stochastic_result(
+    x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int
+) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
@@ -393,22 +408,22 @@ def _register(name: str) -> None:
     check, result = getattr(checks, name), globals()[f"_{name}_result"]
     on_reference = dispatch.Choice("reference", "")
 
-    def fake(*args, **kwargs):
+    def fake(*args: Any, **kwargs: Any) -> Any:
         args = arguments.bundle(name, args)
         check(*args, **kwargs)
         return result(*args, **kwargs)
 
-    def run_reference(*args, **kwargs):
+    def run_reference(*args: Any, **kwargs: Any) -> Any:
         checks.check_strided(arguments.names(name), args)
         check(*arguments.bundle(name, args), **kwargs)
         return dispatch.run(name, on_reference, args, kwargs)
 
-    def run_gpu(*args, **kwargs):
+    def run_gpu(*args: Any, **kwargs: Any) -> Any:
         check(*arguments.bundle(name, args), **kwargs)
         choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
         return dispatch.run(name, choice, args, kwargs)
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
         instead = _DIFFERENTIABLE.get(name, "qkernels.autograd.trained_linear, or a layer")
         raise RuntimeError(f"qkernels::{name} has no gradient of its own; use {instead}")
 
@@ -420,7 +435,7 @@ def _register(name: str) -> None:
     _LIBRARY.impl(name, run_gpu, "CUDA")
 
 
-# What has the gradient of an operator that was called by itself.
+# The function to use, for its gradient, in place of an operator that was called by itself.
 _DIFFERENTIABLE = {
     "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
     "linear_with_saved_input": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",

@@ -54,14 +54,9 @@ def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
     total = torch.zeros(x.shape[0], weight.out_features, dtype=torch.float32, device=x.device)
     for start in range(0, in_features, step):
         acc = _exact_sum(a[:, start : start + step], b[:, start : start + step])
-        x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else None
-        w_scale = w_scales[None, start // scheme.group_size] if scheme.group_size else None
-        if x_scale is None:
-            total = total + acc * w_scale
-        elif w_scale is None:
-            total = total + acc * x_scale
-        else:
-            total = total + acc * (x_scale * w_scale)
+        x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else 1.0
+        w_scale = w_scales[None, start // scheme.group_size] if scheme.group_size else 1.0
+        total = total + acc * (x_scale * w_scale)
     if scheme.group_size is None:
         return total * w_scales
     return total if scheme.act_group_size else total * x_scales
@@ -318,9 +313,9 @@ def linear_cross_entropy(
     expected = (1.0 - label_smoothing) * state.target.to(torch.float64)
     if label_smoothing != 0:
         expected = expected + label_smoothing * (state.total / out_features)
-    out = [target.new_zeros(len(target), dtype=torch.float32) for _ in range(2)]
-    out[0][valid] = ((lse - expected) + z_loss * (lse * lse)).to(torch.float32)
-    out[1][valid] = lse.to(torch.float32)
+    loss, log_sum_exp = (target.new_zeros(len(target), dtype=torch.float32) for _ in range(2))
+    loss[valid] = ((lse - expected) + z_loss * (lse * lse)).to(torch.float32)
+    log_sum_exp[valid] = lse.to(torch.float32)
     grad = target.new_zeros((0 if dither is None else len(target), in_features), dtype=torch.float32)
     if dither is not None:
         slope = 1.0 + 2.0 * z_loss * lse
@@ -333,7 +328,7 @@ def linear_cross_entropy(
         if label_smoothing != 0:
             result = result - label_smoothing / out_features * _column_sums(weight.dequantize())
         grad[valid] = result.to(torch.float32)
-    return *out, grad
+    return loss, log_sum_exp, grad
 
 
 def quantize_rows_stochastic(
@@ -342,7 +337,7 @@ def quantize_rows_stochastic(
     """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
     folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
     scaled, scales = rules.int8_scaled(folded.unsqueeze(1))
-    uniforms = philox.uniform(*x.shape, seed, rng_stream, x.device)
+    uniforms = philox.uniform(x.shape[0], x.shape[1], seed, rng_stream, x.device)
     return philox.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
 
 
@@ -352,5 +347,5 @@ def quantize_columns_stochastic(
     """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
     folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
     scaled, scales = rules.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
-    uniforms = philox.uniform(*x.shape, seed, rng_stream, x.device).t()
+    uniforms = philox.uniform(x.shape[0], x.shape[1], seed, rng_stream, x.device).t()
     return philox.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...formats.storage import StoredWeight
 from .. import reference
 from . import loss_kernels
-from .launch import Launch
+from .launch import Arguments, Launch
 from .matmul_plans import (
     Plan,
     column_scales_of_chunks,
@@ -33,7 +34,7 @@ LEAST_ROWS = 64
 
 
 class _Statistics(NamedTuple):
-    """Of each chunk and row: see `loss_kernels`. float32 [chunks, M]; grad_scales are None without a gradient."""
+    """Sums of each chunk and row (see `loss_kernels`): float32 [chunks, M]; no grad_scales without a gradient."""
 
     maxima: Tensor
     sums: Tensor
@@ -98,7 +99,8 @@ def linear_cross_entropy(
 
 
 def _derive(weight: StoredWeight, bias: Tensor | None, gradient: _Options | None) -> tuple[_Head, list[Launch]]:
-    head, launches = _Head(weight, bias, None, None, None), []
+    head = _Head(weight, bias, None, None, None)
+    launches: list[Launch] = []
     if gradient is None:
         return head, launches
     scheme, k, qweight = weight.scheme, weight.in_features, weight.qweight
@@ -109,7 +111,7 @@ def _derive(weight: StoredWeight, bias: Tensor | None, gradient: _Options | None
     else:
         factors = torch.empty((n,), dtype=torch.float32, device=qweight.device)
         constants = {"BITS": scheme.weight_bits, "BLOCK_N": 16, "BLOCK_K": 128}
-        args = (*weight[:3], factors, n, k, row_bytes)
+        args: Arguments = (*weight[:3], factors, n, k, row_bytes)
         kernel, reason = loss_kernels.row_factors_kernel, "128 bytes of each row at a time"
         launches = [Launch(kernel, (-(-n // 16),), args, constants, 4, 1, reason)]
         head = head._replace(row_factors=factors)
@@ -136,12 +138,11 @@ def _of_rows(
     """Loss, log-sum-exp and gradient of as many rows as the logits of a range may have."""
     m, n = hidden.shape[0], head.weight.out_features
     chunks = -(-n // reference.LOSS_CHUNK)
-    float32 = {"dtype": torch.float32, "device": hidden.device}
-    statistics = _Statistics(
-        *(torch.empty((chunks, m), **float32) for _ in range(4)),
-        None if dither is None else torch.empty((chunks, m), **float32),
-    )
-    activation, launches = (hidden,), []
+    empty = partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    maxima, sums, totals, picked = (empty((chunks, m)) for _ in range(4))
+    statistics = _Statistics(maxima, sums, totals, picked, None if dither is None else empty((chunks, m)))
+    activation: tuple[Tensor, ...] = (hidden,)
+    launches: list[Launch] = []
     if head.weight.scheme.int_activations:
         activation, launches = quantize_activation(hidden, head.weight.scheme, device=device)
     state = None
@@ -151,12 +152,12 @@ def _of_rows(
         classes = slice(begin * reference.LOSS_CHUNK, min(end * reference.LOSS_CHUNK, n))
         weight = head.weight.rows(classes)
         bias = None if head.bias is None else head.bias[classes]
-        logits = torch.empty((m, weight.out_features), **float32)
+        logits = empty((m, weight.out_features))
         launches += product(activation, weight, bias, logits, device)
         q = None if dither is None else torch.empty(logits.shape, dtype=torch.int8, device=hidden.device)
         launches.append(_softmax(logits, target, dither, head, q, statistics, classes.start, options))
         if q is not None:
-            joined = torch.empty(hidden.shape, **float32)
+            joined = empty(hidden.shape)
             launches.append(_product(q, statistics, weight, head, state, joined, begin, device))
             state = joined
     return launches + _finish(statistics, target, head, state, options, results)
@@ -230,7 +231,7 @@ def _finish(
         factors, coefficients = (torch.empty_like(loss) for _ in range(2))
     smoothing = {"SMOOTHING": float(options.label_smoothing), "IGNORE": options.ignore_index}
     constants = {"CAP": float(options.softcap), "Z_LOSS": float(options.z_loss), **smoothing, "BLOCK": 32}
-    args = (*statistics[:4], target, loss, lse, factors, coefficients, m, n, chunks)
+    args: Arguments = (*statistics[:4], target, loss, lse, factors, coefficients, m, n, chunks)
     kernel, reason = loss_kernels.loss_rows_kernel, "a warp of rows a program"
     launches = [Launch(kernel, (-(-m // 32),), args, constants, 1, 1, reason)]
     if state is None:

@@ -5,7 +5,7 @@ Arguments are those that `arguments.bundle` makes, checked before; `device` is w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...formats.scheme import QuantScheme
 from ...formats.storage import StoredWeight
 from . import matmul_kernels, row_kernels
-from .launch import Launch
+from .launch import Arguments, Launch
 from .target import Target
 from .tiles import MatmulShape, Tile, choose, slices, tiles
 
@@ -33,8 +33,7 @@ def _operand(x: Tensor) -> str:
 
 def contiguous(weight: StoredWeight) -> StoredWeight:
     """The weight with each tensor in one piece."""
-    tensors = (None if tensor is None else tensor.contiguous() for tensor in weight[:3])
-    return StoredWeight(*tensors, weight.in_features, weight.scheme)
+    return weight.map(Tensor.contiguous)
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -62,8 +61,9 @@ def quantize_int8(x: Tensor, group: int | None) -> Plan:
         block = min(power_of_two(k), 4096)
         reason = "a row a program: read twice, the second time from the cache"
         constants, warps = {"BLOCK": block}, 8 if block > 2048 else 4
-        args = (x, q, scales, k, x.stride(0))
-        return Plan((q, scales), [Launch(row_kernels.quantize_rows_kernel, (m,), args, constants, warps, 1, reason)])
+        row_args = (x, q, scales, k, x.stride(0))
+        launch = Launch(row_kernels.quantize_rows_kernel, (m,), row_args, constants, warps, 1, reason)
+        return Plan((q, scales), [launch])
     block = ELEMENTS // group
     constants = {"GROUP": group, "BLOCK": block}
     grid = (-(-scales.numel() // block),)
@@ -118,7 +118,8 @@ def linear(
     out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return Plan((out,), [])
-    activation, launches = (x,), []
+    activation: tuple[Tensor, ...] = (x,)
+    launches: list[Launch] = []
     if weight.scheme.int_activations:
         activation, launches = quantize_activation(x, weight.scheme, device=device)
     return Plan((out,), launches + product(activation, contiguous(weight), bias, out, device))
@@ -129,12 +130,12 @@ def product(
 ) -> list[Launch]:
     """Launches that fill `out` [M, N]; an activation is int8 and its scales, or one float tensor."""
     scheme, bias = weight.scheme, None if bias is None else bias.contiguous()
-    x = activation[0].contiguous()
+    x, (m, n) = activation[0].contiguous(), out.shape
     if scheme.int_activations:
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
-        shape = MatmulShape(*out.shape, x.shape[1], "int8", group, splittable=True)
+        shape = MatmulShape(m, n, x.shape[1], "int8", group, splittable=True)
         return _linear_int((x, activation[1]), weight, bias, out, (shape, choose(shape, device)))
-    shape = MatmulShape(*out.shape, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
+    shape = MatmulShape(m, n, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
     return _linear_float(x, weight, bias, out, (shape, choose(shape, device)))
 
 
@@ -187,7 +188,7 @@ def _linear_float(
     return launches
 
 
-def _launch(kernel, args: tuple, constants: dict, shape: MatmulShape, config: Tile) -> Launch:
+def _launch(kernel: Any, args: Arguments, constants: dict[str, Any], shape: MatmulShape, config: Tile) -> Launch:
     grid = (tiles(shape, config), slices(shape, config))
     return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason, shape)
 

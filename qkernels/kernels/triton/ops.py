@@ -40,7 +40,7 @@ def plan(name: str, args: tuple[Any, ...], target: Target, **keywords: Any) -> m
     return PLANS[name](*arguments.bundle(name, args), **keywords, device=target)
 
 
-def run(name: str, args: tuple, keywords: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
+def run(name: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | tuple[Tensor, ...]:
     """Compute the operator `name`.
 
     Raises:

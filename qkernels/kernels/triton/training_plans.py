@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from ...formats.scheme import QuantScheme
 from ...formats.storage import StoredWeight
 from . import training_kernels
-from .launch import Launch
+from .launch import Arguments, Launch
 from .matmul_plans import (
     ELEMENTS,
     Plan,
@@ -28,10 +30,13 @@ _SLICE = 1024  # rows whose columns' ranges one program finds
 
 
 def _words(seed: Tensor, rng_stream: int) -> tuple[int, int, int]:
-    """Low and high half of the seed, and the rng_stream, as signed 32-bit integers."""
+    """Low and high half of the seed, and the `rng_stream`, as signed 32-bit integers."""
     value = int(seed)
-    halves = (value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF, rng_stream)
-    return tuple(half - 2**32 if half >= 2**31 else half for half in halves)
+    return _signed(value & 0xFFFFFFFF), _signed(value >> 32 & 0xFFFFFFFF), _signed(rng_stream)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
 
 
 def quantize_rows_stochastic(
@@ -99,7 +104,7 @@ def linear_with_saved_input(
         saved = torch.empty_like(saved)
         row_scales = torch.empty((m,), dtype=torch.float32, device=x.device)
         constants = {"GROUP": scheme.act_group_size, "BLOCK": ELEMENTS // scheme.act_group_size}
-        args = (*activation, saved, row_scales, k)
+        args: Arguments = (*activation, saved, row_scales, k)
         reason = "a row a program: its integers are read twice"
         launches.append(Launch(training_kernels.merge_groups_kernel, (m,), args, constants, 4, 1, reason))
     out = torch.empty((m, weight.out_features), dtype=out_dtype or x.dtype, device=x.device)
@@ -139,7 +144,7 @@ def quantize_weight_scaled(weight: Tensor, scales: Tensor, scheme: QuantScheme, 
     inverses, launches = _inverses(scales)
     if scheme.weight_bits == 8:
         out = torch.empty((n, k), dtype=torch.int8, device=weight.device)
-        args = (weight, inverses, out, n, k, weight.stride(0))
+        args: Arguments = (weight, inverses, out, n, k, weight.stride(0))
         launches.append(_by_tiles(training_kernels.int8_clamp_kernel, args, scheme, (n, k)))
     else:
         out = torch.empty((n, scheme.packed_features(k)), dtype=torch.uint8, device=weight.device)
@@ -159,7 +164,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantSc
     size = scheme.group_size or k
     last = k - size * (scales.shape[1] - 1)
     factors = (_float32_bits(1.0 / math.sqrt(count * high)) for count in (size, last))
-    args = (grad, weight, inverses, out, grad_scales, n, k, grad.stride(0), weight.stride(0), size, *factors)
+    args: Arguments = (grad, weight, inverses, out, grad_scales, n, k, grad.stride(0), weight.stride(0), size, *factors)
     groups = 64 if scheme.group_size else 8
     constants = {"LOW": low, "HIGH": high, "GROUPS": groups}
     reason = "64 bytes of each group at a time: the sums of its 16 lanes are in order"
@@ -169,7 +174,7 @@ def scale_gradient(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantSc
 
 
 def _float32_bits(value: float) -> int:
-    """Of the nearest float32, as a signed integer: kernels take no floats."""
+    """The bits of the nearest float32, as a signed integer: kernels take no floats."""
     return struct.unpack("i", struct.pack("f", value))[0]
 
 
@@ -199,7 +204,7 @@ def _int4_parameters(weight: Tensor, scheme: QuantScheme) -> tuple[tuple[Tensor,
     return (scales, inverses, zeros), [Launch(kernel, grid, args, constants, 4, 1, reason)]
 
 
-def _by_tiles(kernel, args: tuple, scheme: QuantScheme, shape: tuple[int, int]) -> Launch:
+def _by_tiles(kernel: Any, args: Arguments, scheme: QuantScheme, shape: Sequence[int]) -> Launch:
     constants = {"GROUP": scheme.group_size or 0, "BLOCK_N": 16, "BLOCK_K": 128}
     grid = (-(-shape[0] // 16), -(-shape[1] // 128))
     return Launch(kernel, grid, args, constants, 4, 1, "whole cache lines of each row")
