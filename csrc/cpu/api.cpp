@@ -20,7 +20,7 @@ class BiasFloats {
  public:
   BiasFloats(const Kernels& kernels, const Bias& bias, int64_t n)
       : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
-    if (given_) kernels.to_float(bias.data, bias.dtype, n, floats_.get());
+    if (given_) kernels.elementwise.to_float(bias.data, bias.dtype, n, floats_.get());
   }
 
   const float* get() const { return given_ ? floats_.get() : nullptr; }
@@ -55,7 +55,8 @@ void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8
         if (std::isnan(scales[m])) {
           std::fill_n(q + m * x.cols + begin_k, count, int8_t{0});
         } else {
-          kernels.requantize(row + begin_k, count, own[g] / scales[m], ones.get(), q + m * x.cols + begin_k);
+          kernels.elementwise.requantize(row + begin_k, count, own[g] / scales[m], ones.get(),
+                                         q + m * x.cols + begin_k);
         }
       }
     }
@@ -140,7 +141,7 @@ void column_scales(const Kernels& kernels, const Weight& w, float* out, const Pa
       std::fill_n(absmax.get(), count, 0u);
       for (int64_t n = 0; n < w.n; ++n) {
         dequantize_row(kernels, w, n, k0, count, integers.get(), row.get());
-        kernels.max_bits(row.get(), count, absmax.get());
+        kernels.elementwise.max_bits(row.get(), count, absmax.get());
       }
       for (int64_t i = 0; i < count; ++i) out[k0 + i] = int8_scale(absmax[i]);
     }

@@ -25,10 +25,7 @@ constexpr int64_t kChunk = 1024;
 // The chunks of the vocabulary are summed in this many ranges, which threads share.
 constexpr int64_t kRanges = 8;
 
-constexpr float kRoundMagic = 12582912.0f;
 #include "cpu/kernels/exp.inc"
-
-constexpr uint32_t kDitherStep = 0x9e3779b9;
 
 // The natural logarithm in operations that are each rounded, where that of libm may differ between machines:
 // x = 2^e * f, log f = 2 artanh((f - 1) / (f + 1)) as a series, cut off below 2^-50.
@@ -67,7 +64,7 @@ class CrossEntropy {
     }
     if (args.bias.data != nullptr) {
       bias_ = Buffer<float>(w.n);
-      kernels_.to_float(args.bias.data, args.bias.dtype, w.n, bias_.get());
+      kernels_.elementwise.to_float(args.bias.data, args.bias.dtype, w.n, bias_.get());
     }
   }
 
@@ -198,7 +195,7 @@ class CrossEntropy {
             .q = gradient ? &q[i * w.n] : nullptr,
         };
         SoftmaxFactors factors;
-        kernels_.softmax_row(row, scratch.get(), state(row0 + i, range), factors);
+        kernels_.softmax.softmax_row(row, scratch.get(), state(row0 + i, range), factors);
         before[i] = factors.before;
         scales[i] = gradient ? int8_scale(factors.absmax_bits) * factors.own : 0.0f;
       }
@@ -207,7 +204,7 @@ class CrossEntropy {
       int_matmul_grad_input(kernels_, {q.get(), scales.get(), rows, w.n}, w, columns, {product.get(), DType::float32},
                             kSerial);
       for (int64_t i = 0; i < rows; ++i) {
-        kernels_.scale_and_add(sums(row0 + i, range), k, before[i], &product[i * k]);
+        kernels_.softmax.scale_and_add(sums(row0 + i, range), k, before[i], &product[i * k]);
       }
     }
   }

@@ -23,9 +23,6 @@ constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 256;
 static_assert(kColumns % kPhiloxWords == 0);
 
-constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer, half to even, below 2^22
-constexpr float kTinyRange = 0x1p-96f;  // the range of a group of zeros
-
 // Rule 3 for a group.
 struct Int4Group {
   float scale = 1.0f, inverse = 0.0f;
@@ -34,7 +31,7 @@ struct Int4Group {
 
   Int4Group(const Kernels& kernels, const float* w, int64_t count, bool symmetric) : zero(symmetric ? 8 : 0) {
     float low, high;
-    kernels.range(w, count, &low, &high);
+    kernels.elementwise.range(w, count, &low, &high);
     if (!symmetric) {
       low = std::min(low, 0.0f);
       high = std::max(high, 0.0f);
@@ -44,7 +41,7 @@ struct Int4Group {
     if (!finite || std::fabs(span) < kTinyRange) return;
     scale = span / levels;
     inverse = levels / span;
-    if (!symmetric) zero = static_cast<int>(std::clamp((-low * inverse + kRound) - kRound, 0.0f, 15.0f));
+    if (!symmetric) zero = static_cast<int>(std::clamp((-low * inverse + kRoundMagic) - kRoundMagic, 0.0f, 15.0f));
   }
 };
 
@@ -74,11 +71,11 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
         const Int4Group range(kernels, row + k0, count, scheme.symmetric);
         if (!range.finite) finite = false;
-        kernels.quantize_int4(row + k0, count, range.inverse, range.zero, &nibbles[k0]);
+        kernels.elementwise.quantize_int4(row + k0, count, range.inverse, range.zero, &nibbles[k0]);
         row_scales[g] = range.scale;
         if (zeros != nullptr) zeros[n * groups + g] = static_cast<uint8_t>(range.zero);
       }
-      kernels.pack_int4(nibbles.get(), w.cols, out);
+      kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
     }
   });
   return finite;
@@ -92,14 +89,14 @@ void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, voi
     Buffer<float> floats(w.cols), masked(w.cols);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = float_row(kernels, w, n, floats.get());
-      kernels.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
+      kernels.elementwise.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
       for (int64_t k = 0; k < w.cols; k += group) {
         const int64_t count = std::min(group, w.cols - k);
         const Int4Group range(kernels, row + k, count, scheme.symmetric);
-        kernels.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
+        kernels.elementwise.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
       }
-      kernels.from_float(masked.get(), grad.cols, grad.dtype,
-                         static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
+      kernels.elementwise.from_float(masked.get(), grad.cols, grad.dtype,
+                                     static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
     }
   });
 }
@@ -116,7 +113,7 @@ bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& 
       const float* row = float_row(kernels, w, n, floats.get());
       auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
       const float* row_scales = scales + n * groups;
-      if (std::isnan(int8_scale(kernels.absmax_bits(row, w.cols))) ||
+      if (std::isnan(int8_scale(kernels.elementwise.absmax_bits(row, w.cols))) ||
           !std::all_of(row_scales, row_scales + groups, [](float s) { return std::isfinite(s); })) {
         finite = false;
         continue;
@@ -125,12 +122,12 @@ bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& 
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
         const float inverse = inverse_of(row_scales[g]);
         if (scheme.weight_bits == 8) {
-          kernels.quantize_clamped(row + k0, count, inverse, reinterpret_cast<int8_t*>(out) + k0);
+          kernels.elementwise.quantize_clamped(row + k0, count, inverse, reinterpret_cast<int8_t*>(out) + k0);
         } else {
-          kernels.quantize_int4(row + k0, count, inverse, 8, &nibbles[k0]);
+          kernels.elementwise.quantize_int4(row + k0, count, inverse, 8, &nibbles[k0]);
         }
       }
-      if (scheme.weight_bits == 4) kernels.pack_int4(nibbles.get(), w.cols, out);
+      if (scheme.weight_bits == 4) kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
     }
   });
   return finite;
@@ -145,15 +142,15 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
     Buffer<float> floats(w.cols), masked(w.cols);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = float_row(kernels, w, n, floats.get());
-      kernels.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
+      kernels.elementwise.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
         const float inverse = inverse_of(scales[n * groups + g]);
-        const float sum = kernels.scale_gradient(row + k0, count, inverse, low, high, &masked[k0]);
+        const float sum = kernels.elementwise.scale_gradient(row + k0, count, inverse, low, high, &masked[k0]);
         grad_scales[n * groups + g] = sum * static_cast<float>(1.0 / std::sqrt(static_cast<double>(count * high)));
       }
-      kernels.from_float(masked.get(), grad.cols, grad.dtype,
-                         static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
+      kernels.elementwise.from_float(masked.get(), grad.cols, grad.dtype,
+                                     static_cast<char*>(out) + n * grad.cols * size_of(grad.dtype));
     }
   });
 }
@@ -166,14 +163,14 @@ void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Rand
     for (int64_t m = begin; m < end; ++m) {
       const float* row = float_row(kernels, x, m, floats.get());
       if (column_factors != nullptr) {
-        kernels.scale_each(row, column_factors, x.cols, folded.get());
+        kernels.elementwise.scale_each(row, column_factors, x.cols, folded.get());
         row = folded.get();
       }
-      const uint32_t bits = kernels.absmax_bits(row, x.cols);
+      const uint32_t bits = kernels.elementwise.absmax_bits(row, x.cols);
       scales[m] = int8_scale(bits);
       int8_t* out = q + m * x.cols;
       if (const float inverse = int8_inverse(bits); inverse != 0.0f) {
-        kernels.round_stochastic(row, x.cols, inverse, PhiloxRow(random, m), 0, out);
+        kernels.elementwise.round_stochastic(row, x.cols, inverse, PhiloxRow(random, m), 0, out);
       } else {
         std::memset(out, 0, x.cols);
       }
@@ -186,8 +183,8 @@ void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Rand
   const Kernels& kernels = qk::kernels();
   const Parallel limited = limit(parallel, kRandomWork * x.rows * x.cols);
   const auto folded = [&](int64_t m, int64_t c0, int64_t count, float* out) {
-    kernels.to_float(x.at(m, c0), x.dtype, count, out);
-    if (row_factors != nullptr) kernels.scale(out, count, row_factors[m], out);
+    kernels.elementwise.to_float(x.at(m, c0), x.dtype, count, out);
+    if (row_factors != nullptr) kernels.elementwise.scale(out, count, row_factors[m], out);
   };
 
   const int64_t blocks = div_up(x.cols, kColumns);
@@ -199,7 +196,7 @@ void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Rand
     std::fill_n(max.get(), last - first, 0u);
     for (int64_t m = 0; m < x.rows; ++m) {
       folded(m, first, last - first, floats.get());
-      kernels.max_bits(floats.get(), last - first, max.get());
+      kernels.elementwise.max_bits(floats.get(), last - first, max.get());
     }
     for (int64_t c = first; c < last; ++c) {
       scales[c] = int8_scale(max[c - first]);
@@ -216,10 +213,11 @@ void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Rand
         const int64_t count = std::min(kColumns, x.cols - c0);
         for (int64_t r = 0; r < rows; ++r) {
           folded(m0 + r, c0, count, floats.get());
-          kernels.scale_each(floats.get(), &inverse[c0], count, floats.get());
-          kernels.round_stochastic(floats.get(), count, 1.0f, PhiloxRow(random, m0 + r), c0, &rounded[r * kColumns]);
+          kernels.elementwise.scale_each(floats.get(), &inverse[c0], count, floats.get());
+          kernels.elementwise.round_stochastic(floats.get(), count, 1.0f, PhiloxRow(random, m0 + r), c0,
+                                               &rounded[r * kColumns]);
         }
-        kernels.transpose(rounded.get(), kColumns, rows, count, q + c0 * x.rows + m0, x.rows);
+        kernels.elementwise.transpose(rounded.get(), kColumns, rows, count, q + c0 * x.rows + m0, x.rows);
       }
     }
   });

@@ -1,12 +1,12 @@
 // The rules of docs/numerics.md that kernels share. Each product, sum and quotient is rounded on its own.
 #pragma once
 
+#include "common/rules.h"
 #include "common/types.h"
 #include "cuda/device.cuh"
 
 namespace qk::cuda {
 
-constexpr uint32_t kTinyBits = 0x0f800000;  // 2^-96, below which a range counts as zero
 constexpr uint32_t kInfBits = 0x7f800000;
 constexpr uint32_t kNanBits = 0x7fc00000;
 

@@ -40,19 +40,20 @@ struct CountingTable {
   qk::NibbleKernels nibbles = table.nibbles != nullptr ? *table.nibbles : qk::NibbleKernels{};
   qk::Bf16Kernels bf16 = table.bf16 != nullptr ? *table.bf16 : qk::Bf16Kernels{};
 
+  qk::TileRegisterKernels registers =
+      table.tile_registers != nullptr ? *table.tile_registers : qk::TileRegisterKernels{};
+
   CountingTable() {
-    COUNT(table, dot_int8, "row_dot");
-    COUNT(table, dot_int4, "row_dot");
-    COUNT(table, dot_int8_x4, "row_dot");
-    COUNT(table, dot_tile, "tile_dot");
-    COUNT(table, dot_tile_grouped, "tile_groups");
-    COUNT(table, int_tile, "int_matmul");
-    COUNT(table, int_tile_grouped, "int_matmul");
-    COUNT(table, float_tile, "float_matmul");
-    if (table.dot_float != nullptr) {
-      table.dot_float = [](const float* x, const float* w, int64_t n) {
+    COUNT(table, dots.dot_int8, "row_dot");
+    COUNT(table, dots.dot_int4, "row_dot");
+    COUNT(table, dots.dot_int8_x4, "row_dot");
+    COUNT(table, tiles.int_tile, "int_matmul");
+    COUNT(table, tiles.int_tile_grouped, "int_matmul");
+    COUNT(table, tiles.float_tile, "float_matmul");
+    if (table.dots.dot_float != nullptr) {
+      table.dots.dot_float = [](const float* x, const float* w, int64_t n) {
         ran.insert("float_dot");
-        return original->dot_float(x, w, n);
+        return original->dots.dot_float(x, w, n);
       };
     }
     count<[](const qk::Kernels& k) { return k.group_dots->dot_int8; }>(groups.dot_int8, "group_dot");
@@ -60,6 +61,10 @@ struct CountingTable {
     count<[](const qk::Kernels& k) { return k.nibbles->tile; }>(nibbles.tile, "int_matmul");
     count<[](const qk::Kernels& k) { return k.nibbles->tile_grouped; }>(nibbles.tile_grouped, "int_matmul");
     count<[](const qk::Kernels& k) { return k.bf16->tile; }>(bf16.tile, "float_matmul");
+    count<[](const qk::Kernels& k) { return k.tile_registers->dot_tile; }>(registers.dot_tile, "tile_dot");
+    count<[](const qk::Kernels& k) { return k.tile_registers->dot_tile_grouped; }>(registers.dot_tile_grouped,
+                                                                                   "tile_groups");
+    if (table.tile_registers != nullptr) table.tile_registers = &registers;
     if (table.group_dots != nullptr) table.group_dots = &groups;
     if (table.nibbles != nullptr) table.nibbles = &nibbles;
     if (table.bf16 != nullptr) table.bf16 = &bf16;

@@ -11,7 +11,7 @@ const LinearDriver* const kDrivers[] = {
 }  // namespace
 
 bool few_rows(const Kernels& kernels, const Scheme& scheme, int64_t m) {
-  const DotRows& most = kernels.dot_rows;
+  const DotRows& most = kernels.dots.most_rows;
   if (!scheme.int_activations()) return m <= most.floats;
   if (scheme.weight_bits == 8) return m <= (scheme.grouped() ? most.int8_grouped : most.int8);
   return m <= (scheme.grouped() ? most.int4_grouped : most.int4);

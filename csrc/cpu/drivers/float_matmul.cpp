@@ -37,9 +37,9 @@ class Float32 {
  public:
   static constexpr int64_t kUnit = 1;  // depth of a unit
 
-  static int mr(const Kernels& kernels) { return kernels.mr_float; }
+  static int mr(const Kernels& kernels) { return kernels.tiles.mr_float; }
   static int64_t depth_step(const Kernels&) { return 1; }
-  static auto interleave_a(const Kernels& kernels) { return kernels.interleave; }
+  static auto interleave_a(const Kernels& kernels) { return kernels.panels.interleave; }
 
   Float32(const Kernels& kernels, const Weight& w, bool) : kernels_(kernels), w_(w) {}
 
@@ -57,7 +57,7 @@ class Float32 {
 
   // Depth across rows: unit i holds the products of scales[r] and q[r][i] for kUnit rows.
   void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
-    kernels_.dequantize(q[0], count, scales[0], reinterpret_cast<float*>(units));
+    kernels_.elementwise.dequantize(q[0], count, scales[0], reinterpret_cast<float*>(units));
   }
 
   // Called before `multiply` for a block of this depth and the columns from c0 on.
@@ -65,7 +65,7 @@ class Float32 {
 
   // tile += A * B^T for panel p of the block.
   void multiply(int64_t, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
-    kernels_.float_tile(units, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), tile);
+    kernels_.tiles.float_tile(units, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), tile);
   }
 
  private:
@@ -81,16 +81,16 @@ class Bfloat16 {
   static int mr(const Kernels& kernels) { return kernels.bf16->mr; }
   static int64_t depth_step(const Kernels& kernels) { return kernels.bf16->depth_step; }
   static auto interleave_a(const Kernels& kernels) {
-    return kernels.bf16->interleave_a != nullptr ? kernels.bf16->interleave_a : kernels.interleave;
+    return kernels.bf16->interleave_a != nullptr ? kernels.bf16->interleave_a : kernels.panels.interleave;
   }
 
   Bfloat16(const Kernels& kernels, const Weight& w, bool grad_input)
       : kernels_(kernels),
         w_(w),
         grad_input_(grad_input),
-        scales_(kPanels * kMaxGroups * kernels.nr),
-        sources_(kernels.nr) {
-    std::fill_n(scales_.get(), kPanels * kMaxGroups * kernels.nr, 1.0f);
+        scales_(kPanels * kMaxGroups * kernels.tiles.nr),
+        sources_(kernels.tiles.nr) {
+    std::fill_n(scales_.get(), kPanels * kMaxGroups * kernels.tiles.nr, 1.0f);
   }
 
   static const uint32_t* x_row(const Kernels&, const Matrix& x, int64_t m, int64_t k0, int64_t count,
@@ -113,20 +113,21 @@ class Bfloat16 {
     if (grad_input_) return;
     const int64_t first = d0 / w_.group, groups = div_up(d0 + count, w_.group) - first;
     for (int64_t p = 0; p < kPanels; ++p) {
-      for (int64_t j = 0; j < kernels_.nr; ++j) {
-        const int64_t n = std::min(c0 + p * kernels_.nr + j, w_.n - 1);
+      for (int64_t j = 0; j < kernels_.tiles.nr; ++j) {
+        const int64_t n = std::min(c0 + p * kernels_.tiles.nr + j, w_.n - 1);
         sources_[j] = reinterpret_cast<const uint32_t*>(w_.scales + n * w_.groups + first);
       }
-      float* scales = &scales_[p * kMaxGroups * kernels_.nr];
-      kernels_.interleave(sources_.data(), kernels_.nr, groups, reinterpret_cast<uint32_t*>(scales));
+      float* scales = &scales_[p * kMaxGroups * kernels_.tiles.nr];
+      kernels_.panels.interleave(sources_.data(), kernels_.tiles.nr, groups, reinterpret_cast<uint32_t*>(scales));
     }
   }
 
   void multiply(int64_t p, int64_t units, const uint32_t* a, const uint32_t* b, float* tile) const {
     const int64_t group = grad_input_ || w_.groups == 1 ? units : std::min(w_.group / kUnit, units);
-    const float* scales = &scales_[p * kMaxGroups * kernels_.nr];
-    for (int64_t u = 0; u < units; u += group, scales += kernels_.nr) {
-      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.bf16->mr, b + u * kernels_.nr, scales, tile);
+    const float* scales = &scales_[p * kMaxGroups * kernels_.tiles.nr];
+    for (int64_t u = 0; u < units; u += group, scales += kernels_.tiles.nr) {
+      kernels_.bf16->tile(std::min(group, units - u), a + u * kernels_.bf16->mr, b + u * kernels_.tiles.nr, scales,
+                          tile);
     }
   }
 
@@ -149,10 +150,10 @@ class FloatWeightBlock {
         w_(w),
         grad_input_(grad_input),
         format_(kernels, w, grad_input),
-        panels_(kPanels * kBlockUnits * kernels.nr),
-        integers_(Format::kUnit * std::max(kBlockUnits, kPanels * kernels.nr)),
-        encoded_(kernels.nr * kRowUnits),
-        rows_(kernels.nr) {}
+        panels_(kPanels * kBlockUnits * kernels.tiles.nr),
+        integers_(Format::kUnit * std::max(kBlockUnits, kPanels * kernels.tiles.nr)),
+        encoded_(kernels.tiles.nr * kRowUnits),
+        rows_(kernels.tiles.nr) {}
 
   // Packs `count` steps of depth from d0 on, for the columns from c0 on; columns past the end are zero.
   void pack(int64_t d0, int64_t count, int64_t c0) {
@@ -160,7 +161,7 @@ class FloatWeightBlock {
     if (grad_input_) {
       pack_across(d0, count, c0);
     } else {
-      for (int64_t p = 0; p < kPanels; ++p) pack_along(d0, count, c0 + p * kernels_.nr, panel(p));
+      for (int64_t p = 0; p < kPanels; ++p) pack_along(d0, count, c0 + p * kernels_.tiles.nr, panel(p));
     }
   }
 
@@ -172,26 +173,26 @@ class FloatWeightBlock {
  private:
   static constexpr int64_t kRowUnits = kBlockUnits + kLineUnits;
 
-  uint32_t* panel(int64_t p) { return &panels_[p * kBlockUnits * kernels_.nr]; }
+  uint32_t* panel(int64_t p) { return &panels_[p * kBlockUnits * kernels_.tiles.nr]; }
 
-  // Units past the end of the depth are zero, see NOTE [tiles].
+  // Units past the end of the depth are zero, see NOTE [tile registers].
   int64_t padded(int64_t units) const { return round_up(units, Format::depth_step(kernels_)); }
 
   void pack_along(int64_t d0, int64_t count, int64_t n0, uint32_t* panel) {
     const int64_t used = div_up(count, Format::kUnit), units = padded(used);
-    for (int64_t j = 0; j < kernels_.nr; ++j) {
+    for (int64_t j = 0; j < kernels_.tiles.nr; ++j) {
       uint32_t* row = &encoded_[j * kRowUnits];
       rows_[j] = row;
       const bool valid = n0 + j < w_.n;
       if (valid) format_.along(n0 + j, d0, count, integers_.get(), row);
       std::fill(row + (valid ? used : 0), row + units, 0u);
     }
-    kernels_.interleave(rows_.data(), kernels_.nr, units, panel);
+    kernels_.panels.interleave(rows_.data(), kernels_.tiles.nr, units, panel);
   }
 
   void pack_across(int64_t d0, int64_t count, int64_t k0) {
     constexpr int64_t kUnit = Format::kUnit;
-    const int64_t nr = kernels_.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
+    const int64_t nr = kernels_.tiles.nr, width = kPanels * nr, cols = std::min(width, w_.k - k0);
     const int64_t first_group = k0 / w_.group, first_end = (first_group + 1) * w_.group - k0;
     const int64_t used = div_up(count, kUnit);
     if (cols < width || padded(used) > used) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
@@ -258,7 +259,7 @@ void pack_a(const Kernels& kernels, const Matrix& x, int64_t k0, int64_t depth, 
 template <class Format>
 void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias,
                    Output out, const Parallel& parallel) {
-  const int mr = Format::mr(kernels), nr = kernels.nr;
+  const int mr = Format::mr(kernels), nr = kernels.tiles.nr;
   const int64_t units = round_up(div_up(x.cols, Format::kUnit), Format::depth_step(kernels)),
                 panels = div_up(x.rows, mr), row_panels = kBlockRows / mr;
   const int64_t cols = grad_input ? w.k : w.n, width = kPanels * nr;
@@ -303,8 +304,8 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
           if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
           for (int64_t panel = first; panel < last; ++panel) {
             const int64_t m0 = panel * mr;
-            kernels.store_float(tile(p, panel),
-                                {
+            kernels.tiles.store_float(
+                tile(p, panel), {
                                     .row_scales = ones.get(),
                                     .col_scales = ones.get(),
                                     .bias = bias != nullptr ? bias_panel.get() : nullptr,

@@ -83,7 +83,8 @@ class GroupDotOperand : public LinearOperand {
       float* row_scales = &scales_[m * act_groups_];
       const int8_t* row = read(m, row_scales);
       int32_t* row_sums = &sums_[m * groups_padded_];
-      for (int64_t g = 0; g < groups_; ++g) row_sums[g] = kernels_.sum(row + g * group, std::min(group, k - g * group));
+      for (int64_t g = 0; g < groups_; ++g)
+        row_sums[g] = kernels_.elementwise.sum(row + g * group, std::min(group, k - g * group));
       std::fill(row_sums + groups_, row_sums + groups_padded_, 0);
       if (scheme.act_group_size != 0) {
         float* expanded = &group_scales_[m * groups_padded_];
@@ -150,7 +151,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
                   .sums = &sums[i * row_sums],
                   .sums_stride = stride,
                   .zeros = groups.zeros(),
-                  .zero = int4 ? 8 : kernels_.dot_shift,
+                  .zero = int4 ? 8 : kernels_.dots.shift,
                   .x_sums = &sums_[m * stride],
                   .w_scales = groups.scales(),
                   .x_scales = x_grouped ? &group_scales_[m * stride] : nullptr,
@@ -168,7 +169,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
     }
     for (int64_t m = 0; m < rows_; ++m) {
       char* target = static_cast<char*>(out.data) + (m * w.n + n_begin) * size_of(out.dtype);
-      kernels_.from_float(&y[m * count], count, out.dtype, target);
+      kernels_.elementwise.from_float(&y[m * count], count, out.dtype, target);
     }
   });
 }

@@ -35,7 +35,6 @@ constexpr int64_t kBlocksPerThread = 4;
 // Rows that are unpacked or requantized at a time there; their segments stay in L1.
 constexpr int64_t kAcrossRows = 64;
 static_assert(kAcrossRows % kGroupStep == 0);
-constexpr int64_t kMaxGroup = 128;  // of all schemes; the smaller ones divide it
 // A segment is prefetched this many rows before it is unpacked: rows are too far apart for the hardware to do it.
 constexpr int64_t kAhead = 16;
 
@@ -67,9 +66,9 @@ struct MatmulShape {
         grouped(weight.scheme.grouped() && !grad_input),
         x_grouped(weight.scheme.act_group_size != 0 && !grad_input),
         w_grouped(weight.scheme.group_size != 0 && !grad_input),
-        mr(grouped || nibbles != nullptr ? kernels.mr_grouped : kernels.mr),
-        nr(kernels.nr),
-        unit(nibbles != nullptr ? 4 : kernels.unit),
+        mr(grouped || nibbles != nullptr ? kernels.tiles.mr_grouped : kernels.tiles.mr),
+        nr(kernels.tiles.nr),
+        unit(nibbles != nullptr ? 4 : kernels.panels.unit),
         group(grouped ? weight.scheme.acc_group(depth) : std::max<int64_t>(depth, 1)),
         groups(grouped ? div_up(depth, group) : 1),
         units(padded_units()),
@@ -111,7 +110,7 @@ struct MatmulShape {
  private:
   int64_t padded_units() const {
     const int64_t step = grouped || nibbles != nullptr ? kGroupStep : unit;
-    return round_up(round_up(depth, step) / unit, nibbles != nullptr ? 1 : kernels.depth_step);
+    return round_up(round_up(depth, step) / unit, nibbles != nullptr ? 1 : kernels.panels.depth_step);
   }
 };
 
@@ -146,8 +145,8 @@ void PackedRows::pack(const MatmulShape& shape, const LinearInput& x, int64_t ac
   Buffer<float> scales(read.groups());
   Buffer<int8_t> zeros(k);
   Buffer<uint32_t> encoded(shape.mr * shape.units), row_sums(shape.steps);
-  const bool own_order = kernels.interleave_a != nullptr && shape.nibbles == nullptr;
-  const auto interleave = own_order ? kernels.interleave_a : kernels.interleave_int;
+  const bool own_order = kernels.panels.interleave_a != nullptr && shape.nibbles == nullptr;
+  const auto interleave = own_order ? kernels.panels.interleave_a : kernels.panels.interleave_int;
   std::vector<const uint32_t*> sources(shape.mr);
   std::fill_n(zeros.get(), k, int8_t{0});
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -164,7 +163,7 @@ void PackedRows::pack(const MatmulShape& shape, const LinearInput& x, int64_t ac
         shape.nibbles->encode_a(q, k, &encoded[i * shape.units], row_sums.get());
         for (int64_t s = 0; s < shape.steps; ++s) sums[(panel * shape.steps + s) * shape.mr + i] = row_sums[s];
       } else {
-        kernels.encode_a(q, k, &encoded[i * shape.units]);
+        kernels.panels.encode_a(q, k, &encoded[i * shape.units]);
         shape.pad(&encoded[i * shape.units], k, shape.units);
       }
       row_scales[panel * shape.mr + i] = shape.x_grouped ? 1.0f : scales[0];
@@ -243,9 +242,9 @@ class PackAlong {
       if (shape_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), depth, &scales_[j * packed.block_groups]);
     }
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
-      shape_.kernels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
+      shape_.kernels.panels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
     };
-    shape_.kernels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * shape_.block_units * nr]);
+    shape_.kernels.panels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * shape_.block_units * nr]);
     interleave(start, &packed.start[p * packed.block_groups * nr]);
     if (shape_.w_grouped) interleave(scales, &packed.group_scales[p * packed.block_groups * nr]);
   }
@@ -255,7 +254,7 @@ class PackAlong {
     const Kernels& kernels = shape_.kernels;
     const Weight& w = shape_.w;
     if (shape_.nibbles != nullptr) {
-      kernels.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
+      kernels.elementwise.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
       std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, shape_.units * shape_.unit - w.k);
       for (int64_t g = 0; g < shape_.groups; ++g) {
         const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)] : 8;
@@ -267,15 +266,15 @@ class PackAlong {
     encoded[div_up(depth.k, shape_.unit) - 1] = 0;
     shape_.pad(encoded, depth.k, depth.units);
     auto* bytes = reinterpret_cast<int8_t*>(encoded);
-    int8_t* scratch = kernels.encode_b == nullptr ? bytes : integers_.get();
+    int8_t* scratch = kernels.panels.encode_b == nullptr ? bytes : integers_.get();
     const int8_t* q = integer_row(kernels, w, n, depth.k0, depth.k, scratch);
     for (int64_t g = 0, begin = 0; g < depth.groups; ++g, begin += shape_.group) {
       const int64_t count = std::min(shape_.group, depth.k - begin);
-      start[g] = kernels.a_shift != 0 ? -kernels.a_shift * kernels.sum(q + begin, count) : 0;
+      start[g] = kernels.panels.a_shift != 0 ? -kernels.panels.a_shift * kernels.elementwise.sum(q + begin, count) : 0;
     }
     const bool whole = depth.k == depth.units * shape_.unit;
-    if (kernels.encode_b != nullptr) {
-      kernels.encode_b(q, depth.k, encoded);
+    if (kernels.panels.encode_b != nullptr) {
+      kernels.panels.encode_b(q, depth.k, encoded);
     } else if (whole && reinterpret_cast<uintptr_t>(q) % alignof(uint32_t) == 0) {
       return reinterpret_cast<const uint32_t*>(q);
     } else if (q != bytes) {
@@ -325,7 +324,7 @@ class PackAcross {
     }
     if (w.scheme.weight_bits == 8 && column_scales_ == nullptr) {
       const auto* q = reinterpret_cast<const int8_t*>(w.row(first)) + k0;
-      kernels.interleave_across(q, w.row_bytes, depth.k, cols, packed.panels.get(), panel);
+      kernels.panels.interleave_across(q, w.row_bytes, depth.k, cols, packed.panels.get(), panel);
     } else {
       for (int64_t n0 = first; n0 < last; n0 += kAcrossRows) {
         const int64_t rows = std::min(kAcrossRows, last - n0);
@@ -334,18 +333,18 @@ class PackAcross {
           read(n0 + r, k0, cols, &chunk_[r * width_]);
         }
         uint32_t* units = &packed.panels[(n0 - first) / shape_.unit * shape_.nr];
-        kernels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
+        kernels.panels.interleave_across(chunk_.get(), width_, rows, cols, units, panel);
       }
     }
     for (int64_t p = 0; p * shape_.nr < cols; ++p) {
       uint32_t* units = &packed.panels[p * panel];
       std::fill(units + div_up(depth.k, shape_.unit) * shape_.nr, units + depth.units * shape_.nr, 0u);
       int32_t* start = &packed.start[p * shape_.nr];
-      if (kernels.column_sums == nullptr) {
+      if (kernels.panels.column_sums == nullptr) {
         std::fill_n(start, shape_.nr, 0);
       } else {
-        kernels.column_sums(depth.units, units, start);
-        for (int j = 0; j < shape_.nr; ++j) start[j] *= -kernels.a_shift;
+        kernels.panels.column_sums(depth.units, units, start);
+        for (int j = 0; j < shape_.nr; ++j) start[j] *= -kernels.panels.a_shift;
       }
     }
   }
@@ -363,7 +362,7 @@ class PackAcross {
     const float* scale = w.scales + n * w.groups + k0 / w.group;
     for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + cols; k = end, ++scale) {
       end = std::min(end + w.group, k0 + cols);
-      kernels.requantize(q + (k - k0), end - k, *scale, &inverse_[k - k0], out + (k - k0));
+      kernels.elementwise.requantize(q + (k - k0), end - k, *scale, &inverse_[k - k0], out + (k - k0));
     }
   }
 
@@ -395,7 +394,7 @@ class Multiply {
       const float* w_scales = shape_.grouped ? &b_.group_scales[b_group] : nullptr;
       const float* x_scales = shape_.x_grouped ? &a_.group_scales[(panel * shape_.groups + g) * shape_.mr] : nullptr;
       shape_.nibbles != nullptr ? add_nibbles(panel, a, b, start, w_scales, x_scales, tile)
-                                : kernels.int_tile_grouped({
+                                : kernels.tiles.int_tile_grouped({
                                       .units = std::min(end, shape_.groups * shape_.group_units) - u,
                                       .group_units = shape_.group_units,
                                       .a = a,
@@ -409,13 +408,13 @@ class Multiply {
     }
     auto* sums = reinterpret_cast<int32_t*>(tile);
     if (u == 0) {
-      kernels.int_tile(end - u, a, b, start, 0, sums);
+      kernels.tiles.int_tile(end - u, a, b, start, 0, sums);
       return;
     }
-    if (u == first && kernels.a_shift != 0) {
+    if (u == first && kernels.panels.a_shift != 0) {
       for (int64_t i = 0; i < size; ++i) tile[i] += static_cast<uint32_t>(start[i % shape_.nr]);
     }
-    kernels.int_tile(end - u, a, b, sums, shape_.nr, sums);
+    kernels.tiles.int_tile(end - u, a, b, sums, shape_.nr, sums);
   }
 
   // Asks L2 for part p of all `panels` parts of a chunk of A.
@@ -429,9 +428,9 @@ class Multiply {
 
   void store(const uint32_t* tile, const TileOutput& output) {
     if (shape_.grouped) {
-      shape_.kernels.store_float(reinterpret_cast<const float*>(tile), output);
+      shape_.kernels.tiles.store_float(reinterpret_cast<const float*>(tile), output);
     } else {
-      shape_.kernels.store_int(reinterpret_cast<const int32_t*>(tile), output);
+      shape_.kernels.tiles.store_int(reinterpret_cast<const int32_t*>(tile), output);
     }
   }
 
@@ -516,7 +515,7 @@ void multiply_panels(const MatmulShape& shape, int64_t rows, const PackedRows& a
         }
       }
     }
-    if (out.nontemporal) shape.kernels.end_nontemporal();
+    if (out.nontemporal) shape.kernels.tiles.end_nontemporal();
   });
 }
 

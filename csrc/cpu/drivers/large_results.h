@@ -35,7 +35,7 @@ inline void map_pages(void* out, int64_t bytes, const Parallel& parallel) {
 
 // Whether a result of this size is to be stored past the caches; maps its pages if so.
 inline bool begin_nontemporal(const Kernels& kernels, void* out, int64_t bytes, const Parallel& parallel) {
-  if (kernels.end_nontemporal == nullptr || bytes < kLargeResult) return false;
+  if (kernels.tiles.end_nontemporal == nullptr || bytes < kLargeResult) return false;
   map_pages(out, bytes, parallel);
   return true;
 }

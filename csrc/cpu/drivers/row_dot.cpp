@@ -65,7 +65,7 @@ class DotWeightRows {
   void interleave(void* panel) {
     const uint32_t* sources[kWeightRows];
     for (int r = 0; r < kWeightRows; ++r) sources[r] = &expanded_[r * groups_];
-    kernels_.interleave(sources, kWeightRows, groups_, static_cast<uint32_t*>(panel));
+    kernels_.panels.interleave(sources, kWeightRows, groups_, static_cast<uint32_t*>(panel));
   }
 
   const Kernels& kernels_;
@@ -86,10 +86,10 @@ class RowDotOperand : public LinearOperand {
         k_padded_(round_up(w.k, kXBlock)),
         groups_(div_up(w.k, w.scheme.acc_group(w.k))),
         act_groups_(w.scheme.act_groups(w.k)),
-        takes_x4_(kernels.dot_int8_x4 != nullptr && w.scheme.weight_bits == 8 && !w.scheme.grouped() &&
+        takes_x4_(kernels.dots.dot_int8_x4 != nullptr && w.scheme.weight_bits == 8 && !w.scheme.grouped() &&
                   rows_ >= kXRows),
         q_(rows_ * k_padded_),
-        wide_(takes_x4_ && kernels.x4_bytes == 2 ? rows_ * k_padded_ : 0),
+        wide_(takes_x4_ && kernels.dots.x4_bytes == 2 ? rows_ * k_padded_ : 0),
         sums_(rows_ * groups_ * kWeightRows),
         scales_(rows_ * act_groups_),
         group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_ * kWeightRows : 0) {
@@ -109,7 +109,7 @@ class RowDotOperand : public LinearOperand {
       const int8_t* row = read(m, row_scales);
       for (int64_t g = 0; g < groups_; ++g) {
         const int64_t begin = g * group, at = (m * groups_ + g) * kWeightRows;
-        std::fill_n(&sums_[at], kWeightRows, kernels_.sum(row + begin, std::min(group, k - begin)));
+        std::fill_n(&sums_[at], kWeightRows, kernels_.elementwise.sum(row + begin, std::min(group, k - begin)));
       }
       if (scheme.act_group_size != 0) {
         for (int r = 0; r < kWeightRows; ++r)
@@ -119,7 +119,7 @@ class RowDotOperand : public LinearOperand {
       int8_t* out = &q_[m * k_padded_];
       if (scheme.weight_bits == 8) {
         std::fill(std::copy_n(row, k, out), out + k_padded_, int8_t{0});
-        if (takes_x4_ && kernels_.x4_bytes == 2) std::copy_n(out, k_padded_, &wide_[m * k_padded_]);
+        if (takes_x4_ && kernels_.dots.x4_bytes == 2) std::copy_n(out, k_padded_, &wide_[m * k_padded_]);
         continue;
       }
       std::fill(std::copy_n(row, k, padded.get()), padded.get() + k_padded_, int8_t{0});
@@ -132,16 +132,16 @@ class RowDotOperand : public LinearOperand {
     const int8_t* q = &q_[m * k_padded_];
     const int64_t group = w.scheme.acc_group(w.k);
     if (w.scheme.weight_bits == 4) {
-      kernels_.dot_int4(q, rows.rows, w.k, group, sums);
+      kernels_.dots.dot_int4(q, rows.rows, w.k, group, sums);
       return 1;
     }
     const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
     if (takes_x4_ && rows_ - m >= kXRows) {
-      const void* block = kernels_.x4_bytes == 1 ? static_cast<const void*>(q) : &wide_[m * k_padded_];
-      kernels_.dot_int8_x4(block, k_padded_, bytes, w.k, sums);
+      const void* block = kernels_.dots.x4_bytes == 1 ? static_cast<const void*>(q) : &wide_[m * k_padded_];
+      kernels_.dots.dot_int8_x4(block, k_padded_, bytes, w.k, sums);
       return kXRows;
     }
-    kernels_.dot_int8(q, bytes, w.k, group, sums);
+    kernels_.dots.dot_int8(q, bytes, w.k, group, sums);
     return 1;
   }
 
@@ -150,7 +150,7 @@ class RowDotOperand : public LinearOperand {
               float (&y)[kWeightRows]) const {
     const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
     const float x_scale = scales_[m * act_groups_];
-    const int zero = w.scheme.weight_bits == 8 ? kernels_.dot_shift : 8;
+    const int zero = w.scheme.weight_bits == 8 ? kernels_.dots.shift : 8;
     const int32_t* x_sums = &sums_[m * groups_ * kWeightRows];
     if (!w_grouped && !x_grouped) {
       for (int r = 0; r < kWeightRows; ++r) {
@@ -160,7 +160,7 @@ class RowDotOperand : public LinearOperand {
       }
       return;
     }
-    kernels_.combine(
+    kernels_.dots.combine(
         {
             .groups = groups_,
             .sums = sums,
@@ -196,7 +196,7 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
       for (int64_t j = 0; j < count; ++j) row[j] = row[j] + bias[n0 + j];
     }
     char* target = static_cast<char*>(out.data) + (m * n + n0) * size_of(out.dtype);
-    kernels.from_float(row, count, out.dtype, target);
+    kernels.elementwise.from_float(row, count, out.dtype, target);
   }
 }
 
@@ -226,7 +226,7 @@ class FloatDotOperand : public LinearOperand {
  public:
   FloatDotOperand(const Kernels& kernels, const LinearInput& input, const Weight&, const Parallel&)
       : kernels_(kernels), rows_(input.x.rows), floats_(input.x.rows * input.x.cols) {
-    kernels.to_float(input.x.data, input.x.dtype, input.x.rows * input.x.cols, floats_.get());
+    kernels.elementwise.to_float(input.x.data, input.x.dtype, input.x.rows * input.x.cols, floats_.get());
   }
 
   void multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const override {
@@ -236,7 +236,8 @@ class FloatDotOperand : public LinearOperand {
       Buffer<float> row(w.k), y(rows_ * count);
       for (int64_t j = 0; j < count; ++j) {
         dequantize_row(kernels_, w, begin + j, 0, w.k, integers.get(), row.get());
-        for (int64_t m = 0; m < rows_; ++m) y[m * count + j] = kernels_.dot_float(&floats_[m * w.k], row.get(), w.k);
+        for (int64_t m = 0; m < rows_; ++m)
+          y[m * count + j] = kernels_.dots.dot_float(&floats_[m * w.k], row.get(), w.k);
       }
       store_columns(kernels_, y, rows_, count, begin, w.n, bias, out);
     });

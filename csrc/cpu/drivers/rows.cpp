@@ -10,17 +10,16 @@ namespace qk {
 namespace {
 
 constexpr uint32_t kInf = 0x7f800000;
-constexpr uint32_t kTiny = std::bit_cast<uint32_t>(0x1p-96f);
 
 }  // namespace
 
 float int8_scale(uint32_t absmax_bits) {
   if (absmax_bits >= kInf) return std::numeric_limits<float>::quiet_NaN();
-  return absmax_bits < kTiny ? 1.0f : std::bit_cast<float>(absmax_bits) / 127.0f;
+  return absmax_bits < kTinyBits ? 1.0f : std::bit_cast<float>(absmax_bits) / 127.0f;
 }
 
 float int8_inverse(uint32_t absmax_bits) {
-  return absmax_bits < kTiny || absmax_bits >= kInf ? 0.0f : 127.0f / std::bit_cast<float>(absmax_bits);
+  return absmax_bits < kTinyBits || absmax_bits >= kInf ? 0.0f : 127.0f / std::bit_cast<float>(absmax_bits);
 }
 
 namespace {
@@ -44,14 +43,15 @@ void quantize_values(const Value* x, int64_t k, int64_t group, int8_t* q, float*
 }  // namespace
 
 void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t group, int8_t* q, float* scales) {
-  quantize_values(x, k, group, q, scales, kernels.absmax_bits, kernels.quantize);
+  quantize_values(x, k, group, q, scales, kernels.elementwise.absmax_bits, kernels.elementwise.quantize);
 }
 
 void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t group, int8_t* q, float* scales,
                   float* scratch) {
-  if (x.dtype == DType::bfloat16 && kernels.quantize_bf16 != nullptr) {
+  if (x.dtype == DType::bfloat16 && kernels.elementwise.quantize_bf16 != nullptr) {
     const auto* row = static_cast<const uint16_t*>(x.row(m));
-    quantize_values(row, x.cols, group, q, scales, kernels.absmax_bits_bf16, kernels.quantize_bf16);
+    quantize_values(row, x.cols, group, q, scales, kernels.elementwise.absmax_bits_bf16,
+                    kernels.elementwise.quantize_bf16);
   } else {
     quantize_row(kernels, float_row(kernels, x, m, scratch), x.cols, group, q, scales);
   }
@@ -59,7 +59,7 @@ void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t gr
 
 const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch) {
   if (x.dtype == DType::float32) return static_cast<const float*>(x.row(m));
-  kernels.to_float(x.row(m), x.dtype, x.cols, scratch);
+  kernels.elementwise.to_float(x.row(m), x.dtype, x.cols, scratch);
   return scratch;
 }
 
@@ -68,13 +68,13 @@ const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, in
   const uint8_t* row = w.row(n);
   if (w.scheme.weight_bits == 8) return reinterpret_cast<const int8_t*>(row) + k0;
   if (w.zeros == nullptr) {
-    kernels.unpack_int4(row + k0 / 2, count, 8, scratch);
+    kernels.elementwise.unpack_int4(row + k0 / 2, count, 8, scratch);
     return scratch;
   }
   const uint8_t* zeros = w.zeros + n * w.groups + k0 / w.group;
   const int64_t first = std::min(round_up(k0, w.group) - k0, count);  // of a group that begins before k0
-  if (first > 0) kernels.unpack_int4(row + k0 / 2, first, *zeros++, scratch);
-  kernels.unpack_int4_groups(row + (k0 + first) / 2, count - first, w.group, zeros, scratch + first);
+  if (first > 0) kernels.elementwise.unpack_int4(row + k0 / 2, first, *zeros++, scratch);
+  kernels.elementwise.unpack_int4_groups(row + (k0 + first) / 2, count - first, w.group, zeros, scratch + first);
   return scratch;
 }
 
@@ -84,7 +84,7 @@ void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t 
   const float* scale = w.scales + n * w.groups + k0 / w.group;
   for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + count; k = end, ++scale) {
     end = std::min(end + w.group, k0 + count);
-    kernels.dequantize(q + (k - k0), end - k, *scale, out + (k - k0));
+    kernels.elementwise.dequantize(q + (k - k0), end - k, *scale, out + (k - k0));
   }
 }
 

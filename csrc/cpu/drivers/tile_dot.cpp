@@ -3,7 +3,6 @@
 // bandwidth.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "cpu/buffer.h"
 #include "cpu/drivers/activations.h"
@@ -24,21 +23,20 @@ class TileDotOperand : public LinearOperand {
   TileDotOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel&)
       : kernels_(kernels),
         rows_(input.x.rows),
-        units_(round_up(div_up(w.k, kernels.unit), kernels.depth_step)),
-        panels_(div_up(rows_, kernels.dot_tile_rows)),
-        data_(panels_ * units_ * kernels.dot_tile_rows),
+        units_(round_up(div_up(w.k, kernels.panels.unit), kernels.panels.depth_step)),
+        panels_(div_up(rows_, kTileRows)),
+        data_(panels_ * units_ * kTileRows),
         scales_(rows_) {
-    const int tile_rows = kernels.dot_tile_rows;
     IntRows read(kernels, input, w.k);
-    Buffer<uint32_t> rows(tile_rows * units_);
-    std::vector<const uint32_t*> sources(tile_rows);
+    Buffer<uint32_t> rows(kTileRows * units_);
+    const uint32_t* sources[kTileRows];
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      std::fill_n(rows.get(), tile_rows * units_, 0u);
-      for (int64_t i = 0, m = panel * tile_rows; i < tile_rows; ++i, ++m) {
+      std::fill_n(rows.get(), kTileRows * units_, 0u);
+      for (int64_t i = 0, m = panel * kTileRows; i < kTileRows; ++i, ++m) {
         sources[i] = &rows[i * units_];
         if (m < rows_) std::memcpy(&rows[i * units_], read(m, &scales_[m]), w.k);
       }
-      kernels.interleave(sources.data(), tile_rows, units_, &data_[panel * units_ * tile_rows]);
+      kernels.panels.interleave(sources, kTileRows, units_, &data_[panel * units_ * kTileRows]);
     }
   }
 
@@ -47,32 +45,32 @@ class TileDotOperand : public LinearOperand {
  private:
   const Kernels& kernels_;
   int64_t rows_, units_, panels_;
-  Buffer<uint32_t> data_;  // [panels, units, tile_rows]
+  Buffer<uint32_t> data_;  // [panels, units, kTileRows]
   Buffer<float> scales_;   // [M]
 };
 
 void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
   const Kernels& kernels = kernels_;
-  const int tile_rows = kernels.dot_tile_rows, block = 2 * tile_rows;
-  const int64_t bytes = units_ * kernels.unit;
+  constexpr int kBlock = 2 * kTileRows;  // rows of the weight
+  const int64_t bytes = units_ * kernels.panels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
   const auto is_direct = [&](int64_t n0) {
-    return w.scheme.weight_bits == 8 && (n0 + block - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
+    return w.scheme.weight_bits == 8 && (n0 + kBlock - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
   };
 
-  parallel(div_up(w.n, block), [&](int64_t begin, int64_t end) {
+  parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
-    Buffer<int8_t> copy(block * bytes);
-    Buffer<int32_t> sums(panels_ * block * tile_rows);
-    Buffer<uint32_t> tile(tile_rows * block);
-    Buffer<float> scales(block), bias_block(block);
-    std::vector<const uint32_t*> sources(block);
-    for (int64_t n0 = begin * block; n0 < std::min(end * block, w.n); n0 += block) {
-      const int64_t valid = std::min<int64_t>(block, w.n - n0);
+    Buffer<int8_t> copy(kBlock * bytes);
+    Buffer<int32_t> sums(panels_ * kBlock * kTileRows);
+    Buffer<uint32_t> tile(kTileRows * kBlock);
+    Buffer<float> scales(kBlock), bias_block(kBlock);
+    const uint32_t* sources[kBlock];
+    for (int64_t n0 = begin * kBlock; n0 < std::min(end * kBlock, w.n); n0 += kBlock) {
+      const int64_t valid = std::min<int64_t>(kBlock, w.n - n0);
       const auto* rows = reinterpret_cast<const int8_t*>(w.row(n0));
       int64_t stride = w.row_bytes;
       if (!is_direct(n0)) {
-        std::memset(copy.get(), 0, block * bytes);
+        std::memset(copy.get(), 0, kBlock * bytes);
         for (int64_t j = 0; j < valid; ++j) {
           int8_t* row = &copy[j * bytes];
           const int8_t* stored = integer_row(kernels, w, n0 + j, 0, w.k, row);
@@ -83,29 +81,29 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
       }
       for (int64_t panel = 0; panel < panels_; panel += kPanelsAtOnce) {
         const auto panels = static_cast<int>(std::min(kPanelsAtOnce, panels_ - panel));
-        kernels.dot_tile(units_, rows, stride, &data_[panel * units_ * tile_rows], panels,
-                         &sums[panel * block * tile_rows]);
+        kernels.tile_registers->dot_tile(units_, rows, stride, &data_[panel * units_ * kTileRows], panels,
+                                         &sums[panel * kBlock * kTileRows]);
       }
-      std::fill_n(scales.get(), block, 1.0f);
+      std::fill_n(scales.get(), kBlock, 1.0f);
       std::copy_n(w.scales + n0, valid, scales.get());
       if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());
       for (int64_t panel = 0; panel < panels_; ++panel) {
-        const int64_t m0 = panel * tile_rows;
-        for (int j = 0; j < block; ++j) {
-          sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * block + j) * tile_rows]);
+        const int64_t m0 = panel * kTileRows;
+        for (int j = 0; j < kBlock; ++j) {
+          sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * kBlock + j) * kTileRows]);
         }
-        kernels.interleave(sources.data(), block, tile_rows, tile.get());
-        kernels.store_int(reinterpret_cast<const int32_t*>(tile.get()),
-                          {
-                              .row_scales = &scales_[m0],
-                              .col_scales = scales.get(),
-                              .bias = bias != nullptr ? bias_block.get() : nullptr,
-                              .rows = static_cast<int>(std::min<int64_t>(tile_rows, rows_ - m0)),
-                              .cols = static_cast<int>(valid),
-                              .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
-                              .stride = w.n,
-                              .dtype = out.dtype,
-                          });
+        kernels.panels.interleave(sources, kBlock, kTileRows, tile.get());
+        kernels.tiles.store_int(reinterpret_cast<const int32_t*>(tile.get()),
+                                {
+                                    .row_scales = &scales_[m0],
+                                    .col_scales = scales.get(),
+                                    .bias = bias != nullptr ? bias_block.get() : nullptr,
+                                    .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
+                                    .cols = static_cast<int>(valid),
+                                    .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
+                                    .stride = w.n,
+                                    .dtype = out.dtype,
+                                });
       }
     }
   });
@@ -118,8 +116,8 @@ const LinearDriver kTileDot = {
     .reason = "3 to 64 rows of x and no groups: tiles are loaded from the weight as it is stored, which is read once",
     .accepts =
         [](const Kernels& kernels, const Scheme& scheme, int64_t m) {
-          return kernels.dot_tile != nullptr && scheme.int_activations() && !scheme.grouped() && m >= kMinRows &&
-                 m <= kMaxPanels * kernels.dot_tile_rows;
+          return kernels.tile_registers != nullptr && scheme.int_activations() && !scheme.grouped() && m >= kMinRows &&
+                 m <= kMaxPanels * kTileRows;
         },
     .prepare = prepare<TileDotOperand>,
 };

@@ -18,8 +18,7 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kTileRows;  // rows of the weight
 constexpr int64_t kChunk = 512;            // of the depth, a multiple of all group sizes
-constexpr int64_t kMaxGroup = 128;
-constexpr int64_t kPad = 64;  // keeps the rows of a chunk out of each other's cache sets
+constexpr int64_t kPad = 64;               // keeps the rows of a chunk out of each other's cache sets
 constexpr int64_t kMostPanels = 16;
 constexpr int64_t kL2PerBlock = 2;  // a block of x takes this part of L2
 
@@ -86,19 +85,19 @@ class StoreTotals {
     for (int64_t panel = first; panel < last; ++panel, totals += kBlock * kTileRows) {
       const uint32_t* sources[kBlock];
       for (int64_t r = 0; r < kBlock; ++r) sources[r] = reinterpret_cast<const uint32_t*>(totals + r * kTileRows);
-      kernels_.interleave(sources, kBlock, kTileRows, tile_);
+      kernels_.panels.interleave(sources, kBlock, kTileRows, tile_);
       const int64_t m0 = panel * kTileRows;
-      kernels_.store_float(reinterpret_cast<const float*>(tile_),
-                           {
-                               .row_scales = row_scales + m0,
-                               .col_scales = col_scales_,
-                               .bias = bias_ != nullptr ? bias_block_ : nullptr,
-                               .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
-                               .cols = cols,
-                               .out = static_cast<char*>(out_.data) + (m0 * w_.n + n0) * size_of(out_.dtype),
-                               .stride = w_.n,
-                               .dtype = out_.dtype,
-                           });
+      kernels_.tiles.store_float(reinterpret_cast<const float*>(tile_),
+                                 {
+                                     .row_scales = row_scales + m0,
+                                     .col_scales = col_scales_,
+                                     .bias = bias_ != nullptr ? bias_block_ : nullptr,
+                                     .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
+                                     .cols = cols,
+                                     .out = static_cast<char*>(out_.data) + (m0 * w_.n + n0) * size_of(out_.dtype),
+                                     .stride = w_.n,
+                                     .dtype = out_.dtype,
+                                 });
     }
   }
 
@@ -118,7 +117,7 @@ class TileGroupsOperand : public LinearOperand {
   TileGroupsOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel& parallel)
       : kernels_(kernels),
         rows_(input.x.rows),
-        units_(round_up(w.k, kMaxGroup) / kernels.unit),
+        units_(round_up(w.k, kMaxGroup) / kernels.panels.unit),
         groups_(div_up(w.k, w.scheme.acc_group(w.k))),
         panels_(div_up(rows_, kTileRows)),
         data_(panels_ * units_ * kTileRows),
@@ -150,7 +149,7 @@ class TileGroupsOperand : public LinearOperand {
         expand_groups(scales.get(), act_group, group, groups_, &group_scales_[panel * groups_ * kTileRows + i],
                       kTileRows);
       }
-      kernels_.interleave(sources, kTileRows, units_, &data_[panel * units_ * kTileRows]);
+      kernels_.panels.interleave(sources, kTileRows, units_, &data_[panel * units_ * kTileRows]);
     }
   }
 
@@ -187,13 +186,13 @@ void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Outpu
           for (int64_t k0 = k_begin; k0 < k_end; k0 += kChunk) {
             block.load_chunk(n0, k0, k_begin, k_end);
             const int64_t g0 = k0 / group;
-            kernels.dot_tile_grouped({
+            kernels.tile_registers->dot_tile_grouped({
                 .groups = div_up(std::min(kChunk, w.k - k0), group),
                 .group = group,
                 .w = block.integers(),
                 .stride = TileWeightBlock::kStride,
                 .panels = last - first,
-                .x = &data_[(first * units_ + k0 / kernels.unit) * kTileRows],
+                .x = &data_[(first * units_ + k0 / kernels.panels.unit) * kTileRows],
                 .x_stride = units_ * kTileRows,
                 .w_scales = block.scales() != nullptr ? block.scales() + g0 : nullptr,
                 .row_groups = groups_,
@@ -218,7 +217,7 @@ const LinearDriver kTileGroups = {
         "group by group",
     .accepts =
         [](const Kernels& kernels, const Scheme& scheme, int64_t) {
-          return kernels.dot_tile_grouped != nullptr && scheme.int_activations() && scheme.grouped();
+          return kernels.tile_registers != nullptr && scheme.int_activations() && scheme.grouped();
         },
     .prepare = prepare<TileGroupsOperand>,
 };

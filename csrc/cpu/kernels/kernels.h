@@ -1,12 +1,26 @@
 // The contract between the drivers and an ISA: one table of function pointers per ISA file.
 //
-// NOTE [panels]. The matrix kernels read both operands from packed panels. A panel holds `rows` rows (mr of A or nr of
-// B) as a sequence of 32-bit units: unit u of row r lies at panel[u * rows + r]. A unit holds `unit` consecutive k
-// of one row, in the form the ISA multiplies: 1 x int32 (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float,
-// 2 x bfloat16. Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), for
-// every format. An ISA may order the units of its integer panels otherwise (`interleave_int`), as long as a range of
-// units that starts at a multiple of kGroupStep / unit stays one range of the panel, and so may it those of A
-// (`interleave_a`), with ranges that start at a multiple of `depth_step`.
+// Glossary.
+//   unit        32 bits that hold `unit` consecutive k of one row, in the form that the ISA multiplies: 1 x int32
+//               (scalar), 2 x int16 (AVX2), 4 x int8 (VNNI), 1 x float, 2 x bfloat16
+//   panel       some rows of an operand (mr of A, nr of B), unit by unit: NOTE [panels]
+//   tile        mr x nr results, computed from a panel of A and a panel of B
+//   depth       the dimension that is summed: k in the forward product, n in the gradient with respect to x
+//   group step  kGroupStep k: all group sizes are multiples of it
+//   row dot     the product of a row of x with a row of the weight as it is stored: no panels
+//   A, B        the left operand (x, or a gradient) and the right one (the weight)
+//
+// NOTE [panels]. Unit u of row r lies at panel[u * rows + r]. A panel of rows a, b, c, d with 3 units each:
+//
+//     rows of the operand, encoded                 the panel in memory
+//     a0 a1 a2                                     a0 b0 c0 d0 | a1 b1 c1 d1 | a2 b2 c2 d2
+//     b0 b1 b2      -- interleave ->               '- unit 0 -'  '- unit 1 -'  '- unit 2 -'
+//     c0 c1 c2
+//     d0 d1 d2                                     A step of a tile multiplies one such column of A with one of B.
+//
+// Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), whatever their
+// format. Integer panels may use another order inside a group step (`interleave_int`; A: inside `depth_step` units,
+// `interleave_a`): only whole group steps (A: whole depth steps) must stay contiguous.
 //
 // In the forward product depth runs along the stored rows of the weight; in the gradient with respect to x it runs
 // across them: a unit then holds `unit` consecutive rows of one column (`interleave_across`).
@@ -27,19 +41,20 @@
 // kNibbleStep k a lane sums 16 products, and
 //     |sum (nibble - zero) * x| <= 16 * 15 * 127 = 30480 < 2^15,
 // so the sum is exact if the lane starts from -zero * (sum of its x), whatever wraps on the way.
+//
+// NOTE [tile registers]. Some CPUs multiply matrices held in tile registers (AMX), whose shape is a state of the
+// thread: a thread makes a TileState before it multiplies and drops it when it is done. Tiles are loaded whole, so the
+// depth of the panels is padded with zeros to a multiple of `depth_step`.
 #pragma once
 
 #include "common/philox.h"
+#include "common/rules.h"
 #include "common/types.h"
 
 namespace qk {
 
-// NOTE [tiles]. Some CPUs multiply matrices held in tile registers (AMX), whose shape is a state of the thread: a
-// thread calls `begin_tiles` before it multiplies and `end_tiles` when it is done. Tiles are loaded whole, so the depth
-// of the panels is padded with zeros to a multiple of `depth_step`.
-
-// Group sizes are multiples of this many k. The panels of grouped products are padded to it with zeros.
-constexpr int64_t kGroupStep = 32;
+// The panels of grouped products are padded with zeros to a multiple of this many k.
+constexpr int64_t kGroupStep = kMinGroup;
 constexpr int64_t kNibbleStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending, on the
@@ -79,8 +94,9 @@ struct TileOutput {
   bool nontemporal = false;  // past the caches, if the ISA can; see end_nontemporal
 };
 
-// What a row dot gave for four rows of the weight, element g * 4 + r belonging to group g of row r, and how to make one
-// number a row of it: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups ascending.
+// Integer sums of 4 weight rows per group (element g * 4 + r belongs to group g of row r), and the scales that turn
+// them into one float per row: y[r] = sum over g of float(sums - zeros * x_sums) * (w_scales * x_scales), groups
+// ascending.
 struct GroupSums {
   int64_t groups;
   const int32_t* sums;   // they may have wrapped modulo 2^32; what is left after the correction cannot
@@ -126,7 +142,7 @@ struct GroupDot {
   int rows;                 // 1 or kGroupDotRows
   const uint8_t* const* w;  // [kGroupDotStreams]
   int64_t k, group;
-  // sums[(m * kCombinedRows + r) * sums_stride + g]: of x * (w + dot_shift), or of x * nibble, over group g of row m of
+  // sums[(m * kCombinedRows + r) * sums_stride + g]: of x * (w + shift), or of x * nibble, over group g of row m of
   // x and row r of the weight. Groups of whole steps are written.
   int32_t* sums;
   int64_t sums_stride;
@@ -154,8 +170,8 @@ struct GroupDotKernels {
   void (*combine)(const GroupRows& args, float* y);  // [kCombinedRows]
 };
 
-// Up to how many rows of x the row dots are faster than the panels, which have to pack the weight first: by the width
-// of the weight, and whether there are groups. Measured on avx2, avx512vnni and amx (docs/performance.md),
+// Up to how many rows of x the dots are faster than what packs the weight into panels first: by the format of the
+// weight, and whether there are groups. Measured on avx2, avx512vnni and amx (docs/performance.md),
 // estimated from instruction counts where no such machine was at hand.
 struct DotRows {
   int int8, int8_grouped, int4, int4_grouped, floats;
@@ -172,7 +188,7 @@ struct LogitRow {
   int8_t* q;              // [n], or null: no gradient
 };
 
-// The softmax of a row as far as it has been seen.
+// The running softmax state of a row.
 struct SoftmaxState {
   float max = -3.402823466e38f;
   float sum = 0.0f;     // of exp(logit - max)
@@ -180,7 +196,8 @@ struct SoftmaxState {
   float target = 0.0f;  // the target's logit
 };
 
-// What a chunk makes of the sums before it, and of its own gradient q, which belongs to exp(logit - its own max).
+// A chunk multiplies the sums before it by `before`, and its own gradient q, which belongs to exp(logit - its own max),
+// by `own`.
 struct SoftmaxFactors {
   float before, own;
   uint32_t absmax_bits;  // of the gradient before it was quantized
@@ -189,7 +206,7 @@ struct SoftmaxFactors {
 // Optional kernels for float products of bfloat16, see NOTE [bf16]. A unit is 2 x bfloat16.
 struct Bf16Kernels {
   int mr;
-  int depth_step = 1;  // in units, see NOTE [tiles]
+  int depth_step = 1;  // in units, see NOTE [tile registers]
   void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
   // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
   void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
@@ -198,10 +215,8 @@ struct Bf16Kernels {
   void (*interleave_a)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) = nullptr;  // or null
 };
 
-struct Kernels {
-  const char* name;
-
-  // Elementwise, over n contiguous values.
+// Loops over n contiguous values.
+struct ElementwiseKernels {
   void (*to_float)(const void* src, DType dtype, int64_t n, float* dst);
   void (*from_float)(const float* src, int64_t n, DType dtype, void* dst);  // round to nearest even
   uint32_t (*absmax_bits)(const float* x, int64_t n);                       // max of the bits of |x|
@@ -237,12 +252,14 @@ struct Kernels {
   float (*scale_gradient)(const float* w, int64_t n, float inverse, int low, int high, float* grad);
   // out[c * out_stride + r] = q[r * stride + c]
   void (*transpose)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, int8_t* out, int64_t out_stride);
+};
 
-  // Panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
-  int unit;     // k per unit of the integer panels
-  int a_shift;  // see NOTE [shift]
+// Operands as panels of 32-bit units, see NOTE [panels]. k is padded with zeros to a whole unit.
+struct PanelKernels {
+  int unit;         // k per unit of the integer panels
+  int a_shift = 0;  // see NOTE [shift]
   void (*encode_a)(const int8_t* q, int64_t k, uint32_t* units);
-  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units);  // or null: a unit is 4 x int8 as stored
+  void (*encode_b)(const int8_t* q, int64_t k, uint32_t* units) = nullptr;  // or null: a unit is 4 x int8 as stored
   // panel[u * rows + r] = sources[r][u]; interleave_int: for integer panels, perhaps in another order (NOTE [panels])
   void (*interleave)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
   void (*interleave_int)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel);
@@ -254,12 +271,12 @@ struct Kernels {
   void (*interleave_across)(const int8_t* q, int64_t stride, int64_t rows, int64_t cols, uint32_t* panels,
                             int64_t panel);
   // sums[j] = the sum of row j of a panel of B. Null where a_shift is 0: only start values need it.
-  void (*column_sums)(int64_t units, const uint32_t* panel, int32_t* sums);
+  void (*column_sums)(int64_t units, const uint32_t* panel, int32_t* sums) = nullptr;
+  int depth_step = 1;  // the units of an integer panel are padded with zeros to a multiple of it
+};
 
-  // Matrix tiles. Panels and tiles are aligned to 64 bytes. NOTE [tiles] tells when the first three are needed.
-  int depth_step = 1;                            // in units of the integer panels
-  void (*begin_tiles)(int64_t bytes) = nullptr;  // of a row of a panel that are multiplied before scales are applied
-  void (*end_tiles)() = nullptr;
+// Tiles of panels. Panels and tiles are aligned to 64 bytes. NOTE [tile registers] tells when kernels need a TileState.
+struct TileKernels {
   int mr, mr_grouped, mr_float, nr;
   // int32 tile [mr, nr] = start + A * B^T, where row i starts from start[i * stride, i * stride + nr): the tile itself
   // with the sums of other units, or the same for all rows (stride 0), which is zeros where a_shift is 0.
@@ -268,41 +285,58 @@ struct Kernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr_float, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
-  const NibbleKernels* nibbles;       // or null: 4-bit weights take the integer panels; mr_grouped rows, grouped or not
-  const Bf16Kernels* bf16 = nullptr;  // bfloat16 is multiplied in float32 without them
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);
   // Makes what a thread has stored past the caches visible to others. Null: the ISA stores nothing so.
   void (*end_nontemporal)() = nullptr;
+};
 
-  // Row dots for few rows of A, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be
-  // read past k. sums[g * 4 + r] = sum over group g of x * (w_r + dot_shift) for 4 rows of the weight.
-  DotRows dot_rows;
-  int dot_shift;
+// Dots for few rows of x, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be read
+// past k. sums[g * 4 + r] = sum over group g of x * (w_r + shift) for 4 rows of the weight.
+struct RowDotKernels {
+  DotRows most_rows;
+  int shift = 0;
   void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   // The same for 4 rows of x, `stride` values apart, in one group: sums[i * 4 + r] for row i of x. Values of x have
   // x4_bytes bytes there (int8 or int16). Null: one row at a time.
-  int x4_bytes;
-  void (*dot_int8_x4)(const void* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums);
-  // The same for 2 * dot_tile_rows rows of the weight, `stride` bytes apart and read in whole tiles, and `panels`
-  // panels of dot_tile_rows rows of x (NOTE [panels], each `units` long): int32 sums [panels, 2 * dot_tile_rows,
-  // dot_tile_rows]. Called as NOTE [tiles] says, and faster from a few rows of x on. Null: there are no tiles.
-  void (*dot_tile)(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels,
-                   int32_t* sums) = nullptr;
-  int dot_tile_rows = 0;
-  void (*dot_tile_grouped)(const GroupedTileDot& args) = nullptr;  // called as NOTE [tiles] says
+  int x4_bytes = 1;
+  void (*dot_int8_x4)(const void* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums) = nullptr;
   // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
   void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
   void (*combine)(const GroupSums& args, float* y);
-  // For grouped schemes; then dot_int8 and dot_int4 are called with one group only. Null: these and combine do it.
-  const GroupDotKernels* group_dots = nullptr;
   float (*dot_float)(const float* x, const float* w, int64_t n);
+};
 
+struct SoftmaxKernels {
   // Adds a chunk to the softmax of its row and quantizes its gradient (docs/numerics.md, rule 7). `scratch` holds the
   // chunk's columns, rounded up to 16.
   void (*softmax_row)(const LogitRow& row, float* scratch, SoftmaxState& state, SoftmaxFactors& factors);
   void (*scale_and_add)(float* acc, int64_t n, float factor, const float* x);  // acc = acc * factor + x
+};
+
+// Optional kernels on matrices held in tile registers, see NOTE [tile registers].
+struct TileRegisterKernels {
+  void (*begin)(int64_t bytes);  // of a row of a panel that are multiplied before scales are applied
+  void (*end)();
+  // 2 * kTileRows rows of the weight, `stride` bytes apart and read in whole tiles, times `panels` panels of kTileRows
+  // rows of x (NOTE [panels], each `units` long): int32 sums [panels, 2 * kTileRows, kTileRows].
+  void (*dot_tile)(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels, int32_t* sums);
+  void (*dot_tile_grouped)(const GroupedTileDot& args);
+};
+
+// The table of an instruction set. Optional groups are null where it has none.
+struct Kernels {
+  const char* name;
+  ElementwiseKernels elementwise;
+  PanelKernels panels;
+  TileKernels tiles;
+  RowDotKernels dots;
+  SoftmaxKernels softmax;
+  const NibbleKernels* nibbles = nullptr;       // 4-bit weights then take no integer panels; tiles have mr_grouped rows
+  const Bf16Kernels* bf16 = nullptr;            // without them bfloat16 is multiplied in float32
+  const GroupDotKernels* group_dots = nullptr;  // with them `dots` gets products of one group only
+  const TileRegisterKernels* tile_registers = nullptr;
 };
 
 const Kernels& scalar_kernels();
@@ -318,20 +352,20 @@ const Kernels& amx_kernels();
 // The table in use; see cpu/isa.h.
 const Kernels& kernels();
 
-// Tiles can be used while it lives, see NOTE [tiles].
+// Tile registers can be used while it lives, see NOTE [tile registers].
 class TileState {
  public:
-  TileState(const Kernels& kernels, int64_t bytes) : end_(kernels.end_tiles) {
-    if (kernels.begin_tiles != nullptr) kernels.begin_tiles(bytes);
+  TileState(const Kernels& kernels, int64_t bytes) : registers_(kernels.tile_registers) {
+    if (registers_ != nullptr) registers_->begin(bytes);
   }
   ~TileState() {
-    if (end_ != nullptr) end_();
+    if (registers_ != nullptr) registers_->end();
   }
   TileState(const TileState&) = delete;
   TileState& operator=(const TileState&) = delete;
 
  private:
-  void (*end_)();
+  const TileRegisterKernels* registers_;
 };
 
 }  // namespace qk

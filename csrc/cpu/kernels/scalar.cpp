@@ -5,7 +5,7 @@
 namespace qk {
 namespace {
 
-constexpr int kMr = 4;
+constexpr int kMr = 4, kMrGrouped = kMr;
 constexpr int kNr = 8;
 
 void half_to_floats(const uint16_t* src, int64_t n, float* dst);
@@ -13,8 +13,6 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst);
 
 constexpr int kVector = 4;  // lanes of 32 bits
 #include "cpu/kernels/common.inc"
-
-#include "cpu/kernels/plain.inc"
 
 void store_int(const int32_t* tile, const TileOutput& output) { store_tile(tile, output); }
 void store_float(const float* tile, const TileOutput& output) { store_tile(tile, output); }
@@ -50,7 +48,7 @@ void floats_to_half(const float* src, int64_t n, uint16_t* dst) {
 
 void quantize(const float* x, int64_t n, float inverse, int8_t* q) {
   for (int64_t i = 0; i < n; ++i) {
-    const float rounded = (x[i] * inverse + kRound) - kRound;
+    const float rounded = (x[i] * inverse + kRoundMagic) - kRoundMagic;
     q[i] = static_cast<int8_t>(rounded < -127.0f ? -127.0f : rounded > 127.0f ? 127.0f : rounded);
   }
 }
@@ -60,7 +58,7 @@ void requantize(const int8_t* q, int64_t n, float scale, const float* inverse, i
     float w = (static_cast<float>(q[i]) * scale) * inverse[i];
     w = w > -127.0f ? w : -127.0f;
     w = w < 127.0f ? w : 127.0f;
-    w8[i] = static_cast<int8_t>((w + kRound) - kRound);
+    w8[i] = static_cast<int8_t>((w + kRoundMagic) - kRoundMagic);
   }
 }
 
@@ -184,63 +182,26 @@ float dot_float(const float* x, const float* w, int64_t n) {
   return acc;
 }
 
+#include "cpu/kernels/table.inc"
+
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static const Bf16Kernels bf16 = {
+  static constexpr Bf16Kernels bf16 = {
       .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
-  static const Kernels table = {
-      .name = "scalar",
-      .to_float = to_float,
-      .from_float = from_float,
-      .absmax_bits = absmax_bits,
-      .quantize = quantize,
-      .unpack_int4 = unpack_int4,
-      .unpack_int4_groups = unpack_each_group,
-      .dequantize = dequantize,
-      .requantize = requantize,
-      .sum = sum,
-      .scale = scale,
-      .scale_each = scale_each,
-      .max_bits = max_bits,
-      .round_stochastic = round_stochastic,
-      .range = range,
-      .quantize_int4 = quantize_int4,
-      .pack_int4 = pack_int4,
-      .mask_clipped = mask_clipped,
-      .quantize_clamped = quantize_clamped,
-      .scale_gradient = scale_gradient,
-      .transpose = transpose,
-      .unit = 1,
-      .a_shift = 0,
-      .encode_a = encode,
-      .encode_b = encode,
-      .interleave = interleave,
-      .interleave_int = interleave,
-      .interleave_across = interleave_across,
-      .column_sums = nullptr,
-      .mr = kMr,
-      .mr_grouped = kMr,
-      .mr_float = kMr,
-      .nr = kNr,
-      .int_tile = int_tile,
-      .int_tile_grouped = int_tile_grouped,
-      .float_tile = float_tile,
-      .nibbles = nullptr,
-      .bf16 = &bf16,
-      .store_int = store_int,
-      .store_float = store_float,
-      .dot_rows = {4, 4, 4, 4, 4},
-      .dot_shift = 0,
-      .dot_int8 = dot_int8,
-      .x4_bytes = 1,
-      .dot_int8_x4 = nullptr,
-      .dot_int4 = dot_int4,
-      .combine = combine,
-      .dot_float = dot_float,
-      .softmax_row = softmax_row,
-      .scale_and_add = scale_and_add,
-  };
+  static constexpr Kernels table = [] {
+    constexpr PanelKernels panels = {
+        .unit = 1,
+        .encode_a = encode,
+        .encode_b = encode,
+        .interleave = interleave,
+        .interleave_int = interleave,
+        .interleave_across = interleave_across,
+    };
+    Kernels t = common_table("scalar", panels, int_tile, int_tile_grouped, {4, 4, 4, 4, 4});
+    t.bf16 = &bf16;
+    return t;
+  }();
   return table;
 }
 

@@ -51,7 +51,7 @@ struct Sdot {
 QK_END_TARGET
 
 const Kernels& neon_dotprod_kernels() {
-  static constexpr Kernels table = neon_kernels<Sdot>("neon_dotprod");
+  static constexpr Kernels table = neon_table<Sdot>("neon_dotprod");
   return table;
 }
 

@@ -102,7 +102,7 @@ struct Smmla {
 QK_END_TARGET
 
 const Kernels& neon_i8mm_kernels() {
-  static constexpr Kernels table = neon_kernels<Smmla>("neon_i8mm");
+  static constexpr Kernels table = neon_table<Smmla>("neon_i8mm");
   return table;
 }
 

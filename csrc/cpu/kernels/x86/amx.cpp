@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kMr = 32;  // 2 x 2 accumulators; with 2 tiles of A and 2 of B they are all 8 registers
 constexpr int kNr = 32;
-constexpr int kRows = 16, kRowBytes = 64;  // of a tile
-constexpr int kStep = kRowBytes / 4;       // units that a whole tile is deep
+constexpr int kRows = kTileRows, kRowBytes = 64;  // of a tile
+constexpr int kStep = kRowBytes / 4;              // units that a whole tile is deep
 constexpr int kStrideB = kNr * 4;
 
 struct alignas(64) TileConfig {
@@ -92,8 +92,8 @@ inline void add_bf16(const uint32_t* a, const uint32_t* b) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// A part of 4 of what A holds two steps ahead is asked for by L1: it comes from L2, where B is in L1 already.
-inline void ask(const uint32_t* a, int part) {
+// Prefetches a quarter of A two steps ahead into L1: it comes from L2, while B is in L1 already.
+inline void prefetch_a(const uint32_t* a, int part) {
   constexpr int kLines = kMr / 4, kLineUnits = kRowBytes / 4;
 #pragma GCC unroll 8
   for (int i = 0; i < kLines; ++i) __builtin_prefetch(a + 2 * kStep * kMr + (part * kLines + i) * kLineUnits, 0, 3);
@@ -112,15 +112,15 @@ void int_tile(int64_t units, const uint32_t* a, const uint32_t* b, const int32_t
   for (int64_t u = 0; u < units; u += kStep, a += kStep * kMr, b += kStep * kNr) {
     _tile_loadd(4, a, kRowBytes);
     _tile_loadd(6, b, kStrideB);
-    ask(a, 0);
+    prefetch_a(a, 0);
     _tile_dpbssd(0, 4, 6);
     _tile_loadd(5, a + kRows * kStep, kRowBytes);
-    ask(a, 1);
+    prefetch_a(a, 1);
     _tile_dpbssd(2, 5, 6);
     _tile_loadd(7, b + kStep, kStrideB);
-    ask(a, 2);
+    prefetch_a(a, 2);
     _tile_dpbssd(1, 4, 7);
-    ask(a, 3);
+    prefetch_a(a, 3);
     _tile_dpbssd(3, 5, 7);
   }
   store(tile);
@@ -279,25 +279,27 @@ const Kernels& amx_kernels() {
     kernels.interleave_a = interleave_a;
     return kernels;
   }();
+  static constexpr TileRegisterKernels registers = {
+      .begin = begin_tiles,
+      .end = end_tiles,
+      .dot_tile = dot_tile,
+      .dot_tile_grouped = dot_tile_grouped,
+  };
   static const Kernels table = [] {
-    Kernels kernels = avx512bf16_kernels();
-    kernels.name = "amx";
-    kernels.a_shift = 0;
-    kernels.encode_a = encode_a;
-    kernels.interleave_a = interleave_a;
-    kernels.column_sums = nullptr;
-    kernels.depth_step = kStep;
-    kernels.begin_tiles = begin_tiles;
-    kernels.end_tiles = end_tiles;
-    kernels.mr = kMr;
-    kernels.int_tile = int_tile;
-    kernels.int_tile_grouped = nullptr;  // dot_tile_grouped takes all grouped products
-    kernels.dot_tile = dot_tile;
-    kernels.dot_tile_rows = kRows;
-    kernels.dot_tile_grouped = dot_tile_grouped;
-    kernels.dot_rows = {4 * kRows, 4, 4 * kRows, 4, 4};
-    kernels.bf16 = &bf16;
-    return kernels;
+    Kernels t = avx512bf16_kernels();
+    t.name = "amx";
+    t.panels.a_shift = 0;
+    t.panels.encode_a = encode_a;
+    t.panels.interleave_a = interleave_a;
+    t.panels.column_sums = nullptr;
+    t.panels.depth_step = kStep;
+    t.tiles.mr = kMr;
+    t.tiles.int_tile = int_tile;
+    t.tiles.int_tile_grouped = nullptr;  // dot_tile_grouped takes all grouped products
+    t.dots.most_rows = {4 * kRows, 4, 4 * kRows, 4, 4};
+    t.bf16 = &bf16;
+    t.tile_registers = &registers;
+    return t;
   }();
   return table;
 }

@@ -156,62 +156,18 @@ void dot_int8_x4(const void* x_rows, int64_t stride, const int8_t* const* w, int
 QK_END_TARGET
 
 const Kernels& avx2_kernels() {
-  static const NibbleKernels nibbles = {
+  static constexpr NibbleKernels nibbles = {
       .encode_a = encode_nibble_a,
       .tile = nibble_tile,
       .tile_grouped = nibble_tile_grouped,
   };
-  static const Kernels table = {
-      .name = "avx2",
-      .to_float = to_float,
-      .from_float = from_float,
-      .absmax_bits = absmax_bits,
-      .quantize = quantize,
-      .unpack_int4 = unpack_int4,
-      .unpack_int4_groups = unpack_each_group,
-      .dequantize = dequantize,
-      .requantize = requantize,
-      .sum = sum,
-      .scale = scale,
-      .scale_each = scale_each,
-      .max_bits = max_bits,
-      .round_stochastic = round_stochastic,
-      .range = range,
-      .quantize_int4 = quantize_int4,
-      .pack_int4 = pack_int4,
-      .mask_clipped = mask_clipped,
-      .quantize_clamped = quantize_clamped,
-      .scale_gradient = scale_gradient,
-      .transpose = transpose,
-      .unit = 2,
-      .a_shift = 0,
-      .encode_a = encode_int16,
-      .encode_b = encode_int16,
-      .interleave = interleave,
-      .interleave_int = interleave,
-      .interleave_across = interleave_across<2>,
-      .column_sums = nullptr,
-      .mr = kMr,
-      .mr_grouped = kMr,
-      .mr_float = kMr,
-      .nr = kNr,
-      .int_tile = int_tile,
-      .int_tile_grouped = int_tile_grouped,
-      .float_tile = float_tile,
-      .nibbles = &nibbles,
-      .store_int = store_int,
-      .store_float = store_float,
-      .dot_rows = {24, 8, 6, 4, 4},
-      .dot_shift = 0,
-      .dot_int8 = dot_int8,
-      .x4_bytes = 2,
-      .dot_int8_x4 = dot_int8_x4,
-      .dot_int4 = dot_int4,
-      .combine = combine,
-      .dot_float = dot_float,
-      .softmax_row = softmax_row,
-      .scale_and_add = scale_and_add,
-  };
+  static constexpr Kernels table = [] {
+    Kernels t = avx2_table("avx2", int16_panels(), {24, 8, 6, 4, 4});
+    t.dots.x4_bytes = 2;
+    t.dots.dot_int8_x4 = dot_int8_x4;
+    t.nibbles = &nibbles;
+    return t;
+  }();
   return table;
 }
 

@@ -36,61 +36,10 @@ inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
 QK_END_TARGET
 
 const Kernels& avx512_kernels() {
-  static const Kernels table = {
-      .name = "avx512",
-      .to_float = to_float,
-      .from_float = from_float,
-      .absmax_bits = absmax_bits,
-      .quantize = quantize,
-      .absmax_bits_bf16 = absmax_bits_bf16,
-      .quantize_bf16 = quantize_bf16,
-      .unpack_int4 = unpack_int4,
-      .unpack_int4_groups = unpack_int4_groups,
-      .dequantize = dequantize,
-      .requantize = requantize,
-      .sum = sum,
-      .scale = scale,
-      .scale_each = scale_each,
-      .max_bits = max_bits,
-      .round_stochastic = round_stochastic,
-      .range = range,
-      .quantize_int4 = quantize_int4,
-      .pack_int4 = pack_int4,
-      .mask_clipped = mask_clipped,
-      .quantize_clamped = quantize_clamped,
-      .scale_gradient = scale_gradient,
-      .transpose = transpose,
-      .unit = kUnit,
-      .a_shift = 0,
-      .encode_a = encode_int16,
-      .encode_b = encode_int16,
-      .interleave = interleave,
-      .interleave_int = interleave,
-      .interleave_across = interleave_across<2>,
-      .column_sums = nullptr,
-      .mr = kMr,
-      .mr_grouped = kMrGrouped,
-      .mr_float = kMr,
-      .nr = kNr,
-      .int_tile = int_tile,
-      .int_tile_grouped = int_tile_grouped,
-      .float_tile = float_tile,
-      .nibbles = nullptr,
-      .store_int = store_int,
-      .store_float = store_float,
-      .end_nontemporal = end_nontemporal,
-      .dot_rows = {16, 8, 8, 4, 4},
-      .dot_shift = 0,
-      .dot_int8 = dot_int8,
-      .x4_bytes = 1,
-      .dot_int8_x4 = dot_int8_x4,
-      .dot_int4 = dot_int4,
-      .combine = combine,
-      .group_dots = &kGroupDots,
-      .dot_float = dot_float,
-      .softmax_row = softmax_row,
-      .scale_and_add = scale_and_add,
-  };
+  static constexpr Kernels table = [] {
+    Kernels t = avx512_table("avx512", int16_panels(), {16, 8, 8, 4, 4});
+    return t;
+  }();
   return table;
 }
 

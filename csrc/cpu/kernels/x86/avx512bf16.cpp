@@ -100,10 +100,10 @@ const Kernels& avx512bf16_kernels() {
   static const Bf16Kernels bf16 = {
       .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
   static const Kernels table = [] {
-    Kernels kernels = avx512vnni_kernels();
-    kernels.name = "avx512bf16";
-    kernels.bf16 = &bf16;
-    return kernels;
+    Kernels t = avx512vnni_kernels();
+    t.name = "avx512bf16";
+    t.bf16 = &bf16;
+    return t;
   }();
   return table;
 }

@@ -39,57 +39,11 @@ void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
 QK_END_TARGET
 
 const Kernels& avxvnni_kernels() {
-  static const Kernels table = {
-      .name = "avxvnni",
-      .to_float = to_float,
-      .from_float = from_float,
-      .absmax_bits = absmax_bits,
-      .quantize = quantize,
-      .unpack_int4 = unpack_int4,
-      .unpack_int4_groups = unpack_each_group,
-      .dequantize = dequantize,
-      .requantize = requantize,
-      .sum = sum,
-      .scale = scale,
-      .scale_each = scale_each,
-      .max_bits = max_bits,
-      .round_stochastic = round_stochastic,
-      .range = range,
-      .quantize_int4 = quantize_int4,
-      .pack_int4 = pack_int4,
-      .mask_clipped = mask_clipped,
-      .quantize_clamped = quantize_clamped,
-      .scale_gradient = scale_gradient,
-      .transpose = transpose,
-      .unit = 4,
-      .a_shift = 128,
-      .encode_a = encode_shifted,
-      .encode_b = nullptr,
-      .interleave = interleave,
-      .interleave_int = interleave,
-      .interleave_across = interleave_across<4>,
-      .column_sums = column_sums,
-      .mr = kMr,
-      .mr_grouped = kMr,
-      .mr_float = kMr,
-      .nr = kNr,
-      .int_tile = int_tile,
-      .int_tile_grouped = int_tile_grouped,
-      .float_tile = float_tile,
-      .nibbles = nullptr,
-      .store_int = store_int,
-      .store_float = store_float,
-      .dot_rows = {12, 8, 8, 4, 4},
-      .dot_shift = 128,
-      .dot_int8 = dot_int8,
-      .x4_bytes = 1,
-      .dot_int8_x4 = nullptr,
-      .dot_int4 = dot_int4,
-      .combine = combine,
-      .dot_float = dot_float,
-      .softmax_row = softmax_row,
-      .scale_and_add = scale_and_add,
-  };
+  static constexpr Kernels table = [] {
+    Kernels t = avx2_table("avxvnni", shifted_panels(column_sums), {12, 8, 8, 4, 4});
+    t.dots.shift = 128;
+    return t;
+  }();
   return table;
 }
 
