@@ -7,6 +7,7 @@ import pytest
 import reference_ops
 import torch
 from helpers import invoke
+from tiers import tiered
 
 from qkernels import QuantLinear, linear_cross_entropy
 from qkernels.kernels import cuda_library, dispatch, ops, reference
@@ -21,7 +22,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
 ]
-CASES = [(op, scheme) for op, schemes in op_samples.OP_SCHEMES.items() for scheme in schemes]
+CASES = [
+    pytest.param(op, *parameter.values, marks=parameter.marks)
+    for op, schemes in op_samples.OP_SCHEMES.items()
+    for parameter in tiered(schemes)
+]
 
 
 @pytest.fixture(params=["triton", "cuda"])
