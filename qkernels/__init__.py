@@ -9,7 +9,9 @@ from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
+from .nn.adapters import LayerAdapter, register_adapter
 from .nn.embedding import QuantEmbedding
+from .nn.layer_adapters import LinearAdapter
 from .nn.linear import QuantLinear
 from .nn.loss import linear_cross_entropy
 from .ptq.smoothquant import smooth_
@@ -17,6 +19,8 @@ from .ptq.smoothquant import smooth_
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerAdapter",
+    "LinearAdapter",
     "QuantEmbedding",
     "QuantLinear",
     "QuantScheme",
@@ -32,6 +36,7 @@ __all__ = [
     "quantize_",
     "quantize_activation",
     "quantize_weight",
+    "register_adapter",
     "smooth_",
     "testing",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..formats.storage import FLOAT_DTYPES
+from ..nn.adapters import float_twin, is_frozen
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
+from ..nn.storage import Storage
 from .selection import find_layers
 
 # Called as f(model) after each `dequantize_`; an integration adds its own when its library is imported.
@@ -43,15 +45,13 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         TypeError: if `model` is itself a quantized layer, or `dtype` is not float32, bfloat16 or float16.
         ValueError: if a quantized layer has PEFT adapters. The model is then as it was.
     """
-    if isinstance(model, QuantLinear | QuantEmbedding):
+    if isinstance(model, Storage):
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; use its dequantize()"
         )
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    layers = [
-        layer for layer in find_layers(model, embeddings=True) if isinstance(layer.module, QuantLinear | QuantEmbedding)
-    ]
+    layers = [layer for layer in find_layers(model, embeddings=True) if layer.is_quantized]
     for layer in layers:
         if any(key == "base_layer" for _, key in layer.slots):
             raise ValueError(
@@ -60,17 +60,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     weights: dict[int, nn.Parameter] = {}  # by id of the storage
     for layer in layers:
         quantized = layer.module
-        shared = id(quantized.quantized_weight().qweight) if quantized.mode == "frozen" else id(quantized)
+        shared = id(quantized.qweight) if is_frozen(quantized) else id(quantized)
         if shared not in weights:
             values = quantized.dequantize().to(dtype or quantized.compute_dtype)
             weights[shared] = nn.Parameter(values)
-        replacement = _float_twin(quantized, weights[shared])
+        replacement = float_twin(quantized, weights[shared])
         for key, value in vars(quantized).items():
             if key.startswith(("_forward", "_backward", "_is_full_backward")) or (
                 key not in vars(replacement) and key not in _OWN
             ):
                 vars(replacement)[key] = value
-        replacement.train(quantized.training)
         for parent, key in layer.slots:
             setattr(parent, key, replacement)
     for callback in AFTER_DEQUANTIZE:
@@ -81,25 +80,3 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 # Instance attributes of the quantized layers, which a float layer does not have.
 _META = {"device": "meta", "dtype": torch.float32}
 _OWN = {*vars(QuantLinear(1, 1, **_META)), *vars(QuantEmbedding(1, 1, **_META)), "float_type"}
-
-
-def _float_twin(quantized: QuantLinear | QuantEmbedding, weight: Tensor) -> nn.Module:
-    kind = getattr(quantized, "float_type", None)
-    n, k = quantized.out_features, quantized.in_features
-    if isinstance(quantized, QuantEmbedding):
-        scale = () if quantized.embed_scale is None else (quantized.embed_scale,)
-        with torch.device("meta"):
-            twin = (kind or nn.Embedding)(n, k, quantized.padding_idx, *scale)
-        if "embed_scale" in twin._buffers:
-            twin.embed_scale = torch.tensor(quantized.embed_scale, device=weight.device)
-    elif kind is not None and kind.__name__ == "Conv1D":
-        with torch.device("meta"):
-            twin = kind(n, k)
-        weight = nn.Parameter(weight.detach().t().contiguous())
-        twin.bias = quantized.bias
-    else:
-        twin = nn.Linear(k, n, False, device="meta")
-        twin.__class__ = kind or nn.Linear
-        twin.bias = quantized.bias
-    twin.weight = weight
-    return twin

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
-from ..nn.embedding import QuantEmbedding
-from ..nn.linear import QuantLinear, float_weight, is_conv1d, relative_error
+from ..nn.adapters import LayerAdapter, adapter_of
+from ..nn.linear import relative_error
+from ..nn.storage import Storage
 from ..ptq import gptq
 from ..ptq.inputs import InputStatistics
-from .leftover import is_matrix
 from .report import LayerReport
 
 
@@ -37,9 +37,27 @@ class Layer:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def adapter(self) -> LayerAdapter | None:
+        """What is known of the layer's class; None for a matrix weight of another kind."""
+        return adapter_of(self.module) if self.key is None else None
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it is an embedding."""
+        return self.adapter is not None and self.adapter.lookup
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.adapter is not None and self.adapter.scheme(self.module) is not None
+
+    def weights(self) -> list[Tensor]:
+        """The weights of a float layer that has an adapter, detached."""
+        return list(self.adapter.weights(self.module).values())
+
     def weight_id(self) -> int:
         """Equal for two layers that share their weight."""
-        for name in (self.key or "weight", "qweight"):
+        for name in (self.key or self.adapter.key, "qweight"):
             tensor = self.module._parameters.get(name, self.module._buffers.get(name))
             if tensor is not None:
                 return id(tensor)
@@ -48,38 +66,33 @@ class Layer:
     def row(self) -> LayerReport:
         """The report's row for the layer as it is."""
         module, scheme = self.module, None
-        if self.key is not None:
+        if self.adapter is None:
             weight = module._parameters[self.key]
             shape, size = tuple(weight.shape), weight.numel() * weight.element_size()
-        elif isinstance(module, QuantLinear):
-            shape, size, scheme = (module.out_features, module.in_features), module.storage_bytes(), module.scheme.name
-        elif isinstance(module, nn.Embedding):
-            shape, size = (module.num_embeddings, module.embedding_dim), _weight_bytes(module)
-            if isinstance(module, QuantEmbedding):
-                size, scheme = module.storage_bytes(), module.scheme.name
-        elif is_conv1d(module):
-            shape, size = (module.nf, module.nx), _weight_bytes(module)
         else:
-            shape, size = (module.out_features, module.in_features), _weight_bytes(module)
-        return LayerReport(self.name, type(module).__name__, shape, scheme, size, size, reason=self.reason)
+            shape, size = self.adapter.shape(module), self.adapter.weight_bytes(module)
+            scheme = self.adapter.scheme(module)
+        name = None if scheme is None else scheme.name
+        return LayerReport(self.name, type(module).__name__, shape, name, size, size, reason=self.reason)
 
     def convert(self, layer_options: Mapping[str, str], statistics: InputStatistics | None = None) -> LayerReport:
-        """Put a `QuantLinear` in the layer's place, let go of the float layer, and return the row.
+        """Put a quantized layer in the layer's place, let go of the float layer, and return the row.
 
         Args:
             layer_options: the keywords mode, grad_dtype and weight_scale of `QuantLinear`.
             statistics: of the layer's inputs, for calibration; see `gptq.quantize_weight`.
         """
-        before, weight, scheme = self.row(), _weight(self.module), self.scheme
+        before, adapter, scheme = self.row(), self.adapter, self.scheme
         owner = next((layer for layer in self.tied if layer.converted is not None), None)
         if owner is not None:
-            self.replace(self._on_storage_of(owner.module, layer_options))
+            quantized = adapter.empty(self.module, owner.module.scheme, **layer_options)
+            quantized.set_weight(QuantizedWeight(owner.module.qweight, owner.module.scales, owner.module.zeros))
+            if adapter.bias(self.module) is not None:
+                quantized.bias = adapter.bias(self.module)
+            self.replace(quantized)
             sizes, error = (0, 0), owner.converted.weight_error
         else:
-            if isinstance(self.module, nn.Embedding):
-                quantized = QuantEmbedding.from_float(self.module, scheme)
-            else:
-                quantized = QuantLinear.from_float(self.module, scheme, **layer_options)
+            weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **layer_options)
             if statistics is not None:
                 quantized.set_weight(gptq.quantize_weight(weight, scheme, statistics))
             error = relative_error(weight, quantized)
@@ -88,28 +101,14 @@ class Layer:
         self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error)
         return self.converted
 
-    def _on_storage_of(
-        self, owner: QuantLinear | QuantEmbedding, layer_options: Mapping[str, str]
-    ) -> QuantLinear | QuantEmbedding:
-        """A quantized twin of this layer that shares the parameters of `owner`."""
-        if isinstance(self.module, nn.Embedding):
-            twin = QuantEmbedding.like(self.module, owner.scheme)
-        else:
-            out_features, in_features = self.module.weight.shape
-            like = {"device": "meta", "dtype": self.module.weight.dtype}
-            twin = QuantLinear(in_features, out_features, False, owner.scheme, **layer_options, **like)
-            twin.bias = self.module.bias
-        twin.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
-        return twin
-
-    def replace(self, quantized: QuantLinear | QuantEmbedding) -> None:
+    def replace(self, quantized: Storage) -> None:
         """Register `quantized` wherever the layer is, with the layer's hooks and instance attributes."""
         own = vars(quantized)
         for key, value in vars(self.module).items():
             is_hook = key.startswith(("_forward", "_backward", "_is_full_backward"))
             if is_hook or (key not in own and key != "_compiled_call_impl"):
                 own[key] = value
-        if not isinstance(quantized, QuantEmbedding):  # whose number it holds itself
+        if not self.is_lookup:  # a quantized embedding holds the number in the buffer itself
             quantized._buffers.update(self.module._buffers)
         quantized.train(self.module.training)
         quantized.float_type = type(self.module)
@@ -127,14 +126,3 @@ def rows_of(layers: Iterable[Layer]) -> list[LayerReport]:
         seen.add(layer.weight_id())
         rows.append(replace(row, bytes_before=0, bytes_after=0) if shared and row.reason is not None else row)
     return rows
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """The weight [N, K] of a float layer, detached."""
-    return module.weight.detach() if isinstance(module, nn.Embedding) else float_weight(module)
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    weight = module._parameters.get("weight")
-    parts = [weight] if weight is not None else filter(is_matrix, module.parameters())  # a parametrized weight's
-    return sum(part.numel() * part.element_size() for part in parts if not nn.parameter.is_lazy(part))

@@ -1,4 +1,4 @@
-"""What stays in float, and why: matrix weights that no rule quantizes, and layers that only look like linear ones."""
+"""What stays in float, and why: matrix weights that no adapter knows, and what transformers keeps in float32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ..nn.adapters import is_matrix
 
 _RULES = "only linear layers and embeddings are quantized"
 _KINDS = (
@@ -16,21 +18,6 @@ _KINDS = (
     (nn.Bilinear, "nn.Bilinear"),
     (nn.EmbeddingBag, "nn.EmbeddingBag"),
 )
-
-
-# What a subclass of nn.Linear may define and still compute the same; the dunders are those of any class statement.
-_CONSTRUCTION = {"__init__", "reset_parameters", "extra_repr", "__repr__"} | {
-    "__annotations__", "__doc__", "__firstlineno__", "__module__", "__qualname__", "__static_attributes__",
-    "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__", "__orig_bases__",
-    "__constants__", "__parameters__",
-}  # fmt: skip
-
-
-def is_matrix(tensor: Tensor | None) -> bool:
-    """True for a tensor with two dimensions or more that are longer than 1."""
-    if tensor is None or nn.parameter.is_lazy(tensor):
-        return False
-    return sum(size > 1 for size in tensor.shape) > 1
 
 
 def matrix_weights(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tuple[list[str], nn.Module, str]]:
@@ -77,13 +64,3 @@ def kept_in_float32(model: nn.Module) -> set[str]:
             if any(re.search(pattern, below) for pattern in patterns):
                 kept.add(name)
     return kept
-
-
-def is_plain_linear(kind: type[nn.Module]) -> bool:
-    """True for `nn.Linear` and subclasses that compute the same: nothing but their construction is their own."""
-    if kind.__module__ == "transformers.models.falcon.modeling_falcon" and kind.__name__ == "FalconLinear":
-        return True  # its forward is x @ weight.T + bias
-    if not issubclass(kind, nn.Linear) or issubclass(kind, nn.modules.lazy.LazyModuleMixin):
-        return False
-    added = {name for base in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(base)}
-    return added <= _CONSTRUCTION

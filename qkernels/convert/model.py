@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.linear import QuantLinear, is_conv1d
+from ..nn.adapters import adapter_of
+from ..nn.linear import QuantLinear
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
@@ -97,10 +98,10 @@ def quantize_(
         raise TypeError("model must be an nn.Module that is not scripted or traced; quantize it first")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("model must not be wrapped by DistributedDataParallel yet; quantize it first, then wrap it")
-    if isinstance(model, nn.Linear) or is_conv1d(model):
+    if (adapter := adapter_of(model)) is not None:
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; "
-            "use QuantLinear.from_float(layer, scheme)"
+            f"use {'QuantEmbedding' if adapter.lookup else 'QuantLinear'}.from_float(layer, scheme)"
         )
     scheme = QuantScheme.parse(scheme)
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
@@ -114,11 +115,12 @@ def quantize_(
     report = QuantizationReport(scheme.name, **layer_options)
     layers, report.warnings = select_layers(model, scheme, skip, include, embeddings=embeddings)
     for layer in layers:
-        if layer.reason is None and layer.module.weight.is_meta:
+        if layer.reason is None and any(weight.is_meta for weight in layer.weights()):
             layer.reason = "weight on the meta device: load it first, then quantize"
     for layer in layers:
         if layer.reason is None:
-            _check_finite(layer.name, layer.module.weight, scheme)
+            for weight in layer.weights():
+                _check_finite(layer.name, weight, scheme)
     if never_slower:
         _keep_faster_floats(layers, scheme)
     if strict:
@@ -172,11 +174,7 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
 
 def _measured(layers: list[Layer]) -> list[Layer]:
     """The layers to quantize whose inputs are collected and that are timed: linear ones of a weight of their own."""
-    return [
-        layer
-        for layer in layers
-        if layer.reason is None and not layer.tied and not isinstance(layer.module, nn.Embedding)
-    ]
+    return [layer for layer in layers if layer.reason is None and not layer.tied and not layer.is_lookup]
 
 
 def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:

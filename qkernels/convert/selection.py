@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
-from ..nn.embedding import QuantEmbedding, embedding_reason
-from ..nn.linear import QuantLinear, float_weight, is_conv1d
+from ..nn.adapters import adapter_of
+from ..nn.layer_adapters import QUANTIZED
 from .layers import Layer
-from .leftover import is_plain_linear, kept_in_float32, leftover_reason, matrix_weights
+from .leftover import kept_in_float32, leftover_reason, matrix_weights
 from .report import QuantizationReport
 
 # Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
@@ -21,7 +19,6 @@ SKIPPED = "skipped by pattern"
 NOT_INCLUDED = "not included"
 SLOWER = "float is faster"
 NOT_ASKED = "embedding: embeddings=True was not asked for"
-QUANTIZED = "already quantized"
 KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values overflow float16"
 
 
@@ -33,7 +30,8 @@ def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
     """
     layers: dict[int, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) or is_conv1d(module) or (embeddings and isinstance(module, nn.Embedding)):
+        adapter = adapter_of(module)
+        if adapter is not None and (embeddings or not adapter.lookup):
             layers.setdefault(id(module), Layer([], module, [])).names.append(name)
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -92,18 +90,18 @@ def select_layers(
         if layer.reason is None:
             if layer.key is not None:
                 layer.reason = leftover_reason(layer.name, layer.module, layer.key)
-            elif type(layer.module) is not QuantEmbedding and isinstance(layer.module, nn.Embedding) and not embeddings:
+            elif layer.is_lookup and not layer.is_quantized and not embeddings:
                 layer.reason = NOT_ASKED
-            elif any(name in kept for name in layer.names) and not isinstance(layer.module, QuantLinear):
+            elif any(name in kept for name in layer.names) and not layer.is_quantized:
                 layer.reason = KEPT
             else:
-                layer.reason = _layer_reason(layer.module, scheme)
+                layer.reason = layer.adapter.reason(layer.module, scheme)
     by_module = {id(layer.module): layer for layer in layers if layer.key is None}
     for group in groups:
         _settle_tied(group, by_module, bool(embeddings))
     embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
     for layer in layers:
-        looked_up = any(isinstance(member.module, nn.Embedding) for member in (layer, *layer.tied))
+        looked_up = any(member.is_lookup for member in (layer, *layer.tied))
         layer.scheme = embedding_scheme if looked_up else scheme
     return layers, messages
 
@@ -114,17 +112,16 @@ def unexpected_results(
     """What the caller will hardly expect: nothing is quantized, or layers keep another scheme or mode."""
     messages = []
     asked = {"mode": report.mode, "grad_dtype": report.grad_dtype, "weight_scale": report.weight_scale}
-    lookups = [layer.module for layer in layers if isinstance(layer.module, QuantEmbedding)]
-    shared = {id(module.qweight) for module in lookups}
+    looked_up = {id(layer.module.qweight) for layer in layers if layer.is_lookup and layer.is_quantized}
     other = []
     for layer in layers:
         module = layer.module
         if not (layer.reason or "").startswith(QUANTIZED):
             continue
-        if isinstance(module, QuantEmbedding):
+        if layer.is_lookup:
             differs = bool(embeddings) and module.scheme != layer.scheme
         else:
-            tied = module.mode == "frozen" and id(module.qweight) in shared
+            tied = module.mode == "frozen" and id(module.qweight) in looked_up
             own = {key: getattr(module, key) for key in asked}
             differs = own != asked or (module.scheme != layer.scheme and not tied)
         if differs:
@@ -154,9 +151,13 @@ def unexpected_results(
 
 def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, Layer], share: bool) -> None:
     """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise."""
-    members = [layers.get(id(module)) if key == "weight" else None for _, module, key in group]
+    members = [layers.get(id(module)) for _, module, _ in group]
+    members = [
+        member if member is not None and key == member.adapter.key else None
+        for member, (_, _, key) in zip(members, group, strict=True)
+    ]
     if share and all(member is not None and member.reason is None for member in members):
-        if not any(is_conv1d(member.module) for member in members):  # which holds the weight transposed
+        if not any(member.adapter.transposed for member in members):
             for member in members:
                 member.tied = members
             return
@@ -215,31 +216,6 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
             elif getattr(parent, "lora_variant", None):
                 mark(parent.base_layer.modules(), "read by the variant (such as DoRA) of its PEFT layer")
     return reasons
-
-
-def _layer_reason(module: nn.Module, scheme: QuantScheme) -> str | None:
-    """The reason the layer itself gives for leaving it as it is."""
-    if isinstance(module, QuantLinear | QuantEmbedding):
-        return f"{QUANTIZED} ({module.scheme}, {module.mode})"
-    if isinstance(module, nn.Embedding):
-        return embedding_reason(module)
-    if parametrize.is_parametrized(module) or set(module._parameters) != {"weight", "bias"}:
-        return "parametrized weight"
-    if not (is_conv1d(module) or is_plain_linear(type(module))):
-        return f"{type(module).__name__} is a subclass of nn.Linear: its forward may compute something else"
-    if "forward" in vars(module):
-        return "forward is replaced on the instance"
-    if module.weight is None or module.weight.dtype not in FLOAT_DTYPES:
-        return "no weight" if module.weight is None else f"{module.weight.dtype} weight"
-    if type(module.weight) not in (Tensor, nn.Parameter):
-        kind = type(module.weight).__name__
-        return f"weight is a {kind}: " + (
-            "quantize the model before it is sharded" if kind == "DTensor" else "only plain tensors are quantized"
-        )
-    in_features = float_weight(module).shape[1]
-    if in_features == 0 or (scheme.int_activations and in_features > MAX_REDUCTION):
-        return f"in_features {in_features} is not in 1..{MAX_REDUCTION}"
-    return None
 
 
 def _tied_groups(model: nn.Module, ties: Mapping[str, str]) -> list[list[tuple[str, nn.Module, str]]]:

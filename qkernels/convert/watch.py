@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..nn.adapters import is_matrix
 from ..nn.linear import QuantLinear
 from .layers import Layer
-from .leftover import is_matrix
 from .selection import NOT_INCLUDED, SKIPPED
 
 # Frozen model -> ids of the parameters that it left trainable.

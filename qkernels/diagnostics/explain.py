@@ -11,8 +11,8 @@ from torch import nn
 from ..convert.selection import select_layers
 from ..formats.scheme import QuantScheme
 from ..kernels import isa
-from ..nn.linear import QuantLinear
-from ..profiling.layers import ROWS, SECONDS, Timing, layer_dtype, time_layers
+from ..nn.adapters import adapter_of
+from ..profiling.layers import ROWS, SECONDS, Timing, time_layers
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ def explain(
     chosen = [
         (layer.names, layer.module)
         for layer in layers
-        if isinstance(layer.module, QuantLinear) or (scheme is not None and layer.reason is None)
+        if not layer.is_lookup and (layer.is_quantized or (scheme is not None and layer.reason is None))
     ]
     if not chosen:
         raise ValueError("model has no quantized linear layer" + ("" if scheme is None else f" and none for {parsed}"))
-    dtype = str(layer_dtype(chosen[0][1])).removeprefix("torch.")
+    _, first = chosen[0]
+    dtype = str(adapter_of(first).dtype(first)).removeprefix("torch.")
     return Explanation(isa.current(), dtype, time_layers(chosen, parsed, rows, seconds))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from ..nn.embedding import QuantEmbedding
-from ..nn.linear import QuantLinear
+from ..nn.adapters import adapter_of, is_frozen
 
 
 def count_weights(num_parameters: Callable[..., int]) -> Callable[..., int]:
@@ -17,12 +16,8 @@ def count_weights(num_parameters: Callable[..., int]) -> Callable[..., int]:
         total = num_parameters(self, only_trainable, exclude_embeddings)
         if only_trainable:  # which a frozen weight is not
             return total
-        frozen = [
-            module
-            for module in self.modules()
-            if isinstance(module, QuantLinear | QuantEmbedding) and module.mode == "frozen"
-        ]
-        looked_up = {id(module.qweight) for module in frozen if isinstance(module, QuantEmbedding)}
+        frozen = list(filter(is_frozen, self.modules()))
+        looked_up = {id(module.qweight) for module in frozen if adapter_of(module).lookup}
         for module in {id(module.qweight): module for module in frozen}.values():
             total -= sum(tensor.numel() for tensor in module.quantized_weight() if tensor is not None)
             if not (exclude_embeddings and id(module.qweight) in looked_up):

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.embedding import QuantEmbedding
-from ..nn.linear import QuantLinear, float_weight
+from ..nn.adapters import adapter_of
+from ..nn.linear import QuantLinear
+from ..nn.storage import Storage
 
 
 class _Method(str):
@@ -30,12 +31,10 @@ LAYER_OPTIONS = ("mode", "grad_dtype", "weight_scale")
 _DEFAULTS = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+def quantized_layers(model: nn.Module) -> dict[str, Storage]:
     """The quantized layers below `model` by name, without PEFT's wrappers; each once."""
     return {
-        name.replace(".base_layer", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear | QuantEmbedding)
+        name.replace(".base_layer", ""): module for name, module in model.named_modules() if isinstance(module, Storage)
     }
 
 
@@ -81,15 +80,11 @@ def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def empty_like(
     module: nn.Module, scheme: str, layer_options: dict[str, str], dtype: torch.dtype | None = None
-) -> QuantLinear | QuantEmbedding:
+) -> Storage:
     """The quantized twin of a float layer, on the meta device, as it is stored: mode "int8" as "frozen"."""
-    if isinstance(module, nn.Embedding):
-        return QuantEmbedding.like(module, scheme)
-    weight = float_weight(module)
     if layer_options["mode"] == "int8":
         layer_options = {**layer_options, "mode": "frozen"}
-    options = {**layer_options, "device": "meta", "dtype": dtype or weight.dtype}
-    return QuantLinear(weight.shape[1], weight.shape[0], module.bias is not None, scheme, **options)
+    return adapter_of(module).empty(module, scheme, dtype=dtype, **layer_options)
 
 
 def marker(model: nn.Module) -> dict[str, Tensor]:

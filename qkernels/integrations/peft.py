@@ -28,8 +28,9 @@ from ..convert.report import QuantizationReport
 from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
-from ..nn.embedding import QuantEmbedding
+from ..nn.adapters import adapter_of, float_twin, is_frozen
 from ..nn.linear import QuantLinear, relative_error
+from ..nn.storage import Storage
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian", "eva")
@@ -62,7 +63,9 @@ class Requantizing:
         original = getattr(self, "_original", None) or _tensors(base)
         layer_name = getattr(self, "kwargs", {}).get("target_name", "layer")
         # All merged adapters at once onto the original weight: it is rounded once, not once per adapter.
-        twin = self.base_layer = _float_layer(base, QuantizedWeight(*map(original.get, QuantizedWeight._fields)))
+        weight = QuantizedWeight(*map(original.get, QuantizedWeight._fields))
+        values = ops.dequantize_weight(*weight, base.in_features, base.scheme)
+        twin = self.base_layer = float_twin(base, nn.Parameter(values, requires_grad=False), plain=True)
         if "bias" in original:
             twin.bias = nn.Parameter(original["bias"].to(torch.float32, copy=True), requires_grad=False)
         self.merged_adapters = []
@@ -183,20 +186,6 @@ def _tensors(base: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (stored if bias is None else {**stored, "bias": bias}).items()}
 
 
-def _float_layer(base: nn.Module, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """An `nn.Linear` or `nn.Embedding` with the values of a quantized weight of the layer `base`, without its bias."""
-    values = ops.dequantize_weight(*weight, base.in_features, base.scheme).to(dtype)
-    if isinstance(base, QuantEmbedding):
-        return nn.Embedding.from_pretrained(values, freeze=True, padding_idx=base.padding_idx)
-    layer = nn.Linear(base.in_features, base.out_features, False, device="meta")
-    layer.weight = nn.Parameter(values, requires_grad=False)
-    return layer.train(base.training)
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    return isinstance(layer, QuantLinear | QuantEmbedding) and layer.mode == "frozen"
-
-
 @functools.cache
 def _requantizing(kind: type) -> type:
     """The class of a PEFT layer with the merge of `Requantizing`."""
@@ -212,7 +201,7 @@ def _adopt_layers(model: nn.Module) -> list[nn.Module]:
     """Give every PEFT layer over a frozen layer the merge of `Requantizing`; the list of them."""
     found = []
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and _is_frozen(getattr(module, "base_layer", None)):
+        if isinstance(module, BaseTunerLayer) and is_frozen(getattr(module, "base_layer", None)):
             if type(module) is LoraLinear:
                 module.__class__, module.fan_in_fan_out = QuantLoraLinear, False
             elif not isinstance(module, Requantizing):
@@ -233,8 +222,8 @@ def _dispatch_first(dispatch_default):
     @functools.wraps(dispatch_default)
     def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        frozen = isinstance(base, QuantLinear) and base.mode == "frozen"  # the other modes have a weight to merge into
-        if parameter_name is not None or not frozen:
+        # The other modes have a weight to merge into.
+        if parameter_name is not None or not is_frozen(base) or adapter_of(base).lookup:
             return dispatch_default(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
         config.fan_in_fan_out = False  # a quantized Conv1D is stored as [N, K] too
         return QuantLoraLinear(target, adapter_name, config=config, **kwargs)
@@ -296,7 +285,7 @@ def _weight_of_base(weight: property) -> property:
 
     def read(self) -> Tensor:
         base = self.get_base_layer()
-        return base.weight if isinstance(base, QuantLinear | QuantEmbedding) else weight.fget(self)
+        return base.weight if isinstance(base, Storage) else weight.fget(self)
 
     return property(read)
 
@@ -307,7 +296,7 @@ def _train_float_copies(update):
     @functools.wraps(update)
     def update_with_floats(self, adapter_name, tied_module=None, **kwargs):
         original = self.original_module
-        if tied_module is not None or not any(map(_is_frozen, original.modules())):
+        if tied_module is not None or not any(map(is_frozen, original.modules())):
             return update(self, adapter_name, tied_module=tied_module, **kwargs)
         self.original_module = _float_copy(original)
         try:
@@ -320,11 +309,11 @@ def _train_float_copies(update):
 
 def _float_copy(module: nn.Module) -> nn.Module:
     """A copy of the module with float layers in place of frozen ones."""
-    if not _is_frozen(module):
+    if not is_frozen(module):
         module = copy.deepcopy(module)
         for parent in list(module.modules()):
             for name, child in parent.named_children():
-                if _is_frozen(child):
+                if is_frozen(child):
                     setattr(parent, name, _float_copy(child))
         return module
     if getattr(module, "embed_scale", None) is not None:
@@ -332,7 +321,8 @@ def _float_copy(module: nn.Module) -> nn.Module:
             f"modules_to_save cannot train {module}, whose rows are multiplied by {module.embed_scale:g}; leave it in "
             "float with skip=[its name] in quantize_"
         )
-    layer = _float_layer(module, module.quantized_weight(), module.compute_dtype)
+    values = module.dequantize().to(module.compute_dtype)
+    layer = float_twin(module, nn.Parameter(values, requires_grad=False), plain=True)
     if getattr(module, "bias", None) is not None:
         layer.bias = nn.Parameter(module.bias.detach().clone())
     return layer
@@ -343,7 +333,7 @@ def _check_adapter(set_state_dict):
 
     @functools.wraps(set_state_dict)
     def check(model, peft_model_state_dict, *args, **kwargs):
-        if any(map(_is_frozen, model.modules())):
+        if any(map(is_frozen, model.modules())):
             for name, tensor in peft_model_state_dict.items():
                 if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
                     raise ValueError(f"adapter tensor {name} must be finite, got NaN or Inf; nothing was loaded")
@@ -371,7 +361,7 @@ def _name_quantized_embeddings(setup_prompt_encoder):
 
 def _named_weights(model: nn.Module, *args, **kwargs):
     """`named_parameters`, where the integers of a quantized embedding are called `weight`."""
-    embeddings = {f"{name}.qweight" for name, m in model.named_modules() if isinstance(m, QuantEmbedding)}
+    embeddings = {f"{name}.qweight" for name, m in model.named_modules() if is_frozen(m) and adapter_of(m).lookup}
     for name, parameter in type(model).named_parameters(model, *args, **kwargs):
         yield name.removesuffix("qweight") + "weight" if name in embeddings else name, parameter
 

@@ -30,8 +30,9 @@ from ..convert.selection import find_layers, select_layers, unexpected_results
 from ..convert.watch import watch_frozen
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, storage_dtypes
-from ..nn.embedding import QuantEmbedding
+from ..nn.adapters import float_twin
 from ..nn.linear import QuantLinear
+from ..nn.storage import Storage
 from ..system.deprecation import renamed_keywords
 from .folders import METHOD, current_names, describe, empty_like, layer_entry, unclaimed
 
@@ -218,7 +219,10 @@ class QKernelsHfQuantizer(HfQuantizer):
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
         self._pending = {
-            f"{name}.weight": layer for layer in self._layers if layer.reason is None for name in layer.names
+            f"{name}.{layer.adapter.key}": layer
+            for layer in self._layers
+            if layer.reason is None
+            for name in layer.names
         }
 
     def quantize_parameter(self, name: str, tensor: torch.Tensor) -> list[str]:
@@ -231,17 +235,18 @@ class QKernelsHfQuantizer(HfQuantizer):
         if layer is None:
             return []
         tied = [layer, *(other for other in layer.tied if other is not layer)]
-        keys = [f"{alias}.weight" for member in tied for alias in member.names]
+        keys = [key for key, pending in self._pending.items() if any(pending is member for member in tied)]
         if layer.converted is not None:  # from the weight of a layer that it is tied to
             return keys
-        if tensor.shape != layer.module.weight.shape:
+        parameter = layer.adapter.key
+        if tensor.shape != layer.module._parameters[parameter].shape:
             for key in keys:
                 del self._pending[key]
             for member in tied:
                 member.reason = f"the checkpoint's weight has shape {list(tensor.shape)}"
             return []
         config = self.quantization_config
-        layer.module.weight = nn.Parameter(tensor, requires_grad=config.mode == "qat")
+        setattr(layer.module, parameter, nn.Parameter(tensor, requires_grad=config.mode == "qat"))
         try:
             for member in tied:
                 member.convert(config.layer_options)
@@ -266,9 +271,9 @@ class QKernelsHfQuantizer(HfQuantizer):
             if layer.converted is None:
                 layer.reason = "has no weight of its own in the checkpoint"
         for layer in self._layers:
-            if isinstance(layer.module, QuantLinear) and not _is_loaded(layer.module.bias):
-                layer.module.bias.data.zero_()
             if isinstance(layer.module, QuantLinear):
+                if not _is_loaded(layer.module.bias):
+                    layer.module.bias.data.zero_()
                 layer.module.update_column_scales()
         self._report.rows = rows_of(self._layers)
         watch_frozen(model, self._layers)
@@ -291,7 +296,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         for key in [key for key in unexpected if key.endswith(".weight")]:
             name = key.removesuffix(".weight")
             found = (modules.get(known) for known in (name, prefix + name, name.removeprefix(prefix)))
-            if any(isinstance(module, QuantLinear | QuantEmbedding) for module in found):
+            if any(isinstance(module, Storage) for module in found):
                 unexpected.discard(key)
 
     def _dequantize(self, model, dtype=None):
@@ -307,7 +312,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             # The folder may have been saved from the model with a head and be loaded without, or the reverse.
             names = (name, prefix + name, name.removeprefix(prefix))
             layer = next((by_name[candidate] for candidate in names if candidate in by_name), None)
-            if layer is None or isinstance(layer.module, QuantLinear | QuantEmbedding):
+            if layer is None or layer.is_quantized:
                 continue  # the layer belongs to another head, or is known by a second name
             scheme, layer_options = layer_entry(entry, config.layer_options)
             # What transformers keeps in float32 beside float16 computes in float32, quantized too.
@@ -384,10 +389,10 @@ class QKernelsHfQuantizer(HfQuantizer):
         old = layer.module
         device = next((p.device for p in self._model.parameters() if not p.is_meta), None)
         options = {"device": device, "dtype": old.compute_dtype}
-        if isinstance(old, QuantEmbedding):
-            new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **options)
-        else:
-            new = nn.Linear(old.in_features, old.out_features, old.bias is not None, **options)
+        new = float_twin(old, nn.Parameter(torch.empty(old.out_features, old.in_features, **options)), plain=True)
+        if getattr(new, "bias", None) is not None:
+            new.bias = nn.Parameter(torch.empty(old.out_features, **options))
+        new.reset_parameters()
         self._model._init_weights(new)
         for parent, key in layer.slots:
             setattr(parent, key, new)
@@ -403,7 +408,7 @@ def _module_of(model: nn.Module, key: str) -> nn.Module | None:
 
 
 def _same_format(a: nn.Module | None, b: nn.Module | None) -> bool:
-    quantized = isinstance(a, QuantLinear | QuantEmbedding) and isinstance(b, QuantLinear | QuantEmbedding)
+    quantized = isinstance(a, Storage) and isinstance(b, Storage)
     return quantized and a.scheme == b.scheme and (a.out_features, a.in_features) == (b.out_features, b.in_features)
 
 
@@ -416,13 +421,13 @@ def _tie_storage(model: transformers.PreTrainedModel) -> None:
             names = [name for name in ("qweight", "scales", "zeros") if getattr(owner, name) is not None]
             source, target = (key.removesuffix("weight") for key in (source, target))
             ties.update((target + name, source + name) for name in names)
-        elif not any(isinstance(module, QuantLinear | QuantEmbedding) for module in (owner, other)):
+        elif not any(isinstance(module, Storage) for module in (owner, other)):
             ties[target] = source  # one quantized and one float weight are no longer the same
     if ties != model.all_tied_weights_keys:
         model.all_tied_weights_keys, model._tied_weights_keys = ties, dict(ties)
 
 
-def _guard_from_initialization(module: QuantLinear | QuantEmbedding) -> None:
+def _guard_from_initialization(module: Storage) -> None:
     """Until `_unguard`, show code that initializes weights (of the layer, or from its parent) one not to be touched."""
     weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
     weight._is_hf_initialized = module._is_hf_initialized = True

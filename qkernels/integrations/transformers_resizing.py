@@ -15,8 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..formats.storage import QuantizedWeight
 from ..kernels.quantizers import quantize_weight
-from ..nn.embedding import QuantEmbedding
-from ..nn.linear import QuantLinear
+from ..nn.adapters import adapter_of, float_twin, is_frozen
+from ..nn.storage import Storage
 from .folders import layer_options_of
 
 _original = PreTrainedModel.resize_token_embeddings
@@ -25,7 +25,7 @@ _original = PreTrainedModel.resize_token_embeddings
 @functools.wraps(_original)
 def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
     table, head = self.get_input_embeddings(), self.get_output_embeddings()
-    if not any(isinstance(layer, QuantLinear | QuantEmbedding) for layer in (table, head)):
+    if not any(isinstance(layer, Storage) for layer in (table, head)):
         return _original(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
     vocabulary, rows, padding = self.config.get_text_config().vocab_size, table.num_embeddings, table.padding_idx
     values = table.weight.data  # which transformers replaces in a float embedding
@@ -48,7 +48,7 @@ def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, 
     except BaseException:
         _put(self, table, head)
         table.num_embeddings, table.padding_idx = rows, padding
-        if not isinstance(table, QuantEmbedding):
+        if not isinstance(table, Storage):
             table.weight.data = values
         self.config.get_text_config().vocab_size = self.vocab_size = vocabulary
         raise
@@ -66,7 +66,7 @@ def _put(model: PreTrainedModel, table: nn.Module, head: nn.Module | None) -> No
 
 
 def _storage(layer: nn.Module | None) -> torch.Tensor | None:
-    return layer.qweight if isinstance(layer, QuantLinear | QuantEmbedding) and layer.mode == "frozen" else None
+    return layer.qweight if is_frozen(layer) else None
 
 
 def _float_layer(layer: nn.Module, weight: nn.Parameter | None = None) -> nn.Module:
@@ -75,39 +75,30 @@ def _float_layer(layer: nn.Module, weight: nn.Parameter | None = None) -> nn.Mod
     Args:
         weight: the parameter that the result shares with the embedding.
     """
-    if not isinstance(layer, QuantLinear | QuantEmbedding):
+    if not isinstance(layer, Storage):
         return layer
     if weight is None:
-        values = layer.dequantize().to(layer.compute_dtype)
-        weight = nn.Parameter(values, requires_grad=layer.mode != "frozen")
-    if isinstance(layer, QuantEmbedding):
-        twin = nn.Embedding(1, 1, device="meta")
-        twin.num_embeddings, twin.embedding_dim = layer.num_embeddings, layer.embedding_dim
-        twin.padding_idx, twin.weight = layer.padding_idx, weight
-        return twin
-    twin = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-    twin.weight, twin.bias = weight, layer.bias
-    return twin
+        weight = nn.Parameter(layer.dequantize().to(layer.compute_dtype), requires_grad=layer.mode != "frozen")
+    return float_twin(layer, weight, plain=True)
 
 
 def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
     """The resized float layer, quantized as `layer` is, with the rows of `layer` that are left."""
-    if not isinstance(layer, QuantLinear | QuantEmbedding):
+    if not isinstance(layer, Storage):
         return resized
-    if isinstance(layer, QuantLinear) and layer.mode != "frozen":
-        return QuantLinear.from_float(resized, layer.scheme, **layer_options_of(layer)).train(layer.training)
+    adapter = adapter_of(resized)
+    options = {} if adapter.lookup else layer_options_of(layer)
+    if layer.mode != "frozen":
+        return adapter.quantize(resized, layer.scheme, **options).train(layer.training)
     kept = min(len(resized.weight), layer.out_features)
     added = quantize_weight(resized.weight.detach()[kept:], layer.scheme)
     pairs = zip(layer.quantized_weight(), added, strict=True)
     weight = QuantizedWeight(*(None if old is None else torch.cat([old[:kept], new]) for old, new in pairs))
-    dtype = {"dtype": layer.compute_dtype, "device": "meta"}
-    if isinstance(layer, QuantEmbedding):
-        scale = {"padding_idx": resized.padding_idx, "embed_scale": layer.embed_scale}
-        new = QuantEmbedding(len(resized.weight), layer.embedding_dim, layer.scheme, **scale, **dtype)
+    new = adapter.empty(resized, layer.scheme, dtype=layer.compute_dtype, **options)
+    new.float_type = layer.float_type
+    if adapter.lookup:
+        new.embed_scale = layer.embed_scale
     else:
-        new = QuantLinear(
-            layer.in_features, len(resized.weight), False, layer.scheme, grad_dtype=layer.grad_dtype, **dtype
-        )
         new.bias = resized.bias
     new.set_weight(weight)
     return new.train(layer.training)

@@ -47,6 +47,7 @@ class QuantEmbedding(Storage, nn.Embedding):
     """
 
     COMPUTE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+    float_type: type[nn.Module] = nn.Embedding
 
     def __init__(
         self,

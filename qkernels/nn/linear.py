@@ -18,6 +18,7 @@ from ..formats.validate import STORAGE
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
+from .adapters import adapter_of, is_frozen
 from .int8_state import StateScales, load_parts, state_parts
 from .storage import Storage
 from .stored_parameter import StoredParameter, plain
@@ -27,25 +28,6 @@ GRAD_DTYPES = ("float", "int8")
 WEIGHT_SCALES = ("absmax", "learned")
 # torch computes tensors of fewer elements on one thread: thousands of such operations do not wait for one another.
 _SERIAL_ELEMENTS = 32768
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored as [K, N]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def float_weight(layer: nn.Module) -> Tensor:
-    """The weight [N, K] of an `nn.Linear` or a transformers `Conv1D`, detached.
-
-    Raises:
-        TypeError: for any other module.
-    """
-    if is_conv1d(layer):
-        return layer.weight.detach().t()
-    weight = layer.weight if isinstance(layer, nn.Linear) else None
-    if weight is not None and not isinstance(weight, FrozenWeight):
-        return weight.detach()
-    raise TypeError(f"layer must be an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
 
 
 def _check_trainable(scheme: QuantScheme) -> None:
@@ -97,6 +79,8 @@ class QuantLinear(Storage, nn.Linear):
         ValueError: for an unknown scheme, mode, grad_dtype or weight_scale, a scheme that the mode cannot train,
             learned scales elsewhere than in mode "qat", or a shape that cannot be computed exactly.
     """
+
+    float_type: type[nn.Module] = nn.Linear
 
     @renamed_keywords(grad="grad_dtype")
     def __init__(
@@ -227,27 +211,35 @@ class QuantLinear(Storage, nn.Linear):
         grad_dtype: str = "float",
         weight_scale: str = "absmax",
     ) -> QuantLinear:
-        """Quantize an `nn.Linear` or a transformers `Conv1D`; the bias parameter is shared with `layer`.
+        """Quantize a float linear layer; the bias parameter is shared with `layer`.
 
-        So is, for mode "qat", the weight of an `nn.Linear`.
+        So is, for mode "qat", the weight, if the layer holds it as [N, K].
+
+        Args:
+            layer: an `nn.Linear`, a transformers `Conv1D`, or a layer that `register_adapter` has made known.
 
         Raises:
             TypeError: for another kind of module.
             ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
         """
-        weight = float_weight(layer)
+        adapter = adapter_of(layer)
+        if adapter is None or adapter.lookup or is_frozen(layer):
+            raise TypeError(
+                "layer must be an nn.Linear, a transformers Conv1D or a layer with an adapter, "
+                f"got {type(layer).__name__}"
+            )
+        weight = layer.weight.detach() if isinstance(layer, QuantLinear) else adapter.weight(layer)
         out_features, in_features = weight.shape
-        kind = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
-        quantized = cls(in_features, out_features, False, scheme, **kind, device="meta", dtype=weight.dtype)
+        options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
+        quantized = cls(in_features, out_features, False, scheme, **options, device="meta", dtype=weight.dtype)
         if mode == "qat":
-            shared = not is_conv1d(layer)
-            quantized.weight = layer.weight if shared else nn.Parameter(weight.contiguous())
+            quantized.weight = nn.Parameter(weight.contiguous()) if adapter.transposed else getattr(layer, adapter.key)
             quantized.reset_scales()
         else:
             with torch.inference_mode(False):  # else the weight could not be saved for a gradient
                 quantized._take(quantize_weight(weight, quantized.scheme))
-        quantized.bias = layer.bias
-        quantized.float_type = type(layer)  # what `dequantize_` makes of it again
+        quantized.bias = adapter.bias(layer)
+        quantized.float_type = getattr(layer, "float_type", type(layer))  # what `dequantize_` makes of it again
         return quantized.train(layer.training)
 
     def set_weight(self, weight: QuantizedWeight) -> None:

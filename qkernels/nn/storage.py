@@ -27,6 +27,7 @@ class Storage(nn.Module):
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
+    float_type: type[nn.Module]  # what was quantized, and what `dequantize_` makes of the layer again
     COMPUTE_DTYPES = FLOAT_DTYPES
 
     @property

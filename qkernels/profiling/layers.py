@@ -12,7 +12,7 @@ from ..formats.scheme import QuantScheme
 from ..kernels import dispatch, ops
 from ..kernels.isa import native
 from ..kernels.quantizers import quantize_weight
-from ..nn.linear import QuantLinear, float_weight
+from ..nn.adapters import adapter_of
 from .roofline import MatmulCost, Roofline, measure
 from .timing import Turns, interleave
 
@@ -72,26 +72,21 @@ def time_layers(
     """One timing for each distinct shape of `layers` (names, module) and each number of rows."""
     shapes: dict[tuple, tuple[list[str], nn.Module]] = {}
     for names, module in layers:
-        quantized = isinstance(module, QuantLinear)
-        weight = next(module.parameters())
-        if weight.device.type != "cpu":
+        adapter, device = adapter_of(module), next(module.parameters()).device
+        if device.type != "cpu":
             raise ValueError(
-                f"layer {names[0]!r} is on {weight.device}; only layers on the CPU can be timed. There it runs on "
-                f"{_backend(weight.device)}"
+                f"layer {names[0]!r} is on {device}; only layers on the CPU can be timed. There it runs on "
+                f"{_backend(device)}"
             )
-        own = module.scheme if quantized else scheme
-        n, k = (module.out_features, module.in_features) if quantized else float_weight(module).shape
-        shapes.setdefault((n, k, own, layer_dtype(module), module.bias is not None), ([], module))[0].append(names[0])
+        own, bias = adapter.scheme(module) or scheme, adapter.bias(module) is not None
+        shape = (*adapter.shape(module), own, adapter.dtype(module), bias)
+        shapes.setdefault(shape, ([], module))[0].append(names[0])
     roofline = measure(torch.get_num_threads(), ROOFLINE_SECONDS)
     return [
         _time(tuple(names), module, shape[2], m, seconds, roofline)
         for shape, (names, module) in shapes.items()
         for m in rows
     ]
-
-
-def layer_dtype(module: nn.Module) -> torch.dtype:
-    return module.compute_dtype if isinstance(module, QuantLinear) else module.weight.dtype
 
 
 def _backend(device: torch.device) -> str:
@@ -103,15 +98,11 @@ def _backend(device: torch.device) -> str:
 def _time(
     names: tuple[str, ...], module: nn.Module, scheme: QuantScheme, m: int, seconds: float, roofline: Roofline
 ) -> Timing:
-    dtype = layer_dtype(module)
-    if isinstance(module, QuantLinear):
-        stored, weight = module.quantized_weight(), module.dequantize().to(dtype)
-    else:
-        weight = float_weight(module)
-        stored = quantize_weight(weight, scheme)
+    adapter = adapter_of(module)
+    dtype, weight, bias = adapter.dtype(module), adapter.weight(module), adapter.bias(module)
+    stored = module.quantized_weight() if adapter.scheme(module) else quantize_weight(weight, scheme)
     n, k = weight.shape
     x = torch.randn(m, k).to(dtype)
-    bias = module.bias
 
     def quantized(x: Tensor) -> Tensor:
         return ops.linear(x, *stored, bias, scheme.name)
