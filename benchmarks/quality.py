@@ -47,9 +47,10 @@ from qkernels.finetune import (
     token_blocks,
 )
 from qkernels.finetune.demo import write_texts
-from qkernels.finetune.models import DEMO, default_cache, pick_dtype, quantize
-from qkernels.finetune.report import write_json
+from qkernels.finetune.models import DEMO, default_cache, quantize
 from qkernels.finetune.text import evenly_spread
+from qkernels.system import json_file
+from qkernels.system.host import pick_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ("gemma-lora", "gemma-full", "minilm-lora", "minilm-full", "gpt2-full", "bert-full")
@@ -415,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.run:
         values = json.loads(options.run)
         values |= {"budget": Budget(**values["budget"]), "schemes": tuple(values["schemes"])}
-        write_json(options.output, one(Run(**values)))
+        json_file.write(options.output, one(Run(**values)))
         return
     jobs = options.jobs.split(",")
     if unknown := set(jobs) - set(JOBS):
@@ -437,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"== {index + 1} of {len(planned)}: {run.key}", file=sys.stderr)
         rows.append(do(replace(run, model=options.model), folder))
         lines = table(rows)
-        write_json(options.output / "quality.json", {"machine": rows[0]["machine"], "table": lines})
+        json_file.write(options.output / "quality.json", {"machine": rows[0]["machine"], "table": lines})
         (options.output / "quality.md").write_text(markdown(lines, rows[0]["machine"]), encoding="utf-8")
         plot(rows, options.output)
     print(markdown(table(rows), rows[0]["machine"]))

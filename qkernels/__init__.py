@@ -15,8 +15,7 @@ from .nn.layer_adapters import LinearAdapter
 from .nn.linear import QuantLinear
 from .nn.loss import linear_cross_entropy
 from .ptq.smoothquant import smooth_
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "LayerAdapter",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
-import json
 import os
 import re
 import subprocess
@@ -13,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics.environment import environment
 from ..profiling.roofline import Roofline, cache_bytes
+from ..system import json_file
+from ..system.host import package_version
 
 FORMAT = 1
+PROGRAM = "qkernels bench linear"
 PACKAGES = (
     "torch", "numpy", "transformers", "peft", "torchao", "bitsandbytes", "sdnq", "onnxruntime", "openvino",
     "llama-cpp-python", "auto-round-lib",
@@ -99,9 +102,8 @@ class Results:
 
     def save(self, folder: Path, stem: str = "linear") -> tuple[Path, Path]:
         """Write `stem`.json and `stem`.csv into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
         path, table = folder / f"{stem}.json", folder / f"{stem}.csv"
-        path.write_text(json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        json_file.write(path, {"format": FORMAT} | dataclasses.asdict(self))
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             fields = [field.name for field in dataclasses.fields(Row) if field.name != "quartiles"]
@@ -119,22 +121,15 @@ class Results:
             ValueError: if it is not such a file.
         """
         file = path / "linear.json" if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']}, expected {FORMAT}")
+        data = json_file.read(file, program=PROGRAM, version=FORMAT)
+        with json_file.describing(file, PROGRAM):
             rows = [Row(**row | {"quartiles": tuple(row["quartiles"])}) for row in data["rows"]]
             rooflines = [Roofline(**roofline) for roofline in data["rooflines"]]
             return cls(data["machine"], rooflines, rows, [Skipped(**item) for item in data["skipped"]])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file} must be a results file of 'qkernels bench linear' ({what})") from error
 
 
 def machine() -> dict[str, Any]:
     """The CPU, its instruction set in use, the versions and the commit that a number was taken with."""
-    from ..finetune.measure import environment, package_version
-
     facts = environment()
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(re.findall(r"\w+", cpuinfo.read_text())) if cpuinfo.exists() else set()

@@ -119,7 +119,7 @@ def run(plan: Plan, progress: Progress = lambda message: None) -> Results:
     Raises:
         WrongResult: if a kernel of ours does not compute what the reference does.
     """
-    from ..finetune.models import fast_bf16
+    from ..system.host import fast_bf16
     from . import gpu
 
     on_gpu = plan.device == "cuda"

@@ -54,7 +54,7 @@ class BFloat16(Float32):
     dtype = torch.bfloat16
 
     def unavailable(self) -> str | None:
-        from ..finetune.models import fast_bf16
+        from ..system.host import fast_bf16
 
         if not fast_bf16():
             return "this CPU has no bfloat16 instructions: torch would take many times as long as in float32"

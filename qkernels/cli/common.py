@@ -101,9 +101,10 @@ def hide_bars() -> None:
 
 def load(model: str, scheme: str | None, adapter: Path | None, dtype: str, cache: Path | None):
     """The (quantized) model with its adapter, its tokenizer, and the scheme of its weights."""
-    from ..finetune import InputError, load_adapter, load_model, load_tokenizer, pick_dtype, resolve_model
+    from ..finetune import InputError, load_adapter, load_model, load_tokenizer, resolve_model
     from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require
     from ..finetune.provenance import check_adapter
+    from ..system.host import pick_dtype
 
     if scheme is not None:
         scheme = check_scheme(scheme)

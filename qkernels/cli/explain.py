@@ -22,8 +22,9 @@ def explain(
 ) -> None:
     """Per layer shape and M: the kernel, why, its time, the float layer's time, and how near the limit it is."""
     from ..diagnostics.explain import explain as explain_model
-    from ..finetune import InputError, load_model, pick_dtype, resolve_model
+    from ..finetune import InputError, load_model, resolve_model
     from ..finetune.models import check_scheme, default_cache, require
+    from ..system.host import pick_dtype
 
     scheme = check_scheme(scheme)
     try:

@@ -123,6 +123,8 @@ def finetune(
     Nothing is written to the output folder before the end. Ctrl-C saves what was trained so far, and with --resume the
     same command goes on from there.
     """
+    options = dict(locals())  # the parameters above, which are the fields of the settings
+
     from rich.console import Console
     from rich.table import Table
 
@@ -132,41 +134,8 @@ def finetune(
     from ..finetune.report import summary_rows
     from ..finetune.train import next_command
 
-    settings = FinetuneSettings(
-        model=model,
-        text=text,
-        output=output,
-        eval_text=eval_text or [],
-        scheme=scheme,
-        mode=mode,
-        grad_dtype=grad_dtype,
-        weight_scale=weight_scale,
-        method=method,
-        steps=steps,
-        batch_size=batch_size,
-        grad_accumulation=grad_accumulation,
-        seq_len=seq_len,
-        eval_seq_len=eval_seq_len,
-        lr=lr,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        fused_loss=fused_loss,
-        seed=seed,
-        dtype=dtype,
-        eval_blocks=eval_blocks,
-        calibration_blocks=calibration_blocks,
-        smooth=smooth,
-        eval_steps=eval_steps,
-        baseline=baseline,
-        save_steps=save_steps,
-        resume=resume,
-        cache=cache or default_cache(),
-    )
+    options |= {"eval_text": eval_text or [], "cache": cache or default_cache()}
+    settings = FinetuneSettings(**options)
     require("transformers")
     hide_bars()
     report = run(settings)

@@ -31,9 +31,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 def collect() -> dict[str, Any]:
     """The facts behind `qkernels info`; imports no optional package."""
-    from ..finetune.measure import environment
-    from ..finetune.models import fast_bf16
+    from ..diagnostics.environment import environment
     from ..kernels import isa
+    from ..system.host import fast_bf16
 
     current = isa.current()
     return environment() | {
@@ -50,8 +50,8 @@ def _gpu_backends() -> dict[str, dict[str, Any]]:
     """What stands between this installation and each GPU backend."""
     import torch
 
-    from ..finetune.measure import package_version
     from ..kernels import cuda_library, dispatch
+    from ..system.host import package_version
 
     if torch.cuda.is_available():
         device, missing = torch.cuda.get_device_name(), None

@@ -3,7 +3,7 @@
 from .errors import InputError
 from .generation import generate_text
 from .measure import perplexity
-from .models import load_adapter, load_model, load_tokenizer, pick_dtype, resolve_model
+from .models import load_adapter, load_model, load_tokenizer, resolve_model
 from .text import read_texts, token_blocks
 from .train import FinetuneSettings, finetune
 
@@ -16,7 +16,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "perplexity",
-    "pick_dtype",
     "read_texts",
     "resolve_model",
     "token_blocks",

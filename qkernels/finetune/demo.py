@@ -14,11 +14,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..diagnostics.environment import environment
+from ..system import json_file
+from ..system.host import fast_bf16
 from .errors import InputError
-from .measure import environment
-from .models import DEMO, fast_bf16, require
+from .models import DEMO, require
 from .output import BASE, remove_interrupted
-from .report import MARKER, PLOT, plot_losses, write_json
+from .report import MARKER, PLOT, plot_losses
 
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 LEGEND = (
@@ -302,7 +304,7 @@ def run_demo(output: Path, *, quick: bool, cache: Path) -> None:
         raise InputError(f"output folder {str(output)!r} holds files of something else; give a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
     report = Demo(output, QUICK if quick else FULL, cache).run()
-    write_json(output / MARKER, report)
+    json_file.write(output / MARKER, report, indent=2)
     (output / "report.md").write_text(markdown(report), encoding="utf-8")
     print()
     _show(report)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..system.host import device
 from .errors import InputError
-from .models import check_length, device
+from .models import check_length
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..system.heap import Trimmer
+from ..system.host import device
 from .errors import Diverged, InputError
 from .interrupts import Interrupts
 from .measure import PeakMemory, perplexity
-from .models import device
 from .output import OutputFolder, checkpoint_step, writing
 
 if TYPE_CHECKING:

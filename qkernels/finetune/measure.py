@@ -1,20 +1,16 @@
-"""Perplexity, peak memory and the surroundings a number was taken in."""
+"""Perplexity and peak memory."""
 
 from __future__ import annotations
 
 import math
-import platform
-import sys
 import threading
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
-from ..kernels import isa
-from .models import check_length, cpu_features, device
+from ..system.host import device
+from .models import check_length
 
 _LARGEST = 709.0  # whose exp a float holds
 
@@ -78,27 +74,3 @@ class PeakMemory:
             self.bytes = max(self.bytes, process.memory_info().rss)
             if self._stop.wait(0.01):
                 return
-
-
-def package_version(name: str) -> str | None:
-    """The installed version of a package, without importing it; None if it is absent."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def environment() -> dict[str, object]:
-    """Versions, CPU and instruction set, for a report."""
-    return {
-        "qkernels": __version__,
-        "python": platform.python_version(),
-        "platform": sys.platform,
-        "packages": {
-            "torch": str(torch.__version__),  # with the CUDA it was built for, which its metadata may leave out
-            **{name: package_version(name) for name in ("transformers", "peft", "triton")},
-        },
-        "cpu": cpu_features().get("cpu_name") or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "isa": isa.current(),
-    }

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from ..nn.linear import QuantLinear
 from ..ptq.smoothquant import smooth_
 from ..system import heap
 from ..system.cache import user_cache
+from ..system.host import device
 from .errors import InputError
 
 DEMO = "demo"
 _MESSAGE = 300  # characters of an error of another library that are shown
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def default_cache() -> Path:
@@ -50,29 +50,6 @@ def require(*modules: str) -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise InputError(f"this needs the package {module} ({error}): pip install {module}") from error
-
-
-def fast_bf16() -> bool:
-    """Whether torch multiplies bfloat16 by instructions for it; elsewhere it is several times slower than float32."""
-    has_instructions = any(cpu_features().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return has_instructions and torch.backends.mkldnn.is_available()
-
-
-def cpu_features() -> Mapping[str, Any]:
-    """What torch knows about the CPU; empty if this torch cannot tell."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-
-
-def device() -> torch.device:
-    """Where models run: the GPU if torch has one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """The dtype called "float32", "bfloat16" or "auto" (bfloat16 where the hardware multiplies it)."""
-    if name == "auto":
-        return torch.bfloat16 if device().type == "cuda" or fast_bf16() else torch.float32
-    return DTYPES[name]
 
 
 def resolve_model(name: str, cache: Path) -> Path:

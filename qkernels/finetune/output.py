@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..system import json_file
 from .errors import InputError
 
 try:
@@ -63,9 +64,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `qkernels.json`, whole or not at all."""
-    scratch = folder / (RECORD + ".new")
-    scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / RECORD)
+    json_file.write(folder / RECORD, record, indent=2)
 
 
 @contextmanager

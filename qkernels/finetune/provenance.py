@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..diagnostics.environment import environment
 from .errors import InputError
-from .measure import environment
 from .output import BASE, OutputFolder, read_record
 
 if TYPE_CHECKING:

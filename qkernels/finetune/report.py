@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..system import json_file
 
 MARKER = "report.json"
 PLOT = "loss.png"
@@ -16,13 +17,8 @@ PLOT = "loss.png"
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write the report of `finetune` in its three forms; without a plot, and saying so, where matplotlib is missing."""
     plotted = plot_losses(folder / PLOT, {report["settings"]["scheme"]: report})
-    write_json(folder / MARKER, report)
+    json_file.write(folder / MARKER, report, indent=2)
     (folder / "report.md").write_text(markdown(report, plot=plotted), encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Readable JSON that ends with a newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def megabytes(count: int) -> str:

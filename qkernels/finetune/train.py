@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.model import freeze_
+from ..diagnostics.environment import environment
 from ..formats.scheme import QuantScheme
 from ..integrations.fused_loss import PatchedLoss, patch_loss
+from ..system.host import device, pick_dtype
 from . import provenance
 from .errors import Diverged, InputError
 from .interrupts import Interrupted, Interrupts
-from .measure import environment, perplexity
+from .measure import perplexity
 from .models import (
     check_length,
     check_scheme,
     default_cache,
-    device,
     load_model,
     load_tokenizer,
     model_bytes,
-    pick_dtype,
     quantize,
     require,
     resolve_model,

@@ -241,7 +241,7 @@ class TestFiles:
         path = tmp_path / "linear.json"
         for text in ("", "[]", "{}", '{"format": 0}', '{"format": 1, "rows": [{"name": "x"}]}'):
             path.write_text(text)
-            with pytest.raises(ValueError, match=r"linear\.json must be a results file"):
+            with pytest.raises(ValueError, match=r"linear\.json is no file of qkernels bench"):
                 Results.load(path)
 
     def test_compare_finds_a_planted_regression(self, results):
@@ -323,7 +323,7 @@ class TestConsole:
         assert_refused(invoke("bench", "linear", "--output", tmp_path, *options), words)
 
     def test_compare_of_what_is_no_result(self, tmp_path):
-        assert_refused(invoke("bench", "compare", tmp_path, tmp_path), "must be a results file")
+        assert_refused(invoke("bench", "compare", tmp_path, tmp_path), "is no file of qkernels bench linear")
 
 
 class TestGpu:

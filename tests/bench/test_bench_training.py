@@ -115,7 +115,7 @@ def test_results_survive_a_file(tmp_path):
     assert results.rows[0].memory.growth == 30
     for text in ("", "[]", '{"format": 0}', '{"format": 1, "machine": {}, "rows": [{"memory": null}]}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"train\.json must be a results file"):
+        with pytest.raises(ValueError, match=r"train\.json is no file of qkernels bench"):
             TrainResults.load(path)
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...finetune.models import DTYPES, embedding_scheme, fast_bf16, pick_dtype
+from ...finetune.models import embedding_scheme
 from ...formats.scheme import QuantScheme
 from ...integrations.fused_loss import patch_loss
+from ...system.host import DTYPES, fast_bf16, pick_dtype
 from ..torch_baselines import onednn_float32
 from .cases import FROZEN, FULL, LORA, Case, Language
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...system import json_file
 from ..candidate import chosen
 from ..ours import WrongResult
 from ..results import Skipped, machine
@@ -21,6 +21,7 @@ from .contenders import Contender, contenders
 from .memory import Memory, huge_pages, measure
 
 FORMAT = 1
+PROGRAM = "qkernels bench train"
 FILE = "train.json"
 MIN_ROUNDS = 2  # for quartiles
 
@@ -65,9 +66,8 @@ class TrainResults:
 
     def save(self, folder: Path) -> Path:
         """Write `train.json` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        path.write_text(json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        json_file.write(path, {"format": FORMAT} | dataclasses.asdict(self))
         return path
 
     @classmethod
@@ -78,14 +78,9 @@ class TrainResults:
             ValueError: if it is not such a file.
         """
         file = path / FILE if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']}, expected {FORMAT}")
+        data = json_file.read(file, program=PROGRAM, version=FORMAT)
+        with json_file.describing(file, PROGRAM):
             return cls(data["machine"], [_row(row) for row in data["rows"]], [Skipped(**s) for s in data["skipped"]])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file} must be a results file of 'qkernels bench train' ({what})") from error
 
 
 def _row(values: dict[str, Any]) -> TrainRow:

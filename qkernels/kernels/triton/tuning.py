@@ -7,8 +7,6 @@ Every candidate gives the same bits for `a8` schemes: an exact sum has no order.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...system import json_file
 from ...system.cache import user_cache
 from .target import Target
 from .tiles import OPERAND_BYTES, MatmulShape, Tile, bucket, choose
 
 FILE = Path(__file__).with_name("tuned.json")
 FORMAT = 1
+PROGRAM = "qkernels tune"
 LEAST_GAIN = 0.03  # below, the difference is taken for noise, and the choice of `tiles` stays
 
 _Entry = TypeVar("_Entry", MatmulShape, Tile)
@@ -159,7 +159,7 @@ def save(path: Path, device: str, findings: list[Finding]) -> None:
                 "before": finding.before,
             }
     content["devices"][device] = list(kept.values())
-    _replace(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    json_file.write(path, content, sort_keys=True)
 
 
 def prepare(path: Path) -> None:
@@ -170,41 +170,16 @@ def prepare(path: Path) -> None:
     """
     content = _read(path)
     _entries(path, content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(path)
-    scratch.touch()
-    scratch.unlink()
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(path)
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    json_file.expect_writable(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What the file holds, or what an empty one would; only its outermost layer is checked."""
     if not path.exists():
         return {"format": FORMAT, "devices": {}}
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no file of qkernels tune: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no file of qkernels tune, or of another version")
+    content = json_file.read(path, program=PROGRAM, version=FORMAT)
     if not isinstance(content.get("devices"), dict):
-        raise ValueError(f"{path} is no file of qkernels tune: it lists no devices")
+        raise ValueError(f"{path} is no file of {PROGRAM}: it lists no devices")
     return content
 
 
@@ -213,13 +188,13 @@ def _entries(path: Path, content: dict[str, Any]) -> dict[str, dict[MatmulShape,
     devices: dict[str, dict[MatmulShape, tuple[Tile, dict[str, Any]]]] = {}
     for device, entries in content["devices"].items():
         if not isinstance(entries, list):
-            raise ValueError(f"{path} is no file of qkernels tune: {device!r} has no list of products")
+            raise ValueError(f"{path} is no file of {PROGRAM}: {device!r} has no list of products")
         devices[device] = {}
         for number, entry in enumerate(entries):
             parts = (entry.get("product"), entry.get("config")) if isinstance(entry, dict) else (None, None)
             product, config = _build(MatmulShape, parts[0]), _build(Tile, parts[1])
             if product is None or config is None or product.operand not in OPERAND_BYTES:
-                raise ValueError(f"{path} is no file of qkernels tune: entry {number} of {device!r} is broken")
+                raise ValueError(f"{path} is no file of {PROGRAM}: entry {number} of {device!r} is broken")
             devices[device][product] = (config, entry)
     return devices
 
