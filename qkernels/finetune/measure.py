@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,20 @@ _LARGEST = 709.0  # whose exp a float holds
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, blocks: Sequence[Tensor], *, label: str = "held-out") -> float:
+def perplexity(
+    model: nn.Module,
+    blocks: Sequence[Tensor],
+    *,
+    label: str = "held-out",
+    visit: Callable[[Tensor], None] | None = None,
+) -> float:
     """exp of the mean cross entropy over all predicted tokens of `blocks`, one block at a time.
 
     Args:
         model: a causal language model whose loss is the mean over the block.
         blocks: int64 [T], each at least two tokens.
         label: shown beside the progress bar.
+        visit: called with the logits [T, V] of each block.
 
     Raises:
         InputError: if a block is longer than the model has positions.
@@ -36,7 +43,10 @@ def perplexity(model: nn.Module, blocks: Sequence[Tensor], *, label: str = "held
     for block in tqdm(blocks, desc=label, unit="block", leave=False):
         ids = block.unsqueeze(0).to(device())
         predicted = len(block) - 1
-        total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * predicted
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        total += output.loss.item() * predicted
+        if visit:
+            visit(output.logits[0])
         tokens += predicted
     model.train(was_training)
     mean = total / tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -100,17 +102,22 @@ def _cached_snapshot(hub_id: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
+def _convert_gguf(path: Path, folder: Path) -> None:
     """Write the dequantized weights (float32: exact) and the tokenizer as a transformers folder."""
     require("transformers", "gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import gguf
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting {gguf.name} to {folder} (once, may take a minute) ...", file=sys.stderr)
+    print(f"converting {path.name} to {folder} (once, may take a minute) ...", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # transformers reads the file, a quarter of a million tokens in Python, anew for each of the three.
+        with patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)):
+            source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+            source["config"] = AutoConfig.from_pretrained(**source)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # transformers refuses to save a model that it loaded from GGUF, so the tensors move to one without that mark.
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
@@ -122,7 +129,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         clean.save_pretrained(scratch)
         scratch.rename(folder)
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"cannot convert {gguf} into {folder}: {_reason(error)}") from error
+        raise InputError(f"cannot convert {path} into {folder}: {_reason(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ class FinetuneSettings:
     cache: Path = field(default_factory=default_cache)
 
 
-def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+def finetune(settings: FinetuneSettings, *, evaluate: Callable[..., float] = perplexity) -> dict[str, Any]:
     """Fine-tune a causal language model and write the adapter (or model), the reports and the plot to a folder.
 
     The base of `method="lora"` is quantized by `scheme` ("none": left in float) and frozen. `method="full"` trains all
@@ -91,6 +92,10 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
 
     All is written to a scratch folder that replaces the output folder at the end (`OutputFolder`). SIGINT, SIGTERM and
     SIGHUP end the training after the step it is in, and what was trained so far is saved.
+
+    Args:
+        settings: what to do.
+        evaluate: measures the held-out text before and after the training; called as `perplexity`.
 
     Returns:
         The report, as in `report.json`.
@@ -108,7 +113,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     output = OutputFolder(settings.output, resume=settings.resume)
     try:
         with Interrupts() as interrupts, output:
-            return _run(settings, folder, texts, eval_texts, output, interrupts)
+            return _run(settings, evaluate, folder, texts, eval_texts, output, interrupts)
     except (InputError, KeyboardInterrupt) as error:
         checkpoint = latest_checkpoint(output.scratch)
         if isinstance(error, KeyboardInterrupt) and not str(error) and checkpoint is None:
@@ -125,6 +130,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
 
 def _run(
     settings: FinetuneSettings,
+    evaluate: Callable[..., float],
     folder: Path,
     texts: list[str],
     eval_texts: list[str],
@@ -140,7 +146,9 @@ def _run(
         if (output.resumed_from / BASE).is_dir() and output.resumed_from != output.scratch:
             with writing(output.path):
                 shutil.copytree(output.resumed_from / BASE, output.scratch / BASE)
-    model, report = _quantized_base(settings, folder, dtype, train_blocks, eval_blocks, output, tokenizer, resumed)
+    model, report = _quantized_base(
+        settings, folder, dtype, train_blocks, eval_blocks, output, tokenizer, resumed, evaluate
+    )
     record = provenance.record(settings, folder, output, report, train_blocks + eval_blocks)
     measured = report["perplexity"]
     before = measured.get("quantized", measured.get("float"))
@@ -159,7 +167,7 @@ def _run(
     record["steps_done"], record["finished"] = done, done == settings.steps
     if record["finished"] and eval_blocks and not interrupts.requested:
         try:
-            measured["finetuned"] = perplexity(model, eval_blocks, label="held-out, fine-tuned")
+            measured["finetuned"] = evaluate(model, eval_blocks, label="held-out, fine-tuned")
         except KeyboardInterrupt:  # the training is done and will be saved
             interrupts.requested = True
         else:
@@ -200,6 +208,7 @@ def _quantized_base(
     output: OutputFolder,
     tokenizer,
     resumed: dict[str, Any] | None,
+    evaluate: Callable[..., float],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model that training starts from, measured, and the report so far.
 
@@ -214,7 +223,7 @@ def _quantized_base(
     report = resumed["report"] if resumed else _initial_report(settings, model, dtype, train_blocks, eval_blocks)
     measured = report["perplexity"]
     if eval_blocks and settings.baseline and not resumed:
-        measured["float"] = perplexity(model, eval_blocks, label="held-out, float")
+        measured["float"] = evaluate(model, eval_blocks, label="held-out, float")
         _expect_finite(measured["float"], "of the float model")
     if settings.scheme != "none":
         quantized = quantize(
@@ -228,7 +237,7 @@ def _quantized_base(
         )
         report["quantization"] = quantized.to_dict()
         if eval_blocks and not resumed:
-            measured["quantized"] = perplexity(model, eval_blocks, label=f"held-out, {settings.scheme}")
+            measured["quantized"] = evaluate(model, eval_blocks, label=f"held-out, {settings.scheme}")
             _expect_finite(measured["quantized"], "of the quantized model")
     report["model"]["bytes"] = model_bytes(model)
     if own_base:
