@@ -17,13 +17,17 @@ QUICK_TESTS := $(addprefix tests/,formats kernels autograd nn ptq convert projec
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/native tools/gpu_emulation -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-quick test test-quick test-slow lint format bench bench-peers wheel wheel-cuda wheel-test clean
+.PHONY: demo demo-full test test-quick test-slow lint format bench bench-peers wheel wheel-cuda wheel-test clean
 
-demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in bf16, int8 and int4 and compare
-	$(BIN)/python -m qkernels demo
+START := $(shell date +%s)
+# What `make demo` may take, with what it sets up.
+DEMO_SECONDS ?= 280
 
-demo-quick: $(VENV)/.demo
-	$(BIN)/python -m qkernels demo --quick
+demo: $(VENV)/.demo ## fine-tune Gemma-3-270M in float, int8 and int4 and compare, in less than 5 minutes
+	$(BIN)/python -m qkernels demo --seconds $$(($(DEMO_SECONDS) - $$(date +%s) + $(START)))
+
+demo-full: $(VENV)/.demo ## the same with more steps and text: some 20 minutes
+	$(BIN)/python -m qkernels demo --full
 
 test: $(VENV)/.test ## all that needs neither a GPU nor much time
 	$(PYTEST) -m "not gpu and not slow"
