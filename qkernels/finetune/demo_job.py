@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
 
     Returns:
         The report of `finetune`, with "kl_divergence" by stage (nats a token; empty for the float model),
-        "generated_tokens_per_second" and the generated tokens "before" and "after".
+        "generated_tokens_per_second" and the generated tokens: "before", and of a quantized model "after".
     """
     paths = {name: Path(job.settings[name]) for name in ("output", "cache")}
     texts = {name: [Path(path) for path in job.settings[name]] for name in ("text", "eval_text")}
@@ -85,7 +85,7 @@ class Evaluation:
             self.found["kl_divergence"][stage] = torch.cat(divergence).mean().item()
         if stage == "quantized":
             self.found["before"], self.found["generated_tokens_per_second"] = self._generate(model)
-        else:
+        elif not self._is_float:
             self.found["after"], _ = self._generate(model)
         return value
 

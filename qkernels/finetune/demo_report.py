@@ -16,9 +16,9 @@ PICTURE = "demo.png"
 TITLE = "qkernels demo: Gemma-3-270M, LoRA on the documentation of Python"
 FLOAT_NOTE = "float models train with the loss of transformers, quantized ones with head and loss fused"
 LEGEND = (
-    "KL: divergence from the float model in the same state, nats a token, 0 is equal; perplexity of held-out text: "
-    "float model, quantized, fine-tuned; prepared: smoothed, or calibrated by GPTQ, on training text; train, "
-    "generate: tokens a second; peak: memory while training"
+    "prep: weights smoothed, or calibrated by GPTQ, on training text; quant: after quantization; tuned: after "
+    "fine-tuning; KL: divergence of held-out predictions from the float model's in the same state (nats a token; 0: "
+    "equal); ppl: held-out perplexity; tok/s: tokens a second in training and generation; peak: memory while training"
 )
 # Rise of the held-out perplexity that counts as a defect: over the float model by quantization alone, and over the
 # fine-tuned float model after fine-tuning.
@@ -31,19 +31,19 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:.0f}"
 
 
-# Key of a row, group and title of its column, and how it is shown.
+# Key of a row, the two lines of its column's title, and how it is shown; 80 columns of a terminal hold them all.
 COLUMNS = (
-    ("configuration", "", "", str),
-    ("prepared", "", "prepared", str),
-    ("kl_quantized", "KL", "quantized", "{:.4f}".format),
+    ("configuration", "", "configuration", str),
+    ("prepared", "", "prep", str),
+    ("kl_quantized", "KL", "quant", "{:.4f}".format),
     ("kl_finetuned", "KL", "tuned", "{:.4f}".format),
-    ("perplexity_float", "perplexity", "float", "{:.2f}".format),
-    ("perplexity_quantized", "perplexity", "quantized", "{:.2f}".format),
-    ("perplexity_finetuned", "perplexity", "tuned", "{:.2f}".format),
-    ("train_tokens_per_second", "tokens/s", "train", "{:.0f}".format),
-    ("generated_tokens_per_second", "tokens/s", "generate", "{:.1f}".format),
-    ("peak_memory_bytes", "MB", "peak", _megabytes),
-    ("model_bytes", "MB", "model", _megabytes),
+    ("perplexity_float", "ppl", "float", "{:.2f}".format),
+    ("perplexity_quantized", "ppl", "quant", "{:.2f}".format),
+    ("perplexity_finetuned", "ppl", "tuned", "{:.2f}".format),
+    ("train_tokens_per_second", "train", "tok/s", "{:.0f}".format),
+    ("generated_tokens_per_second", "gen", "tok/s", "{:.1f}".format),
+    ("peak_memory_bytes", "peak", "MB", _megabytes),
+    ("model_bytes", "model", "MB", _megabytes),
 )
 
 
@@ -80,7 +80,7 @@ def checks(rows: list[dict[str, Any]], float_dtype: str, *, learned: bool) -> li
     Args:
         rows: of the report; limits of configurations without a row are left out.
         float_dtype: the configuration that the others are compared with.
-        learned: whether there were steps enough to expect a gain of them.
+        learned: whether there were steps enough to judge what they gained.
     """
     by_name = {row["configuration"]: row for row in rows if row["perplexity_finetuned"] is not None}
     reference = by_name[float_dtype]
@@ -94,7 +94,7 @@ def checks(rows: list[dict[str, Any]], float_dtype: str, *, learned: bool) -> li
             rise = by_name[name]["perplexity_quantized"] / reference["perplexity_float"] - 1
             check(f"{name}, quantized, over float", rise, rise <= limit, f"at most {limit:+.1%}")
     for name, limit in LIMITS_FINETUNED.items():
-        if name in by_name:
+        if name in by_name and learned:
             rise = by_name[name]["perplexity_finetuned"] / reference["perplexity_finetuned"] - 1
             what = f"{name}, fine-tuned, over fine-tuned {float_dtype}"
             check(what, rise, rise <= limit, f"at most {limit:+.1%}")
@@ -187,19 +187,20 @@ def draw_bars(path: Path, report: dict[str, Any]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("Gemma-3-270M, fine-tuned by LoRA: float against quantized")
-    for axes, (title, key, factor) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    for axes, (title, key, factor) in zip(panels, _PANELS, strict=True):
         rows = [row for row in report["rows"] if row.get(key) is not None]
         names = [row["configuration"] for row in rows]
         colors = ["0.6" if name in ("float32", "bfloat16") else "tab:green" for name in names]
         bars = axes.barh(names, [row[key] * factor for row in rows], color=colors)
         axes.bar_label(bars, fmt="%.3g", padding=3)
         axes.set_title(title, fontsize=10)
-        axes.margins(x=0.25)
-        axes.invert_yaxis()
+        axes.margins(x=0.3)
         axes.set_xticks([])
         axes.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].invert_yaxis()  # shared: the first row on top
     figure.savefig(path, dpi=120)
     return True
