@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .bench import bench
-from .common import keep_quiet, one_line_errors
+from .common import one_line_errors
 from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
@@ -49,6 +49,7 @@ def prepare(
     """int8 and int4 linear layers for PyTorch: inspect, fine-tune, evaluate, generate, measure."""
     # A bad QKERNELS_ISA is refused before any command starts.
     from ..finetune import InputError
+    from ..finetune.quiet import keep_quiet
     from ..kernels import isa
 
     keep_quiet()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -70,40 +68,12 @@ def one_line_errors(command: Function) -> Function:
     return run
 
 
-class _Chatter(logging.Filter):
-    """Drops what transformers logs about configurations that no user of this program has written."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "loss_type=None" not in record.getMessage()
-
-
-def keep_quiet() -> None:
-    """Silence messages of other libraries on which a user of this program cannot act; ours are never filtered."""
-    for message in (
-        ".*fan_in_fan_out is set to",  # PEFT, for the Conv1D of GPT-2
-        ".*'pin_memory' argument is set as true",
-        ".*`?is_gradient_checkpointing`? is deprecated",
-        ".*Could not find a config file in",  # PEFT, asking the hub for the base
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    # A deprecation between transformers and PEFT.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers.modeling_utils", "transformers.configuration_utils"):
-        logging.getLogger(name).addFilter(_Chatter())
-
-
-def hide_bars() -> None:
-    """Turn off the progress bars of transformers, which mix with ours."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
 def load(model: str, scheme: str | None, adapter: Path | None, dtype: str, cache: Path | None):
     """The (quantized) model with its adapter, its tokenizer, and the scheme of its weights."""
     from ..finetune import InputError, load_adapter, load_model, load_tokenizer, resolve_model
     from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require
     from ..finetune.provenance import check_adapter
+    from ..finetune.quiet import hide_bars
     from ..system.host import pick_dtype
 
     if scheme is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Cache, Dtype, hide_bars, one_line_errors
+from .common import Cache, Dtype, one_line_errors
 
 
 @one_line_errors
@@ -22,6 +22,7 @@ def demo(
     """Fine-tune Gemma-3-270M in float, w8a8 and w4a8-g32-asym on technical English and compare them in one table."""
     from ..finetune.demo import ChildFailed, run_demo
     from ..finetune.models import default_cache, require
+    from ..finetune.quiet import hide_bars
 
     require("transformers")
     hide_bars()

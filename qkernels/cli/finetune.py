@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import Cache, Dtype, Model, Scheme, hide_bars, one_line_errors
+from .common import Cache, Dtype, Model, Scheme, one_line_errors
 
 
 @one_line_errors
@@ -131,6 +131,7 @@ def finetune(
     from ..finetune import FinetuneSettings
     from ..finetune import finetune as run
     from ..finetune.models import default_cache, require
+    from ..finetune.quiet import hide_bars
     from ..finetune.report import summary_rows
     from ..finetune.train import next_command
 

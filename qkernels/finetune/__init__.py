@@ -4,8 +4,9 @@ from .errors import InputError
 from .generation import generate_text
 from .measure import perplexity
 from .models import load_adapter, load_model, load_tokenizer, resolve_model
+from .settings import FinetuneSettings
 from .text import read_texts, token_blocks
-from .train import FinetuneSettings, finetune
+from .train import finetune
 
 __all__ = [
     "FinetuneSettings",

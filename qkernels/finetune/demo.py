@@ -220,7 +220,7 @@ class Demo:
             "cache": str(self.cache),
             "scheme": scheme,
             "dtype": dtype,
-            "grad": "float" if scheme == "none" else "int8",
+            "grad_dtype": "float" if scheme == "none" else "int8",
             "steps": budget.timing_steps if timed_only else budget.steps,
             "eval_blocks": 0 if timed_only else budget.eval_blocks,
             "seq_len": budget.seq_len,

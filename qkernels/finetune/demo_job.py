@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..system.host import device
 from .measure import perplexity
-from .train import FinetuneSettings, finetune
+from .settings import FinetuneSettings
+from .train import finetune
 
 KEPT_POSITIONS = 256  # of the held-out text, at which a run is compared with the float model
 STAGES = ("quantized", "finetuned")  # what is measured before and after the training; the float model at both
@@ -109,7 +110,7 @@ class Evaluation:
 
 
 if __name__ == "__main__":
-    from ..cli.common import hide_bars, keep_quiet
+    from .quiet import hide_bars, keep_quiet
 
     keep_quiet()
     hide_bars()

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -153,9 +152,8 @@ def markdown(report: dict[str, Any]) -> str:
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the table, the checks and the generated text."""
     console = console or Console(markup=False, highlight=False)
-    table = Table(
-        title=TITLE, caption=f"{_headline(report)}\n{LEGEND}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
+    caption = f"{_headline(report)}\n{LEGEND}"
+    table = Table(title=TITLE, caption=caption, box=None, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
     for index, (_, group, title, _) in enumerate(COLUMNS):
         table.add_column(f"{group}\n{title}", justify="right" if index else "left", no_wrap=True)
     for row in report["rows"]:

@@ -7,7 +7,7 @@ import math
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from .errors import Diverged, InputError
 from .interrupts import Interrupts
 from .measure import PeakMemory, perplexity
 from .output import OutputFolder, checkpoint_step, writing
-
-if TYPE_CHECKING:
-    from .train import FinetuneSettings
+from .settings import FinetuneSettings
 
 # In each checkpoint: what the report tells of the steps before it.
 PROGRESS = "progress.json"

@@ -8,16 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..diagnostics.environment import environment
 from .errors import InputError
 from .output import BASE, OutputFolder, read_record
-
-if TYPE_CHECKING:
-    from .train import FinetuneSettings
+from .settings import FinetuneSettings
 
 # Settings that may differ between a run and the one that goes on with it.
 _FREE = ("model", "text", "eval_text", "output", "cache", "resume", "save_steps")

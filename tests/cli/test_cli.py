@@ -15,7 +15,6 @@ from helpers import TEXT, assert_refused, invoke, layer_kinds
 
 from qkernels import __version__, quantize_
 from qkernels.finetune import InputError, read_texts, token_blocks
-from qkernels.finetune.demo import INT4, INT8, checks, write_texts
 from qkernels.finetune.models import load_model, load_tokenizer, model_bytes, resolve_model
 from qkernels.finetune.text import split_blocks
 from qkernels.kernels import isa
@@ -459,34 +458,3 @@ class TestParts:
 
     def test_resolve_model_takes_a_folder(self, llama, tmp_path):
         assert resolve_model(str(llama), tmp_path) == llama
-
-
-class TestDemo:
-    def test_texts_are_deterministic_and_do_not_overlap(self, tmp_path):
-        (tmp_path / "again").mkdir()
-        first, second = write_texts(tmp_path), write_texts(tmp_path / "again")
-        assert [p.read_text("utf-8") for p in first] == [p.read_text("utf-8") for p in second]
-        train, held_out = ({p for p in path.read_text("utf-8").split("\n\n") if p.strip()} for path in first)
-        assert not train & held_out
-        assert min(sum(map(len, part)) for part in (train, held_out)) > 20_000
-
-    def test_checks_compare_with_the_limits(self):
-        def row(name, quantized, finetuned):
-            return {
-                "configuration": name,
-                "perplexity_float": 20.0,
-                "perplexity_quantized": quantized,
-                "perplexity_finetuned": finetuned,
-            }
-
-        rows = [row("float32", None, 16.0), row(INT8, 20.6, 16.2), row(INT4, 22.0, 17.5), row("w8a8-ag128", 20.1, None)]
-        result = {item["check"]: item for item in checks(rows, "float32")}
-        assert [name for name, item in result.items() if not item["ok"]] == [
-            "w4a8-g32-asym, fine-tuned, over fine-tuned float32"
-        ]
-        assert result["w8a8, quantized, over float"]["value"] == pytest.approx(0.03)
-        assert result["w8a8, change by fine-tuning"]["value"] == pytest.approx(16.2 / 20.6 - 1)
-
-    def test_foreign_output_folder_is_refused(self, tmp_path):
-        (tmp_path / "mine.doc").write_text("precious")
-        assert_refused(invoke("demo", "--output", tmp_path), "something else")
