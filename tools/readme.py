@@ -1,0 +1,141 @@
+"""The numbers and the picture of README.md, from rows in benchmarks/results: `python tools/readme.py` writes them.
+
+README.md holds each block between `<!-- NAME: generated -->` and `<!-- end -->`; a test compares them with these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "readme.png"
+LINEAR, GEMMA, MLP = "linear-intel-xeon-amx-2t", "training-gemma-intel-xeon-amx-2t", "training-intel-xeon-amx-2t"
+KEPT_MEMORY = "training-models-kept-memory-intel-xeon-amx-2t"
+QUALITY = "quality-intel-xeon-amx-2t"
+FLOAT, INT8, INT4 = "torch bfloat16", "w8a8 frozen int8 + loss", "w4a8-g32-asym frozen int8 + loss"
+COLUMNS = (FLOAT, "torch.ao int8 onednn", "w8a8", "w4a8-g128", "w4a8-g32-asym")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def find(results: str, **values: Any) -> dict[str, Any]:
+    """The one row of a file that has these values."""
+    (row,) = [row for row in rows(results) if all(row[key] == value for key, value in values.items())]
+    return row
+
+
+def layer(name: str, m: int) -> float:
+    """Seconds of a 4096 x 4096 layer, forward, warm."""
+    dtype = "float32" if name.startswith("torch.ao") else "bfloat16"  # torch.ao takes no other
+    row = find(LINEAR, name=name, m=m, n=4096, k=4096, direction="forward", weights="warm", threads=2, dtype=dtype)
+    return row["median"]
+
+
+def step(name: str, results: str = GEMMA) -> float:
+    return find(results, case="gemma-lora", name=name)["median"]
+
+
+def used(name: str) -> int:
+    """Bytes of a training run above what its libraries take."""
+    memory = find(GEMMA, case="gemma-lora", name=name)["memory"]
+    return memory["peak"] - memory["libraries"]
+
+
+def instruction_sets() -> int:
+    """Kernel files: one each."""
+    return len(list((ROOT / "csrc" / "cpu" / "kernels").rglob("*.cpp")))
+
+
+def claims() -> str:
+    speed, kept = step(FLOAT) / step(INT8), step(FLOAT, KEPT_MEMORY) / step(INT8, KEPT_MEMORY)
+    share = 100 * used(INT8) / used(FLOAT)
+    whole, ours = (find(MLP, case="mlp-full", name=name)["median"] for name in (FLOAT, "w8a8 int8 int8"))
+    texts = (
+        "**It trains at integer speed, on a CPU.** Forward, gradients, and head and loss of a vocabulary are integer "
+        f"products: a LoRA step of Gemma-3-270M is {speed:.1f} times as fast as in torch bfloat16 ({kept:.1f} times "
+        f"where the C library keeps its memory between steps) and takes {share:.0f} % of the memory [1].",
+        "**It is exact.** Each bit of an int8 forward and of its integer gradients is defined and the same on all "
+        f"{instruction_sets()} instruction sets, with any number of threads and in any batch: the tests ask for "
+        "equality, not for closeness.",
+        "**It trains the int8 weight itself**, with no float copy beside it: a step of all weights of an MLP is "
+        f"{whole / ours:.1f} times as fast as in torch bfloat16 [2], and what you train is what you ship.",
+    )
+    wrap = {"width": 120, "initial_indent": "- ", "subsequent_indent": "  "}
+    return "\n".join(textwrap.fill(text, **wrap, break_on_hyphens=False) for text in texts)
+
+
+def layer_table() -> str:
+    names = [name.replace(" onednn", "") for name in COLUMNS]
+    lines = ["| rows of x | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
+    for m in (1, 16, 256):
+        times = [layer(name, m) for name in COLUMNS]
+        cells = [f"{times[0] * 1e3:.2f} ms", *(f"{times[0] / seconds:.1f}x" for seconds in times[1:])]
+        lines.append(f"| {m} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def training_table() -> str:
+    quality = {row["name"]: row for row in rows(QUALITY)}
+    lines = ["| | ms a step | MB | perplexity before | after 100 steps |", "| --- | ---: | ---: | ---: | ---: |"]
+    runs = (
+        ("torch bfloat16", FLOAT, "bfloat16"),
+        ("w8a8-ag128", "w8a8-ag128 frozen int8 + loss", "w8a8-ag128 frozen int8"),
+        ("w8a8", INT8, "w8a8 frozen int8"),
+        ("w4a8-g32-asym", INT4, "w4a8-g32-asym frozen int8"),
+    )
+    for title, timed, learned in runs:
+        memory = find(GEMMA, case="gemma-lora", name=timed)["memory"]
+        result = quality[learned]
+        before = result["quantized"] or result["float"]
+        size = "-" if memory is None else f"{used(timed) / 1e6:.0f}"
+        lines.append(f"| {title} | {step(timed) * 1e3:.0f} | {size} | {before:.2f} | {result['tuned']:.2f} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"claims": claims, "layers": layer_table, "training": training_table}
+
+
+def rendered(text: str) -> str:
+    """README.md with its blocks made anew."""
+    for name, block in BLOCKS.items():
+        pattern = rf"(<!-- {name}: generated -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda match, block=block: match[1] + block() + match[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md must hold one block {name!r}, and holds {count}")
+    return text
+
+
+def draw(path: Path) -> None:
+    """Two panels of bars: time and memory of a LoRA step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = ["torch bfloat16", "qkernels w8a8", "qkernels w4a8"]
+    panels = (
+        ("one LoRA step of Gemma-3-270M, ms", [step(name) * 1e3 for name in (FLOAT, INT8, INT4)]),
+        ("memory of model and training, MB", [used(name) / 1e6 for name in (FLOAT, INT8, INT4)]),
+    )
+    for axes, (title, values) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        bars = axes.barh(names, values, color=["0.65", "tab:green", "tab:green"])
+        axes.bar_label(bars, labels=[f"{value:.0f}" for value in values], padding=3)
+        axes.set_title(title, fontsize=11)
+        axes.margins(x=0.15)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(PICTURE)
