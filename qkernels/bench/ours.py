@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedWeight, StoredWeight
+from ..formats.storage import QuantizedRows, QuantizedWeight, StoredWeight
 from ..kernels import ops, reference
 from ..kernels.quantizers import quantize_activation, quantize_weight
 from ..nn.linear import QuantLinear
@@ -120,7 +120,7 @@ class IntGradient(Operator):
     def verify(self, x: tuple[Tensor, Tensor], out: Tensor, weight: Tensor, bias: Tensor) -> str:
         known = StoredWeight(*self.stored(weight), self.case.k, self.scheme)
         column_scales = None if self.scheme.group_size is None else reference.column_scales(known)
-        expected = reference.int_grad_input(*x, known, column_scales, out_dtype=self.dtype)
+        expected = reference.int_grad_input(QuantizedRows(*x), known, column_scales, self.dtype)
         return self._expect_equal(out, expected)
 
 

@@ -60,6 +60,13 @@ def dequantize_weight(
     return integers * expand_groups(scales, scheme.group_size, in_features)
 
 
+class QuantizedRows(NamedTuple):
+    """A matrix [M, N] with one scale a row."""
+
+    integers: Tensor  # int8 [M, N]
+    scales: Tensor  # float32 [M]
+
+
 class StoredWeight(NamedTuple):
     """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme."""
 

@@ -1,18 +1,19 @@
 """Arguments of the operators' schemas, bundled for the functions that are written in Python.
 
 A schema takes a weight as several arguments: `qweight`, `scales`, `zeros`, the scheme's code, and `in_features` where x
-does not tell it. Checks, fake kernels, the reference and Triton's plans take one `StoredWeight` in their place.
+does not tell it. Checks, fake kernels, the reference and Triton's plans take one `StoredWeight` in their place, and one
+`QuantizedRows` in the place of a quantized gradient and its scales.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import StoredWeight
+from ..formats.storage import QuantizedRows, StoredWeight
 
 
 @cache
@@ -64,4 +65,14 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     qweight, scales, zeros = args[weight : weight + 3]
     dropped = {places["scheme"], places.get("in_features")}
     rest = (value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped)
-    return *args[:weight], StoredWeight(qweight, scales, zeros, in_features, scheme), *rest
+    before = (QuantizedRows(*args[:2]),) if "q_grad" in places else args[:weight]
+    return *before, StoredWeight(qweight, scales, zeros, in_features, scheme), *rest
+
+
+class LossOptions(NamedTuple):
+    """The keywords of `linear_cross_entropy`; see there."""
+
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, StoredWeight
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedRows, StoredWeight
+from .arguments import LossOptions
 
 
 def check_weight(weight: StoredWeight) -> None:
@@ -167,15 +168,11 @@ def linear_grad_input(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.d
 
 
 def int_grad_input(
-    q_grad: Tensor,
-    grad_scales: Tensor,
-    weight: StoredWeight,
-    column_scales: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
+    grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> None:
     check_weight(weight)
-    qweight, scheme, out_features = weight.qweight, weight.scheme, weight.out_features
+    (q_grad, grad_scales), qweight = grad, weight.qweight
+    scheme, out_features = weight.scheme, weight.out_features
     if out_features > MAX_REDUCTION:
         raise RuntimeError(
             f"qweight must have at most {MAX_REDUCTION} rows for exact int32 sums, got shape {list(qweight.shape)}"
@@ -202,12 +199,9 @@ def linear_cross_entropy(
     weight: StoredWeight,
     bias: Tensor | None,
     dither: Tensor | None = None,
-    *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    **options: Any,
 ) -> None:
+    softcap, z_loss, label_smoothing, _ = LossOptions(**options)
     _check_product("hidden", hidden, weight, bias)
     _check_shaped("target", target, torch.int64, (hidden.shape[0],), hidden.device)
     if dither is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme, scheme_code
-from ..formats.storage import QuantizedWeight, StoredWeight
+from ..formats.storage import QuantizedRows, QuantizedWeight, StoredWeight
 from . import arguments, checks, dispatch, extensions
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
@@ -364,14 +364,9 @@ def _column_scales_result(weight: StoredWeight) -> Tensor:
 
 
 def _int_grad_input_result(
-    q_grad: Tensor,
-    grad_scales: Tensor,
-    weight: StoredWeight,
-    column_scales: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
+    grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    return q_grad.new_empty((q_grad.shape[0], weight.in_features), dtype=out_dtype or torch.float32)
+    return grad.scales.new_empty((len(grad.scales), weight.in_features), dtype=out_dtype or torch.float32)
 
 
 def _linear_cross_entropy_result(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.nn.functional import pad
 
 from ..formats import philox, rules
 from ..formats.scheme import QuantScheme
-from ..formats.storage import StoredWeight
+from ..formats.storage import QuantizedRows, StoredWeight
+from .arguments import LossOptions
 
 
 def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -138,21 +140,16 @@ def column_scales(weight: StoredWeight) -> Tensor:
 
 
 def int_grad_input(
-    q_grad: Tensor,
-    grad_scales: Tensor,
-    weight: StoredWeight,
-    column_scales: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
+    grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """Rule 6: the quantized gradient times the integers of the weight, made anew by column where it is grouped."""
     if column_scales is None:
-        integers, out_scales = weight.integers(), grad_scales[:, None]
+        integers, out_scales = weight.integers(), grad.scales[:, None]
     else:
         scaled = weight.dequantize() * rules.divide(1.0, column_scales)
         integers = torch.where(scaled > -127, scaled, -127.0).clamp(max=127).round()
-        out_scales = grad_scales[:, None] * column_scales
-    acc = _exact_sum(q_grad.to(torch.float64), integers.to(torch.float64).t())
+        out_scales = grad.scales[:, None] * column_scales
+    acc = _exact_sum(grad.integers.to(torch.float64), integers.to(torch.float64).t())
     return (acc * out_scales).to(out_dtype or torch.float32)
 
 
@@ -264,13 +261,10 @@ def linear_cross_entropy(
     weight: StoredWeight,
     bias: Tensor | None,
     dither: Tensor | None = None,
-    *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rule 7: losses [M], log-sum-exps [M] and gradients [M, K] of the losses (none without dither), float32."""
+    softcap, z_loss, label_smoothing, ignore_index = LossOptions(**options)
     scheme, out_features, in_features = weight.scheme, weight.out_features, weight.in_features
     softcap = torch.tensor(softcap, dtype=torch.float32).item()
     softcap = 0.0 if math.isinf(softcap) else softcap
@@ -304,7 +298,7 @@ def linear_cross_entropy(
                 e = e * torch.where(zero, 0.0, chunk.scales[:, 0])
             q, scale = _quantize_dithered(e.masked_fill(is_target, 0.0), dither[valid], first)
             factors = column_scales(chunk) if scheme.group_size else None
-            product = int_grad_input(q, (scale * own)[:, 0], chunk, factors)
+            product = int_grad_input(QuantizedRows(q, (scale * own)[:, 0]), chunk, factors)
             part.product = part.product * before + product
         before, own = state.fold(part.max, part.sum, part.total)
         state.target = state.target + part.target

@@ -48,8 +48,7 @@ def moved(args: tuple, device: str) -> tuple:
 @pytest.mark.parametrize(("op", "scheme"), CASES)
 def test_operator(op, scheme, backend):
     for sample in op_samples.samples(op, scheme):
-        result = getattr(ops, op)(*moved(sample.args, "cuda"))
-        check(op, scheme, sample, tuple(r.cpu() for r in (result if isinstance(result, tuple) else (result,))))
+        check(op, scheme, sample, tuple(result.cpu() for result in op_samples.results(op, moved(sample.args, "cuda"))))
 
 
 @pytest.mark.parametrize(

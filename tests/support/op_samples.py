@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkernels import QuantScheme
 from qkernels.formats.storage import FLOAT_DTYPES, weight_integers
-from qkernels.kernels import reference
+from qkernels.kernels import ops, reference
 
 SCHEMES = QuantScheme.names()
 INT_SCHEMES = [name for name in SCHEMES if QuantScheme.parse(name).int_activations]
@@ -305,6 +305,13 @@ def samples(op: str, scheme: str, count: int = 8) -> Iterator[Sample]:
 def schema_args(args: tuple) -> tuple:
     """The arguments as the schema of the operator takes them: the name of the scheme, their only string, as a code."""
     return tuple(QuantScheme.parse(value).code if isinstance(value, str) else value for value in args)
+
+
+def results(op: str, args: tuple) -> tuple[Tensor, ...]:
+    """What `ops` computes, as the operator returns it: zero points that are None are a tensor of no columns."""
+    out = getattr(ops, op)(*args)
+    out = out if isinstance(out, tuple) else (out,)
+    return tuple(out[0].new_empty((len(out[0]), 0), dtype=torch.uint8) if tensor is None else tensor for tensor in out)
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_emulation.files import made_once
 from qkernels import QuantScheme
-from qkernels.formats.storage import StoredWeight
+from qkernels.formats.storage import QuantizedRows, StoredWeight
 from qkernels.kernels import arguments
 
 HERE = Path(__file__).parent
@@ -248,15 +248,14 @@ class Emulated:
 
     def int_grad_input(
         self,
-        q_grad: Tensor,
-        grad_scales: Tensor,
+        grad: QuantizedRows,
         weight: StoredWeight,
         column_scales: Tensor | None = None,
         *,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        q_grad, n, in_features = self._begin(q_grad), weight.out_features, weight.in_features
-        grad_scales, stored = self.place(grad_scales), self._stored(weight)
+        q_grad, n, in_features = self._begin(grad.integers), weight.out_features, weight.in_features
+        grad_scales, stored = self.place(grad.scales), self._stored(weight)
         columns = None if column_scales is None else self.place(column_scales)
         out = self.noise((q_grad.shape[0], in_features), out_dtype or torch.float32)
         given = (q_grad, grad_scales, q_grad.shape[0], *stored, n, in_features, weight.scheme.name, columns)

@@ -6,13 +6,14 @@ import math
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...formats.storage import StoredWeight
 from .. import reference
+from ..arguments import LossOptions
 from . import loss_kernels
 from .launch import Arguments, Launch
 from .matmul_plans import (
@@ -43,13 +44,6 @@ class _Statistics(NamedTuple):
     grad_scales: Tensor | None
 
 
-class _Options(NamedTuple):
-    softcap: float
-    z_loss: float
-    label_smoothing: float
-    ignore_index: int
-
-
 class _Head(NamedTuple):
     """The weight [N, K] and what is derived from it once."""
 
@@ -67,20 +61,17 @@ def linear_cross_entropy(
     bias: Tensor | None,
     dither: Tensor | None = None,
     *,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
     device: Target,
+    **keywords: Any,
 ) -> Plan:
     """float32 loss [M], log-sum-exp [M], gradient [M, K] ([0, K] without dither).
 
     Ignored rows are worked on like the others, for their number is known on the device only. A target that is neither a
     class nor `ignore_index` makes its row NaN, for an error would have to wait for the device.
     """
-    cap = torch.tensor(softcap, dtype=torch.float32).item()
-    cap = 0.0 if math.isinf(cap) else cap
-    options = _Options(cap, z_loss, label_smoothing, ignore_index)
+    options = LossOptions(**keywords)
+    cap = torch.tensor(options.softcap, dtype=torch.float32).item()
+    options = options._replace(softcap=0.0 if math.isinf(cap) else cap)
     (m, k), n = hidden.shape, weight.out_features
     loss, lse = (torch.empty((m,), dtype=torch.float32, device=hidden.device) for _ in range(2))
     grad = torch.empty((0 if dither is None else m, k), dtype=torch.float32, device=hidden.device)
@@ -98,7 +89,7 @@ def linear_cross_entropy(
     return Plan((loss, lse, grad), launches)
 
 
-def _derive(weight: StoredWeight, bias: Tensor | None, gradient: _Options | None) -> tuple[_Head, list[Launch]]:
+def _derive(weight: StoredWeight, bias: Tensor | None, gradient: LossOptions | None) -> tuple[_Head, list[Launch]]:
     head = _Head(weight, bias, None, None, None)
     launches: list[Launch] = []
     if gradient is None:
@@ -131,7 +122,7 @@ def _of_rows(
     target: Tensor,
     head: _Head,
     dither: Tensor | None,
-    options: _Options,
+    options: LossOptions,
     results: tuple[Tensor, Tensor, Tensor],
     device: Target,
 ) -> list[Launch]:
@@ -171,7 +162,7 @@ def _softmax(
     q: Tensor | None,
     statistics: _Statistics,
     first: int,
-    options: _Options,
+    options: LossOptions,
 ) -> Launch:
     m, width = logits.shape
     *sums, grad_scales = statistics
@@ -220,7 +211,7 @@ def _finish(
     target: Tensor,
     head: _Head,
     state: Tensor | None,
-    options: _Options,
+    options: LossOptions,
     results: tuple[Tensor, Tensor, Tensor],
 ) -> list[Launch]:
     loss, lse, grad = results

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...formats.scheme import QuantScheme
-from ...formats.storage import StoredWeight
+from ...formats.storage import QuantizedRows, StoredWeight
 from . import matmul_kernels, row_kernels
 from .launch import Arguments, Launch
 from .target import Target
@@ -220,8 +220,7 @@ def linear_grad_input(
 
 
 def int_grad_input(
-    q_grad: Tensor,
-    grad_scales: Tensor,
+    grad: QuantizedRows,
     weight: StoredWeight,
     column_scales: Tensor | None = None,
     *,
@@ -231,11 +230,11 @@ def int_grad_input(
     """[M, in_features]; also the gradient of a weight, whose factors come from
     `quantize_columns_stochastic` and `linear_with_saved_input`.
     """
-    weight, (m, n), in_features = contiguous(weight), q_grad.shape, weight.in_features
-    out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=q_grad.device)
+    weight, (m, n), in_features = contiguous(weight), grad.integers.shape, weight.in_features
+    out = torch.empty((m, in_features), dtype=out_dtype or torch.float32, device=weight.device)
     shape = MatmulShape(m, in_features, n, "int8", converted=True)
     config = choose(shape, device)
-    gradient = (q_grad.contiguous(), grad_scales.contiguous())
+    gradient = (tensor.contiguous() for tensor in grad)
     factors = None if column_scales is None else column_scales.contiguous()
     args = (*gradient, *weight[:3], factors, out, m, n, in_features, weight.qweight.shape[1])
     sizes = {**weight_format(weight.scheme), **grad_tiles(config)}
