@@ -17,7 +17,7 @@ class IntRows {
       : kernels_(kernels),
         input_(input),
         group_(group),
-        groups_(div_up(input.x.cols, group)),
+        groups_(input.x.cols == 0 ? 1 : div_up(input.x.cols, group)),  // a row without columns has a scale, too
         floats_(input.q == nullptr ? input.x.cols : 0),
         integers_(input.q == nullptr ? input.x.cols : 0) {}
 
