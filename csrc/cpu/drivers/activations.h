@@ -18,14 +18,14 @@ class IntRows {
         input_(input),
         group_(group),
         groups_(input.x.cols == 0 ? 1 : div_up(input.x.cols, group)),  // a row without columns has a scale, too
-        floats_(input.q == nullptr ? input.x.cols : 0),
-        integers_(input.q == nullptr ? input.x.cols : 0) {}
+        floats_(input.scales == nullptr ? input.x.cols : 0),
+        integers_(input.scales == nullptr ? input.x.cols : 0) {}
 
   int64_t groups() const { return groups_; }
 
   // The integers of row m; its scales go to scales[groups()].
   const int8_t* operator()(int64_t m, float* scales) {
-    if (input_.q != nullptr) {
+    if (input_.scales != nullptr) {  // q is null where x has no columns
       std::copy_n(input_.scales + m * groups_, groups_, scales);
       return input_.q + m * input_.x.cols;
     }
