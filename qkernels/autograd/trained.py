@@ -148,13 +148,13 @@ def trained_linear(
         )
     if not (needs_x or needs_weight or needs_scales or needs_bias):
         return over_leading_dimensions(
-            _trained_without_gradient, x, len(weight), weight, scales, bias, scheme, out_dtype
+            _trained_without_gradient, x, weight.shape[0], weight, scales, bias, scheme, out_dtype
         )
     needs_weight = needs_weight or needs_scales
     seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight) else None
     graphs = anchors(x if needs_x else None, weight if needs_weight else None)
     args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *graphs)
-    return over_leading_dimensions(_trained_linear, x, len(weight), *args)
+    return over_leading_dimensions(_trained_linear, x, weight.shape[0], *args)
 
 
 def _trained_without_gradient(x, weight, scales, bias, scheme, out_dtype):

@@ -344,6 +344,10 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.10."), reason="FSDP of torch 2.10 takes parameters of floats only, not int8 weights"
+)
 def test_fsdp_shards_the_weight_and_does_not_cast_it(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(FSDP)
