@@ -21,7 +21,7 @@ from ..convert.selection import find_layers
 from ..formats.scheme import QuantScheme
 from ..nn.linear import QuantLinear
 from ..system.deprecation import renamed_keywords
-from .folders import METHOD, current_names, describe, empty_like, layer_entry, unclaimed
+from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
 
 
 class DiffusersConfig(QuantizationConfigMixin):
@@ -115,10 +115,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
             problems = module.storage_problems() if module.mode == "frozen" else {}
             for key, problem in problems.items():
                 raise ValueError(f"{name}.{key} of the folder {problem}")
-            if isinstance(module, QuantLinear):
-                module.update_column_scales()
-                if layer_entry(entry, config.layer_options)[1]["mode"] == "int8":
-                    module.thaw_int8_()
+            finish_loading(module, layer_entry(entry, config.layer_options)[1]["mode"])
 
     def _dequantize(self, model):
         return dequantize_(model)

@@ -87,6 +87,18 @@ def empty_like(
     return adapter_of(module).empty(module, scheme, dtype=dtype, **layer_options)
 
 
+def finish_loading(module: Storage, mode: str) -> None:
+    """Derive what a folder does not hold, once the tensors of a layer that `empty_like` made are there.
+
+    Args:
+        mode: the layer's, which is stored as "frozen" if it is "int8".
+    """
+    if isinstance(module, QuantLinear):
+        module.update_column_scales()
+        if mode == "int8":
+            module.thaw_int8_()
+
+
 def marker(model: nn.Module) -> dict[str, Tensor]:
     """A tensor for the file of `model` that lets a program without qkernels fail, where it would go on with noise.
 

@@ -34,7 +34,7 @@ from ..nn.adapters import float_twin
 from ..nn.linear import QuantLinear
 from ..nn.storage import Storage
 from ..system.deprecation import renamed_keywords
-from .folders import METHOD, current_names, describe, empty_like, layer_entry, unclaimed
+from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
 
 _NO_DISK = (
     "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. "
@@ -152,7 +152,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._layers: list[Layer] = []
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         self._mismatched: set[str] = set()  # keys of the folder whose tensors have another shape
-        self._to_thaw: list[QuantLinear] = []  # to mode "int8", once their tensors are read
+        self._modes: dict[str, str] = {}  # of the layers of a saved folder, by their names
         self._stored_dtypes: dict[str, torch.dtype] = {}  # of the tensors of a saved folder, by their names
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
 
@@ -318,8 +318,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             # What transformers keeps in float32 beside float16 computes in float32, quantized too.
             dtype = torch.float32 if kept & set(layer.names) else None
             layer.replace(empty_like(layer.module, scheme, layer_options, dtype))
-            if layer_options["mode"] == "int8":
-                self._to_thaw.append(layer.module)
+            self._modes[layer.name] = layer_options["mode"]
             _guard_from_initialization(layer.module)
             self._layers.append(layer)
         self._stored_dtypes = {
@@ -376,13 +375,9 @@ class QKernelsHfQuantizer(HfQuantizer):
         for layer in renewed:  # as ignore_mismatched_sizes=True asks for: otherwise transformers has refused it
             self._renew(layer)
         for layer in kept:
-            module = layer.module
-            if isinstance(module, QuantLinear):
-                module.update_column_scales()
-                if any(module is layer for layer in self._to_thaw):
-                    module.thaw_int8_()
+            finish_loading(layer.module, self._modes[layer.name])
         self.quantization_config.layers = describe(self._model).get("layers", {})
-        self._layers, self._to_thaw = [], []
+        self._layers, self._modes = [], {}
 
     def _renew(self, layer: Layer) -> None:
         """Put a new float layer in the place of one that the folder has in another shape."""

@@ -42,9 +42,9 @@ class LayerAdapter(ABC):
     lookup: bool = False
 
     def weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        """By name of the parameter, each weight that the layer multiplies: [N, K], or [E, N, K] of E experts; detached.
+        """By name of its parameter, each weight of the layer, detached: [N, K], or [E, N, K] of E experts.
 
-        A layer with several weights is converted as a whole: it overrides this method.
+        All of them are checked before a layer is quantized. A layer has the one of `weight` unless this is overridden.
         """
         return {self.key: self.weight(layer)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.weight_products import refuse_script, refuse_write, traced
@@ -12,17 +11,9 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
+from .adapters import adapter_of
 from .linear import leave_out_marker
 from .storage import Storage
-
-
-def is_embedding(module: nn.Module) -> bool:
-    """True for `nn.Embedding` and transformers' embeddings that multiply it by a number (`...ScaledWordEmbedding`)."""
-    return type(module) is nn.Embedding or (
-        isinstance(module, nn.Embedding)
-        and type(module).__module__.startswith("transformers.models.")
-        and type(module).__name__.endswith("ScaledWordEmbedding")
-    )
 
 
 class QuantEmbedding(Storage, nn.Embedding):
@@ -129,9 +120,10 @@ class QuantEmbedding(Storage, nn.Embedding):
         Raises:
             TypeError: for a module that is not an embedding, or does more than looking up rows.
         """
-        if not is_embedding(embedding):
+        adapter = adapter_of(embedding)
+        if adapter is None or not adapter.lookup:
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        if (reason := embedding_reason(embedding)) is not None:
+        if (reason := adapter.reason(embedding, QuantScheme.parse(scheme))) is not None:
             raise TypeError(f"embedding cannot be quantized: {reason}")
         layer = cls(
             embedding.num_embeddings,
@@ -185,21 +177,6 @@ class QuantEmbedding(Storage, nn.Embedding):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         leave_out_marker(state_dict, prefix, unexpected_keys)
-
-
-def embedding_reason(embedding: nn.Embedding) -> str | None:
-    """Why the embedding must stay in float; None: it need not."""
-    if not is_embedding(embedding):
-        return f"{type(embedding).__name__} is a subclass of nn.Embedding"
-    if parametrize.is_parametrized(embedding) or set(embedding._parameters) != {"weight"}:
-        return "parametrized weight"
-    if "forward" in vars(embedding):
-        return "forward is replaced on the instance"
-    if embedding.max_norm is not None:
-        return "max_norm changes the weight"
-    if embedding.weight.dtype not in FLOAT_DTYPES:
-        return f"{embedding.weight.dtype} weight"
-    return "no columns" if embedding.embedding_dim == 0 else None
 
 
 def embed_scale(embedding: nn.Module) -> float | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..formats.scheme import QuantScheme
+from ..formats.storage import FLOAT_DTYPES
 from .adapters import LayerAdapter, register_adapter
-from .embedding import QuantEmbedding, embedding_reason
+from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .storage import Storage
 
@@ -68,7 +70,17 @@ class EmbeddingAdapter(LayerAdapter):
         return layer.num_embeddings, layer.embedding_dim
 
     def reason(self, layer: nn.Embedding, scheme: QuantScheme) -> str | None:
-        return embedding_reason(layer)
+        if not _only_looks_up(type(layer)):
+            return f"{type(layer).__name__} is a subclass of nn.Embedding"
+        if parametrize.is_parametrized(layer) or set(layer._parameters) != {self.key}:
+            return "parametrized weight"
+        if "forward" in vars(layer):
+            return "forward is replaced on the instance"
+        if layer.max_norm is not None:
+            return "max_norm changes the weight"
+        if layer.weight.dtype not in FLOAT_DTYPES:
+            return f"{layer.weight.dtype} weight"
+        return "no columns" if layer.embedding_dim == 0 else None
 
     def quantize(self, layer: nn.Embedding, scheme: str | QuantScheme, **layer_options: str) -> QuantEmbedding:
         return QuantEmbedding.from_float(layer, scheme)
@@ -122,6 +134,13 @@ class QuantizedAdapter(LayerAdapter):
 
     def to_float(self, quantized: Storage, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
         raise TypeError(f"float_type must be the class of a float layer, got {float_type.__name__}")
+
+
+def _only_looks_up(layer_type: type) -> bool:
+    """True for `nn.Embedding` and transformers' embeddings that multiply it by a number (`...ScaledWordEmbedding`)."""
+    module, name = layer_type.__module__, layer_type.__name__
+    scaled = module.startswith("transformers.models.") and name.endswith("ScaledWordEmbedding")
+    return scaled or layer_type is nn.Embedding
 
 
 register_adapter(nn.Linear, LinearAdapter())

@@ -65,7 +65,7 @@ def applies(scheme: QuantScheme) -> bool:
     return scheme.weight_bits == 4
 
 
-def check_applies(scheme: str | QuantScheme, argument: str = "calibration") -> None:
+def check_applies(scheme: str | QuantScheme) -> None:
     """Refuse a scheme that calibration does not improve.
 
     Raises:
@@ -73,12 +73,12 @@ def check_applies(scheme: str | QuantScheme, argument: str = "calibration") -> N
     """
     if not applies(scheme := QuantScheme.parse(scheme)):
         smooth = (
-            "; to lose less to int8 activations call qkernels.smooth_(model, inputs) before quantize_"
+            "; to lose less to int8 activations call qkernels.smooth_(model, calibration) before quantize_"
             if scheme.int_activations
             else ""
         )
         raise ValueError(
-            f"{argument} must be None for {scheme}: it chooses 4-bit weights, and 8-bit weights are as good as can be "
+            f"calibration must be None for {scheme}: it chooses 4-bit weights, and 8-bit weights are as good as can be "
             f"when rounded to nearest{smooth}"
         )
 

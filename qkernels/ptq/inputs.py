@@ -29,7 +29,7 @@ class InputStatistics(NamedTuple):
 def collect_input_statistics(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
+    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     scheme: str | QuantScheme,
 ) -> dict[int, InputStatistics]:
     """Run `model` on sample inputs and collect the statistics of the inputs of each linear layer.
@@ -37,7 +37,7 @@ def collect_input_statistics(
     Args:
         model: run in evaluation mode, without gradients.
         layers: the linear layers to watch.
-        batches: see `run_watched`.
+        calibration: see `run_watched`.
         scheme: says how the inputs will be quantized.
 
     Returns:
@@ -61,25 +61,23 @@ def collect_input_statistics(
             else InputStatistics(before.gram + gram, before.quant_error + quant_error)
         )
 
-    run_watched(model, layers, batches, watch)
+    run_watched(model, layers, calibration, watch)
     return found
 
 
 def run_watched(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
+    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     watch: Callable[[nn.Module, Tensor], None],
-    argument: str = "calibration",
 ) -> None:
     """Run `model` on sample inputs, in evaluation mode and without gradients.
 
     Args:
         layers: the linear layers whose inputs are wanted.
-        batches: inputs: a mapping is passed as keyword arguments, a tensor as the only argument. Of a tuple or list
-            as many elements are passed as `model.forward` requires, so that targets may follow.
+        calibration: sample inputs: a mapping is passed as keyword arguments, a tensor as the only argument. Of a tuple
+            or list as many elements are passed as `model.forward` requires, so that targets may follow.
         watch: called before each of these layers with it and its input, float32 [M, K].
-        argument: what the caller calls `batches`.
 
     Raises:
         TypeError: if a batch is something else.
@@ -88,7 +86,7 @@ def run_watched(
     number = -1
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
         watch(layer, x.reshape(-1, x.shape[-1]).to(torch.float32))
 
     training = [module for module in model.modules() if module.training]
@@ -96,8 +94,8 @@ def run_watched(
     model.eval()
     try:
         with torch.no_grad():
-            for number, batch in enumerate(checked_batches(batches, argument=argument)):
-                args, kwargs = _arguments(model, batch, f"{argument}[{number}]")
+            for number, batch in enumerate(checked_batches(calibration)):
+                args, kwargs = _arguments(model, batch, f"calibration[{number}]")
                 model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -105,29 +103,27 @@ def run_watched(
         for module in training:
             module.training = True
     if number < 0:
-        raise ValueError(f"{argument} must hold at least one batch, got none")
+        raise ValueError("calibration must hold at least one batch, got none")
 
 
-def checked_batches(
-    batches: Any, argument: str = "calibration"
-) -> Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]:
+def checked_batches(calibration: Any) -> Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]:
     """Refuse what cannot be sample inputs, before any model runs; the single batches are checked as they are used.
 
     Raises:
-        TypeError: if `batches` is one batch instead of an iterable of them, or text.
+        TypeError: if `calibration` is one batch instead of an iterable of them, or text.
         ValueError: if it is empty.
     """
-    expected = f"{argument} must be an iterable of batches"
-    if isinstance(batches, Tensor | Mapping):
-        got = f"a tensor of shape {list(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
+    name, expected = type(calibration).__name__, "calibration must be an iterable of batches"
+    if isinstance(calibration, Tensor | Mapping):
+        got = f"a tensor of shape {list(calibration.shape)}" if isinstance(calibration, Tensor) else name
         raise TypeError(f"{expected}, got one batch, {got}; pass [batch]")
-    if isinstance(batches, str | bytes):
+    if isinstance(calibration, str | bytes):
         raise TypeError(f"{expected}, got a string; tokenize it and pass [{{'input_ids': ids}}]")
-    if not isinstance(batches, Iterable) or hasattr(batches, "__array__"):
-        raise TypeError(f"{expected} such as [x], [{{'input_ids': ids}}] or a DataLoader, got {type(batches).__name__}")
-    if isinstance(batches, Sequence) and not batches:
-        raise ValueError(f"{argument} must hold at least one batch, got an empty {type(batches).__name__}")
-    return batches
+    if not isinstance(calibration, Iterable) or hasattr(calibration, "__array__"):
+        raise TypeError(f"{expected} such as [x], [{{'input_ids': ids}}] or a DataLoader, got {name}")
+    if isinstance(calibration, Sequence) and not calibration:
+        raise ValueError(f"calibration must hold at least one batch, got an empty {name}")
+    return calibration
 
 
 def _arguments(model: nn.Module, batch: Any, where: str) -> tuple[tuple, dict[str, Any]]:

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..system.deprecation import renamed_keywords
 from .inputs import run_watched
 
 # Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
 # else reads; tests/test_smooth.py checks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-TINY = 1e-5
+LEAST_RANGE = 1e-5
 
 
+@renamed_keywords(inputs="calibration")
 def smooth_(
-    model: nn.Module, inputs: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]], alpha: float = 0.7
+    model: nn.Module, calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]], alpha: float = 0.7
 ) -> list[str]:
     """Smooth the inputs of the linear layers of a decoder of transformers, in place; call it before `quantize_`.
 
@@ -35,17 +37,17 @@ def smooth_(
 
     Args:
         model: a float model of one of `MODEL_TYPES`.
-        inputs: an iterable of sample inputs: tensors, mappings of keyword arguments, or tuples and lists that begin
-            with the inputs as tensors, as a `DataLoader` yields them.
+        calibration: an iterable of sample inputs: tensors, mappings of keyword arguments, or tuples and lists that
+            begin with the inputs as tensors, as a `DataLoader` yields them.
         alpha: in [0, 1]: how much of the range is moved from the activations to the weights (0.5 in the paper).
 
     Returns:
         The names of the layers whose inputs were smoothed.
 
     Raises:
-        TypeError: for inputs of another kind.
+        TypeError: for sample inputs of another kind.
         ValueError: for another model type, layers that are not plain `nn.Linear` (quantized, adapted), alpha out of
-            range, or inputs that do not reach every layer with finite values. The model is then as it was.
+            range, or sample inputs that do not reach every layer with finite values. The model is then as it was.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -59,10 +61,10 @@ def smooth_(
     for layer in layers:
         if type(layer) is not nn.Linear:
             raise ValueError(f"{names[layer]} must be an nn.Linear, got {type(layer).__name__}")
-    ranges = _input_ranges(model, layers, inputs)
+    ranges = _input_ranges(model, layers, calibration)
     for layer in layers:
         if layer not in ranges or not ranges[layer].isfinite().all():
-            raise ValueError(f"inputs must reach {names[layer]} with finite values; nothing was changed")
+            raise ValueError(f"calibration must reach {names[layer]} with finite values; nothing was changed")
     with torch.no_grad():
         for block in blocks:
             _smooth_block(block, ranges, alpha)
@@ -85,7 +87,7 @@ def _input_ranges(
         seen = x.abs().amax(dim=0)
         ranges[layer] = torch.maximum(ranges[layer], seen) if layer in ranges else seen
 
-    run_watched(model, layers, inputs, watch, argument="inputs")
+    run_watched(model, layers, inputs, watch)
     return ranges
 
 
@@ -125,7 +127,7 @@ def _column_range(layer: nn.Linear) -> Tensor:
 
 def _factors(inputs: Tensor, column_ranges: Tensor, alpha: float) -> Tensor:
     """Powers of two near s, whose geometric mean is made 1: only their ratios matter."""
-    exponents = alpha * inputs.clamp(min=TINY).log2() - (1 - alpha) * column_ranges.clamp(min=TINY).log2()
+    exponents = alpha * inputs.clamp(min=LEAST_RANGE).log2() - (1 - alpha) * column_ranges.clamp(min=LEAST_RANGE).log2()
     return (exponents - exponents.mean()).round().exp2()
 
 

@@ -1,6 +1,8 @@
 """Layer adapters: what is asked about layers is answered by class, and another library's class can be registered."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +253,11 @@ def test_misuse_of_register_adapter_is_explained():
     with pytest.raises(TypeError, match="abstract"):
         qk.LayerAdapter()
     assert isinstance(adapter_for(nn.Embedding), EmbeddingAdapter)
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    namespace: dict = {}
+    exec(example, namespace)
+    assert [type(layer).__name__ for layer in namespace["model"]] == ["Projection", "ReLU", "Linear"]
