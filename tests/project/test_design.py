@@ -1,0 +1,74 @@
+"""docs/internals/design.md: its layers are the folders and the import contract, its links lead to what they name."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "internals" / "design.md"
+
+if not PAGE.is_file():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def references():
+    spec = importlib.util.spec_from_file_location("line_references", ROOT / "tools" / "line_references.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def layers() -> list[set[str]]:
+    """The picture, top first."""
+    (block,) = re.findall(r"^```layers\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return [set(re.split(r",\s*", re.split(r"\s{2,}", line)[0])) for line in block.splitlines()]
+
+
+def test_layers_are_the_folders():
+    folders = {path.parent.name for path in (ROOT / "qkernels").glob("*/__init__.py")}
+    assert set().union(*layers()) == folders
+    assert sum(map(len, layers())) == len(folders)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
+def test_layers_are_the_contract_of_the_linter():
+    import tomllib
+
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = [contract for contract in contracts if contract["type"] == "layers"]
+    modules = {path.stem for path in (ROOT / "qkernels").glob("*.py")}
+    of_folders = [set(re.split(r"\s*\|\s*", layer)) - modules for layer in contract["layers"]]
+    assert [layer for layer in of_folders if layer] == layers()
+
+
+def test_links_lead_to_the_lines_of_their_symbols(references):
+    for page in references.PAGES:
+        text = page.read_text()
+        assert references.mended(page, text) == text, "run python tools/line_references.py"
+
+
+def test_a_wrong_line_is_noticed(references):
+    text = PAGE.read_text()
+    wrong, count = re.subn(r"#L\d+\)", "#L1)", text, count=1)
+    assert count == 1 and references.mended(PAGE, wrong) == text
+    with pytest.raises(ValueError, match="none"):
+        references.mended(PAGE, "[`no such symbol`](../../setup.py#L1)")
+
+
+def test_a_call_passes_five_files_from_the_layer_to_its_driver(references):
+    rows = re.findall(r"^\| (\d|driver|kernel) \| \[[^]]*\]\(([^)#]+)#", PAGE.read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == ["1", "2", "3", "4", "5", "driver", "kernel"]
+    assert len({file for _, file in rows}) == 7
+
+
+def test_files_that_are_named_exist():
+    """Every `name.py` and the like on the page is the end of a path in the source tree."""
+    names = set(re.findall(r"`((?:[\w-]+/)*\w[\w-]*\.(?:py|cpp|h|cu|cuh|inc|md))`", PAGE.read_text()))
+    folders = [ROOT / name for name in ("qkernels", "csrc", "tests", "docs")]
+    paths = [path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*")]
+    assert len(names) > 20
+    assert [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in paths)] == []
