@@ -22,7 +22,7 @@ from ..system import heap, json_file
 from ..system.host import DTYPES, device, pick_dtype
 from .demo_report import FLOAT_NOTE, PICTURE, checks, draw_bars, markdown, show, table_row
 from .errors import InputError
-from .models import DEMO, load_model, load_tokenizer, require, resolve_model
+from .models import DEMO, default_cache, load_model, load_tokenizer, require, resolve_model
 from .output import BASE, remove_interrupted
 from .report import MARKER, PLOT, plot_losses
 from .text import read_texts, token_blocks
@@ -317,10 +317,22 @@ class Demo:
         commands = [
             ["generate", tuned / BASE, "--adapter", tuned, "--prompt", "A list comprehension is"],
             ["explain", DEMO, "--scheme", INT8],
-            ["finetune", DEMO, "--text", "README.md", "--scheme", INT8, "--grad", "int8", "--output", "my-adapter"],
+            [
+                "finetune",
+                DEMO,
+                "--text",
+                "README.md",
+                "--scheme",
+                INT8,
+                "--grad-dtype",
+                "int8",
+                "--output",
+                "my-adapter",
+            ],
         ]
         program = ["qkernels"] if Path(sys.argv[0]).name == "qkernels" else [display_python(), "-m", "qkernels"]
-        return [shlex.join(map(str, program + command)) for command in commands]
+        cache = [] if self.cache == default_cache() else ["--cache", self.cache]
+        return [shlex.join(map(str, [*program, *command, *cache])) for command in commands]
 
 
 def display_python() -> str:

@@ -152,13 +152,13 @@ def markdown(report: dict[str, Any]) -> str:
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the table, the checks and the generated text."""
     console = console or Console(markup=False, highlight=False)
-    caption = f"{_headline(report)}\n{LEGEND}"
-    table = Table(title=TITLE, caption=caption, box=None, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
+    table = Table(title=TITLE, box=None, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
     for index, (_, group, title, _) in enumerate(COLUMNS):
         table.add_column(f"{group}\n{title}", justify="right" if index else "left", no_wrap=True)
     for row in report["rows"]:
         table.add_row(*cells(row))
     console.print(table)
+    console.print(f"\n{LEGEND}.\n\n{_headline(report)}.\n")
     for line in _check_lines(report):
         console.print(line)
     for name, text in report["samples"].items():

@@ -179,7 +179,7 @@ def test_foreign_output_folder_is_refused(tmp_path):
 
 def test_next_commands_are_commands_of_ours(tmp_path):
     job = object.__new__(demo.Demo)
-    job.output = tmp_path
+    job.output = job.cache = tmp_path
     for line in job.next_commands():
         command, *options = shlex.split(line.split(" -m qkernels ")[-1].removeprefix("qkernels "))
         usage = invoke(command, "--help").stdout
