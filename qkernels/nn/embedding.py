@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -85,18 +88,18 @@ class QuantEmbedding(Storage, nn.Embedding):
         raise refuse_write("del weight")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`, but a `weight` is refused with RuntimeError."""
+        """Do as `nn.Module`, but refuse a `weight` with RuntimeError."""
         if name == "weight" or isinstance(param, FrozenWeight):
             raise refuse_write(f"parameter {name!r}")
         super().register_parameter(name, param)
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]  # an attribute of a linear layer
         """K, by the name it has in a linear layer on the same storage."""
         return self.embedding_dim
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         """N, by the name it has in a linear layer on the same storage."""
         return self.num_embeddings
 
@@ -151,7 +154,7 @@ class QuantEmbedding(Storage, nn.Embedding):
         if not isinstance(input, Tensor):
             return traced(self, input)
         indices = input.reshape(-1)
-        rows = (None if t is None else t.index_select(0, indices) for t in self._frozen_weight())
+        rows = self._frozen_weight().map(lambda tensor: tensor.index_select(0, indices))
         out = ops.dequantize_weight(*rows, self.embedding_dim, self.scheme.name).to(self.compute_dtype)
         if self.embed_scale is not None:
             out = out * torch.tensor(self.embed_scale, dtype=self.compute_dtype, device=out.device)
@@ -166,8 +169,15 @@ class QuantEmbedding(Storage, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}{scale}"
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Check the tensors before anything is copied, as `QuantLinear` does."""
         errors = self._storage_errors(state_dict, prefix)
         if errors:

@@ -1,8 +1,9 @@
-"""What a layer of mode "int8" has in a state dict: the integers and scales of its `Int8Weight`."""
+"""The state dict of a layer of mode "int8": the integers and scales of its `Int8Weight`."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ class StateScales(Tensor):
 
     @staticmethod
     def of(scales: Tensor) -> Tensor:
-        """The same memory, guarded. A DTensor stays as it is."""
+        """A guarded alias of the scales. A DTensor stays as it is."""
         return scales.as_subclass(StateScales) if type(scales) is Tensor else scales
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = getattr(func, "__name__", "").strip("_")
         name = name.removeprefix("foreach_").removesuffix("_")
         if name.removeprefix("i").removeprefix("r") in _ARITHMETIC or name in _ARITHMETIC:
@@ -39,38 +42,44 @@ class StateScales(Tensor):
         kept = name in ("clone", "detach", "deepcopy", "to", "cpu", "cuda")
         return result.as_subclass(cls) if kept and type(result) is Tensor else result
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return memo.setdefault(id(self), self.clone())
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     @property
-    def data(self) -> Tensor:
+    def data(self) -> Tensor:  # type: ignore[override]
         return self.as_subclass(Tensor)
+
+
+def _local(weight: Tensor) -> Int8Weight:
+    """The `Int8Weight` of a parameter, or of this process's shard of a DTensor."""
+    return cast(Int8Weight, getattr(weight, "_local_tensor", weight))
 
 
 def state_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     """qweight and scales, detached, of a parameter: DTensors if it is one (FSDP)."""
-    local = getattr(weight, "_local_tensor", weight)
-    parts = (local.qweight.detach(), local.scales.detach())
+    local = _local(weight)
+    qweight, scales = local.qweight.detach(), local.scales.detach()
     if local is weight:
-        return parts
+        return qweight, scales
     from torch.distributed.tensor import DTensor
 
-    shapes = (weight.shape, torch.Size((weight.shape[0], 1)))
-    return tuple(
-        DTensor.from_local(
-            part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=(shape[1], 1)
-        )
-        for part, shape in zip(parts, shapes, strict=True)
-    )
+    assert isinstance(weight, DTensor)
+    mesh, placements, (rows, columns) = weight.device_mesh, weight.placements, weight.shape
+
+    def whole(part: Tensor, width: int) -> DTensor:
+        shape = torch.Size((rows, width))
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(width, 1))
+
+    return whole(qweight, columns), whole(scales, 1)
 
 
 def load_parts(weight: Tensor, qweight: Tensor, scales: Tensor, assign: bool, name: str) -> Tensor:
     """The parameter after loading a state dict: with `assign` a new one on the given tensors, else they are copied."""
     qweight, scales = qweight.detach(), scales.detach()
-    local = getattr(weight, "_local_tensor", weight)
+    local = _local(weight)
     if assign and local is weight:
         plain = Int8Weight(qweight, scales.as_subclass(Tensor), weight.dtype)
         return torch.nn.Parameter(plain, requires_grad=weight.requires_grad)

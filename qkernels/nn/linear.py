@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,14 +131,15 @@ class QuantLinear(Storage, nn.Linear):
             weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
             if weight_scale == "learned":
                 groups = self.scheme.weight_groups(in_features)
-                self.scales = nn.Parameter(torch.empty(out_features, groups, dtype=torch.float32, device=device))
+                scales = torch.empty(out_features, groups, dtype=torch.float32, device=device)
+                self.register_parameter("scales", nn.Parameter(scales))
         elif mode == "int8":
             qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
             scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
             weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
         if weight is not None:
             self.register_parameter("weight", weight)
-        self._allocate_columns(device)
+        self._allocate_column_scales(device)
         self.register_parameter("bias", own_bias)
         self.reset_parameters()
 
@@ -148,18 +151,15 @@ class QuantLinear(Storage, nn.Linear):
 
         Products of the parent with it are those of the layer, whatever the mode.
         """
-        weight = self._trained_weight()
-        if weight is not None:
-            return follow(weight, self)
         if self.mode != "frozen":
-            raise AttributeError(f"a {type(self).__name__} of mode {self.mode!r} without a weight")
+            return follow(self._trained_weight(), self)
         return FrozenWeight(
             self.quantized_weight(),
             self._scheme_name,
             self.in_features,
             self.compute_dtype,
             self.grad_dtype,
-            self._current_columns(),
+            self._current_column_scales(),
         )
 
     @weight.setter
@@ -177,7 +177,7 @@ class QuantLinear(Storage, nn.Linear):
         vars(self).pop("weight", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in `nn.Module`, but a frozen layer refuses a `weight`, and every layer the shards of tensor parallelism.
+        """Do as `nn.Module`, but refuse the `weight` of a frozen layer, and the shards of tensor parallelism.
 
         Raises:
             RuntimeError: for the weight of a frozen layer.
@@ -195,10 +195,14 @@ class QuantLinear(Storage, nn.Linear):
             raise refuse_write("weight = ...")
         super().register_parameter(name, param)
 
-    def _trained_weight(self) -> Tensor | None:
-        """The weight that this layer trains, which is no parameter where pruning computes it; None: it is frozen."""
+    def _trained_weight(self) -> Tensor:
+        """The weight that this layer trains, which is no parameter where pruning computes it."""
         weight = self._parameters.get("weight")
-        return vars(self).get("weight") if weight is None else weight
+        if weight is None:
+            weight = vars(self).get("weight")
+        if weight is None:
+            raise AttributeError(f"a {type(self).__name__} of mode {self.mode!r} without a weight")
+        return weight
 
     @classmethod
     @renamed_keywords(grad="grad_dtype")
@@ -262,12 +266,13 @@ class QuantLinear(Storage, nn.Linear):
             values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(own.dtype)
             self.weight = nn.Parameter(values, requires_grad=own.requires_grad)
             if self.weight_scale == "learned":
-                self.scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
+                scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
+                self.register_parameter("scales", scales)
             return
         if self.mode == "int8":  # what is trained is this layer's own
-            stored = (tensor.detach().clone() for tensor in weight[:2])
-            old = self._trained_weight()
-            self.weight = nn.Parameter(Int8Weight(*stored, self.compute_dtype), old is None or old.requires_grad)
+            own = Int8Weight(weight.qweight.detach().clone(), weight.scales.detach().clone(), self.compute_dtype)
+            old = self._parameters.get("weight", vars(self).get("weight"))
+            self.weight = nn.Parameter(own, old is None or old.requires_grad)
             return
         self._keep(weight)
         self.update_column_scales()
@@ -300,9 +305,9 @@ class QuantLinear(Storage, nn.Linear):
         weight = self.quantized_weight()
         del self.weight
         self.mode, self.weight_scale = "frozen", "absmax"
-        self._allocate_columns(weight.scales.device)
+        self._allocate_column_scales(weight.scales.device)
         with torch.inference_mode(False):
-            self._take(QuantizedWeight(*(None if tensor is None else tensor.detach() for tensor in weight)))
+            self._take(weight.map(Tensor.detach))
         return self
 
     def thaw_int8_(self) -> QuantLinear:
@@ -320,15 +325,15 @@ class QuantLinear(Storage, nn.Linear):
         self._take(weight)
         return self
 
-    def _allocate_columns(self, device: torch.device | str | None) -> None:
+    def _allocate_column_scales(self, device: torch.device | str | None) -> None:
         """Register the buffer `column_scales` of a grouped weight, for its int8 gradient: derived, never saved."""
-        self._columns_of: tuple | None = None
+        self._column_scales_of: tuple[tuple[int, int], ...] | None = None
         if self.mode != "frozen":
             return
-        columns = None
+        scales = None
         if self.grad_dtype == "int8" and self.scheme.group_size is not None:
-            columns = torch.ones(self.in_features, dtype=torch.float32, device=device)
-        self.register_buffer("column_scales", columns, persistent=columns is None)
+            scales = torch.ones(self.in_features, dtype=torch.float32, device=device)
+        self.register_buffer("column_scales", scales, persistent=scales is None)
 
     def update_column_scales(self) -> None:
         """Derive the buffer `column_scales` from the weight; a layer does so by itself when its weight changes."""
@@ -337,33 +342,34 @@ class QuantLinear(Storage, nn.Linear):
         if known and self._buffers.get("column_scales") is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self.column_scales = ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
-            self._columns_of = self._versions()
+            self._column_scales_of = self._versions()
 
-    def _versions(self) -> tuple:
-        """Which values the weight has: where its tensors lie, and how often they were written."""
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Tell which values the weight has, by where its tensors lie and how often they were written."""
         stored = (self._parameters[name] for name in STORAGE)
         return tuple((tensor.data_ptr(), tensor._version) for tensor in stored if tensor is not None)
 
-    def _current_columns(self) -> Tensor | None:
+    def _current_column_scales(self) -> Tensor | None:
         """`column_scales` of the weight as it is now; None: there are none."""
         if self._buffers.get("column_scales") is None:
             return None
         if torch.compiler.is_compiling() or not isinstance(self.qweight, StoredParameter):
             return ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
-        if not self.qweight.is_meta and self._columns_of != self._versions():
+        if not self.qweight.is_meta and self._column_scales_of != self._versions():
             self.update_column_scales()
         return self.column_scales
 
-    def _columns_for(self, x: Tensor) -> Tensor | None:
+    def _column_scales_for(self, x: Tensor) -> Tensor | None:
         """`column_scales`, if a gradient of x will need it."""
-        return self._current_columns() if torch.is_grad_enabled() and x.requires_grad else None
+        return self._current_column_scales() if torch.is_grad_enabled() and x.requires_grad else None
 
     def reset_scales(self) -> None:
         """Let learned scales begin anew, with those of the weight's range; without learned scales nothing changes."""
         if self.weight_scale == "learned" and not self._trained_weight().is_meta:
             with torch.no_grad():
                 scales = ops.quantize_weight(self._trained_weight(), self._scheme_name).scales
-                self.scales = nn.Parameter(scales, requires_grad=self.scales.requires_grad)
+                requires_grad = self.scales.requires_grad
+                self.register_parameter("scales", nn.Parameter(scales, requires_grad=requires_grad))
 
     def reset_parameters(self) -> None:
         """Set the layer to the zero weight; only in mode "qat" is there a random initialization, `nn.Linear`'s."""
@@ -390,7 +396,7 @@ class QuantLinear(Storage, nn.Linear):
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":
             args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad_dtype)
-            return quant_linear(input, *args, self._columns_for(input) if self.grad_dtype == "int8" else None)
+            return quant_linear(input, *args, self._column_scales_for(input) if self.grad_dtype == "int8" else None)
         weight, scales = self._trained_weight(), self._parameters.get("scales")
         return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad_dtype, scales)
 
@@ -398,7 +404,7 @@ class QuantLinear(Storage, nn.Linear):
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
         check_input(x, self.in_features)
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
-        return adapted_linear(x, *args, self.grad_dtype, self._columns_for(x))
+        return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x))
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
@@ -413,7 +419,7 @@ class QuantLinear(Storage, nn.Linear):
             + (", weight_scale=learned" if self.weight_scale == "learned" else "")
         )
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """In mode "int8" the state dict is that of a frozen layer."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.mode == "int8":
@@ -422,8 +428,15 @@ class QuantLinear(Storage, nn.Linear):
             destination[prefix + "scales"] = StateScales.of(scales)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Check the whole layer before anything is copied, so that a bad tensor leaves the layer as it was."""
         args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.mode == "qat":
@@ -447,17 +460,25 @@ class QuantLinear(Storage, nn.Linear):
             leave_out_marker(state_dict, prefix, unexpected_keys)
             self.update_column_scales()
 
-    def _load_int8(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+    def _load_int8(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Copy `qweight` and `scales`, which are no parameters here, and leave the bias to torch."""
-        given = {name: state_dict.get(prefix + name) for name in ("qweight", "scales")}
-        missing = [name for name, tensor in given.items() if tensor is None]
-        missing_keys += [prefix + name for name in missing]
-        if not missing:
+        qweight, scales = (state_dict.get(prefix + name) for name in ("qweight", "scales"))
+        missing_keys += [prefix + name for name, part in (("qweight", qweight), ("scales", scales)) if part is None]
+        if qweight is not None and scales is not None:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            self.weight = load_parts(self._trained_weight(), given["qweight"], given["scales"], assign, prefix)
+            self.weight = load_parts(self._trained_weight(), qweight, scales, assign, prefix)
         others = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in STORAGE}
         others[prefix + "weight"] = self._trained_weight().detach()
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _bias_problem(self, bias: object) -> str | None:
         """Why `bias` cannot take the place of the layer's; None if it can, or either is absent."""
@@ -471,14 +492,14 @@ class QuantLinear(Storage, nn.Linear):
         return f"{expected}, got {bias.dtype} of shape {list(bias.shape)}"
 
 
-def leave_out_marker(state_dict: dict[str, Tensor], prefix: str, unexpected_keys: list[str]) -> None:
+def leave_out_marker(state_dict: Mapping[str, Tensor], prefix: str, unexpected_keys: list[str]) -> None:
     """Accept the empty `weight` by which a saved folder says that it needs qkernels (`integrations/folders.py`)."""
     key = f"{prefix}weight"
     if key in unexpected_keys and state_dict[key].numel() == 0:
         unexpected_keys.remove(key)
 
 
-def relative_error(weight: Tensor, quantized: nn.Module) -> float:
+def relative_error(weight: Tensor, quantized: Storage) -> float:
     """Frobenius norm of (dequantized - weight) over that of the weight; 0 for a zero weight.
 
     Args:
@@ -492,18 +513,19 @@ def relative_error(weight: Tensor, quantized: nn.Module) -> float:
 
 
 @torch.no_grad()
-def _squared_norms(weight: Tensor, quantized: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
+def _squared_norms(weight: Tensor, quantized: Storage, dtype: torch.dtype) -> tuple[float, float]:
     """Sums of squares, of the error and of the weight, whose parts are summed in `dtype`, and then in float64.
 
     The norm of each row of a bfloat16 or float16 weight is rounded to that dtype, which all rows together average out.
     """
     rows = max(1, (_SERIAL_ELEMENTS - 1) // quantized.in_features)
-    blocks = [weight.detach().split(rows)]
-    blocks += [itertools.repeat(None) if t is None else plain(t).split(rows) for t in quantized.quantized_weight()]
+    qweight, scales, zeros = quantized.quantized_weight().map(plain)
+    zero_blocks: Iterable[Tensor | None] = itertools.repeat(None) if zeros is None else zeros.split(rows)
+    blocks = zip(weight.detach().split(rows), qweight.split(rows), scales.split(rows), zero_blocks, strict=False)
     errors = [torch.zeros((), dtype=dtype, device=weight.device)]
-    for block, *stored in zip(*blocks, strict=False):
-        error = ops.dequantize_weight(*stored, quantized.in_features, quantized.scheme).sub_(block)
+    for floats, q, s, z in blocks:
+        error = ops.dequantize_weight(q, s, z, quantized.in_features, quantized.scheme).sub_(floats)
         errors.append(torch.linalg.vector_norm(error, dtype=dtype))
     norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=None if dtype == torch.float32 else dtype)
-    error, norm = (part.to(torch.float64).square().sum().item() for part in (torch.stack(errors), norms))
-    return error, norm
+    squared_error, squared_norm = (n.to(torch.float64).square().sum().item() for n in (torch.stack(errors), norms))
+    return squared_error, squared_norm

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autograd.weight_products import autocast_dtype
+from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from .embedding import QuantEmbedding
-from .linear import QuantLinear, autocast_dtype
+from .linear import QuantLinear
 
 # Logits held at a time where torch computes them: of all tokens, for as many columns of the vocabulary as fit.
 CHUNK_ELEMENTS = 1 << 22
@@ -20,7 +24,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class _Terms:
-    """What the loss of a row is made of, besides its logits and its target."""
+    """The terms of the loss of a row, besides its logits and its target."""
 
     softcap: float
     z_loss: float
@@ -199,7 +203,18 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
     """`ops.linear_cross_entropy` with gradients to the hidden states and to the bias of the head."""
 
     @staticmethod
-    def forward(ctx, hidden, bias, target, qweight, scales, zeros, scheme, dither, terms):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        scheme: str,
+        dither: Tensor | None,
+        terms: _Terms,
+    ) -> Tensor:
         options = {name: getattr(terms, name) for name in terms.__dataclass_fields__}
         arguments = (hidden, target, qweight, scales, zeros, bias, scheme, dither)
         losses, lse, grad = ops.linear_cross_entropy(*arguments, **options)
@@ -210,7 +225,7 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         grad, hidden, bias, target, *weight, lse = ctx.saved_tensors
         grad_hidden = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -219,17 +234,17 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
             factors = torch.where(target == ctx.terms.ignore_index, 0.0, grad_losses)
             grad_bias = torch.empty_like(bias)
             for chunk in _chunks(len(target), len(bias)):
-                part = (None if tensor is None else tensor[chunk] for tensor in weight)
+                part = QuantizedWeight(*weight).map(itemgetter(chunk))
                 logits = ops.linear(hidden, *part, bias[chunk], ctx.scheme, torch.float32)
                 grad_bias[chunk] = factors @ _grad_logits(logits, chunk, target, lse, len(bias), ctx.terms)
         return grad_hidden, grad_bias, *(None,) * 7
 
 
 class _FloatCrossEntropy(torch.autograd.Function):
-    """The same for a float weight, which gets a gradient too; the backward makes the logits once more."""
+    """The loss of a float weight, which gets a gradient too; the backward makes the logits once more."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, terms):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows, classes = len(target), len(weight)
         valid = target != terms.ignore_index
@@ -252,7 +267,7 @@ class _FloatCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, lse = ctx.saved_tensors
         factors = torch.where(target == ctx.terms.ignore_index, 0.0, grad_losses)[:, None]
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None

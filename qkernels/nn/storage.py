@@ -1,8 +1,10 @@
-"""`Storage`: what `QuantLinear` and `QuantEmbedding` share, a frozen weight in the canonical storage of its scheme."""
+"""`Storage`: the frozen weight of `QuantLinear` and `QuantEmbedding`, in the canonical storage of its scheme."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,10 @@ from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, 
 class Storage(nn.Module):
     """A module whose frozen weight is the parameters `qweight`, `scales` and `zeros`.
 
-    The parameter registered as `scales` holds the bits of the float32 scales (see `stored.py`); the attribute, the
-    state dict and `quantized_weight` show them as float32, and either form can be assigned or loaded. `zeros` is None
-    for symmetric schemes. In the modes "qat" and "int8" the names do not exist, but for the learned scales of "qat".
+    The parameter registered as `scales` holds the bits of the float32 scales (see `stored_parameter.py`); the
+    attribute, the state dict and `quantized_weight` show them as float32, and either form can be assigned or loaded.
+    `zeros` is None for symmetric schemes. In the modes "qat" and "int8" the names do not exist, but for the learned
+    scales of "qat".
     """
 
     scheme: QuantScheme
@@ -28,7 +31,7 @@ class Storage(nn.Module):
     out_features: int
     compute_dtype: torch.dtype
     float_type: type[nn.Module]  # what was quantized, and what `dequantize_` makes of the layer again
-    COMPUTE_DTYPES = FLOAT_DTYPES
+    COMPUTE_DTYPES: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     @property
     def qweight(self) -> Tensor:
@@ -84,7 +87,7 @@ class Storage(nn.Module):
 
     def _frozen_weight(self) -> QuantizedWeight:
         """The frozen weight as the kernels read it."""
-        own = self._parameters
+        own: dict[str, Any] = self._parameters
         scales = own["scales"]
         return QuantizedWeight(
             own["qweight"], float_scales(scales) if scales.dtype == torch.int32 else scales, own["zeros"]
@@ -105,7 +108,7 @@ class Storage(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it is multiplied, in the canonical storage."""
-        own = self._parameters
+        own: dict[str, Any] = self._parameters
         scales = own["scales"]
         return QuantizedWeight(
             own["qweight"], reinterpret(scales, torch.float32) if scales.dtype == torch.int32 else scales, own["zeros"]
@@ -115,7 +118,7 @@ class Storage(nn.Module):
         """The weight as it is multiplied: float32 [N, K]."""
         return ops.dequantize_weight(*self.quantized_weight(), self.in_features, self.scheme)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Storage:
         """Move everything, but cast neither integers nor scales (`.half()`, `.to(torch.bfloat16)`, `.type(dtype)`)."""
         scales = self._parameters.get("scales")
         exact = {id(self._buffers.get("column_scales"))} | (set() if scales is None else {id(scales), id(scales.grad)})
@@ -146,11 +149,11 @@ class Storage(nn.Module):
 
         super()._apply(move, recurse)
         for name in STORAGE:  # torch may have made new parameters
-            if self.mode == "frozen" and type(self._parameters[name]) is nn.Parameter:
-                self._parameters[name] = store(self._parameters[name])
+            if self.mode == "frozen" and type(parameter := self._parameters[name]) is nn.Parameter:
+                self._parameters[name] = store(parameter)
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The state dict holds the canonical storage."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.mode != "frozen":
@@ -179,7 +182,7 @@ class Storage(nn.Module):
                 "over a state dict must copy what is not floating point, and the layer must be loaded anew"
             )
 
-    def _storage_errors(self, state_dict, prefix) -> list[str]:
+    def _storage_errors(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Why the tensors of a state dict cannot be this layer's weight; none at all are no error."""
         given = {name: state_dict.get(prefix + name) for name in STORAGE}
         if all(tensor is None for tensor in given.values()):
@@ -189,7 +192,7 @@ class Storage(nn.Module):
         problems = storage_problems(given, self.in_features, self.out_features, self.scheme)
         return [f"{prefix}{name} {problem}" for name, problem in problems.items()]
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict whose storage has been checked."""
         self._sample = None
         scales = state_dict.get(prefix + "scales")

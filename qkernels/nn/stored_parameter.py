@@ -9,13 +9,15 @@ as they are and is refused otherwise.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 # An average of equal bytes, computed in float32, is that far from them; one of bytes that differ is not.
 _ROUNDING = 6e-5
-# The same for the bits of scales, relative to them.
+# An average of equal scales is that far from them, relative to their bits.
 _BITS_ROUNDING = 1e-6
 # The bits of a scale are greater in magnitude (a scale is at least 2^-96 / 15), and a scale is smaller.
 _LEAST_BITS = 2.0**27
@@ -33,9 +35,14 @@ def reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return float_scales(tensor) if dtype == torch.float32 else tensor.view(dtype)
     from torch.distributed.tensor import DTensor
 
-    placed = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
+    assert isinstance(tensor, DTensor)
     return DTensor.from_local(
-        tensor.to_local().view(dtype), **placed, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        tensor.to_local().view(dtype),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )
 
 
@@ -44,10 +51,13 @@ def plain(tensor: Tensor) -> Tensor:
     return Tensor.detach(tensor).as_subclass(Tensor) if isinstance(tensor, _Constant) else tensor
 
 
-class _Constant:
+_set_data = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class _Constant(Tensor):
     """What a parameter and its aliases have in common: they never require a gradient."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def requires_grad(self) -> bool:
@@ -57,7 +67,7 @@ class _Constant:
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
 
-    def requires_grad_(self, requires_grad: bool = True):
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         if requires_grad:
             raise RuntimeError(_NO_GRADIENT)
         return self
@@ -69,7 +79,7 @@ class _Integers(_Constant):
     def detach(self) -> Tensor:
         return Tensor.detach(self).as_subclass(StoredTensor)
 
-    def clone(self, *args, **kwargs) -> Tensor:
+    def clone(self, *args: Any, **kwargs: Any) -> Tensor:
         return Tensor.clone(self, *args, **kwargs).as_subclass(StoredTensor)
 
     @property
@@ -78,18 +88,18 @@ class _Integers(_Constant):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        value = self._integers(value)
-        if value is not None:
-            Tensor.data.__set__(self, plain(value))
+        integers = self._integers(value)
+        if integers is not None:
+            _set_data(self, plain(integers))
 
-    def copy_(self, source: Tensor, non_blocking: bool = False):
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
         """Take over integers of the same dtype, or float32 scales; leave the tensor as it is for their own average."""
-        source = self._integers(source)
-        if source is not None:
-            Tensor.copy_(self, plain(source), non_blocking)
+        integers = self._integers(source)
+        if integers is not None:
+            Tensor.copy_(self, plain(integers), non_blocking)
         return self
 
-    def lerp_(self, end: Tensor, weight):
+    def lerp_(self, end: Tensor, weight: Any) -> Tensor:
         if self.shape == end.shape and torch.equal(self, end):
             return self
         raise RuntimeError(_ADVICE.format(what="be averaged with others"))
@@ -118,10 +128,10 @@ class _Integers(_Constant):
         return source.shape == mine.shape and bool(((source - mine).abs() <= rounding * mine.abs()).all())
 
 
-def _refusing(name: str):
+def _refusing(name: str) -> Callable[..., Tensor]:
     in_place = getattr(Tensor, name)
 
-    def method(self, *args, **kwargs):
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return in_place(self, *args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
@@ -135,13 +145,13 @@ for _name in ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "__iadd__"
     setattr(_Integers, _name, _refusing(_name))
 
 
-class StoredTensor(_Integers, Tensor):
+class StoredTensor(_Integers):
     """An alias or a copy of a `StoredParameter`, such as those in a state dict; it is saved as an ordinary tensor."""
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             memo[id(self)] = self.clone()
         return memo[id(self)]
@@ -159,7 +169,9 @@ class StoredParameter(_Integers, nn.Parameter):
         RuntimeError: if it is to require a gradient.
     """
 
-    def __new__(cls, data: Tensor, requires_grad: bool = False):
+    _view: weakref.ReferenceType[ScalesView] | None = None  # the one in use, if there is one
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> nn.Parameter:  # type: ignore[misc]
         if data.dtype == torch.float32:
             data = reinterpret(data.detach(), torch.int32)
         if data.dtype.is_floating_point:
@@ -170,20 +182,20 @@ class StoredParameter(_Integers, nn.Parameter):
             return nn.Parameter(data, requires_grad=False)
         return Tensor._make_subclass(cls, plain(data), False)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return StoredParameter, (plain(self),)
 
 
 def float_scales(bits: Tensor) -> Tensor:
     """The float32 scales in int32 `bits`. To torch.jit.trace, which has no word for that view, they are a constant."""
-    if not torch.jit.is_tracing():
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return bits.view(torch.float32)
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return bits.detach().view(torch.float32)
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 class ScalesView(_Constant, nn.Parameter):
@@ -194,7 +206,7 @@ class ScalesView(_Constant, nn.Parameter):
     @staticmethod
     def of(bits: StoredParameter) -> ScalesView:
         """The view of `bits`: one object as long as it is in use, so that tied scales are one object too."""
-        view = vars(bits).get("_view", lambda: None)()
+        view = None if bits._view is None else bits._view()
         if view is None or view.data_ptr() != bits.data_ptr():
             view = Tensor._make_subclass(ScalesView, float_scales(plain(bits)), False)
             view.bits, bits._view = bits, weakref.ref(view)
@@ -209,12 +221,12 @@ class ScalesView(_Constant, nn.Parameter):
         if value.dtype != torch.float32:
             raise TypeError(f"scales must be torch.float32, got {value.dtype}")
         self.bits.data = plain(value).contiguous().view(torch.int32)
-        Tensor.data.__set__(self, plain(self.bits).view(torch.float32))
+        _set_data(self, plain(self.bits).view(torch.float32))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return nn.Parameter(Tensor.clone(self), requires_grad=False)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return nn.Parameter(plain(self), requires_grad=False).__reduce_ex__(protocol)
 
 

@@ -16,7 +16,7 @@ from triton.runtime import interpreter
 
 import qkernels
 from qkernels import QuantLinear, QuantScheme
-from qkernels.kernels import dispatch, reference
+from qkernels.kernels import arguments, dispatch, reference
 from qkernels.kernels.triton import loss_plans, ops
 
 COUNT = 2
@@ -54,6 +54,11 @@ def mended_bfloat16(monkeypatch):
         monkeypatch.setattr(builder, name, cast_impl)
 
 
+def run_operator(name, args, keywords):
+    """The operator by Triton's kernels, with the arguments of its schema."""
+    return ops.run(name, arguments.bundle(name, args), keywords)
+
+
 # The loss takes its logits from `linear`, and is slow to interpret.
 SCHEMES = dict(op_samples.OP_SCHEMES) | {"linear_cross_entropy": op_samples.SCHEMES[::7]}
 
@@ -61,7 +66,7 @@ SCHEMES = dict(op_samples.OP_SCHEMES) | {"linear_cross_entropy": op_samples.SCHE
 @pytest.mark.parametrize(("op", "scheme"), [(op, s) for op in sorted(ops.PLANS) for s in SCHEMES[op]])
 def test_operator(op, scheme):
     for sample in list(op_samples.samples(op, scheme, COUNT))[:COUNT]:
-        actual = ops.run(op, sample.args, {})
+        actual = run_operator(op, sample.args, {})
         check(op, scheme, sample, actual if isinstance(actual, tuple) else (actual,))
 
 
@@ -92,7 +97,7 @@ def test_terms_of_the_loss(terms, scheme, monkeypatch):
     monkeypatch.setattr(loss_plans, "LEAST_ROWS", 5)
     args = small_loss(scheme)
     args[1].clamp_(min=3)
-    actual = ops.run("linear_cross_entropy", args, terms)
+    actual = run_operator("linear_cross_entropy", args, terms)
     for result, expected in zip(actual, reference_ops.linear_cross_entropy(*args, **terms), strict=True):
         assert_same_bits(result, expected, f"{scheme} {terms}")
 
@@ -100,7 +105,7 @@ def test_terms_of_the_loss(terms, scheme, monkeypatch):
 def test_a_target_out_of_range_gives_nan():
     args = small_loss("w8a8")
     args[1][1] = 10**6
-    losses, _, grad = ops.run("linear_cross_entropy", args, {})
+    losses, _, grad = run_operator("linear_cross_entropy", args, {})
     assert losses.isnan().nonzero().tolist() == [[1]]
     assert grad[1].isnan().all() and grad[[0, *range(2, len(grad))]].isfinite().all()
 
@@ -110,7 +115,7 @@ def test_weight_that_is_not_finite(scheme):
     weight = torch.randn(5, 70)
     weight[3, 64] = torch.inf
     with pytest.raises(RuntimeError, match="weight must be finite"):
-        ops.run("quantize_weight", (weight, scheme), {})
+        run_operator("quantize_weight", (weight, scheme), {})
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -118,7 +123,7 @@ def test_weight_or_scale_that_is_not_finite(place):
     args = (torch.randn(5, 70), torch.rand(5, 3))
     args[place][3, 2] = torch.nan
     with pytest.raises(RuntimeError, match="weight and scales must be finite"):
-        ops.run("quantize_weight_scaled", (*args, "w4a8-g32"), {})
+        run_operator("quantize_weight_scaled", (*args, "w4a8-g32"), {})
 
 
 @pytest.mark.parametrize("grad", ["float", "int8"])
@@ -142,7 +147,7 @@ def test_training_step(scheme, mode, grad, monkeypatch):
 
         def run(*args, name=name, **keywords):
             used.add(name)
-            return ops.run(name, args, keywords)
+            return run_operator(name, args, keywords)
 
         monkeypatch.setattr(qkernels.kernels.ops, name, run)
     for actual, wanted in zip(step(), expected, strict=True):

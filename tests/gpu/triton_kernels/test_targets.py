@@ -13,7 +13,7 @@ from gpu_emulation.usage import usage
 pytestmark = pytest.mark.slow
 # Kernels that multiply integers: their rules know no fused multiply-add, and division is IEEE.
 INTEGER_KERNELS = (
-    "quantize_rows_stochastic",
+    "quantize_rows",
     "quantize_groups",
     "linear_int",
     "reduce_slices",
