@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,21 @@ class _FrozenLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, qweight, scales, zeros, bias, scheme, out_dtype, seed, column_scales):
+    def forward(
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        scheme: str,
+        out_dtype: torch.dtype | None,
+        seed: Tensor | None,
+        column_scales: Tensor | None,
+    ) -> Tensor:
         return ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, qweight, scales, zeros, bias, ctx.scheme, _, seed, column_scales = inputs
         save(ctx, qweight, scales, zeros, seed, column_scales)
         ctx.in_features, ctx.x_dtype, ctx.out_dtype, ctx.shape = x.shape[1], x.dtype, output.dtype, output.shape
@@ -48,7 +58,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             *stored, seed, column_scales = ctx.saved_tensors
@@ -59,7 +69,9 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, None, None, None, grad_bias, None, None, None, None
 
     @staticmethod
-    def tangent(ctx, x, qweight, scales, zeros, bias, *_):
+    def tangent(
+        ctx: Any, x: Tensor | None, qweight: None, scales: None, zeros: None, bias: Tensor | None, *_: None
+    ) -> Tensor | None:
         weight = QuantizedWeight(*ctx.saved_tensors[:3])
         out = tangent_product(x, weight, ctx.scheme, ctx.out_dtype)
         return total_tangent(ctx.shape, ctx.out_dtype, out, bias)
@@ -89,49 +101,64 @@ class _AdaptedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, qweight, scales, zeros, bias, scheme, out_dtype, seed, column_scales, down, up, scaling, anchor):
+    def forward(
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        scheme: str,
+        out_dtype: torch.dtype | None,
+        seed: Tensor | None,
+        column_scales: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         out = ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
-        input = x.to(out.dtype)
-        middle = (input @ down.to(out.dtype).t()).mul_(scaling)
+        cast = x.to(out.dtype)
+        middle = (cast @ down.to(out.dtype).t()).mul_(scaling)
         out.addmm_(middle, up.to(out.dtype).t())
-        return out, middle, None if input is x else input
+        return out, middle, None if cast is x else cast
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, *weight, bias, ctx.scheme, _, seed, column_scales, down, up, ctx.scaling, anchor = inputs
         out, middle, cast = output
         ctx.mark_non_differentiable(middle, *([] if cast is None else [cast]))
-        input = x if cast is None else cast
-        save(ctx, *weight, seed, column_scales, input, middle, down, up, anchor)
+        factor = x if cast is None else cast
+        save(ctx, *weight, seed, column_scales, factor, middle, down, up, anchor)
         ctx.x_dtype, ctx.out_dtype, ctx.shape = x.dtype, out.dtype, out.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, *_):
-        *stored, seed, column_scales, input, middle, down, up, _ = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        *stored, seed, column_scales, factor, middle, down, up, _ = ctx.saved_tensors
         needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 9, 10))
         grad_x = grad_bias = grad_down = grad_up = None
-        grad_middle = (grad_out @ up.to(grad_out.dtype)).mul_(ctx.scaling) if needs_x or needs_down else None
+        if needs_x or needs_down:
+            grad_middle = (grad_out @ up.to(grad_out.dtype)).mul_(ctx.scaling)
         if needs_x:
-            weight = LinearWeight(QuantizedWeight(*stored), input.shape[1], ctx.scheme, column_scales)
+            weight = LinearWeight(QuantizedWeight(*stored), factor.shape[1], ctx.scheme, column_scales)
             grad_x = input_gradient(grad_out, weight, seed, ctx.x_dtype)
             grad_x.addmm_(grad_middle.to(grad_x.dtype), down.to(grad_x.dtype))
         if needs_bias:
             grad_bias = bias_gradient(grad_out, ctx.bias_dtype)
         if needs_down:
-            grad_down = (grad_middle.t() @ input).to(down.dtype)
+            grad_down = (grad_middle.t() @ factor).to(down.dtype)
         if needs_up:
             grad_up = (grad_out.t() @ middle).to(up.dtype)
         return grad_x, None, None, None, grad_bias, None, None, None, None, grad_down, grad_up, None, None
 
     @staticmethod
-    def tangent(ctx, x, qweight, scales, zeros, bias, scheme, out_dtype, seed, column_scales, *of_adapter):
-        down_tangent, up_tangent, *_ = of_adapter
-        *weight, _, _, input, middle, down, up = ctx.saved_tensors[:9]
+    def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
+        x, _, _, _, bias, _, _, _, _, down_tangent, up_tangent, *_ = tangents
+        *weight, _, _, factor, middle, down, up = ctx.saved_tensors[:9]
         dtype = ctx.out_dtype
         parts = [tangent_product(x, QuantizedWeight(*weight), ctx.scheme, dtype), bias]
-        for left, right in ((x, down), (input, down_tangent)):
+        for left, right in ((x, down), (factor, down_tangent)):
             if left is not None and right is not None:
                 parts.append((left.to(dtype) @ right.to(dtype).t()) @ up.to(dtype).t() * ctx.scaling)
         if up_tangent is not None:
@@ -204,6 +231,12 @@ def adapted_linear(
     return over_leading_dimensions(_adapted_linear, x, weight.qweight.shape[0], *args)
 
 
-def _adapted_without_gradient(x, weight, bias, scheme, out_dtype, adapter):
-    args = (x, *weight, bias, scheme, out_dtype, None, None, *adapter, None)
-    return _AdaptedLinear.forward(*args)[0]
+def _adapted_without_gradient(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    scheme: str,
+    out_dtype: torch.dtype | None,
+    adapter: LowRank,
+) -> Tensor:
+    return _AdaptedLinear.forward(x, *weight, bias, scheme, out_dtype, None, None, *adapter, None)[0]

@@ -1,6 +1,9 @@
-"""`FrozenWeight`: what `layer.weight` is where the weight is stored as integers and scales."""
+"""`FrozenWeight`: the `weight` of a layer that stores integers and scales."""
 
 from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,7 +16,13 @@ from .weight_products import ReadOnly, refuse_write
 _aten = torch.ops.aten
 
 
-class FrozenWeight(ReadOnly, Tensor):
+class Layer(Protocol):
+    """A layer that has a quantized weight."""
+
+    def quantized_weight(self) -> QuantizedWeight: ...
+
+
+class FrozenWeight(ReadOnly):
     """The weight of a frozen layer as others see it: read-only, of the layer's compute dtype, without a copy.
 
     Products with it run the layer's kernel, with its gradients: `F.linear(x, w, bias)`, `x @ w.T`, `w @ x`, `mm`,
@@ -30,126 +39,125 @@ class FrozenWeight(ReadOnly, Tensor):
         True
 
     Attributes:
-        storage: the canonical storage of [N, K]; None: `values` are held instead (a view, or a copy written to).
-        transposed: whether its shape is [K, N].
-        values: a plain tensor, in place of the storage.
-        writable: whether it is a copy (of another dtype or device), which is no layer's weight.
+        stored: the canonical storage of [N, K]; None: `floats` are held instead (a view, or a copy written to).
+        scheme, in_features, column_scales: as in `quant_linear`.
+        grad_mode: its `grad_dtype`, a name that means something else on tensors.
+        transposed: True if the shape is [K, N].
+        floats: a plain tensor, in place of the stored weight.
+        writable: True for a copy (of another dtype or device), which is no layer's weight.
     """
 
+    writable: bool
     # transformers initializes the tensors without this mark.
     _is_hf_initialized = True
 
     @staticmethod
     def __new__(
         cls,
-        storage: QuantizedWeight | None,
+        stored: QuantizedWeight | None,
         scheme: str,
         in_features: int,
         dtype: torch.dtype,
         grad_dtype: str = "float",
-        columns: Tensor | None = None,
+        column_scales: Tensor | None = None,
         transposed: bool = False,
-        values: Tensor | None = None,
+        floats: Tensor | None = None,
         writable: bool = False,
-    ):
-        if storage is None:
-            return Tensor._make_wrapper_subclass(
-                cls, values.shape, strides=values.stride(), dtype=values.dtype, device=values.device
-            )
-        shape = (storage.qweight.shape[0], in_features)
-        strides = (in_features, 1)
-        if transposed:
-            shape, strides = shape[::-1], strides[::-1]
-        return Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=storage.qweight.device)
+    ) -> FrozenWeight:
+        shape: tuple[int, ...]
+        strides: tuple[int, ...]
+        if stored is not None:
+            shape, strides, device = (stored.qweight.shape[0], in_features), (in_features, 1), stored.qweight.device
+            if transposed:
+                shape, strides = shape[::-1], strides[::-1]
+        elif floats is not None:
+            shape, strides, dtype, device = floats.shape, floats.stride(), floats.dtype, floats.device
+        else:
+            raise TypeError("FrozenWeight takes a stored weight or floats, got neither")
+        weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+        weight.stored, weight.scheme, weight.in_features, weight.grad_mode = stored, scheme, in_features, grad_dtype
+        weight.column_scales, weight.transposed, weight.floats = column_scales, transposed, floats
+        weight.writable = writable
+        return weight
 
-    def __init__(
-        self,
-        storage: QuantizedWeight | None,
-        scheme: str,
-        in_features: int,
-        dtype: torch.dtype,
-        grad_dtype: str = "float",
-        columns: Tensor | None = None,
-        transposed: bool = False,
-        values: Tensor | None = None,
-        writable: bool = False,
-    ) -> None:
-        self.storage, self.scheme, self.in_features, self.grad_mode = storage, scheme, in_features, grad_dtype
-        self.columns, self.transposed, self.values, self.writable = columns, transposed, values, writable
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
-    def __tensor_flatten__(self):
-        tensors = {"columns": self.columns, "values": self.values}
-        tensors.update(self.storage._asdict() if self.storage is not None else {})
-        for name, tensor in tensors.items():
-            if name in QuantizedWeight._fields:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        tensors = {"column_scales": self.column_scales, "floats": self.floats}
+        if self.stored is not None:
+            for name, tensor in self.stored._asdict().items():
+                tensors[name] = tensor
                 setattr(self, name, tensor)
         context = (self.scheme, self.in_features, self.dtype, self.grad_mode, self.transposed, self.writable)
         return [name for name, tensor in tensors.items() if tensor is not None], context
 
     @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> FrozenWeight:
         scheme, in_features, dtype, grad_dtype, transposed, writable = context
-        storage = None
+        stored = None
         if "qweight" in inner:
-            storage = QuantizedWeight(*(inner.get(name) for name in QuantizedWeight._fields))
-        columns, values = inner.get("columns"), inner.get("values")
-        return cls(storage, scheme, in_features, dtype, grad_dtype, columns, transposed, values, writable)
+            stored = QuantizedWeight(inner["qweight"], inner["scales"], inner.get("zeros"))
+        scales, floats = inner.get("column_scales"), inner.get("floats")
+        return cls(stored, scheme, in_features, dtype, grad_dtype, scales, transposed, floats, writable)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.dequantize().__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantize().clone()
 
     def dequantize(self) -> Tensor:
         """The values as they are multiplied, rounded to `dtype`: a plain tensor of this shape."""
-        if self.storage is None:
-            return self.values
-        values = ops.dequantize_weight(*self.storage, self.in_features, self.scheme).to(self.dtype)
+        if self.stored is None:
+            assert self.floats is not None
+            return self.floats
+        values = ops.dequantize_weight(*self.stored, self.in_features, self.scheme).to(self.dtype)
         return values.t() if self.transposed else values
 
-    def is_of(self, layer: torch.nn.Module) -> bool:
-        """Whether it is the whole weight of the layer."""
-        own, stored = self.storage, layer.quantized_weight()
+    def is_of(self, layer: Layer) -> bool:
+        """True if this is the whole weight of the layer."""
+        own, stored = self.stored, layer.quantized_weight()
         if own is None or own.qweight is not stored.qweight or own.zeros is not stored.zeros:
             return False
         return own.scales.data_ptr() == stored.scales.data_ptr()  # each is a view made when it was read
 
     @property
     def multiplies(self) -> bool:
-        """Whether it is a whole matrix that a kernel multiplies."""
-        return self.storage is not None
+        """True for a whole matrix, which a kernel multiplies."""
+        return self.stored is not None
 
-    def like(self, **changes) -> FrozenWeight:
-        """The same weight, but for `changes` of the constructor's arguments."""
+    def like(self, **changes: Any) -> FrozenWeight:
+        """This weight with `changes` of the constructor's arguments."""
         given = {
-            "storage": self.storage,
+            "stored": self.stored,
             "scheme": self.scheme,
             "in_features": self.in_features,
             "dtype": self.dtype,
             "grad_dtype": self.grad_mode,
-            "columns": self.columns,
+            "column_scales": self.column_scales,
             "transposed": self.transposed,
-            "values": self.values,
+            "floats": self.floats,
             "writable": self.writable,
         }
         return FrozenWeight(**{**given, **changes})
 
-    def rows(self, take) -> QuantizedWeight:
-        """The storage of those rows that `take` takes from a tensor."""
-        return QuantizedWeight(*(None if tensor is None else take(tensor) for tensor in self.storage))
-
     def look_up(self, indices: Tensor) -> Tensor:
         """The dequantized rows at integer `indices` [...]: plain [..., K]."""
-        found = self.rows(lambda tensor: tensor.index_select(0, indices.reshape(-1)))
+        assert self.stored is not None
+        found = self.stored.map(lambda tensor: tensor.index_select(0, indices.reshape(-1)))
         values = ops.dequantize_weight(*found, self.in_features, self.scheme).to(self.dtype)
         return values.reshape(*indices.shape, self.in_features)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], FrozenWeight) else None
         if weight is not None:
@@ -163,19 +171,19 @@ class FrozenWeight(ReadOnly, Tensor):
         return _on_values(func, args, kwargs)
 
 
-def _on_storage(func, weight: FrozenWeight, args, kwargs):
+def _on_storage(func: Any, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation that the integers allow; None: another operation."""
     if func in (_aten.detach.default, _aten.alias.default):
         return weight.like()
-    if weight.storage is None:
+    if weight.stored is None:
         return None
     if func is _aten._to_copy.default and kwargs.get("dtype", weight.dtype) in FLOAT_DTYPES:
         dtype, device = kwargs.get("dtype") or weight.dtype, kwargs.get("device") or weight.device
         if torch.device(device).type == weight.device.type or weight.is_meta:
             return weight.like(dtype=dtype, writable=True)
-        storage = weight.rows(lambda tensor: tensor.detach().to(device))
-        columns = None if weight.columns is None else weight.columns.to(device)
-        return weight.like(storage=storage, columns=columns, dtype=dtype, writable=True)
+        stored = weight.stored.map(lambda tensor: tensor.detach().to(device))
+        scales = None if weight.column_scales is None else weight.column_scales.to(device)
+        return weight.like(stored=stored, column_scales=scales, dtype=dtype, writable=True)
     swaps = (
         func is _aten.t.default
         or (func is _aten.transpose.int and {axis % 2 for axis in args} == {0, 1})
@@ -192,7 +200,7 @@ def _on_storage(func, weight: FrozenWeight, args, kwargs):
     if func is _aten.select.int and args[0] % 2 == 0 and not weight.writable:
         index = range(weight.shape[0])[args[1]]
         row = _slice(weight, index, index + 1).dequantize()[0]
-        return weight.like(storage=None, columns=None, values=row)
+        return weight.like(stored=None, column_scales=None, floats=row)
     if func is _aten.index_select.default and args[0] % 2 == 0:
         return weight.look_up(args[1])
     if func is _aten.index.Tensor and len(args[0]) == 1 and args[0][0].dtype in (torch.int64, torch.int32):
@@ -203,25 +211,27 @@ def _on_storage(func, weight: FrozenWeight, args, kwargs):
     return None
 
 
-def _slice(weight: FrozenWeight, start=None, end=None, step=1) -> FrozenWeight:
-    """Rows of the weight as a weight. The columns' scales are those of all rows, and would be wrong here."""
-    storage = weight.rows(lambda tensor: tensor[start:end:step])
-    return weight.like(storage=storage, columns=None, grad_dtype="float", writable=False)
+def _slice(weight: FrozenWeight, start: int | None = None, end: int | None = None, step: int = 1) -> FrozenWeight:
+    """Some rows as a weight. The column scales are those of all rows, and would be wrong here."""
+    assert weight.stored is not None
+    stored = weight.stored.map(itemgetter(slice(start, end, step)))
+    return weight.like(stored=stored, column_scales=None, grad_dtype="float", writable=False)
 
 
-def _product_without_gradient(func, args, kwargs):
+def _product_without_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """`mm` and `addmm` with a transposed weight below autograd; None: the kernel does not compute this."""
     bias, x, weight = (None, *args[:2]) if func is _aten.mm.default else args[:3]
-    if not (isinstance(weight, FrozenWeight) and weight.multiplies and weight.transposed):
+    stored = weight.stored if isinstance(weight, FrozenWeight) and weight.transposed else None
+    if stored is None:
         return None
     if isinstance(x, FrozenWeight) or isinstance(bias, FrozenWeight) or kwargs or x.dtype not in FLOAT_DTYPES:
         return None
     if bias is None or bias.shape == weight.shape[1:]:
-        return ops.linear(x, *weight.storage, bias, weight.scheme)
-    return ops.linear(x, *weight.storage, None, weight.scheme) + bias
+        return ops.linear(x, *stored, bias, weight.scheme)
+    return ops.linear(x, *stored, None, weight.scheme) + bias
 
 
-def _on_values(func, args, kwargs):
+def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dequantized values; a write to a weight is refused."""
     arguments = list(zip(func._schema.arguments, args, strict=False))
     arguments += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
@@ -239,8 +249,8 @@ def _on_values(func, args, kwargs):
             else:
                 raise refuse_write(f"{func} would write to it")
     for weight in written + ([viewed] if viewed is not None and viewed.writable else []):
-        weight.values, weight.storage, weight.columns = weight.dequantize().contiguous(), None, None
-    floats = {id(weight.values): weight for weight in written}
+        weight.floats, weight.stored, weight.column_scales = weight.dequantize().contiguous(), None, None
+    floats = {id(weight.floats): weight for weight in written}
     result = func(
         *tree_map_only(FrozenWeight, FrozenWeight.dequantize, args),
         **tree_map_only(FrozenWeight, FrozenWeight.dequantize, kwargs),
@@ -248,5 +258,5 @@ def _on_values(func, args, kwargs):
     if written:
         return tree_map_only(Tensor, lambda tensor: floats.get(id(tensor), tensor), result)
     if viewed is not None and not viewed.writable:  # a view of the weight must not take a write either
-        return tree_map_only(Tensor, lambda tensor: viewed.like(storage=None, columns=None, values=tensor), result)
+        return tree_map_only(Tensor, lambda tensor: viewed.like(stored=None, column_scales=None, floats=tensor), result)
     return result

@@ -1,10 +1,11 @@
-"""What the autograd functions share: how they are called, what they save, and second derivatives, which they refuse."""
+"""Shared by the autograd functions: how they are called, what they save, and their refusal of second derivatives."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,18 @@ from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 
 
-def differentiable(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+def differentiable(function: Any) -> Callable[..., Tensor]:
     """A callable that gives the first output of an autograd function, by the cheapest way that the caller allows.
 
-    The function has `tangent` where others have `jvp`: Dynamo does not trace a function that has a `jvp`, so only a
-    subclass has it. `torch.autograd.Function.apply` binds its arguments to the signature of `forward` in Python at
-    every call, for defaults and keywords, which these have not. That takes longer than a small product, so eager calls
-    leave it out.
+    The class `function` has `tangent` where others have `jvp`: Dynamo does not trace a function that has a `jvp`, so
+    only a subclass has it. `torch.autograd.Function.apply` binds its arguments to the signature of `forward` in Python
+    at every call, for defaults and keywords, which these have not. That takes longer than a small product, so eager
+    calls leave it out.
     """
-    with_tangents = type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+    with_tangents: Any = type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
     eager = super(torch.autograd.Function, function).apply
 
-    def call(*args) -> Tensor:
+    def call(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
             out = function.apply(*args)
         elif transformed():
@@ -37,7 +38,8 @@ def differentiable(function: type[torch.autograd.Function]) -> Callable[..., Ten
     return call
 
 
-def over_leading_dimensions(function, x: Tensor, out_features: int, *args) -> Tensor:
+def over_leading_dimensions(function: Callable[..., Tensor], x: Tensor, out_features: int, *args: Any) -> Tensor:
+    """`function(x, *args)` [M, out_features] for x [M, K], with any leading dimensions of x in the place of M."""
     if x.dim() == 2:
         return function(x, *args)
     return function(x.reshape(-1, x.shape[-1]), *args).reshape(*x.shape[:-1], out_features)
@@ -60,31 +62,31 @@ class _NoSecondDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sources, *tensors):
+    def forward(sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[sources:])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(_SECOND)
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
         raise RuntimeError(_SECOND)
 
 
-def once_differentiable(backward):
-    """For `backward`: the gradients are computed without a graph, and differentiating them is an error.
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorate a `backward`: the gradients are computed without a graph, and differentiating them is an error.
 
     torch's decorator of this name leaves them without a connection to what they depend on, so that a second derivative
     with respect to that is 0 and not an error. Whatever they depend on must be among the saved tensors.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx, *grads):
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -100,7 +102,7 @@ def once_differentiable(backward):
 
 
 def anchors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of each tensor its autograd graph without its memory, a tensor of no rows, for `once_differentiable`.
+    """The autograd graph of each tensor without its memory, as a tensor of no rows, for `once_differentiable`.
 
     Compiled code has no second derivatives anyway, and gets None.
     """
@@ -113,17 +115,17 @@ def anchors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: tensors then do not tell what is asked for."""
+    """True while torch.func or forward mode differentiates: tensors then do not tell what is asked for."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Which tensors need a gradient."""
+    """Tell which tensors need a gradient."""
     if transformed():
         return tuple(tensor is not None for tensor in tensors)
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # torch.jit.trace records operators only
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # torch.jit.trace records operators only
         return (False,) * len(tensors)
     return tuple(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -144,8 +146,8 @@ def total_tangent(shape: torch.Size, dtype: torch.dtype, *parts: Tensor | None) 
     return functools.reduce(torch.add, present).contiguous() if present else None
 
 
-def save(ctx, *tensors: Tensor | None) -> None:
-    """For `backward` and `jvp`: torch.func wants the same tensors for both."""
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for `backward` and `jvp`: torch.func wants the same tensors for both."""
     ctx.save_for_backward(*tensors)
     if not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ _BLOCK = 65536
 
 
 class LinearWeight(NamedTuple):
-    """A quantized weight [N, K] and what a product with it must know.
+    """A quantized weight [N, K] and the facts that a product with it needs.
 
     Attributes:
         stored: its canonical storage.
@@ -74,16 +75,17 @@ def int8_weight_gradient(
 
 def _product(q_grad: Tensor, grad_scales: Tensor, weight: LinearWeight, out_dtype: torch.dtype) -> Tensor:
     """`ops.int_grad_input`, for any depth: blocks of rows of the weight, whose sums are added in ascending order."""
-    stored, *options = weight
+    stored, in_features, scheme, column_scales = weight
     depth = q_grad.shape[1]
     if depth <= _BLOCK:
-        return ops.int_grad_input(q_grad, grad_scales, *stored, *options, out_dtype=out_dtype)
+        return ops.int_grad_input(q_grad, grad_scales, *stored, in_features, scheme, column_scales, out_dtype=out_dtype)
     total, ones = None, torch.ones_like(grad_scales)
     for start in range(0, depth, _BLOCK):
         rows = slice(start, start + _BLOCK)
-        block = (None if tensor is None else tensor[rows] for tensor in stored)
-        part = ops.int_grad_input(q_grad[:, rows], ones, *block, *options)
+        block = stored.map(itemgetter(rows))
+        part = ops.int_grad_input(q_grad[:, rows], ones, *block, in_features, scheme, column_scales)
         total = part if total is None else total + part
+    assert total is not None
     return (total * grad_scales[:, None]).to(out_dtype)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..formats import rules
 from ..formats.philox import WEIGHT, draw_shared_seed, is_traced
 from ..kernels import ops
+from .tensor_calls import called_by, count_write, is_view, written
 
 _aten = torch.ops.aten
 _HALVES = (torch.bfloat16, torch.float16)
@@ -41,13 +42,23 @@ class Int8Weight(Tensor):
     """
 
     __slots__ = ("qweight", "scales")
+    qweight: Tensor
+    scales: Tensor
 
     @staticmethod
-    def __new__(cls, qweight, scales=None, dtype=None, *, requires_grad: bool = False, **attributes):
+    def __new__(
+        cls,
+        qweight: Tensor,
+        scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        requires_grad: bool = False,
+        **attributes: Any,
+    ) -> Int8Weight:
         if isinstance(qweight, Int8Weight):
-            if qweight.is_meta and _called_by("accelerate.utils.modeling"):
+            if qweight.is_meta and called_by("accelerate.utils.modeling"):
                 raise NotImplementedError(f"an Int8Weight cannot be offloaded: {_FREEZE}, or move the whole model")
-            qweight, scales, dtype = qweight.qweight, qweight.scales, dtype or qweight.dtype
+            scales, dtype, qweight = qweight.scales, dtype or qweight.dtype, qweight.qweight
         elif not isinstance(scales, Tensor) or dtype is None:
             raise TypeError(
                 "Int8Weight takes qweight, scales and dtype, or another Int8Weight; "
@@ -60,19 +71,21 @@ class Int8Weight(Tensor):
         weight.__dict__.update(attributes)
         return weight
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self):
+    def __tensor_flatten__(self) -> tuple[list[str], list[Any]]:
         return ["qweight", "scales"], [self.dtype]
 
     @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: list[torch.dtype], outer_size: Any, outer_stride: Any
+    ) -> Int8Weight:
         return cls(inner["qweight"], inner["scales"], *context)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -85,7 +98,7 @@ class Int8Weight(Tensor):
 
         Args:
             values: float32.
-            seed: int64 of shape []; None: `stochastic.draw_shared_seed(values)`.
+            seed: int64 of shape []; None: `philox.draw_shared_seed(values)`.
         """
         if values.shape != self.shape:
             raise RuntimeError(f"an Int8Weight cannot be resized: it is {list(self.shape)}, got {list(values.shape)}")
@@ -107,13 +120,13 @@ class Int8Weight(Tensor):
         """Write both, so that a backward that needs what was there notices (autograd does not see writes from here)."""
         self.qweight.copy_(qweight)
         self.scales.copy_(scales)
-        _count_write(self.qweight, self.scales)
+        count_write(self.qweight, self.scales)
 
     def _take(self, values: Tensor) -> None:
         """`copy_` from floats. Rows that are integers times a scale become these, others are rounded like any."""
         unchanged = ~self._changed_rows(values)
         values = values.to(torch.float32)
-        qweight, scales, exact = _on_grid(values)
+        qweight, scales, exact = rules.int8_on_grid(values)
         self._set(
             torch.where(exact & ~unchanged, qweight, self.qweight),
             torch.where(exact & ~unchanged, scales, self.scales),
@@ -127,45 +140,48 @@ class Int8Weight(Tensor):
         return self._like(self.qweight[start:end], self.scales[start:end])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
     # What the base class does without asking __torch_dispatch__.
 
     @property
     def data(self) -> Int8Weight:
-        return Tensor.data.__get__(self)
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         """An `Int8Weight` is shared, as by any tensor; floats [N, K] are copied, and rounded."""
+        new: Any = value
         if not isinstance(value, Int8Weight):
             if value.shape != self.shape or not value.is_floating_point():
                 raise RuntimeError(
                     f"the data of an Int8Weight must be a float tensor of shape {list(self.shape)}, "
                     f"got {value.dtype} of shape {list(value.shape)}"
                 )
-            stored = self.detach().clone().to(value.device, value.dtype)
-            if _called_by("torch.distributed.optim"):
+            new = self.detach().clone().to(value.device, value.dtype)
+            if called_by("torch.distributed.optim"):
                 raise NotImplementedError("an Int8Weight cannot be a view of a bucket: no parameters_as_bucket_view")
-            stored._take(value.detach())
-            value = stored
-        Tensor.data.__set__(self, value)
-        self.qweight, self.scales = value.qweight, value.scales
+            new._take(value.detach())
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.qweight, self.scales = new.qweight, new.scales
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) in memo:
             return memo[id(self)]
         if not self.is_leaf:
             raise RuntimeError("only leaves of the autograd graph can be deep-copied; detach() the weight first")
-        result = self._like(self.qweight.clone(), self.scales.clone()).requires_grad_(self.requires_grad)
+        result = self._like(self.qweight.clone(), self.scales.clone())
+        result.requires_grad_(self.requires_grad)
         memo[id(self)] = result
         result.__dict__.update(copy.deepcopy(_attributes(self), memo))
         if self.grad is not None:
             result.grad = copy.deepcopy(self.grad, memo)
         return result
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return _rebuild, (self.qweight, self.scales, self.dtype, self.requires_grad, _attributes(self))
 
     def share_memory_(self) -> Int8Weight:
@@ -178,22 +194,22 @@ class Int8Weight(Tensor):
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The storage of `qweight`: it tells which memory this is, and holds no floats."""
-        if _called_by("torch._"):  # fake tensors are made of one that is empty, and this object's alone
+        if called_by("torch._"):  # fake tensors are made of one that is empty, and this object's alone
             return Tensor.untyped_storage(self)
         return self.qweight.untyped_storage()
 
-    def numpy(self, *, force: bool = False):
+    def numpy(self, *, force: bool = False) -> Any:
         """The dequantized weight. It is read-only: a write would not reach the weight."""
         return _read_only(self, force)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         array = self.numpy()
         return array if dtype is None or dtype == array.dtype else array.astype(dtype)
 
-    def tolist(self) -> list:
+    def tolist(self) -> list[Any]:
         return self.detach().dequantize().tolist()
 
-    def _no_memory(self, *args, **kwargs):
+    def _no_memory(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "an Int8Weight has no memory of floats; read weight.dequantize(), write with copy_(), save state_dict(); "
             + _FREEZE
@@ -203,7 +219,9 @@ class Int8Weight(Tensor):
 
     # FSDP2 (fully_shard): the integers and scales are gathered, never the floats.
 
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int]]:
         if self.shape[1] != outer_size[1]:
             raise ValueError(f"an Int8Weight is sharded along dimension 0 only, got shards of shape {list(self.shape)}")
         ranks = mesh.size()
@@ -215,7 +233,9 @@ class Int8Weight(Tensor):
             scales = scales.expand(-1, outer_size[1]).contiguous()
         return (qweight, scales), (outer_size[0],)
 
-    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: tuple[int], param_dtype: torch.dtype, *, out: Any = None
+    ) -> tuple[Int8Weight, tuple[()]] | None:
         (rows,) = metadata
         if out is not None:  # which sees the same memory
             return None
@@ -239,13 +259,13 @@ class _Step(NamedTuple):
     """A view operation: its arguments but the first, and which of several results is meant."""
 
     func: Any
-    args: tuple
-    kwargs: tuple
-    index: int | None
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    place: int | None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         result = self.func(tensor, *self.args, **dict(self.kwargs))
-        return result if self.index is None else result[self.index]
+        return result if self.place is None else result[self.place]
 
 
 class Int8WeightView(Tensor):
@@ -257,9 +277,11 @@ class Int8WeightView(Tensor):
     """
 
     __slots__ = ("base", "steps")
+    base: Int8Weight
+    steps: tuple[_Step, ...]
 
     @staticmethod
-    def __new__(cls, like: Tensor, base: Int8Weight, steps: tuple[_Step, ...]):
+    def __new__(cls, like: Tensor, base: Int8Weight, steps: tuple[_Step, ...]) -> Int8WeightView:
         view = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -271,24 +293,28 @@ class Int8WeightView(Tensor):
         view.base, view.steps = base, steps
         return view
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self):
+    def __tensor_flatten__(self) -> tuple[list[str], list[Any]]:
         return ["base"], [self.steps]
 
     @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Any], context: list[tuple[_Step, ...]], outer_size: Any, outer_stride: Any
+    ) -> Int8WeightView:
         base, (steps,) = inner["base"], context
         return cls(_apply(steps, base.dequantize()), base, steps)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -296,17 +322,17 @@ class Int8WeightView(Tensor):
         return _apply(self.steps, self.base.dequantize(dtype))
 
     @property
-    def data(self) -> Int8WeightView:
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
         Int8Weight._no_memory(self)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return memo.setdefault(id(self), self.dequantize())
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.detach().dequantize().__reduce_ex__(protocol)
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -325,7 +351,9 @@ def _apply(steps: tuple[_Step, ...], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _rebuild(qweight, scales, dtype, requires_grad, attributes) -> Int8Weight:
+def _rebuild(
+    qweight: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: bool, attributes: dict[str, Any]
+) -> Int8Weight:
     """What a pickle calls; the name is part of saved files."""
     return Int8Weight(qweight, scales, dtype, requires_grad=requires_grad, **attributes)
 
@@ -333,7 +361,7 @@ def _rebuild(qweight, scales, dtype, requires_grad, attributes) -> Int8Weight:
 torch.serialization.add_safe_globals([Int8Weight, _rebuild])
 
 
-def _read_only(weight: Int8Weight | Int8WeightView, force: bool):
+def _read_only(weight: Int8Weight | Int8WeightView, force: bool) -> Any:
     if weight.requires_grad and not force:
         raise RuntimeError("numpy() is for tensors that do not require a gradient; use weight.detach().numpy()")
     array = weight.dequantize().numpy(force=force)
@@ -341,44 +369,12 @@ def _read_only(weight: Int8Weight | Int8WeightView, force: bool):
     return array
 
 
-def _called_by(module: str) -> bool:
-    """Whether a function of `module` made the call, from outside of this package, that led to the caller."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").startswith(module)
-
-
-def _attributes(weight: Int8Weight) -> dict:
-    """What others have set on the weight, but not how it is multiplied (`products.follow`)."""
+def _attributes(weight: Int8Weight) -> dict[str, Any]:
+    """The attributes that others have set, but not how the weight is multiplied (`weight_products.follow`)."""
     return {name: value for name, value in vars(weight).items() if name not in ("product", "transposed")}
 
 
-def _count_write(*tensors: Tensor) -> None:
-    """Tell autograd of a write that it does not see."""
-    if not is_traced():
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
-
-
-def _on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 [N, K], scales [N, 1], and bool [N, 1]: which rows of float32 values are their product, bit for bit.
-
-    The quotient of the largest magnitude and 127 may be off by one or two units in the last place from the scale that
-    the values were multiplied with.
-    """
-    absmax = values.abs().amax(dim=1, keepdim=True)
-    scales = torch.where(absmax > 0, absmax / 127.0, 1.0)
-    qweight = (values / scales).round()
-    exact = torch.zeros_like(absmax, dtype=torch.bool)
-    chosen = scales
-    for ulps in (0, 1, -1, 2, -2):
-        candidate = (scales.view(torch.int32) + ulps).view(torch.float32)
-        matches = (qweight * candidate == values).all(dim=1, keepdim=True) & ~exact
-        chosen, exact = torch.where(matches, candidate, chosen), exact | matches
-    return qweight.clamp(-127, 127).to(torch.int8), chosen, exact
-
-
-def _dispatch(func, args: tuple, kwargs: dict):
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations that keep the integers, views, and all others."""
     if (special := _SPECIAL.get(func)) is not None and args and isinstance(args[0], Int8Weight):
         result = special(*args, **kwargs)
@@ -387,16 +383,12 @@ def _dispatch(func, args: tuple, kwargs: dict):
     if func.namespace == "c10d":
         return _communicate(func, args, kwargs)
     returns = func._schema.returns
-    if args and isinstance(args[0], (Int8Weight, Int8WeightView)) and any(_is_view(value) for value in returns):
+    if args and isinstance(args[0], (Int8Weight, Int8WeightView)) and any(is_view(value) for value in returns):
         return _view(func, args, kwargs)
     return _on_floats(func, args, kwargs)
 
 
-def _is_view(returned) -> bool:
-    return returned.alias_info is not None and not returned.alias_info.is_write
-
-
-def _view(func, args: tuple, kwargs: dict):
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     weight, *rest = args
     base, steps = (weight, ()) if isinstance(weight, Int8Weight) else (weight.base, weight.steps)
     if func is _aten.t.default and steps == (_TRANSPOSED,):
@@ -415,27 +407,27 @@ def _view(func, args: tuple, kwargs: dict):
     return one(result, None)
 
 
-def _on_floats(func, args: tuple, kwargs: dict):
+def _on_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on dequantized weights. If it writes to one, then in float32, and what was written is stored."""
-    written = {id(leaf) for leaf in _written(func, args, kwargs)}
+    targets = {id(leaf) for leaf in written(func, args, kwargs)}
     leaves, spec = tree_flatten((args, kwargs))
-    stores = any(id(leaf) in written and isinstance(leaf, (Int8Weight, Int8WeightView)) for leaf in leaves)
+    stores = any(id(leaf) in targets and isinstance(leaf, (Int8Weight, Int8WeightView)) for leaf in leaves)
     floats: dict[int, Tensor] = {}  # by the id of the base's integers
     kept: list[tuple[Tensor, Tensor]] = []  # what is written to, and what is in its place
     originals: dict[int, Tensor] = {}  # what a result stands for, by the id of what was written to in its place
 
-    def value(leaf):
+    def value(leaf: Any) -> Any:
         if isinstance(leaf, (Int8Weight, Int8WeightView)):
             base, steps = (leaf, ()) if isinstance(leaf, Int8Weight) else (leaf.base, leaf.steps)
             if id(base.qweight) not in floats:
-                exact = stores or _called_by("torch.distributed.utils")  # DDP's broadcast of all parameters
+                exact = stores or called_by("torch.distributed.utils")  # DDP's broadcast of all parameters
                 floats[id(base.qweight)] = base.dequantize(torch.float32 if exact else None)
             result = _apply(steps, floats[id(base.qweight)])
         elif stores and isinstance(leaf, Tensor) and leaf.dtype in _HALVES:
             result = leaf.float()
         else:
             return leaf
-        if id(leaf) in written:
+        if id(leaf) in targets:
             originals[id(result)] = leaf
             kept.append((leaf, result))
         return result
@@ -451,21 +443,11 @@ def _on_floats(func, args: tuple, kwargs: dict):
             leaf.store(values)
         else:
             leaf.copy_(values)
-        _count_write(leaf)  # torch counts a write to a list of tensors for plain ones only
+        count_write(leaf)  # torch counts a write to a list of tensors for plain ones only
     return tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
 
-def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    found = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-    return found
-
-
-def _communicate(func, args: tuple, kwargs: dict):
+def _communicate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Collectives of torch.distributed, whose schemas do not tell what is written."""
     name = func._schema.name.split("::")[1]
     given = [
@@ -488,7 +470,7 @@ def _communicate(func, args: tuple, kwargs: dict):
     )
 
 
-def _whole(weight) -> Int8Weight | None:
+def _whole(weight: Any) -> Int8Weight | None:
     """The weight that is seen as it is, or flat."""
     if isinstance(weight, Int8WeightView):
         flat = weight.dim() <= 2 and weight.numel() == weight.base.numel() and weight.is_contiguous()
@@ -500,19 +482,20 @@ def _detach(weight: Int8Weight) -> Int8Weight:
     return weight._like(weight.qweight, weight.scales)
 
 
-def _clone(weight: Int8Weight, memory_format=None) -> Int8Weight:
+def _clone(weight: Int8Weight, memory_format: Any = None) -> Int8Weight:
     return weight._like(weight.qweight.clone(), weight.scales.clone())
 
 
-def _to_copy(weight: Int8Weight, **options):
+def _to_copy(weight: Int8Weight, **options: Any) -> Any:
     dtype = options.get("dtype") or weight.dtype
     if not dtype.is_floating_point:
         return NotImplemented
     moved = {name: options[name] for name in ("device", "non_blocking") if name in options}
-    return weight._like(*(_aten._to_copy.default(tensor, **moved) for tensor in (weight.qweight, weight.scales)), dtype)
+    qweight, scales = (_aten._to_copy.default(tensor, **moved) for tensor in (weight.qweight, weight.scales))
+    return weight._like(qweight, scales, dtype)
 
 
-def _copy_(weight: Int8Weight, source: Tensor, non_blocking: bool = False):
+def _copy_(weight: Int8Weight, source: Tensor, non_blocking: bool = False) -> Any:
     if isinstance(source, Int8Weight) and source.shape == weight.shape:
         weight._set(source.qweight, source.scales)
         return weight
@@ -524,7 +507,7 @@ def _copy_(weight: Int8Weight, source: Tensor, non_blocking: bool = False):
     return weight
 
 
-def _empty_like(weight: Int8Weight, **options):
+def _empty_like(weight: Int8Weight, **options: Any) -> Any:
     if not (options.get("dtype") or weight.dtype).is_floating_point:
         return NotImplemented
     moved = {"device": options["device"]} if options.get("device") is not None else {}
@@ -532,50 +515,51 @@ def _empty_like(weight: Int8Weight, **options):
     return weight._like(qweight, scales.fill_(1.0), options.get("dtype"))
 
 
-def _new_zeros(weight: Int8Weight, size, **options):
+def _new_zeros(weight: Int8Weight, size: Any, **options: Any) -> Any:
     """FSDP makes the memory of its shard so. Others, such as optimizers, want floats."""
-    if len(size) != 2 or not _called_by("torch.distributed.fsdp"):
+    if len(size) != 2 or not called_by("torch.distributed.fsdp"):
         return NotImplemented
     qweight = weight.qweight.new_zeros(size, device=options.get("device"))
     return weight._like(qweight, weight.scales.new_ones((size[0], 1), device=options.get("device")))
 
 
-def _slice(weight: Int8Weight, dim: int = 0, start=None, end=None, step: int = 1):
+def _slice(weight: Int8Weight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
     if dim % 2 != 0 or step != 1:
         return NotImplemented
     rows = slice(start, end)
     return weight._like(weight.qweight[rows], weight.scales[rows])
 
 
-def _split(weight: Int8Weight, sizes, dim: int = 0):
+def _split(weight: Int8Weight, sizes: Any, dim: int = 0) -> Any:
     if dim % 2 != 0:
         return NotImplemented
     return [weight._like(*pair) for pair in zip(weight.qweight.split(sizes), weight.scales.split(sizes), strict=True)]
 
 
-def _same_shape(weight: Int8Weight, size, *args):
+def _same_shape(weight: Int8Weight, size: Any, *args: Any) -> Any:
     """`view` and `as_strided` that change nothing."""
     strides_stay = not args or (tuple(args[0]) == tuple(weight.stride()) and not any(args[1:]))
     return _detach(weight) if tuple(size) == tuple(weight.shape) and strides_stay else NotImplemented
 
 
-def _pin_memory(weight: Int8Weight, *args):
+def _pin_memory(weight: Int8Weight, *args: Any) -> Int8Weight:
     return weight._like(weight.qweight.pin_memory(), weight.scales.pin_memory())
 
 
-def _set_(weight: Int8Weight, *args, **kwargs) -> Int8Weight:
+def _set_(weight: Int8Weight, *args: Any, **kwargs: Any) -> Int8Weight:
     """torch makes fake tensors so, whose memory does not matter."""
     if not is_traced() and type(weight.qweight) is Tensor:
         weight._no_memory()
     return weight
 
 
-def _index_select(weight: Int8Weight, dim: int, index: Tensor):
-    parts = (part.index_select(0, index) for part in (weight.qweight, weight.scales))
-    return weight._like(*parts).dequantize() if dim % 2 == 0 else NotImplemented
+def _index_select(weight: Int8Weight, dim: int, index: Tensor) -> Any:
+    if dim % 2 != 0:
+        return NotImplemented
+    return weight._like(weight.qweight.index_select(0, index), weight.scales.index_select(0, index)).dequantize()
 
 
-_SPECIAL = {
+_SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.index_select.default: _index_select,
     _aten.detach.default: _detach,
     _aten.alias.default: _detach,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,17 +39,28 @@ class _TrainedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *graphs):
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        scheme: QuantScheme,
+        out_dtype: torch.dtype | None,
+        seed: Tensor | None,
+        needs_x: bool,
+        needs_weight: bool,
+        *graphs: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         quantized = _quantized(weight, scales, scheme)
-        kept = quantized if needs_x else QuantizedWeight(None, None, None)
-        if scales is not None:
-            kept = kept._replace(scales=None)  # an input
+        kept: tuple[Tensor | None, ...] = quantized if needs_x else (None, None, None)
+        if needs_x and scales is not None:
+            kept = (quantized.qweight, None, quantized.zeros)  # the scales are an input
         if needs_weight and scheme.int_activations:
             return *ops.linear_with_saved_input(x, *quantized, bias, scheme.name, out_dtype), *kept
         return ops.linear(x, *quantized, bias, scheme.name, out_dtype), None, None, *kept
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, *graphs = inputs
         out, saved_x, x_scales, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
@@ -64,15 +77,16 @@ class _TrainedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, *_):
-        *kept, saved_x, x_scales, master, learned, seed, _, _ = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        qweight, scales, zeros, saved_x, x_scales, master, learned, seed, _, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         name, in_features = ctx.scheme.name, ctx.in_features
         grad_x = grad_weight = grad_scales = grad_bias = None
         if needs_x:
             grouped = seed is not None and ctx.scheme.group_size
-            column_scales = ops.column_scales(*kept, in_features, name) if grouped else None
-            weight = LinearWeight(QuantizedWeight(*kept), in_features, name, column_scales)
+            stored = QuantizedWeight(qweight, scales, zeros)
+            column_scales = ops.column_scales(*stored, in_features, name) if grouped else None
+            weight = LinearWeight(stored, in_features, name, column_scales)
             grad_x = input_gradient(grad_out, weight, seed, ctx.x_dtype)
         if needs_weight or needs_scales:
             if x_scales is None:
@@ -91,14 +105,16 @@ class _TrainedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_scales, grad_bias, None, None, None, None, None, None, None
 
     @staticmethod
-    def tangent(ctx, x, weight, scales, bias, *_):
+    def tangent(
+        ctx: Any, x: Tensor | None, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         *kept, saved_x, x_scales, master, learned = ctx.saved_tensors[:7]
         if scales is not None:
             raise NotImplementedError("forward-mode derivatives with respect to learned scales are not implemented")
         parts = [tangent_product(x, QuantizedWeight(*kept), ctx.scheme, ctx.out_dtype), bias]
         if weight is not None:
             if learned is not None:
-                weight, _ = ops.scale_gradient(weight, master, learned, ctx.scheme.name)
+                weight = ops.scale_gradient(weight, master, learned, ctx.scheme.name)[0]
             elif master is not None:
                 weight = ops.mask_clipped(weight, master, ctx.scheme.name)
             inputs = saved_x if x_scales is None else saved_x * x_scales.unsqueeze(1)
@@ -107,7 +123,7 @@ class _TrainedLinear(torch.autograd.Function):
 
 
 def _quantized(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
-    """What a trained weight is multiplied as."""
+    """The quantized weight that is multiplied in the place of a trained one."""
     if isinstance(weight, Int8Weight):
         return QuantizedWeight(weight.qweight, weight.scales, None)
     if scales is not None:
@@ -141,7 +157,7 @@ def trained_linear(
         [..., N] of `out_dtype` or x.dtype.
     """
     needs_x, needs_weight, needs_scales, needs_bias = needs_gradient(x, weight, scales, bias)
-    if torch.jit.is_tracing() and isinstance(weight, Int8Weight):
+    if torch.jit.is_tracing() and isinstance(weight, Int8Weight):  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace cannot hold a layer of mode 'int8'; qkernels.freeze_(model) makes it frozen, with the "
             "same outputs, and that can be traced"
@@ -157,5 +173,12 @@ def trained_linear(
     return over_leading_dimensions(_trained_linear, x, weight.shape[0], *args)
 
 
-def _trained_without_gradient(x, weight, scales, bias, scheme, out_dtype):
+def _trained_without_gradient(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     return ops.linear(x, *_quantized(weight, scales, scheme), bias, scheme.name, out_dtype)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, Protocol, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from .frozen import quant_linear
 from .int8_weight import Int8Weight, Int8WeightView
@@ -48,42 +49,64 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise RuntimeError(f"input must have shape [..., {in_features}], got {list(x.shape)}")
 
 
-def refuse_script(layer: nn.Module):
-    """What `torch.jit.script` calls first."""
+def refuse_script(layer: nn.Module) -> NoReturn:
+    """Raise RuntimeError; `torch.jit.script` calls this first."""
     raise RuntimeError(
         f"torch.jit.script cannot compile a {type(layer).__name__}; use torch.export, torch.compile, or "
         "torch.jit.trace under torch.no_grad()"
     )
 
 
-def traced(layer: nn.Module, input):
+def traced(layer: nn.Module, proxy: Any) -> Any:
     """A call of the layer with a proxy of `torch.fx`: one node of the graph, as that of torch's own layers.
 
     Raises:
         TypeError: for anything else that is no tensor.
     """
-    tracer = getattr(input, "tracer", None)
+    tracer = getattr(proxy, "tracer", None)
     if tracer is None:
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+        raise TypeError(f"input must be a tensor, got {type(proxy).__name__}")
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (proxy,), {})
 
 
-class Operand:
-    """Of a tensor that is the weight of a layer, or rows of it: its products are those of the layer.
+class Operand(Tensor):
+    """A tensor that is the weight of a layer, or rows of it: its products are those of the layer.
 
     Attributes:
-        transposed: whether its shape is [K, N].
+        transposed: True if its shape is [K, N].
     """
 
     transposed = False
 
+    @property
+    def multiplies(self) -> bool:
+        """True if a kernel multiplies it."""
+        raise NotImplementedError
+
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _torch_function(func, args, kwargs or {})
 
 
 class ReadOnly(Operand):
-    """An operand that refuses writes: `FrozenWeight`."""
+    """An operand that refuses writes: `FrozenWeight`, which documents the attributes."""
+
+    stored: QuantizedWeight | None
+    floats: Tensor | None
+    scheme: str
+    in_features: int
+    grad_mode: str
+    column_scales: Tensor | None
+
+
+class TrainedLayer(Protocol):
+    """A layer of mode "qat" or "int8"; the parameter `scales`, if there is one, holds the learned scales."""
+
+    scheme: QuantScheme
+    grad_dtype: str
+    _parameters: dict[str, nn.Parameter | None]
 
 
 class _Product(NamedTuple):
@@ -92,11 +115,11 @@ class _Product(NamedTuple):
     scheme: QuantScheme
     grad_dtype: str
     scales: Tensor | None
-    layer: weakref.ref
+    layer: weakref.ReferenceType[TrainedLayer]
 
 
 class _Trained(Operand):
-    """Of a trained weight, or rows of it, whose products are those of its layer: what is common to the classes below.
+    """A trained weight, or rows of it, whose products are those of its layer: the base of the classes below.
 
     Attributes:
         product: how it is multiplied; None (after a copy): like any tensor.
@@ -106,18 +129,18 @@ class _Trained(Operand):
 
     @property
     def multiplies(self) -> bool:
-        """Whether a kernel multiplies it."""
         return self.product is not None and self.dim() == 2
 
     def rounded(self) -> Tensor:
         """The values that are multiplied, with a gradient that passes straight through to this weight."""
         weight = (self.t() if self.transposed else self).detach()
         if not isinstance(weight, Int8Weight):
+            assert self.product is not None
             scheme, _, scales, _ = self.product
             if scales is None:
                 stored = ops.quantize_weight(weight, scheme)
             else:
-                stored = (ops.quantize_weight_scaled(weight, scales, scheme), scales.detach(), None)
+                stored = QuantizedWeight(ops.quantize_weight_scaled(weight, scales, scheme), scales.detach(), None)
             weight = ops.dequantize_weight(*stored, weight.shape[1], scheme).to(weight.dtype)
         else:
             weight = weight.dequantize()
@@ -129,15 +152,15 @@ class _Trained(Operand):
 class TrainedWeight(_Trained, nn.Parameter):
     """A float weight of mode "qat" that was read as `layer.weight`. See `follow`."""
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
 
-class TrainedInt8Weight(_Trained, Int8Weight):
+class TrainedInt8Weight(_Trained, Int8Weight):  # type: ignore[misc]
     """A weight of mode "int8" that was read as `layer.weight`. See `follow`."""
 
 
-class TrainedInt8View(_Trained, Int8WeightView):
+class TrainedInt8View(_Trained, Int8WeightView):  # type: ignore[misc]
     """The transpose of a `TrainedInt8Weight`."""
 
 
@@ -145,10 +168,10 @@ class TrainedView(_Trained, Tensor):
     """Rows of a `TrainedWeight`, perhaps transposed or cast."""
 
 
-_FOLLOWED = {nn.Parameter: TrainedWeight, Int8Weight: TrainedInt8Weight}
+_FOLLOWED: dict[type, type] = {nn.Parameter: TrainedWeight, Int8Weight: TrainedInt8Weight}
 
 
-def follow(weight: Tensor, layer: nn.Module) -> Tensor:
+def follow(weight: Tensor, layer: TrainedLayer) -> Tensor:
     """Let products of a trained weight outside of its layer be those of the layer, and return the weight.
 
     The tensor stays the object that it is, a parameter which an optimizer updates; its class becomes a subclass that
@@ -163,15 +186,16 @@ def follow(weight: Tensor, layer: nn.Module) -> Tensor:
         product = weight.product
         scales = layer._parameters.get("scales")
         known = product is not None and product.layer() is layer and product.scales is scales
-        if not known or (product.scheme, product.grad_dtype) != (layer.scheme, layer.grad_dtype):
+        if product is None or not known or (product.scheme, product.grad_dtype) != (layer.scheme, layer.grad_dtype):
             weight.product = _Product(layer.scheme, layer.grad_dtype, scales, weakref.ref(layer))
     return weight
 
 
-follow._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing Dynamo here
+# torch.compiler.disable sets this attribute, too, but imports Dynamo.
+follow._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def _torch_function(func, args, kwargs):
+def _torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _HANDLERS.get(func)
     if handler is not None:
         result = handler(*args, **kwargs)
@@ -186,13 +210,13 @@ def _torch_function(func, args, kwargs):
         return func(*args, **kwargs)
 
 
-def _rounded(value):
+def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_rounded(item) for item in value)
     return value.rounded() if isinstance(value, _Trained) and value.multiplies else value
 
 
-def _warn_hidden(func, args, kwargs) -> None:
+def _warn_hidden(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
         for weight in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(weight, _Trained) and weight.product is not None:
@@ -208,29 +232,31 @@ def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for W [N, K] (the weight, not transposed), as the layer computes it: [..., N]."""
     dtype = autocast_dtype(x.device.type)
     if isinstance(weight, ReadOnly):
+        assert weight.stored is not None
         check_input(x, weight.in_features)
-        return quant_linear(x, weight.storage, bias, weight.scheme, dtype, weight.grad_mode, weight.columns)
+        return quant_linear(x, weight.stored, bias, weight.scheme, dtype, weight.grad_mode, weight.column_scales)
+    assert isinstance(weight, _Trained) and weight.product is not None
     scheme, grad_dtype, scales, _ = weight.product
-    weight = weight.t() if weight.transposed else weight
-    check_input(x, weight.shape[1])
-    return trained_linear(x, weight, bias, scheme, dtype, grad_dtype, scales)
+    rows = weight.t() if weight.transposed else weight
+    check_input(x, rows.shape[1])
+    return trained_linear(x, rows, bias, scheme, dtype, grad_dtype, scales)
 
 
-def _is_operand(value) -> bool:
+def _is_operand(value: Any) -> TypeGuard[Operand]:
     return isinstance(value, Operand) and value.multiplies
 
 
-def _linear(input, weight, bias=None):
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not _is_operand(weight) or weight.transposed or not _is_factor(input):
         return NotImplemented
     return _multiply(input, weight, bias)
 
 
-def _is_factor(value) -> bool:
+def _is_factor(value: Any) -> bool:
     return not isinstance(value, Operand) and value.dtype in FLOAT_DTYPES
 
 
-def _matmul(input, other, *, out=None):
+def _matmul(input: Any, other: Any, *, out: Tensor | None = None) -> Any:
     if _is_operand(other) and other.transposed and _is_factor(input):
         result = _multiply(input, other)
     elif _is_operand(input) and not input.transposed and _is_factor(other):
@@ -240,11 +266,11 @@ def _matmul(input, other, *, out=None):
     return result if out is None else out.resize_(result.shape).copy_(result)
 
 
-def _reversed_matmul(input, other):
+def _reversed_matmul(input: Any, other: Any) -> Any:
     return _matmul(other, input)
 
 
-def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Any:
     if (
         beta == alpha == 1
         and input.shape == mat2.shape[1:]
@@ -261,7 +287,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
     return result if out is None else out.resize_(result.shape).copy_(result)
 
 
-def _requires_grad(weight, value=True):
+def _requires_grad(weight: Operand, value: bool = True) -> Any:
     if isinstance(weight, ReadOnly):
         if value:
             raise refuse_write("requires_grad_(True)")
@@ -269,22 +295,22 @@ def _requires_grad(weight, value=True):
     return NotImplemented
 
 
-def _assign_data(weight, value):
+def _assign_data(weight: Operand, value: Any) -> Any:
     if isinstance(weight, ReadOnly):
         raise refuse_write("weight.data = ...")
     return NotImplemented
 
 
-def _assign_grad(weight, value):
+def _assign_grad(weight: Operand, value: Any) -> Any:
     if isinstance(weight, ReadOnly) and value is not None:
         raise refuse_write("weight.grad = ...")
     return NotImplemented
 
 
-def _on_dequantized(method):
+def _on_dequantized(method: str) -> Callable[..., Any]:
     """A method that reads memory, which a `FrozenWeight` has none of: it sees the values."""
 
-    def call(weight, *args, **kwargs):
+    def call(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(weight, ReadOnly):
             return getattr(weight.dequantize(), method)(*args, **kwargs)
         return NotImplemented
@@ -292,26 +318,26 @@ def _on_dequantized(method):
     return call
 
 
-def _on_integers(method):
+def _on_integers(method: str) -> Callable[..., Any]:
     """A method that asks for the memory: that of the stored integers."""
 
-    def call(weight, *args, **kwargs):
+    def call(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(weight, ReadOnly):
-            held = weight.values if weight.storage is None else weight.storage.qweight
+            held = weight.floats if weight.stored is None else weight.stored.qweight
             return getattr(held, method)(*args, **kwargs)
         return NotImplemented
 
     return call
 
 
-def _share_memory(weight):
+def _share_memory(weight: Operand) -> Any:
     return weight if isinstance(weight, ReadOnly) else NotImplemented
 
 
-def _view(function):
+def _view(function: Any) -> Callable[..., Any]:
     """A function that gives rows of a trained weight, its transpose or a cast: the result multiplies as the weight."""
 
-    def call(weight, *args, **kwargs):
+    def call(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, _Trained) or not weight.multiplies:
             return NotImplemented
         rows = _row_slice(function, weight, args, kwargs)
@@ -328,6 +354,7 @@ def _view(function):
             else:  # of an int8 weight too: the values of a row are rounded to the integers that they come from
                 result = result.as_subclass(TrainedView)
         result.transposed = weight.transposed != (function in _TRANSPOSES)
+        assert weight.product is not None
         scales = weight.product.scales
         result.product = weight.product._replace(scales=None if scales is None else scales[rows])
         return result
@@ -335,7 +362,7 @@ def _view(function):
     return call
 
 
-def _row_slice(function, weight, args, kwargs):
+def _row_slice(function: Any, weight: _Trained, args: tuple[Any, ...], kwargs: dict[str, Any]) -> slice | None:
     """The rows that the result of a function in `_VIEWS` has; None: it is not rows of the weight."""
     everything = slice(None)
     if function in _TRANSPOSES:
@@ -350,23 +377,23 @@ def _row_slice(function, weight, args, kwargs):
 _TRANSPOSES = (
     torch.t,
     Tensor.t,
-    Tensor.T.__get__,
-    Tensor.mT.__get__,
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
     torch.transpose,
     Tensor.transpose,
 )
 _CASTS = (Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type_as, Tensor.contiguous)
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
-_HANDLERS = {
+_HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys(_MATMULS, _matmul),
     Tensor.__rmatmul__: _reversed_matmul,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     Tensor.requires_grad_: _requires_grad,
-    Tensor.requires_grad.__set__: _requires_grad,
-    Tensor.data.__set__: _assign_data,
-    Tensor.grad.__set__: _assign_grad,
+    Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]
+    Tensor.grad.__set__: _assign_grad,  # type: ignore[union-attr]
     Tensor.share_memory_: _share_memory,
     **{
         getattr(Tensor, name): _on_dequantized(name)
@@ -389,7 +416,7 @@ _PRODUCTS = {
     F.conv1d,
     F.conv2d,
 }
-# What takes values of a trained weight from where no product is seen.
+# Functions that take values of a trained weight to where no product is seen.
 _HIDING = {
     torch.cat,
     torch.concat,

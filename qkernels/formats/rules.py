@@ -159,3 +159,21 @@ def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor,
 def int4_nibbles(weight: Tensor, inverse: Tensor, zeros: Tensor) -> Tensor:
     """uint8 values 0..15 of float32 weights, given the parameters of their groups (broadcast)."""
     return ((weight * inverse).round() + zeros).clamp(0, 15).to(torch.uint8)
+
+
+def int8_on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 [N, K], scales [N, 1], and bool [N, 1]: which rows of float32 values are their product, bit for bit.
+
+    The quotient of the largest magnitude and 127 may be off by one or two units in the last place from the scale that
+    the values were multiplied with.
+    """
+    absmax = values.abs().amax(dim=1, keepdim=True)
+    scales = torch.where(absmax > 0, absmax / 127.0, 1.0)
+    qweight = (values / scales).round()
+    exact = torch.zeros_like(absmax, dtype=torch.bool)
+    chosen = scales
+    for ulps in (0, 1, -1, 2, -2):
+        candidate = (scales.view(torch.int32) + ulps).view(torch.float32)
+        matches = (qweight * candidate == values).all(dim=1, keepdim=True) & ~exact
+        chosen, exact = torch.where(matches, candidate, chosen), exact | matches
+    return qweight.clamp(-127, 127).to(torch.int8), chosen, exact
