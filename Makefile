@@ -42,6 +42,7 @@ lint: $(VENV)/.lint ## check style without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint
@@ -96,7 +97,7 @@ $(VENV)/.wheel: $(VENV)/.venv
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.venv
-	$(BIN)/pip install -q ruff==0.17.6 clang-format==23.1.5 import-linter==2.17
+	$(BIN)/pip install -q ruff==0.17.6 clang-format==23.1.5 import-linter==2.17 mypy==2.4.1
 	touch $@
 
 clean:

@@ -43,7 +43,7 @@ __all__ = [
 integrations.register()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "QKernelsConfig":  # on first use, because it imports transformers
         return integrations.load("transformers").QKernelsConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,7 +68,7 @@ def check_gpu_code(path: Path, archs: list[int] | None) -> list[str]:
 
 
 def check_metadata(wheel: zipfile.ZipFile) -> list[str]:
-    """The licence and the oldest torch have to be in the metadata, and no sources or tests in the wheel."""
+    """Licence, py.typed and the oldest torch have to be in the wheel, and no sources or tests."""
     names = wheel.namelist()
     problems = [f"holds {name}" for name in names if not name.startswith(("qkernels/", "qkernels-"))]
     problems += [f"holds {name}" for name in names if name.endswith((".cpp", ".cu", ".h", ".cuh", ".inc"))]
@@ -77,6 +77,8 @@ def check_metadata(wheel: zipfile.ZipFile) -> list[str]:
         problems.append("does not require torch>=2.10")
     if not any(name.endswith("/licenses/LICENSE") for name in names):
         problems.append("lacks the licence")
+    if "qkernels/py.typed" not in names:
+        problems.append("lacks qkernels/py.typed, by which type checkers know that it has types")
     return problems
 
 

@@ -20,7 +20,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 // |sum qx * qw| <= 131072 * 127 * 127 < 2^31.
 constexpr int64_t kMaxReduction = 131072;
 
-// The C++ twin of qkernels/schemes.py: a group size of 0 means one group per row.
+// The C++ twin of qkernels/formats/scheme.py: a group size of 0 means one group per row.
 struct Scheme {
   int weight_bits;
   int act_bits;
@@ -45,7 +45,7 @@ struct Scheme {
 // Reads a canonical scheme name. Throws std::invalid_argument for anything else.
 QK_API Scheme parse_scheme(std::string_view name);
 
-// The scheme of an operator's argument: `QuantScheme.code` of qkernels/schemes.py. Throws std::invalid_argument for a
+// The scheme of an operator's argument: `QuantScheme.code` of qkernels/formats/scheme.py. Throws std::invalid_argument for a
 // number that is no code.
 QK_API Scheme scheme_of(int64_t code);
 

@@ -1,5 +1,5 @@
 // The torch operators on CUDA tensors: checks, allocation on torch's current stream, and the launches. Their schemas
-// are those of the operators of the same name in `qkernels::`; qkernels/dispatch.py says which calls come here.
+// are those of the operators of the same name in `qkernels::`; qkernels/kernels/dispatch.py says which calls come here.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,5 +1,5 @@
 // The torch operators: schemas, allocation, and the core on the CPU. Other devices, fake tensors and the
-// public wrappers are in qkernels/ops.py.
+// public wrappers are in qkernels/kernels/ops.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,7 @@
 """The compiled parts without which nothing works: `_C` (torch operators) and `_native` (the same core without torch).
 
-If one does not load, there is one ImportError that says why and what mends it. The optional `_C_cuda` is `cuda.py`'s.
+If one does not load, there is one ImportError that says why and what mends it. `cuda_library.py` loads the optional
+`_C_cuda`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one Python door to `torch.ops.qkernels.*`: wrappers, fake kernels and the reference on every device.
 
-The schemas and the CPU kernels live in `csrc/ops.cpp`; they take a scheme as its `QuantScheme.code`, for torch leaks
-the memory of each string that it hands to such a kernel. On GPUs `dispatch.py` chooses; devices without a kernel of
-their own run `reference.py`.
+The schemas and the CPU kernels live in `csrc/torch/ops.cpp`; they take a scheme as its `QuantScheme.code`, for torch
+leaks the memory of each string that it hands to such a kernel. On GPUs `dispatch.py` chooses; devices without a kernel
+of their own run `reference.py`.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def adapter_of(module: nn.Module) -> LayerAdapter | None:
 
 
 def adapter_for(layer_type: type) -> LayerAdapter | None:
-    """As `adapter_of`, for a class."""
+    """Do as `adapter_of`, for a class."""
     known = _registered(layer_type)
     return None if known is None else _ADAPTERS.get(known) or _ADAPTERS[_full_name(known)]
 
@@ -188,11 +188,13 @@ def float_twin(quantized: Storage, weight: nn.Parameter, *, plain: bool = False)
         plain: make an `nn.Linear` or `nn.Embedding`, and not what was quantized (such as a `Conv1D`).
     """
     float_type = type(quantized).float_type if plain else quantized.float_type
-    return adapter_for(float_type).to_float(quantized, weight, float_type)
+    adapter = adapter_for(float_type)
+    assert adapter is not None
+    return adapter.to_float(quantized, weight, float_type)
 
 
 def is_frozen(module: nn.Module | None) -> bool:
-    """Whether it is a quantized layer whose weight is not trained."""
+    """True for a quantized layer whose weight is not trained."""
     return isinstance(module, Storage) and module.mode == "frozen"
 
 
@@ -214,6 +216,6 @@ def _registered(layer_type: type) -> type | None:
 
 
 def _computes_the_same(layer_type: type, known: type) -> bool:
-    """Whether a subclass adds nothing to `known` but its construction."""
+    """True if a subclass adds nothing to `known` but its construction."""
     bases = layer_type.__mro__
     return {name for base in bases[: bases.index(known)] for name in vars(base)} <= _CONSTRUCTION

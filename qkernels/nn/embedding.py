@@ -160,10 +160,6 @@ class QuantEmbedding(Storage, nn.Embedding):
             out = out * torch.tensor(self.embed_scale, dtype=self.compute_dtype, device=out.device)
         return out.reshape(*input.shape, self.embedding_dim)
 
-    def storage_bytes(self) -> int:
-        """Bytes of the quantized weight."""
-        return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
-
     def extra_repr(self) -> str:
         scale = "" if self.embed_scale is None else f", embed_scale={self.embed_scale:g}"
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}{scale}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -39,8 +41,8 @@ class LinearAdapter(LayerAdapter):
         self, layer: nn.Module, scheme: str | QuantScheme, *, dtype: torch.dtype | None = None, **layer_options: str
     ) -> QuantLinear:
         out_features, in_features = self.shape(layer)
-        options = {**layer_options, "device": "meta", "dtype": dtype or self.dtype(layer)}
-        return QuantLinear(in_features, out_features, self.bias(layer) is not None, scheme, **options)
+        bias, dtype = self.bias(layer) is not None, dtype or self.dtype(layer)
+        return QuantLinear(in_features, out_features, bias, scheme, device="meta", dtype=dtype, **layer_options)
 
     def to_float(self, quantized: Storage, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
         """A layer that was not constructed: what it needs beside weight, bias and `features` is copied to it later."""
@@ -51,7 +53,7 @@ class LinearAdapter(LayerAdapter):
         if self.transposed:
             weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
         layer.register_parameter(self.key, weight)
-        layer.register_parameter("bias", quantized.bias)
+        layer.register_parameter("bias", cast("nn.Parameter | None", quantized.bias))
         return layer.train(quantized.training)
 
 
@@ -90,7 +92,7 @@ class EmbeddingAdapter(LayerAdapter):
     ) -> QuantEmbedding:
         return QuantEmbedding.like(layer, scheme)
 
-    def to_float(self, quantized: Storage, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
+    def to_float(self, quantized: QuantEmbedding, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
         scale = () if quantized.embed_scale is None or float_type is nn.Embedding else (quantized.embed_scale,)
         with torch.device("meta"):
             layer = float_type(*weight.shape, quantized.padding_idx, *scale)

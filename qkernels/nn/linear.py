@@ -242,7 +242,7 @@ class QuantLinear(Storage, nn.Linear):
         else:
             with torch.inference_mode(False):  # else the weight could not be saved for a gradient
                 quantized._take(quantize_weight(weight, quantized.scheme))
-        quantized.bias = adapter.bias(layer)
+        quantized.register_parameter("bias", adapter.bias(layer))
         quantized.float_type = getattr(layer, "float_type", type(layer))  # what `dequantize_` makes of it again
         return quantized.train(layer.training)
 

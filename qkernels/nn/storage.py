@@ -114,6 +114,10 @@ class Storage(nn.Module):
             own["qweight"], reinterpret(scales, torch.float32) if scales.dtype == torch.int32 else scales, own["zeros"]
         )
 
+    def storage_bytes(self) -> int:
+        """Bytes of the quantized weight."""
+        return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
+
     def dequantize(self) -> Tensor:
         """The weight as it is multiplied: float32 [N, K]."""
         return ops.dequantize_weight(*self.quantized_weight(), self.in_features, self.scheme)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..kernels import dispatch, ops
 from ..kernels.isa import native
 from ..kernels.quantizers import quantize_weight
 from ..nn.adapters import adapter_of
+from ..nn.storage import Storage
 from .roofline import MatmulCost, Roofline, measure
 from .timing import Turns, interleave
 
@@ -62,7 +64,7 @@ class Timing:
 
     @property
     def slower(self) -> bool:
-        """Whether the float layer is faster, beyond the noise of timing and the spread of both."""
+        """True if the float layer is faster, beyond the noise of timing and the spread of both."""
         return self.seconds > NOISE * self.float_seconds and self.quartiles[0] > self.float_quartiles[1]
 
 
@@ -70,7 +72,7 @@ def time_layers(
     layers: Iterable[tuple[Sequence[str], nn.Module]], scheme: QuantScheme, rows: Sequence[int], seconds: float
 ) -> list[Timing]:
     """One timing for each distinct shape of `layers` (names, module) and each number of rows."""
-    shapes: dict[tuple, tuple[list[str], nn.Module]] = {}
+    shapes: dict[tuple[Any, ...], tuple[list[str], nn.Module]] = {}
     for names, module in layers:
         adapter, device = adapter_of(module), next(module.parameters()).device
         if device.type != "cpu":
@@ -78,6 +80,7 @@ def time_layers(
                 f"layer {names[0]!r} is on {device}; only layers on the CPU can be timed. There it runs on "
                 f"{_backend(device)}"
             )
+        assert adapter is not None, f"{names[0]} is no layer that can be quantized"
         own, bias = adapter.scheme(module) or scheme, adapter.bias(module) is not None
         shape = (*adapter.shape(module), own, adapter.dtype(module), bias)
         shapes.setdefault(shape, ([], module))[0].append(names[0])
@@ -99,8 +102,9 @@ def _time(
     names: tuple[str, ...], module: nn.Module, scheme: QuantScheme, m: int, seconds: float, roofline: Roofline
 ) -> Timing:
     adapter = adapter_of(module)
+    assert adapter is not None
     dtype, weight, bias = adapter.dtype(module), adapter.weight(module), adapter.bias(module)
-    stored = module.quantized_weight() if adapter.scheme(module) else quantize_weight(weight, scheme)
+    stored = module.quantized_weight() if isinstance(module, Storage) else quantize_weight(weight, scheme)
     n, k = weight.shape
     x = torch.randn(m, k).to(dtype)
 
@@ -110,11 +114,11 @@ def _time(
     turns = [Turns([quantized], x), Turns([lambda x: nn.functional.linear(x, weight, bias)], x)]
     interleave(turns, seconds)
     ordered = [sorted(turn.samples) for turn in turns]
-    times = [samples[len(samples) // 2] for samples in ordered]
-    quartiles = [(samples[len(samples) // 4], samples[3 * len(samples) // 4]) for samples in ordered]
+    seconds, float_seconds = (samples[len(samples) // 2] for samples in ordered)
+    quartiles, float_quartiles = ((samples[len(samples) // 4], samples[3 * len(samples) // 4]) for samples in ordered)
     choice = native.choose_linear(scheme.name, m, n, k, torch.get_num_threads())
     limit = roofline.limit(MatmulCost.of(m, n, k, scheme.name, str(dtype).removeprefix("torch.")))
     return Timing(
-        names, (n, k), m, scheme.name, choice["driver"], choice["reason"], choice["threads"], *times,
-        *quartiles, limit.seconds, limit.by,
+        names, (n, k), m, scheme.name, choice["driver"], choice["reason"], choice["threads"], seconds, float_seconds,
+        quartiles, float_quartiles, limit.seconds, limit.by,
     )  # fmt: skip

@@ -27,7 +27,7 @@ class Turns:
         self,
         calls: Sequence[Callable[[Any], object]],
         x: Any,
-        scope: Callable[[], AbstractContextManager] = nullcontext,
+        scope: Callable[[], AbstractContextManager[object]] = nullcontext,
         finish: Callable[[], None] = lambda: None,
     ):
         self._calls: Iterator[Callable[[Any], object]] = itertools.cycle(calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from ..kernels.triton.tuning import Finding, search, target_of
 _FORWARD, _GRADIENT, _INT_GRADIENT = "linear", "linear_grad_input", "int_grad_input"
 
 
-def calls(n: int, k: int, m: int, scheme: str) -> Iterator[tuple[str, tuple]]:
+def calls(n: int, k: int, m: int, scheme: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Operators with bfloat16 arguments on the GPU, for a layer [n, k] and m tokens."""
     parsed = QuantScheme.parse(scheme)
     device = torch.device("cuda")
@@ -62,7 +63,7 @@ def tune(
     return torch.cuda.get_device_name(device), list(findings.values())
 
 
-def _timer(op: str, args: tuple, shape: MatmulShape, target: Target) -> Callable[[Tile], float]:
+def _timer(op: str, args: tuple[Any, ...], shape: MatmulShape, target: Target) -> Callable[[Tile], float]:
     """Seconds of all launches of a call, given the tiles of its product."""
 
     def measure(config: Tile) -> float:

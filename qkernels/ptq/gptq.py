@@ -136,16 +136,20 @@ def _compensation(gram: Tensor) -> Tensor:
 
 def _parameters(group: Tensor, importance: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, inverse and zero point [N] of a group [N, G]: of the clipped ranges, the one with the least error."""
-    best, least = None, None
-    for ratio in CLIP_RATIOS:
-        scale, inverse, zero = int4_parameters(group.amin(dim=1) * ratio, group.amax(dim=1) * ratio, symmetric)
-        nibbles = int4_nibbles(group, inverse.unsqueeze(1), zero.unsqueeze(1))
-        rounded = (nibbles.to(torch.float32) - zero.unsqueeze(1)) * scale.unsqueeze(1)
-        error = (rounded - group).square() @ importance
-        if best is None:
-            best, least = (scale, inverse, zero), error
-            continue
+    scale, inverse, zero, least = _clipped(group, importance, symmetric, CLIP_RATIOS[0])
+    for ratio in CLIP_RATIOS[1:]:
+        *clipped, error = _clipped(group, importance, symmetric, ratio)
         better = error < least
-        best = tuple(torch.where(better, new, old) for new, old in zip((scale, inverse, zero), best, strict=True))
-        least = torch.where(better, error, least)
-    return best
+        scale, inverse, zero, least = (
+            torch.where(better, new, old)
+            for new, old in zip((*clipped, error), (scale, inverse, zero, least), strict=True)
+        )
+    return scale, inverse, zero
+
+
+def _clipped(group: Tensor, importance: Tensor, symmetric: bool, ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale, inverse and zero point [N] of ranges times `ratio`, and the error [N] of a group [N, G] rounded so."""
+    scale, inverse, zero = int4_parameters(group.amin(dim=1) * ratio, group.amax(dim=1) * ratio, symmetric)
+    nibbles = int4_nibbles(group, inverse.unsqueeze(1), zero.unsqueeze(1))
+    rounded = (nibbles.to(torch.float32) - zero.unsqueeze(1)) * scale.unsqueeze(1)
+    return scale, inverse, zero, (rounded - group).square() @ importance

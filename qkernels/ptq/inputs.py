@@ -85,7 +85,7 @@ def run_watched(
     """
     number = -1
 
-    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         watch(layer, x.reshape(-1, x.shape[-1]).to(torch.float32))
 
@@ -126,7 +126,7 @@ def checked_batches(calibration: Any) -> Iterable[Tensor | Mapping[str, Any] | S
     return calibration
 
 
-def _arguments(model: nn.Module, batch: Any, where: str) -> tuple[tuple, dict[str, Any]]:
+def _arguments(model: nn.Module, batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with which `model` is called for one batch.
 
     Raises:

@@ -13,7 +13,7 @@ two, so that weights keep their bits but for the exponent; only norms that multi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,32 @@ from ..system.deprecation import renamed_keywords
 from .inputs import run_watched
 
 # Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
-# else reads; tests/test_smooth.py checks each.
+# else reads; tests/ptq/test_smoothquant.py checks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-LEAST_RANGE = 1e-5
+LEAST_RANGE = 1e-5  # below this magnitude a channel counts as this large
+
+
+class _Attention(Protocol):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    head_dim: int
+
+
+class _Mlp(Protocol):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+class _Block(Protocol):
+    """A block of a decoder of `MODEL_TYPES`."""
+
+    self_attn: _Attention
+    mlp: _Mlp
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
 
 
 @renamed_keywords(inputs="calibration")
@@ -51,12 +74,13 @@ def smooth_(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else type(model).__name__
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model type must be one of {', '.join(MODEL_TYPES)}, got {model_type}")
     names = {module: name for name, module in model.named_modules()}
-    blocks = [module for module in names if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+    decoder_blocks = [module for module in names if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+    blocks = cast(list[_Block], decoder_blocks)
     layers = [layer for block in blocks for layer in _linears(block)]
     for layer in layers:
         if type(layer) is not nn.Linear:
@@ -71,7 +95,7 @@ def smooth_(
     return [names[layer] for layer in layers]
 
 
-def _linears(block: nn.Module) -> list[nn.Module]:
+def _linears(block: _Block) -> list[nn.Linear]:
     attention, mlp = block.self_attn, block.mlp
     heads = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*heads, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -91,7 +115,7 @@ def _input_ranges(
     return ranges
 
 
-def _smooth_block(block: nn.Module, ranges: Mapping[nn.Module, Tensor], alpha: float) -> None:
+def _smooth_block(block: _Block, ranges: Mapping[nn.Module, Tensor], alpha: float) -> None:
     attention, mlp = block.self_attn, block.mlp
     # Gemma 2 and 3 have norms around both halves; elsewhere the norm after the attention is the one before the MLP.
     before_mlp = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)
@@ -102,7 +126,8 @@ def _smooth_block(block: nn.Module, ranges: Mapping[nn.Module, Tensor], alpha: f
         column_ranges = torch.stack([_column_range(layer) for layer in consumers]).amax(dim=0)
         factors = _factors(ranges[consumers[0]], column_ranges, alpha)
         offset = _offset(norm)
-        norm.weight.copy_((norm.weight.to(torch.float32) + offset) / factors - offset)
+        weight = norm.get_parameter("weight")
+        weight.copy_((weight.to(torch.float32) + offset) / factors - offset)
         for layer in consumers:
             layer.weight.mul_(factors)
     factors = _factors(ranges[mlp.down_proj], _column_range(mlp.down_proj), alpha)
@@ -138,8 +163,8 @@ def _divide_rows(layer: nn.Linear, factors: Tensor) -> None:
 
 
 def _offset(norm: nn.Module) -> float:
-    """What the norm adds to its weight before it multiplies by it: 1 for Gemma's, else 0."""
-    weight = norm.weight.detach()
+    """The number that the norm adds to its weight before it multiplies by it: 1 for Gemma's, else 0."""
+    weight = norm.get_parameter("weight").detach()
     ones = torch.ones(1, weight.numel(), dtype=weight.dtype, device=weight.device)
     zero_weight = {"weight": torch.zeros_like(weight)}
     return 1.0 if torch.func.functional_call(norm, zero_weight, ones).any() else 0.0

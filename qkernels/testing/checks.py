@@ -24,10 +24,10 @@ _CLIPPED = 0.1  # share of weights whose gradient a clip mask may set to 0
 CHECKS: dict[str, Callable[[Subject], Outcome]] = {}
 
 
-def check(name: str):
+def check(name: str) -> Callable[[Callable[[Subject], Outcome]], Callable[[Subject], Outcome]]:
     """Register a function as the check called `name`."""
 
-    def register(function: Callable[[Subject], Outcome]):
+    def register(function: Callable[[Subject], Outcome]) -> Callable[[Subject], Outcome]:
         CHECKS[name] = function
         return function
 
@@ -53,7 +53,7 @@ def _shapes(s: Subject) -> Outcome:
     for leading in _LEADING:
         rows = s.x[: math.prod(leading)]
         out = s.forward(rows.reshape(*leading, -1))
-        if out.shape != (*leading, s.layer.out_features):
+        if out.shape != (*leading, s.out_features):
             return verdict(False, f"{list(out.shape)} for an input with leading dimensions {list(leading)}")
         outcomes.append(s.same(out.reshape(len(rows), -1), s.forward(rows), rows))
     return worst(outcomes)
@@ -62,7 +62,8 @@ def _shapes(s: Subject) -> Outcome:
 @check("empty batch")
 def _empty_batch(s: Subject) -> Outcome:
     out, grad_x, *grads = s.run(s.x[:0], s.grad_out[:0])
-    shapes = list(out.shape) == [0, s.layer.out_features] and list(grad_x.shape) == [0, s.layer.in_features]
+    assert out is not None and grad_x is not None
+    shapes = list(out.shape) == [0, s.out_features] and list(grad_x.shape) == [0, s.in_features]
     return verdict(
         shapes and not any(grad.any() for grad in grads if grad is not None),
         f"output {list(out.shape)}, gradient {list(grad_x.shape)}",
@@ -92,7 +93,7 @@ def _autocast(s: Subject) -> Outcome:
         with torch.autocast(s.device.type, torch.bfloat16):
             return s.layer(x)
 
-    out, grad_x = s.run(s.x, s.grad_out.to(torch.bfloat16), call)[:2]
+    out, grad_x = s.output_and_gradient(s.x, s.grad_out.to(torch.bfloat16), call)
     if out.dtype != torch.bfloat16 or grad_x.dtype != s.dtype:
         return verdict(False, f"output {out.dtype}, gradient of {s.dtype} input {grad_x.dtype}")
     exact = s.expected(s.x)
@@ -112,7 +113,7 @@ def _threads(s: Subject) -> Outcome:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(s.forward(s.x))
-    return s.same(*results)
+    return s.same(results[0], results[1])
 
 
 @check("repeatable")
@@ -141,7 +142,7 @@ def _inputs_kept(s: Subject) -> Outcome:
 
 
 def _layouts(matrix: Tensor) -> Iterator[Tensor]:
-    """The same values with other strides or another alignment."""
+    """Matrices of the same values with other strides or another alignment."""
     yield matrix.t().contiguous().t()
     yield torch.stack((matrix, matrix), dim=-1)[..., 0]
     yield torch.nn.functional.pad(matrix, (1, 2))[:, 1:-2]
@@ -149,11 +150,11 @@ def _layouts(matrix: Tensor) -> Iterator[Tensor]:
 
 @check("strided inputs")
 def _strided(s: Subject) -> Outcome:
-    out, grad_x = s.run(s.x, s.grad_out)[:2]
+    out, grad_x = s.output_and_gradient(s.x, s.grad_out)
     outcomes = []
     for x, grad_out in zip(_layouts(s.x), _layouts(s.grad_out), strict=True):
-        result = s.run(x, grad_out)
-        outcomes += [s.same(result[0], out), equal(result[1], grad_x) if s.exact else _near(s, result[1], grad_x)]
+        again, gradient = s.output_and_gradient(x, grad_out)
+        outcomes += [s.same(again, out), equal(gradient, grad_x) if s.exact else _near(s, gradient, grad_x)]
     expanded = s.x[:1].expand(ROWS, -1)
     outcomes.append(s.same(s.forward(expanded), s.forward(expanded.contiguous()), expanded))
     return worst(outcomes)
@@ -172,7 +173,7 @@ def _grad_input_bound(s: Subject, exact: Tensor) -> Tensor:
 @check("not finite")
 def _not_finite(s: Subject) -> Outcome:
     clean, others = s.forward(s.x), torch.arange(ROWS) != 7
-    for column, value in ((0, math.nan), (s.layer.in_features // 2, math.inf)):
+    for column, value in ((0, math.nan), (s.in_features // 2, math.inf)):
         x = s.x.clone()
         x[7, column] = value
         out = s.forward(x)
@@ -198,7 +199,7 @@ def _gradient_of_x(s: Subject) -> Outcome:
 
 
 def _parameter_index(s: Subject, name: str) -> int | None:
-    """Where `run` puts the gradient of a parameter of the layer."""
+    """The place in the list of `run` of the gradient of a parameter; None: it has none."""
     wanted = [n for n, p in s.layer.named_parameters() if p.requires_grad]
     return 2 + wanted.index(name) if name in wanted else None
 
@@ -286,7 +287,7 @@ def _pickle(s: Subject) -> Outcome:
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether a file holds it as an ordinary tensor."""
+    """True if a file holds it as an ordinary tensor."""
     return type(tensor) in (Tensor, nn.Parameter) or type(pickle.loads(pickle.dumps(tensor))) is Tensor
 
 
@@ -328,10 +329,10 @@ def _compile(s: Subject) -> Outcome:
     torch.compiler.reset()  # or, after the classes and dtypes of several layers, it would give up
     with _quiet_dynamo():
         compiled = torch.compile(s.layer, backend="aot_eager", fullgraph=True, dynamic=False)
-        out, grad_x, *_ = s.run(s.x, s.grad_out, compiled)
-    plain = s.run(s.x, s.grad_out)
-    near = equal(grad_x, plain[1]) if s.exact else _near(s, grad_x, plain[1])
-    return worst([s.same(out, plain[0]), near])
+        out, grad_x = s.output_and_gradient(s.x, s.grad_out, compiled)
+    expected, gradient = s.output_and_gradient(s.x, s.grad_out)
+    near = equal(grad_x, gradient) if s.exact else _near(s, grad_x, gradient)
+    return worst([s.same(out, expected), near])
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""What `conformance` says, and how two results are compared."""
+"""The report of `conformance`, and how two results are compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """What `conformance` found; `str()` is a plain-text table.
+    """The findings of `conformance`; `str()` is a plain-text table.
 
     Attributes:
         layer: what was checked.
@@ -57,7 +57,7 @@ class ConformanceReport:
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain data; JSON can hold it."""
         return asdict(self) | {"passed": self.passed}
 
@@ -74,7 +74,7 @@ class ConformanceReport:
 
 
 class Outcome(NamedTuple):
-    """What a check says: a `Check` without its name."""
+    """The result of a check: a `Check` without its name."""
 
     status: str
     error: float | None = None
@@ -86,7 +86,7 @@ def verdict(fine: bool, detail: str) -> Outcome:
     return Outcome(OK if fine else FAILED, detail=detail)
 
 
-def compare(actual: Tensor, exact: Tensor, bound: Tensor) -> Outcome:
+def compare(actual: Tensor | None, exact: Tensor, bound: Tensor) -> Outcome:
     """The element that is furthest from `exact` in terms of its bound."""
     if actual is None:
         return Outcome(FAILED, detail="there is no gradient")
@@ -109,14 +109,16 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether both hold the same; None is equal to None only."""
+    """True if both hold the same; None is equal to None only."""
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.shape == b.shape and not _differs(a, b).any()
 
 
-def equal(actual: Tensor, expected: Tensor) -> Outcome:
+def equal(actual: Tensor | None, expected: Tensor | None) -> Outcome:
     """Equal bits, or how many elements differ and by how much."""
+    if actual is None or expected is None:
+        return Outcome(FAILED, detail="there is no gradient")
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         found = [f"{t.dtype} of shape {list(t.shape)}" for t in (actual, expected)]
         return Outcome(FAILED, detail=f"{found[0]}, expected {found[1]}")

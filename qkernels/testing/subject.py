@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,18 @@ class Subject:
 
     Attributes:
         x, grad_out: [ROWS, K] and [ROWS, N] of `dtype`.
-        exact: whether outputs must be equal bit for bit where the mathematics is, because all sums are of integers.
-        float_activations: whether x is known to stay as it is.
+        in_features, out_features: K and N.
+        exact: outputs must be equal bit for bit where the mathematics is, because all sums are of integers.
+        float_activations: x is known to stay as it is.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, seed: int) -> None:
         self.layer, self.dtype, self.seed = layer, dtype, seed
         tensor = next((t for t in (*layer.parameters(), *layer.buffers())), torch.empty(0))
         self.device = tensor.device
+        self.in_features, self.out_features = cast(tuple[int, int], (layer.in_features, layer.out_features))
         generator = torch.Generator().manual_seed(seed)
-        rows = [torch.randn(ROWS, n, generator=generator) for n in (layer.in_features, layer.out_features)]
+        rows = [torch.randn(ROWS, n, generator=generator) for n in (self.in_features, self.out_features)]
         self.x, self.grad_out = (values.to(self.device, dtype) for values in rows)
         scheme = getattr(layer, "scheme", None)
         self.plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
@@ -59,6 +62,14 @@ class Subject:
             raise RuntimeError("no gradient reaches x")
         return [out.detach(), *grads]
 
+    def output_and_gradient(
+        self, x: Tensor, grad_out: Tensor, layer: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output, and gradient of x."""
+        out, grad_x = self.run(x, grad_out, layer)[:2]
+        assert out is not None and grad_x is not None
+        return out, grad_x
+
     @property
     def bias(self) -> Tensor:
         bias = getattr(self.layer, "bias", None)
@@ -68,10 +79,11 @@ class Subject:
     def weight(self) -> tuple[Tensor, Tensor]:
         """W [N, K] in float64, and how far each element may be from what the layer multiplies with."""
         if self._weight is None:
-            if callable(getattr(self.layer, "dequantize", None)):
-                weight = self.layer.dequantize().detach().double()
+            dequantize = getattr(self.layer, "dequantize", None)
+            if callable(dequantize):
+                weight = dequantize().detach().double()
             elif self.plain:
-                weight = self.layer.weight.detach().double()
+                weight = self.layer.get_parameter("weight").detach().double()
             else:
                 weight = self.probe()
                 self._weight = weight, self.probe_bound(weight)
@@ -81,7 +93,7 @@ class Subject:
 
     def probe(self) -> Tensor:
         """W by the outputs for the rows of an identity matrix, which rounding to 8 bits leaves as they are."""
-        size = self.layer.in_features
+        size = self.in_features
         at_zero = self.forward(torch.zeros(1, size, dtype=self.dtype, device=self.device)).double()
         columns = []
         for start in range(0, size, _PROBE_ROWS):
@@ -95,7 +107,7 @@ class Subject:
         return 4 * eps * (weight.abs() + 2 * self.bias.abs().unsqueeze(-1))
 
     def output_bound(self, x: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of an output of `dtype` for x, whose elements may each be rounded to half a step of its row's 127."""
+        """The bound of an output of `dtype` for x, whose elements may be rounded to half a step of their row's 127."""
         weight, uncertain = self.weight
         x = x.double().abs()
         bound = float_bound(x @ weight.abs().t() + self.bias.abs(), exact, weight.shape[1], dtype)
@@ -113,7 +125,7 @@ class Subject:
             return equal(actual, expected)
         exact = self.expected(x)
         bound = 2 * float_bound(x.double().abs() @ self.weight[0].abs().t() + self.bias.abs(), exact,
-                                 self.layer.in_features, actual.dtype)  # fmt: skip
+                                 self.in_features, actual.dtype)  # fmt: skip
         return compare(actual, expected, bound)
 
     def gradient(self, index: int, exact: Tensor, bound: Tensor) -> Outcome:
@@ -121,9 +133,8 @@ class Subject:
         first, second = (self.run(self.x, self.grad_out, seed=self.seed + i)[index] for i in range(2))
         if same_bits(first, second):  # it does not depend on the seed
             return compare(first, exact, bound)
-        draws = torch.stack(
-            [self.run(self.x, self.grad_out, seed=self.seed + i)[index].double() for i in range(_SEEDS)]
-        )
+        results = [self.run(self.x, self.grad_out, seed=self.seed + i)[index] for i in range(_SEEDS)]
+        draws = torch.stack([result.double() for result in results if result is not None])
         norm = exact.norm().item()
         error = ((draws.mean(0) - exact).norm() / norm).item()
         noise = (draws.std(0).norm() / norm).item()
@@ -135,7 +146,7 @@ class Subject:
 
 
 def float_bound(magnitude: Tensor, exact: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
-    """Of a sum of `terms` products in float32, factors and result rounded to `dtype`.
+    """The bound of a sum of `terms` products in float32, factors and result rounded to `dtype`.
 
     gamma(n) = n u / (1 - n u) times the sum of magnitudes bounds any order of summation (Higham, Accuracy and
     Stability, 3.1).

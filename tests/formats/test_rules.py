@@ -1,4 +1,4 @@
-"""The formats: `quantize.py` against the NumPy rules bit for bit, special values, packing and error bounds."""
+"""The formats: `rules.py` against the NumPy rules bit for bit, special values, packing and error bounds."""
 
 import numpy as np
 import numpy_rules as rules

@@ -92,6 +92,8 @@ class TestGpuCode:
 class TestWheel:
     def pack(self, path: Path, *extra: str, leave_out: str = "-") -> Path:
         with zipfile.ZipFile(path, "w") as wheel:
+            if not "py.typed".startswith(leave_out):
+                wheel.writestr("qkernels/py.typed", "")
             for library in built_libraries().values():
                 if not library.name.startswith((leave_out, "_C_cuda")):
                     wheel.write(library, f"qkernels/{library.name}")
@@ -118,10 +120,25 @@ class TestWheel:
             assert word in problems
         assert len(problems.splitlines()) == 4
 
+    def test_a_wheel_without_its_types_is_refused(self, tmp_path):
+        path = self.pack(tmp_path / "qkernels-0.1.0-cp311-cp311-manylinux_2_28_x86_64.whl", leave_out="py.typed")
+        (problem,) = check_wheel.check(path)
+        assert "lacks qkernels/py.typed" in problem
+
     def test_cuda_kernels_are_expected_by_the_version(self, tmp_path):
         path = self.pack(tmp_path / "qkernels-0.1.0+cu130-cp311-cp311-manylinux_2_28_x86_64.whl")
         (problem,) = check_wheel.check(path)
         assert "_C_cuda" in problem
+
+
+def test_a_build_ships_its_types():
+    """The list of files that setuptools puts into a wheel, by the settings of this tree."""
+    code = (
+        "from setuptools import Distribution; d = Distribution(); d.parse_config_files(); d.script_name = 'setup.py';"
+        "b = d.get_command_obj('build_py'); b.ensure_finalized(); print([entry[3] for entry in b.data_files])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "'py.typed'" in done.stdout
 
 
 def test_source_archive_holds_what_git_tracks(tmp_path):
