@@ -117,7 +117,7 @@ class QuantEmbedding(Storage, nn.Embedding):
         return layer
 
     @classmethod
-    def like(cls, embedding: nn.Module, scheme: str | QuantScheme) -> QuantEmbedding:
+    def like(cls, embedding: nn.Embedding, scheme: str | QuantScheme) -> QuantEmbedding:
         """An embedding of that shape and dtype on the meta device; `set_weight` gives it a weight.
 
         Raises:
