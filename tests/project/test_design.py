@@ -63,12 +63,3 @@ def test_a_call_passes_five_files_from_the_layer_to_its_driver(references):
     rows = re.findall(r"^\| (\d|driver|kernel) \| \[[^]]*\]\(([^)#]+)#", PAGE.read_text(), re.MULTILINE)
     assert [number for number, _ in rows] == ["1", "2", "3", "4", "5", "driver", "kernel"]
     assert len({file for _, file in rows}) == 7
-
-
-def test_files_that_are_named_exist():
-    """Every `name.py` and the like on the page is the end of a path in the source tree."""
-    names = set(re.findall(r"`((?:[\w-]+/)*\w[\w-]*\.(?:py|cpp|h|cu|cuh|inc|md))`", PAGE.read_text()))
-    folders = [ROOT / name for name in ("qkernels", "csrc", "tests", "docs")]
-    paths = [path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*")]
-    assert len(names) > 20
-    assert [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in paths)] == []

@@ -1,6 +1,9 @@
 """Properties of the source tree and of `import qkernels`."""
 
+import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,47 @@ def test_nothing_is_built_for_one_machine():
 
 def test_no_paths_of_a_machine():
     assert occurrences(r"/(home|work|root|Users|tmp|mnt)/\w", all_files()) == []
+
+
+# A name of a file, with or without folders, and names that are not files of this tree: what runs write, other projects.
+FILE_NAME = re.compile(
+    r"(?<![\w/.<-])((?:[\w.-]+/)*[\w-]+\.(?:py|pyi|cpp|cc|h|cu|cuh|inc|md|toml|yml|yaml|sh|c))(?![\w/(])"
+)
+NOT_OURS = {"report.md", "quality.md", "llama.cpp", "name.py"}
+
+
+def prose(path: Path) -> list[str]:
+    """The lines of a file in which people are told something: comments, docstrings, all of a page."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text.splitlines()
+    if path.suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        lines = [token.string for token in tokens if token.type == tokenize.COMMENT]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines += (ast.get_docstring(node) or "").splitlines()
+        return lines
+    mark = "//" if path.suffix in {".cpp", ".h", ".inc", ".cu", ".cuh"} else "#"
+    return [line[line.index(mark) :] for line in text.splitlines() if mark in line]
+
+
+def missing_files(lines: list[str], folder: Path, paths: set[str]) -> list[str]:
+    """The names of files in `lines` that are neither the end of one of `paths` nor relative to `folder`."""
+    names = {name for line in lines for name in FILE_NAME.findall(line)} - NOT_OURS
+    return sorted(name for name in names if name not in paths and not (folder / name).exists())
+
+
+def test_files_that_are_named_exist():
+    """`formats/rules.py` in a comment, a docstring or a page is the end of a path in the source tree."""
+    sources = [*all_files(), *files("tools")]
+    whole = [path.relative_to(ROOT).parts for path in sources]
+    ends = {"/".join(parts[at:]) for parts in whole for at in range(len(parts))}
+    assert missing_files(["as in `formats/rules.py`, not `formats/quantize.py`"], ROOT, ends) == ["formats/quantize.py"]
+    told = {path: lines for path in sources if path.name != "CHANGELOG.md" and (lines := prose(path))}
+    assert len(told) > 200
+    missing = {path: missing_files(lines, path.parent, ends) for path, lines in told.items()}
+    assert {str(path.relative_to(ROOT)): names for path, names in missing.items() if names} == {}
 
 
 def test_version_is_stated_once():
