@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+from ..system.text_table import aligned
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -86,9 +88,7 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         header = ("layer", "kind", "shape", "scheme", "before", "after", "error", "left because")
-        lines = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        text = aligned([header, *(_cells(row) for row in self.rows)])
         text.append(self._total())
         return "\n".join(text + [f"warning: {warning}" for warning in self.warnings])
 

@@ -13,6 +13,7 @@ from ..formats.scheme import QuantScheme
 from ..kernels import isa
 from ..nn.adapters import adapter_of
 from ..profiling.layers import ROWS, SECONDS, Timing, time_layers
+from ..system.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Explanation:
             "of limit",
             "limit",
         )
-        lines = [header, *(_cells(timing) for timing in self.timings)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        text = aligned([header, *(_cells(timing) for timing in self.timings)])
         reasons = {(t.kernel, t.reason): None for t in self.timings}
         text += [f"{kernel}: {reason}" for kernel, reason in reasons]
         text += [
