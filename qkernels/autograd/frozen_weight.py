@@ -34,8 +34,8 @@ class FrozenWeight(ReadOnly):
     `nn.Parameter`, and is in no state dict. Pickling it stores the values.
 
     Example:
-        >>> layer = QuantLinear.from_float(nn.Linear(8, 4), "w8a8")
-        >>> torch.equal(F.linear(x, layer.weight, layer.bias), layer(x))
+        >>> layer, x = qk.QuantLinear.from_float(nn.Linear(8, 4), "w8a8"), torch.ones(2, 8)
+        >>> torch.equal(torch.nn.functional.linear(x, layer.weight, layer.bias), layer(x))
         True
 
     Attributes:

@@ -116,7 +116,7 @@ def choose(machine: Machine, seconds: float, schemes: Sequence[str]) -> tuple[Bu
 
     >>> budget, schemes = choose(Machine(8, 0.01, 0.005, 0.1), 180, ["none", "w8a8", "w4a8-g32-asym"])
     >>> budget.steps, budget.eval_blocks, len(schemes)
-    (6, 2, 3)
+    (8, 4, 3)
     """
     schemes, seconds = list(schemes), seconds * (1 - RESERVE)
 

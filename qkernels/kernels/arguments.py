@@ -51,8 +51,8 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         ValueError: if the scheme is none.
 
     Example:
-        >>> bundle("linear", (x, qweight, scales, zeros, bias, code, None))
-        (x, StoredWeight(qweight, scales, zeros, x.shape[1], scheme), bias, None)
+        `bundle("linear", (x, qweight, scales, zeros, bias, code, None))` is
+        `(x, StoredWeight(qweight, scales, zeros, x.shape[1], scheme), bias, None)`.
     """
     scheme, places = scheme_of(operator, args), _places(operator)
     if scheme is None:

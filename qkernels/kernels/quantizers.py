@@ -58,7 +58,9 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
             asymmetric group is more than float32 can hold.
 
     Example:
-        >>> qweight, scales, zeros = qk.quantize_weight(linear.weight, "w4a8-g32")
+        >>> qweight, scales, zeros = qk.quantize_weight(torch.randn(8, 64), "w4a8-g32")
+        >>> qweight.shape, scales.shape, zeros
+        (torch.Size([8, 32]), torch.Size([8, 2]), None)
     """
     scheme = QuantScheme.parse(scheme)
     weight = _float_matrix("weight", weight)

@@ -1,15 +1,21 @@
-"""Every Python block of README.md and docs/ runs as printed, in a new interpreter.
+"""Every Python block of README.md and docs/ runs as printed, in a new interpreter; and so do examples of docstrings.
 
 A block that cannot run here says why in its first line, `# needs a GPU` or `# needs MODEL`, and is skipped.
 """
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+import qkernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,6 +45,22 @@ def test_runs_as_printed(code, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+def modules_with_examples() -> list[str]:
+    found = [path for path in (ROOT / "qkernels").rglob("*.py") if ">>> " in path.read_text()]
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found)
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_of_docstrings_print_what_they_say(name):
+    module = importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one example shows a name that is no longer used
+        result = doctest.testmod(
+            module, extraglobs={"torch": torch, "nn": torch.nn, "qk": qkernels, "qkernels": qkernels}
+        )
+    assert result.attempted and not result.failed
 
 
 def test_no_python_hides_from_this_test():
