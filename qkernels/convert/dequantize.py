@@ -60,6 +60,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     weights: dict[int, nn.Parameter] = {}  # by id of the storage
     for layer in layers:
         quantized = layer.module
+        assert isinstance(quantized, Storage)
         shared = id(quantized.qweight) if is_frozen(quantized) else id(quantized)
         if shared not in weights:
             values = quantized.dequantize().to(dtype or quantized.compute_dtype)
@@ -78,5 +79,6 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 # Instance attributes of the quantized layers, which a float layer does not have.
-_META = {"device": "meta", "dtype": torch.float32}
-_OWN = {*vars(QuantLinear(1, 1, **_META)), *vars(QuantEmbedding(1, 1, **_META)), "float_type"}
+_LINEAR = QuantLinear(1, 1, device="meta", dtype=torch.float32)
+_EMBEDDING = QuantEmbedding(1, 1, device="meta", dtype=torch.float32)
+_OWN = {"float_type", *vars(_LINEAR), *vars(_EMBEDDING)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,18 +39,18 @@ class Layer:
         return self.names[0]
 
     @property
-    def adapter(self) -> LayerAdapter | None:
-        """What is known of the layer's class; None for a matrix weight of another kind."""
-        return adapter_of(self.module) if self.key is None else None
+    def adapter(self) -> LayerAdapter[Any]:
+        """What is known of the layer's class; a matrix weight of another kind has none."""
+        return adapter_of(self.module)
 
     @property
     def is_lookup(self) -> bool:
         """Whether it is an embedding."""
-        return self.adapter is not None and self.adapter.lookup
+        return self.key is None and self.adapter.lookup
 
     @property
     def is_quantized(self) -> bool:
-        return self.adapter is not None and self.adapter.scheme(self.module) is not None
+        return self.key is None and self.adapter.scheme(self.module) is not None
 
     def weights(self) -> list[Tensor]:
         """The weights of a float layer that has an adapter, detached."""
@@ -65,15 +66,15 @@ class Layer:
 
     def row(self) -> LayerReport:
         """The report's row for the layer as it is."""
-        module, scheme = self.module, None
-        if self.adapter is None:
-            weight = module._parameters[self.key]
-            shape, size = tuple(weight.shape), weight.numel() * weight.element_size()
-        else:
-            shape, size = self.adapter.shape(module), self.adapter.weight_bytes(module)
-            scheme = self.adapter.scheme(module)
+        module, kind = self.module, type(self.module).__name__
+        if self.key is not None:
+            weight = module.get_parameter(self.key)
+            size = weight.numel() * weight.element_size()
+            return LayerReport(self.name, kind, tuple(weight.shape), None, size, size, reason=self.reason)
+        shape, size = self.adapter.shape(module), self.adapter.weight_bytes(module)
+        scheme = self.adapter.scheme(module)
         name = None if scheme is None else scheme.name
-        return LayerReport(self.name, type(module).__name__, shape, name, size, size, reason=self.reason)
+        return LayerReport(self.name, kind, shape, name, size, size, reason=self.reason)
 
     def convert(self, layer_options: Mapping[str, str], statistics: InputStatistics | None = None) -> LayerReport:
         """Put a quantized layer in the layer's place, let go of the float layer, and return the row.
@@ -83,14 +84,17 @@ class Layer:
             statistics: of the layer's inputs, for calibration; see `gptq.quantize_weight`.
         """
         before, adapter, scheme = self.row(), self.adapter, self.scheme
-        owner = next((layer for layer in self.tied if layer.converted is not None), None)
-        if owner is not None:
-            quantized = adapter.empty(self.module, owner.module.scheme, **layer_options)
-            quantized.set_weight(QuantizedWeight(owner.module.qweight, owner.module.scales, owner.module.zeros))
-            if adapter.bias(self.module) is not None:
-                quantized.bias = adapter.bias(self.module)
-            self.replace(quantized)
-            sizes, error = (0, 0), owner.converted.weight_error
+        assert scheme is not None, "select_layers gives a layer its scheme"
+        for layer in self.tied:
+            if (owner := layer.module) is not self.module and isinstance(owner, Storage):
+                assert layer.converted is not None
+                quantized = adapter.empty(self.module, scheme, **layer_options)
+                quantized.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
+                if (bias := adapter.bias(self.module)) is not None:
+                    quantized.bias = bias
+                self.replace(quantized)
+                sizes, error = (0, 0), layer.converted.weight_error
+                break
         else:
             weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **layer_options)
             if statistics is not None:

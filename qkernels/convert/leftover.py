@@ -41,7 +41,7 @@ def leftover_reason(name: str, module: nn.Module, key: str) -> str:
         if isinstance(module, kind):
             return f"{word}: {_RULES}"
     words = f"{name} {type(module).__name__}".lower()
-    if module._parameters[key].dim() > 2 and ("expert" in words or "moe" in words):
+    if module.get_parameter(key).dim() > 2 and ("expert" in words or "moe" in words):
         return "fused experts: one parameter holds the matrices of all experts, and no kernel multiplies it"
     if "router" in words or words.partition(" ")[0].endswith(("gate", "gate.weight")):
         return f"router: a parameter of {type(module).__name__}; {_RULES}"

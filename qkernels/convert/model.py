@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.adapters import adapter_of
+from ..nn.adapters import find_adapter
+from ..nn.layer_adapters import QUANTIZED
 from ..nn.linear import QuantLinear
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import check_applies
@@ -19,7 +20,7 @@ from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statist
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .report import QuantizationReport
-from .selection import NOT_ASKED, NOT_INCLUDED, QUANTIZED, SKIPPED, SLOWER, select_layers, unexpected_results
+from .selection import NOT_ASKED, NOT_INCLUDED, SKIPPED, SLOWER, select_layers, unexpected_results
 from .watch import watch_frozen
 
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
@@ -98,7 +99,7 @@ def quantize_(
         raise TypeError("model must be an nn.Module that is not scripted or traced; quantize it first")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("model must not be wrapped by DistributedDataParallel yet; quantize it first, then wrap it")
-    if (adapter := adapter_of(model)) is not None:
+    if (adapter := find_adapter(model)) is not None:
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; "
             f"use {'QuantEmbedding' if adapter.lookup else 'QuantLinear'}.from_float(layer, scheme)"
@@ -112,7 +113,7 @@ def quantize_(
     if calibration is not None:
         calibration = checked_batches(calibration)
         check_applies(scheme)
-    report = QuantizationReport(scheme.name, **layer_options)
+    report = QuantizationReport(scheme.name, mode, grad_dtype, weight_scale=weight_scale)
     layers, report.warnings = select_layers(model, scheme, skip, include, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and any(weight.is_meta for weight in layer.weights()):

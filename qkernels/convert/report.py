@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ..system.text_table import aligned
 
@@ -75,7 +76,7 @@ class QuantizationReport:
         """How many of the numbers in all matrix weights are in the layers that this call quantized, in [0, 1]."""
         return self._shares()["quantized"]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain data, with the totals; JSON can hold it."""
         totals = {
             "layers": len(self.rows),

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.adapters import adapter_of
+from ..nn.adapters import find_adapter
 from ..nn.layer_adapters import QUANTIZED
 from .layers import Layer
 from .leftover import kept_in_float32, leftover_reason, matrix_weights
@@ -30,7 +30,7 @@ def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
     """
     layers: dict[int, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        adapter = adapter_of(module)
+        adapter = find_adapter(module)
         if adapter is not None and (embeddings or not adapter.lookup):
             layers.setdefault(id(module), Layer([], module, [])).names.append(name)
     for parent in model.modules():
@@ -127,7 +127,7 @@ def unexpected_results(
         if differs:
             other.append(layer)
     if other:
-        kinds = sorted({layer.reason.partition(" (")[2].rstrip(")") for layer in other})
+        kinds = sorted({(layer.reason or "").partition(" (")[2].rstrip(")") for layer in other})
         change = (
             "call freeze_(model) to freeze them"
             if report.mode == "frozen" and any(layer.module.mode != "frozen" for layer in other)
@@ -151,20 +151,18 @@ def unexpected_results(
 
 def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, Layer], share: bool) -> None:
     """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise."""
-    members = [layers.get(id(module)) for _, module, _ in group]
     members = [
-        member if member is not None and key == member.adapter.key else None
-        for member, (_, _, key) in zip(members, group, strict=True)
+        member
+        for _, module, key in group
+        if (member := layers.get(id(module))) is not None and key == member.adapter.key and member.reason is None
     ]
-    if share and all(member is not None and member.reason is None for member in members):
-        if not any(member.adapter.transposed for member in members):
-            for member in members:
-                member.tied = members
-            return
-    for member, (_, module, _) in zip(members, group, strict=True):
-        if member is not None and member.reason is None:
-            other = next((name for name, other, _ in group if other is not module), "itself")
-            member.reason = f"tied to {other}"
+    if share and len(members) == len(group) and not any(member.adapter.transposed for member in members):
+        for member in members:
+            member.tied = members
+        return
+    for member in members:
+        other = next((name for name, other, _ in group if other is not member.module), "itself")
+        member.reason = f"tied to {other}"
 
 
 def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[str] | None) -> list[str]:

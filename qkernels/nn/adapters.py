@@ -1,13 +1,14 @@
 """Layer adapters: what a conversion asks about the layers of a class, and the registry that answers for a class.
 
 Everything that looks for layers in a model (`quantize_`, `dequantize_`, the integrations, `explain`) asks
-`adapter_of(module)` instead of naming classes. Adapters of torch's and transformers' layers are in
+`find_adapter(module)` instead of naming classes. Adapters of torch's and transformers' layers are in
 `layer_adapters.py`; another library registers its own with `register_adapter`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ _CONSTRUCTION = {"__init__", "reset_parameters", "extra_repr", "__repr__"} | {
 }  # fmt: skip
 
 
-class LayerAdapter(ABC):
+_L = TypeVar("_L", bound=nn.Module)
+
+
+class LayerAdapter(ABC, Generic[_L]):
     """What a conversion asks about a layer of the class that the adapter is registered for.
 
     A subclass says how such a layer becomes quantized and comes back; the rest follows from `key` and `transposed`.
@@ -41,41 +45,41 @@ class LayerAdapter(ABC):
     transposed: bool = False
     lookup: bool = False
 
-    def weights(self, layer: nn.Module) -> dict[str, Tensor]:
+    def weights(self, layer: _L) -> dict[str, Tensor]:
         """By name of its parameter, each weight of the layer, detached: [N, K], or [E, N, K] of E experts.
 
         All of them are checked before a layer is quantized. A layer has the one of `weight` unless this is overridden.
         """
         return {self.key: self.weight(layer)}
 
-    def weight(self, layer: nn.Module) -> Tensor:
+    def weight(self, layer: _L) -> Tensor:
         """The weight, detached: float [N, K], a view of the parameter."""
-        weight = getattr(layer, self.key).detach()
+        weight: Tensor = getattr(layer, self.key).detach()
         return weight.t() if self.transposed else weight
 
-    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+    def shape(self, layer: _L) -> tuple[int, ...]:
         """Shape of the weight: (N, K)."""
         return tuple(self.weight(layer).shape)
 
-    def dtype(self, layer: nn.Module) -> torch.dtype:
+    def dtype(self, layer: _L) -> torch.dtype:
         """The dtype that the layer computes in."""
         return getattr(layer, self.key).dtype
 
-    def weight_bytes(self, layer: nn.Module) -> int:
+    def weight_bytes(self, layer: _L) -> int:
         """Bytes of the weight, without the bias; of a parametrized one, those of the matrices that compute it."""
         weight = layer._parameters.get(self.key)
         parts = [weight] if weight is not None else filter(is_matrix, layer.parameters())
         return sum(part.numel() * part.element_size() for part in parts if not nn.parameter.is_lazy(part))
 
-    def bias(self, layer: nn.Module) -> nn.Parameter | None:
+    def bias(self, layer: _L) -> nn.Parameter | None:
         """The bias [N] that the quantized layer shares with it."""
         return getattr(layer, "bias", None)
 
-    def scheme(self, layer: nn.Module) -> QuantScheme | None:
+    def scheme(self, layer: _L) -> QuantScheme | None:
         """The scheme that the layer is quantized with; None: it is in float."""
         return None
 
-    def reason(self, layer: nn.Module, scheme: QuantScheme) -> str | None:
+    def reason(self, layer: _L, scheme: QuantScheme) -> str | None:
         """Why the layer must stay as it is; None: it can be quantized with `scheme`."""
         names = set(layer._parameters)
         if parametrize.is_parametrized(layer) or self.key not in names or not names <= {self.key, "bias"}:
@@ -100,7 +104,7 @@ class LayerAdapter(ABC):
         return None
 
     @abstractmethod
-    def quantize(self, layer: nn.Module, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: _L, scheme: str | QuantScheme, **layer_options: str) -> Storage:
         """The quantized twin of a float layer, which shares its bias.
 
         Args:
@@ -112,7 +116,7 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def empty(
-        self, layer: nn.Module, scheme: str | QuantScheme, *, dtype: torch.dtype | None = None, **layer_options: str
+        self, layer: _L, scheme: str | QuantScheme, *, dtype: torch.dtype | None = None, **layer_options: str
     ) -> Storage:
         """A quantized twin on the meta device, without values, of the layer's shape and dtype (or the given one).
 
@@ -130,10 +134,10 @@ class LayerAdapter(ABC):
 
 
 # By class, or by "module.name" of a class whose library need not be installed.
-_ADAPTERS: dict[type[nn.Module] | str, LayerAdapter] = {}
+_ADAPTERS: dict[type[nn.Module] | str, LayerAdapter[Any]] = {}
 
 
-def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter) -> None:
+def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter[Any]) -> None:
     """Let conversions know the layers of a class, and of subclasses that compute the same.
 
     >>> class Projection(nn.Module):  # x @ kernel + bias
@@ -163,21 +167,28 @@ def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter) -
     _ADAPTERS[layer_type] = adapter
 
 
-def adapter_of(module: nn.Module) -> LayerAdapter | None:
+def find_adapter(module: object) -> LayerAdapter[Any] | None:
     """The adapter of the nearest class of `module` that has one; None: it is no layer that can be quantized.
+
+    >>> find_adapter(nn.ReLU()) is None
+    True
+    """
+    return _find(type(module))
+
+
+def adapter_of(module: nn.Module) -> LayerAdapter[Any]:
+    """Do as `find_adapter`, for a module that has one.
 
     >>> adapter_of(nn.Linear(3, 2)).shape(nn.Linear(3, 2))
     (2, 3)
-    >>> adapter_of(nn.ReLU()) is None
-    True
+
+    Raises:
+        TypeError: if no adapter knows its class.
     """
-    return adapter_for(type(module))
-
-
-def adapter_for(layer_type: type) -> LayerAdapter | None:
-    """Do as `adapter_of`, for a class."""
-    known = _registered(layer_type)
-    return None if known is None else _ADAPTERS.get(known) or _ADAPTERS[_full_name(known)]
+    adapter = find_adapter(module)
+    if adapter is None:
+        raise TypeError(f"no layer adapter knows {type(module).__name__}")
+    return adapter
 
 
 def float_twin(quantized: Storage, weight: nn.Parameter, *, plain: bool = False) -> nn.Module:
@@ -186,10 +197,14 @@ def float_twin(quantized: Storage, weight: nn.Parameter, *, plain: bool = False)
     Args:
         weight: float [N, K] of the result.
         plain: make an `nn.Linear` or `nn.Embedding`, and not what was quantized (such as a `Conv1D`).
+
+    Raises:
+        TypeError: if no adapter knows the class that was quantized.
     """
     float_type = type(quantized).float_type if plain else quantized.float_type
-    adapter = adapter_for(float_type)
-    assert adapter is not None
+    adapter = _find(float_type)
+    if adapter is None:
+        raise TypeError(f"no layer adapter knows {float_type.__name__}, which {quantized} was before")
     return adapter.to_float(quantized, weight, float_type)
 
 
@@ -207,6 +222,11 @@ def is_matrix(tensor: Tensor | None) -> bool:
 
 def _full_name(layer_type: type) -> str:
     return f"{layer_type.__module__}.{layer_type.__qualname__}"
+
+
+def _find(layer_type: type) -> LayerAdapter[Any] | None:
+    known = _registered(layer_type)
+    return None if known is None else _ADAPTERS.get(known) or _ADAPTERS[_full_name(known)]
 
 
 def _registered(layer_type: type) -> type | None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.weight_products import refuse_script, refuse_write, traced
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
+from ..formats.storage import FLOAT_DTYPES
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
-from .adapters import adapter_of
+from .adapters import find_adapter
 from .linear import leave_out_marker
 from .storage import Storage
 
@@ -123,7 +123,7 @@ class QuantEmbedding(Storage, nn.Embedding):
         Raises:
             TypeError: for a module that is not an embedding, or does more than looking up rows.
         """
-        adapter = adapter_of(embedding)
+        adapter = find_adapter(embedding)
         if adapter is None or not adapter.lookup:
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
         if (reason := adapter.reason(embedding, QuantScheme.parse(scheme))) is not None:
@@ -139,16 +139,6 @@ class QuantEmbedding(Storage, nn.Embedding):
         )
         layer.float_type = type(embedding)  # what `dequantize_` makes of it again
         return layer.train(embedding.training)
-
-    def set_weight(self, weight: QuantizedWeight) -> None:
-        """Take over the storage of a quantized weight [N, K]; parameters are shared with the layer that owns them.
-
-        Raises:
-            ValueError: naming the tensor that does not fit.
-        """
-        self._check_weight(weight)
-        with torch.inference_mode(False):
-            self._keep(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):

@@ -19,7 +19,7 @@ from .storage import Storage
 QUANTIZED = "already quantized"
 
 
-class LinearAdapter(LayerAdapter):
+class LinearAdapter(LayerAdapter[nn.Module]):
     """The adapter of layers that compute `x @ weight.T + bias`: `nn.Linear`, and what is registered with it.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Conv1DAdapter(LinearAdapter):
     transposed, features = True, ("nf", "nx")
 
 
-class EmbeddingAdapter(LayerAdapter):
+class EmbeddingAdapter(LayerAdapter[nn.Embedding]):
     """The adapter of `nn.Embedding`, also of transformers' that multiply its rows by a number."""
 
     lookup = True
@@ -102,7 +102,7 @@ class EmbeddingAdapter(LayerAdapter):
         return layer.train(quantized.training)
 
 
-class QuantizedAdapter(LayerAdapter):
+class QuantizedAdapter(LayerAdapter[Storage]):
     """The adapter of layers that are quantized already: they say what they are, and stay so."""
 
     def __init__(self, *, lookup: bool) -> None:

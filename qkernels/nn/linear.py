@@ -20,7 +20,7 @@ from ..formats.validate import STORAGE
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
-from .adapters import adapter_of, is_frozen
+from .adapters import find_adapter, is_frozen
 from .int8_state import StateScales, load_parts, state_parts
 from .storage import Storage
 from .stored_parameter import StoredParameter, plain
@@ -226,7 +226,7 @@ class QuantLinear(Storage, nn.Linear):
             TypeError: for another kind of module.
             ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
         """
-        adapter = adapter_of(layer)
+        adapter = find_adapter(layer)
         if adapter is None or adapter.lookup or is_frozen(layer):
             raise TypeError(
                 "layer must be an nn.Linear, a transformers Conv1D or a layer with an adapter, "
@@ -255,12 +255,9 @@ class QuantLinear(Storage, nn.Linear):
         Raises:
             ValueError: naming the tensor that does not fit; the layer is left as it was.
         """
-        self._check_weight(weight)
-        with torch.inference_mode(False):
-            self._take(weight)
+        super().set_weight(weight)
 
     def _take(self, weight: QuantizedWeight) -> None:
-        """`set_weight` of a weight that the kernels made."""
         if self.mode == "qat":
             own = self._trained_weight()
             values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(own.dtype)
@@ -408,8 +405,9 @@ class QuantLinear(Storage, nn.Linear):
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
-        qat = self.mode == "qat"
-        stored = (self._trained_weight(), self._parameters.get("scales")) if qat else self.quantized_weight()
+        if self.mode != "qat":
+            return super().storage_bytes()
+        stored = (self._trained_weight(), self._parameters.get("scales"))
         return sum(t.numel() * t.element_size() for t in stored if t is not None)
 
     def extra_repr(self) -> str:

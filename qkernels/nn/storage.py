@@ -106,6 +106,24 @@ class Storage(nn.Module):
             if tensor is not None and tensor.device != weight.qweight.device:
                 raise ValueError(f"{name} must be on {weight.qweight.device}, got {tensor.device}")
 
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Take over the storage of a quantized weight [N, K]; parameters are shared with the layer that owns them.
+
+        Raises:
+            ValueError: naming the tensor that does not fit; the layer is left as it was.
+        """
+        self._check_weight(weight)
+        with torch.inference_mode(False):
+            self._take(weight)
+
+    def _take(self, weight: QuantizedWeight) -> None:
+        """`set_weight` of a weight that the kernels made."""
+        self._keep(weight)
+
+    def storage_bytes(self) -> int:
+        """Bytes of the weight that the layer keeps (without the bias)."""
+        return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
+
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it is multiplied, in the canonical storage."""
         own: dict[str, Any] = self._parameters

@@ -13,7 +13,7 @@ from torch import nn
 import qkernels as qk
 from qkernels.convert.layers import Layer
 from qkernels.diagnostics.explain import explain
-from qkernels.nn.adapters import _ADAPTERS, adapter_for, adapter_of, float_twin, is_frozen
+from qkernels.nn.adapters import _ADAPTERS, adapter_of, find_adapter, float_twin, is_frozen
 from qkernels.nn.layer_adapters import EmbeddingAdapter, QuantizedAdapter
 
 N, K = 24, 64
@@ -203,7 +203,9 @@ def test_answers_for_the_layers_that_are_known():
                 adapter.quantize(layer, "w8a8")
             with pytest.raises(TypeError, match="quantized already"):
                 adapter.empty(layer, "w8a8")
-    assert adapter_of(nn.ReLU()) is None and adapter_of(nn.Conv1d(2, 2, 1)) is None
+    assert find_adapter(nn.ReLU()) is None and find_adapter(nn.Conv1d(2, 2, 1)) is None
+    with pytest.raises(TypeError, match="no layer adapter knows ReLU"):
+        adapter_of(nn.ReLU())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -252,7 +254,15 @@ def test_misuse_of_register_adapter_is_explained():
         qk.register_adapter(Projection, ProjectionAdapter)
     with pytest.raises(TypeError, match="abstract"):
         qk.LayerAdapter()
-    assert isinstance(adapter_for(nn.Embedding), EmbeddingAdapter)
+    assert isinstance(find_adapter(nn.Embedding(2, 2)), EmbeddingAdapter)
+
+
+def test_a_class_that_is_no_longer_known_cannot_come_back():
+    model = nn.Sequential(Projection(K, N))
+    qk.quantize_(model, "w8a8")
+    _ADAPTERS.pop(Projection)
+    with pytest.raises(TypeError, match=r"no layer adapter knows Projection, which QuantLinear"):
+        qk.dequantize_(model)
 
 
 def test_the_example_of_the_documentation_runs():
