@@ -120,10 +120,6 @@ class Storage(nn.Module):
         """`set_weight` of a weight that the kernels made."""
         self._keep(weight)
 
-    def storage_bytes(self) -> int:
-        """Bytes of the weight that the layer keeps (without the bias)."""
-        return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
-
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it is multiplied, in the canonical storage."""
         own: dict[str, Any] = self._parameters
@@ -133,7 +129,7 @@ class Storage(nn.Module):
         )
 
     def storage_bytes(self) -> int:
-        """Bytes of the quantized weight."""
+        """Bytes of the weight that the layer keeps (without the bias)."""
         return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
 
     def dequantize(self) -> Tensor:
