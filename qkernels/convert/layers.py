@@ -88,7 +88,7 @@ class Layer:
         for layer in self.tied:
             if (owner := layer.module) is not self.module and isinstance(owner, Storage):
                 assert layer.converted is not None
-                quantized = adapter.empty(self.module, scheme, **layer_options)
+                quantized = adapter.empty(self.module, scheme, dtype=None, **layer_options)
                 quantized.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
                 if (bias := adapter.bias(self.module)) is not None:
                     quantized.bias = bias

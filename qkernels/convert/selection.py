@@ -208,11 +208,11 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
             adapter = parent._modules.get(name.partition(".")[0])
             if adapter is not None:
                 mark(adapter.modules(), "adapter of a PEFT layer")
-        if "base_layer" in parent._modules:
+        if (base := parent._modules.get("base_layer")) is not None:
             if getattr(parent, "merged", False):
-                mark(parent.base_layer.modules(), "holds a merged PEFT adapter")
+                mark(base.modules(), "holds a merged PEFT adapter")
             elif getattr(parent, "lora_variant", None):
-                mark(parent.base_layer.modules(), "read by the variant (such as DoRA) of its PEFT layer")
+                mark(base.modules(), "read by the variant (such as DoRA) of its PEFT layer")
     return reasons
 
 

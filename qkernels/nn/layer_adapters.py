@@ -92,7 +92,8 @@ class EmbeddingAdapter(LayerAdapter[nn.Embedding]):
     ) -> QuantEmbedding:
         return QuantEmbedding.like(layer, scheme)
 
-    def to_float(self, quantized: QuantEmbedding, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
+    def to_float(self, quantized: Storage, weight: nn.Parameter, float_type: type[nn.Module]) -> nn.Module:
+        assert isinstance(quantized, QuantEmbedding)
         scale = () if quantized.embed_scale is None or float_type is nn.Embedding else (quantized.embed_scale,)
         with torch.device("meta"):
             layer = float_type(*weight.shape, quantized.padding_idx, *scale)

@@ -1,8 +1,6 @@
 """Layer adapters: what is asked about layers is answered by class, and another library's class can be registered."""
 
 import io
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -263,11 +261,3 @@ def test_a_class_that_is_no_longer_known_cannot_come_back():
     _ADAPTERS.pop(Projection)
     with pytest.raises(TypeError, match=r"no layer adapter knows Projection, which QuantLinear"):
         qk.dequantize_(model)
-
-
-def test_the_example_of_the_documentation_runs():
-    text = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    namespace: dict = {}
-    exec(example, namespace)
-    assert [type(layer).__name__ for layer in namespace["model"]] == ["Projection", "ReLU", "Linear"]
