@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from gpu_emulation import sass  # noqa: E402
+from gpu_emulation.project import sass  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpu.md"
 START, END = "<!-- cuda code -->\n", "<!-- end of cuda code -->"

@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-from gpu_emulation.aot import TARGETS, Compiled, compile_launch  # noqa: E402
-from gpu_emulation.executor import execute  # noqa: E402
-from gpu_emulation.launches import real_launches  # noqa: E402
+from gpu_emulation.project.aot import TARGETS, compile_launch  # noqa: E402
+from gpu_emulation.project.executor import execute  # noqa: E402
+from gpu_emulation.project.launches import real_launches  # noqa: E402
 from gpu_emulation.ptx.machine import Statistics  # noqa: E402
+from gpu_emulation.triton_code import Compiled  # noqa: E402
 from gpu_emulation.usage import usage  # noqa: E402
 
 from qkernels import QuantScheme, quantize_weight  # noqa: E402

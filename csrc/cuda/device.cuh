@@ -1,7 +1,7 @@
 // Every instruction that C++ cannot name, each behind one inline function with the section of the PTX ISA that
 // defines it, by its title, for numbers change between releases. Kernels use these, the CUDA intrinsics for rounded
-// arithmetic, and C++; so the same sources also compile for the host over `emulator.h` of the tests, which defines the
-// same functions by what those sections say.
+// arithmetic, and C++; so the same sources also compile for the host over `emulated_device.h` of tools/gpu_emulation,
+// which defines the same functions by what those sections say.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ struct alignas(8) Words2 {
 };
 
 #ifdef QK_EMULATED
-#include "emulator.h"
+#include "emulated_device.h"
 #else
 
 namespace qk::cuda {

@@ -1,4 +1,4 @@
-#include "cuda/device.cuh"
+#include "emulator.h"
 
 #include <csetjmp>
 #include <csignal>
@@ -380,7 +380,7 @@ uint16_t float16_bits(float v) { return std::bit_cast<uint16_t>(static_cast<_Flo
 
 }  // namespace emulator
 
-// What the tests call.
+// What host.py calls.
 extern "C" {
 
 void emulator_schedule(uint64_t seed, int early_copies) { emulator::schedule = {seed, early_copies != 0}; }

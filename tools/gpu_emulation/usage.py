@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from gpu_emulation.aot import Compiled
+from gpu_emulation.triton_code import Compiled
 
 # Tensor-core instructions by target: integers, floats.
 _MATRIX = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import core_driver
 import pytest
-from gpu_emulation import emulated
+from gpu_emulation.project import emulated
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,7 @@ import op_samples
 import pytest
 import torch
 from cuda_cases import check
-from gpu_emulation import emulated
+from gpu_emulation.project import emulated
 from helpers import assert_same_bits
 
 from qkernels.kernels import cuda_library, dispatch

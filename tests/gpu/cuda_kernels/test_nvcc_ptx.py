@@ -4,7 +4,7 @@ import cuda_cases as cases
 import op_samples
 import pytest
 import torch
-from gpu_emulation import compiled, emulated
+from gpu_emulation.project import compiled, emulated
 
 MISSING = emulated.MISSING or compiled.MISSING
 if MISSING:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import cuda_cases as cases
 import pytest
 import torch
-from gpu_emulation import compiled, emulated
+from gpu_emulation.host import KernelError
+from gpu_emulation.project import compiled, emulated
 from gpu_emulation.ptx.program import PtxError
 
 if emulated.MISSING:
@@ -75,7 +76,7 @@ def shown(run, case: tuple) -> str:
     """How running the case shows a fault: the message, "wrong result", or "" for not at all."""
     try:
         run(case, cases.sample(*case))
-    except (emulated.KernelError, PtxError) as error:
+    except (KernelError, PtxError) as error:
         return str(error)
     except AssertionError:
         return "wrong result"
@@ -91,7 +92,7 @@ def on_emulator(library: emulated.Emulated):
             library.schedule(seed, early_copies=seed % 2 == 1)
             cases.check(*case[:2], sample, library.call(case[0], *sample.args))
         if library.counts()["conflicts"]:
-            raise emulated.KernelError("bank conflicts")
+            raise KernelError("bank conflicts")
 
     return run
 

@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from gpu_emulation import sass
+from gpu_emulation.project import sass
 
 if sass.MISSING:
     pytest.skip(sass.MISSING, allow_module_level=True)
 
-from gpu_emulation import compiled, emulated
+from gpu_emulation.project import compiled, emulated
 
 pytestmark = pytest.mark.slow
 TABLE = emulated.ROOT / "docs" / "gpu.md"

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from gpu_emulation.aot import TARGETS, compile_launch
-from gpu_emulation.executor import codes_of, execute_all
+from gpu_emulation.project.aot import TARGETS, compile_launch
+from gpu_emulation.project.executor import codes_of, execute_all
 from helpers import assert_same_bits
 from launch_checks import check, plan
 

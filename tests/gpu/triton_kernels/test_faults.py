@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from gpu_emulation.aot import TARGETS, Compiled, compile_launch
-from gpu_emulation.executor import execute_all, execute_ptx
+from gpu_emulation.project.aot import TARGETS, compile_launch
+from gpu_emulation.project.executor import execute_all, execute_ptx
 from gpu_emulation.ptx.program import PtxError
+from gpu_emulation.triton_code import Compiled
 from helpers import same_bits
 from launch_checks import plan
 

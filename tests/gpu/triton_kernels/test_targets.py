@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from gpu_emulation.aot import TARGETS, compile_launch
-from gpu_emulation.launches import real_launches
+from gpu_emulation.project.aot import TARGETS, compile_launch
+from gpu_emulation.project.launches import real_launches
 from gpu_emulation.usage import usage
 
 pytestmark = pytest.mark.slow

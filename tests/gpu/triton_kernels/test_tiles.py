@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 
-from gpu_emulation.aot import TARGETS
+from gpu_emulation.project.aot import TARGETS
 
 from qkernels.kernels.triton.target import Target
 from qkernels.kernels.triton.tiles import MatmulShape, Tile, choose, slices, tiles

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'qker
 
 import op_samples
 import torch
-from gpu_emulation.aot import TARGETS
+from gpu_emulation.project.aot import TARGETS
 
 from qkernels import quantize_weight
 from qkernels.kernels.triton import ops, tuning

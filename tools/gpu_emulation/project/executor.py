@@ -1,15 +1,13 @@
 """Runs launches by executing the PTX that Triton compiles them to."""
 
-import re
 from collections.abc import Sequence
-from functools import cache
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from gpu_emulation.aot import Compiled, compile_launch, is_compiled_in
-from gpu_emulation.ptx import machine, program
+from gpu_emulation.project.aot import arguments_of, compile_launch
+from gpu_emulation.ptx import machine
+from gpu_emulation.triton_code import Compiled, instructions
+from gpu_emulation.triton_code import execute as execute_kernel
 from qkernels.kernels.triton.launch import Launch
 
 # Parameters a kernel fills.
@@ -27,19 +25,6 @@ OUTPUTS = {
 }
 
 
-@cache
-def parsed(ptx: str) -> program.Kernel:
-    (kernel,) = program.parse(ptx).values()
-    return kernel
-
-
-def array(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory, from its first element to its last."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((extent if tensor.numel() else 0,), (1,))
-    return (flat.view(torch.int16) if tensor.dtype == torch.bfloat16 else flat).numpy()
-
-
 def codes_of(launches: Sequence[Launch], target: str) -> tuple:
     """What executing the launches depends on besides their tensors; equal for targets that get the same code."""
 
@@ -51,12 +36,6 @@ def codes_of(launches: Sequence[Launch], target: str) -> tuple:
     return tuple(map(code_of, launches))
 
 
-def instructions(ptx: str) -> str:
-    """The text of a kernel without its version, its target and what is for debuggers: all that is executed."""
-    text = re.sub(r"^\s*(\.version|\.target|\.loc|\.file|//).*$", "", ptx, flags=re.MULTILINE)
-    return text.split(".section")[0]
-
-
 def execute(launch: Launch, target: str, statistics: machine.Statistics | None = None) -> None:
     """Fill the outputs of `launch` as `target` would."""
     compiled = compile_launch(launch, target)
@@ -65,21 +44,8 @@ def execute(launch: Launch, target: str, statistics: machine.Statistics | None =
 
 def execute_ptx(launch: Launch, compiled: Compiled, ptx: str, statistics: machine.Statistics | None = None) -> None:
     """The same with any PTX. Every byte of the outputs must be written, and none read before."""
-    if 0 in launch.grid:
-        return
-    arguments, outputs = [], []
-    for parameter, value in launch.runtime_arguments():
-        if is_compiled_in(parameter, value):
-            continue
-        arguments.append(array(value) if isinstance(value, Tensor) else value)
-        if parameter.name in OUTPUTS.get(launch.kernel.__name__, ("out",)):
-            outputs.append(arguments[-1])
-    memory = machine.launch(
-        parsed(ptx), launch.grid, compiled.threads, arguments, compiled.shared, undefined=outputs, statistics=statistics
-    )
-    for buffer in memory.buffers:
-        if buffer.defined is not None and not buffer.defined.all():
-            raise machine.PtxError(f"{int((~buffer.defined).sum())} bytes of an output were not written")
+    outputs = OUTPUTS.get(launch.kernel.__name__, ("out",))
+    execute_kernel(launch.kernel, launch.grid, arguments_of(launch), compiled, outputs, ptx, statistics)
 
 
 def execute_all(launches: Sequence[Launch], target: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_emulation import emulated
 from gpu_emulation.files import made_once
+from gpu_emulation.project import emulated
 from gpu_emulation.ptx import machine, program
 from gpu_emulation.ptx.memory import NOBODY, GlobalMemory
 

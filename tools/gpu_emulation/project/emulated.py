@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import ctypes
-import platform
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_emulation import host
 from gpu_emulation.files import made_once
 from qkernels import QuantScheme
 from qkernels.formats.storage import QuantizedRows, StoredWeight
 from qkernels.kernels import arguments
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = host.HERE.parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-HOST_SOURCES = [HERE / "emulator.cpp", HERE / "entry.cpp", ROOT / "csrc/common/scheme.cpp"]
-FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-FLAGS += ["-DQK_EMULATED", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-MISSING = None
-if platform.machine() != "x86_64" or shutil.which("g++") is None:
-    MISSING = "the emulator switches the stacks of x86-64, and is built by g++"
+HERE = Path(__file__).parent
+HOST_SOURCES = [host.HERE / "emulator.cpp", HERE / "entry.cpp", ROOT / "csrc/common/scheme.cpp"]
+FLAGS = ["-DQK_EMULATED", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+MISSING = host.MISSING
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::DType
-COUNTS = ("products", "matrices", "conflicts", "barriers", "switches")
-
 
 _TEMPORARY = tempfile.TemporaryDirectory()
 FOLDER = Path(_TEMPORARY.name)  # what is compiled goes here; processes may share another one
-
-
-class KernelError(Exception):
-    """What the emulator does not let a kernel do."""
-
-
-class Launch(NamedTuple):
-    """A recorded launch."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    threads: int
-    shared_bytes: int
-    arguments: bytes
 
 
 @cache
@@ -62,8 +41,7 @@ def _object(source: Path) -> Path:
 def compile_source(source: Path, to: Path, *flags: str, before: Path | None = None) -> Path:
     """Compile a kernel; headers are looked for in `before` first."""
     first = [] if before is None else [f"-I{before}"]
-    subprocess.run(["g++", *first, *FLAGS, *flags, "-c", str(source), "-o", str(to)], check=True)
-    return to
+    return host.compile_source(source, to, [*first, *FLAGS, *flags])
 
 
 @cache
@@ -75,15 +53,10 @@ def link(name: str, **replaced: Path) -> Emulated:
     """The library of this name, with other objects for the sources named by their stem."""
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda s: replaced.get(s.stem) or _object(s), [*SOURCES, *HOST_SOURCES]))
-    command = ["g++", "-shared", *map(str, objects), "-ldl", "-o"]
-    return Emulated(made_once(FOLDER / f"{name}.so", lambda path: subprocess.run([*command, str(path)], check=True)))
+    return Emulated(made_once(FOLDER / f"{name}.so", lambda path: host.link(objects, path)))
 
 
-def _bytes_at(address: int, size: int) -> np.ndarray:
-    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))
-
-
-class Emulated:
+class Emulated(host.Host):
     """The operators of `csrc/cuda/api.h`, with the signatures of `qkernels.kernels.reference`; see `call`.
 
     Attributes:
@@ -91,56 +64,39 @@ class Emulated:
     """
 
     def __init__(self, path: Path) -> None:
-        # Not RTLD_GLOBAL, so that libraries with planted faults do not share functions.
-        self._library = ctypes.CDLL(str(path))
-        self._library.emulator_message.restype = ctypes.c_char_p
-        self._library.emulator_allocate.restype = ctypes.c_void_p
-        self._library.emulator_kernel.restype = ctypes.c_char_p
-        for name in ("emulator_arguments", "emulator_scratch"):
-            getattr(self._library, name).restype = ctypes.c_void_p
+        super().__init__(path)
+        self.library.emulator_scratch.restype = ctypes.c_void_p
         self._kept: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self.processors = 2
-        self.schedule(0)
-
-    def schedule(self, seed: int, early_copies: bool = False) -> None:
-        """The order of the warps, and when copies arrive, of the launches from now on."""
-        self._library.emulator_schedule(ctypes.c_uint64(seed), int(early_copies))
 
     def reason(self, choice: str, rows: int, columns: int, depth: int, processors: int) -> str:
         """Why `tile` or `slices` are chosen as they are for a product."""
-        function = getattr(self._library, f"{choice}_reason")
+        function = getattr(self.library, f"{choice}_reason")
         function.restype = ctypes.c_char_p
         return function(rows, columns, depth, processors).decode()
 
     def kernels(self) -> set[str]:
         """Mangled names of all kernels."""
-        listed = subprocess.run(["nm", "-D", self._library._name], capture_output=True, text=True, check=True)
+        listed = subprocess.run(["nm", "-D", self.library._name], capture_output=True, text=True, check=True)
         return {
             line.split()[-1]
             for line in listed.stdout.splitlines()
             if line.split()[-1].startswith("_Z") and "_kernel" in line
         }
 
-    def counts(self) -> dict[str, int]:
-        """What kernels did since this was last called."""
-        out = (ctypes.c_uint64 * len(COUNTS))()
-        self._library.emulator_counts(out)
-        return dict(zip(COUNTS, out, strict=True))
-
-    def place(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous copy that ends where memory ends."""
         size = max(1, tensor.numel()) * tensor.element_size()
-        address = self._library.emulator_allocate(ctypes.c_size_t(size))
-        flat = torch.from_numpy(_bytes_at(address, size)).view(tensor.dtype)[: tensor.numel()]
-        placed = flat.view(tensor.shape)
-        placed.copy_(tensor)
-        self._kept.append(placed)
-        return placed
+        memory = torch.from_numpy(self.place(np.zeros(size, np.uint8)))
+        kept = memory.view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
+        kept.copy_(tensor)
+        self._kept.append(kept)
+        return kept
 
     def noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for a result, filled with what no result should hold."""
-        out = self.place(torch.empty(shape, dtype=dtype))
+        out = self.keep(torch.empty(shape, dtype=dtype))
         out.fill_(torch.nan if dtype.is_floating_point else 0x5A)
         self._outputs.append(out)
         return out
@@ -160,9 +116,7 @@ class Emulated:
                 converted.append(ctypes.c_char_p(value.encode()))
             else:
                 converted.append(ctypes.c_int64(value))
-        error = getattr(self._library, name)(*converted)
-        if error:
-            raise KernelError(self._library.emulator_message().decode())
+        self.check(getattr(self.library, name)(*converted))
         results = self.results()
         return results if len(results) > 1 else results[0]
 
@@ -170,43 +124,36 @@ class Emulated:
         """The operator `name`, with the arguments of its schema."""
         return getattr(self, name)(*arguments.bundle(name, args), **keywords)
 
-    def record(self, name: str, *args, **keywords) -> list[Launch]:
+    def record(self, name: str, *args, **keywords) -> list[host.Recorded]:
         """The launches of an operator, which are not run; its results stay noise."""
-        self._library.emulator_record(1)
+        self.library.emulator_record(1)
         try:
             self.call(name, *args, **keywords)
         finally:
-            self._library.emulator_record(0)
-        launches = []
-        for i in range(self._library.emulator_recorded()):
-            shape = (ctypes.c_int64 * 6)()
-            self._library.emulator_shape(i, shape)
-            arguments = ctypes.string_at(self._library.emulator_arguments(i), shape[5])
-            kernel = self._library.emulator_kernel(i).decode()
-            launches.append(Launch(kernel, tuple(shape[:3]), shape[3], shape[4], arguments))
-        return launches
+            self.library.emulator_record(0)
+        return self.recorded()
 
     def buffers(self) -> list[tuple[np.ndarray, bool]]:
         """The bytes of all that the launches of the last call may touch, and whether they hold a value before."""
         written = {out.data_ptr() for out in self._outputs}
         found = [(t.data_ptr(), t.numel() * t.element_size(), t.data_ptr() not in written) for t in self._kept]
-        for i in range(self._library.emulator_scratch_count()):
+        for i in range(self.library.emulator_scratch_count()):
             size = ctypes.c_size_t()
-            found.append((self._library.emulator_scratch(i, ctypes.byref(size)), size.value, False))
-        return [(_bytes_at(address, size), defined) for address, size, defined in found if size]
+            found.append((self.library.emulator_scratch(i, ctypes.byref(size)), size.value, False))
+        return [(host.bytes_at(address, size), defined) for address, size, defined in found if size]
 
     def _stored(self, weight: StoredWeight) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else self.place(tensor) for tensor in weight[:3])
+        return tuple(None if tensor is None else self.keep(tensor) for tensor in weight[:3])
 
     def _release(self) -> None:
         for tensor in self._kept:
             size = max(1, tensor.numel()) * tensor.element_size()
-            self._library.emulator_free(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size))
+            self.library.emulator_free(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size))
         self._kept, self._outputs = [], []
 
     def _begin(self, x: Tensor) -> Tensor:
         self._release()
-        return self.place(x)
+        return self.keep(x)
 
     def quantize_activation(self, x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
         x = self._begin(x)
@@ -219,7 +166,7 @@ class Emulated:
         self, x: Tensor, factors: Tensor | None, seed: Tensor, rng_stream: int
     ) -> tuple[Tensor, Tensor]:
         x = self._begin(x)
-        factors = None if factors is None else self.place(factors)
+        factors = None if factors is None else self.keep(factors)
         q, scales = self.noise(x.shape, torch.int8), self.noise((x.shape[0],), torch.float32)
         return self._call(
             "quantize_rows_stochastic", x, DTYPES[x.dtype], *x.shape, factors, seed.item(), rng_stream, q, scales
@@ -242,7 +189,7 @@ class Emulated:
         x, n, scheme = self._begin(x), weight.out_features, weight.scheme.name
         out = self.noise((x.shape[0], n), out_dtype or x.dtype)
         stored = self._stored(weight)
-        bias = None if bias is None else self.place(bias)
+        bias = None if bias is None else self.keep(bias)
         bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         return x, DTYPES[x.dtype], *x.shape, *stored, n, scheme, bias, bias_dtype, out, DTYPES[out.dtype]
 
@@ -255,8 +202,8 @@ class Emulated:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         q_grad, n, in_features = self._begin(grad.integers), weight.out_features, weight.in_features
-        grad_scales, stored = self.place(grad.scales), self._stored(weight)
-        columns = None if column_scales is None else self.place(column_scales)
+        grad_scales, stored = self.keep(grad.scales), self._stored(weight)
+        columns = None if column_scales is None else self.keep(column_scales)
         out = self.noise((q_grad.shape[0], in_features), out_dtype or torch.float32)
         given = (q_grad, grad_scales, q_grad.shape[0], *stored, n, in_features, weight.scheme.name, columns)
         return self._call("int_grad_input", *given, out, DTYPES[out.dtype], self.processors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gpu_emulation import compiled, emulated
+from gpu_emulation.project import compiled, emulated
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # Of one multiprocessor: threads and bytes of shared memory; 65536 registers each.
