@@ -31,7 +31,7 @@ def test_example(section, tmp_path):
         if host.MISSING:
             pytest.skip(host.MISSING)
         (source,) = snippets(section, "cpp")
-        (tmp_path / "sum.cu").write_text(source)
+        (tmp_path / "sum.cxx").write_text(source)
     (code,) = snippets(section, "python")
     (tmp_path / "example.py").write_text(WITHOUT_US + code)
     command = [sys.executable, "example.py"]
