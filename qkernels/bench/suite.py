@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Plan:
     directions: tuple[str, ...] = (FORWARD,)
     weights: tuple[str, ...] = (WARM,)
     threads: tuple[int, ...] = field(default_factory=lambda: (torch.get_num_threads(),))
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seconds: float = 0.4
     overhead: bool = True
     peers: bool = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -188,7 +190,7 @@ def compare(
         raise typer.Exit(1)
 
 
-def _title(row) -> str:
+def _title(row: Any) -> str:
     return f"{row.direction} {row.m} x {row.n} x {row.k}, {row.weights}, {row.threads} threads"
 
 
@@ -202,7 +204,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-def _print_rooflines(rooflines) -> None:
+def _print_rooflines(rooflines: Sequence[Any]) -> None:
     """The best of each limit over all measurements with a thread count."""
     from rich.console import Console
     from rich.table import Table
@@ -210,18 +212,18 @@ def _print_rooflines(rooflines) -> None:
     counts = sorted({roofline.threads for roofline in rooflines})
     table = Table("limit", *(f"{count} threads" for count in counts), title="roofline")
 
-    def add(label: str, unit: str, values) -> None:
-        best = [max(values(roofline) for roofline in rooflines if roofline.threads == count) for count in counts]
+    def add(label: str, unit: str, limits: Callable[[Any], dict[str, float]], name: str) -> None:
+        best = [max(limits(roofline)[name] for roofline in rooflines if roofline.threads == count) for count in counts]
         table.add_row(label, *(f"{value / 1e9:.1f} {unit}" for value in best))
 
     for probe in rooflines[0].peaks:
-        add(probe, "Gop/s", lambda roofline, probe=probe: roofline.peaks[probe])
+        add(probe, "Gop/s", attrgetter("peaks"), probe)
     for level in rooflines[0].bandwidth:
-        add(f"read from {level}", "GB/s", lambda roofline, level=level: roofline.bandwidth[level])
+        add(f"read from {level}", "GB/s", attrgetter("bandwidth"), level)
     Console().print(table)
 
 
-def _print_rows(results) -> None:
+def _print_rows(results: Any) -> None:
     """A table for each case, the limit in its title."""
     from rich.console import Console
     from rich.table import Table
@@ -250,7 +252,7 @@ def _print_rows(results) -> None:
         console.print(f"not timed in {item.cells} cells: {item.name}: {item.reason}", markup=False)
 
 
-def _print_training(results) -> None:
+def _print_training(results: Any) -> None:
     """A table for each case; ratios are of speed, against bfloat16 or, where it was not timed, float32."""
     from rich.console import Console
     from rich.table import Table
@@ -266,7 +268,7 @@ def _print_training(results) -> None:
         for column in ("", "ms", "quartiles", f"x {base.dtype}" if base else "", first.metric, "MB", "peak MB"):
             table.add_column(column, no_wrap=True)
         for row in rows.values():
-            used = ("", "") if row.memory is None else (row.memory.loaded, row.memory.peak)
+            used = (0, 0) if row.memory is None else (row.memory.loaded, row.memory.peak)
             table.add_row(
                 Text(row.name, style="bold" if row.ours else ""),
                 f"{row.median * 1e3:.1f}",

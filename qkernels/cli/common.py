@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
@@ -47,7 +47,7 @@ def one_line_errors(command: Function) -> Function:
     """Show what the user can mend as one line, without a traceback, and exit with status 2; 130 after Ctrl-C."""
 
     @functools.wraps(command)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         from ..finetune import InputError
 
         try:
@@ -65,10 +65,12 @@ def one_line_errors(command: Function) -> Function:
             print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from error
 
-    return run
+    return cast(Function, run)
 
 
-def load(model: str, scheme: str | None, adapter: Path | None, dtype: str, cache: Path | None):
+def load(
+    model: str, scheme: str | None, adapter: Path | None, dtype: str, cache: Path | None
+) -> tuple[Any, Any, str | None]:
     """The (quantized) model with its adapter, its tokenizer, and the scheme of its weights."""
     from ..finetune import InputError, load_adapter, load_model, load_tokenizer, resolve_model
     from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require

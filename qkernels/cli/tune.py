@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +67,7 @@ def tune(
     print(f"{better} of {len(findings)} products are faster with other tiles on {device}; written to {path}")
 
 
-def _print(findings) -> None:
+def _print(findings: Iterable[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
