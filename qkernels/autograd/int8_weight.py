@@ -145,7 +145,7 @@ class Int8Weight(Tensor):
     ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
-    # What the base class does without asking __torch_dispatch__.
+    # The base class does the following without asking __torch_dispatch__.
 
     @property
     def data(self) -> Int8Weight:
@@ -354,7 +354,7 @@ def _apply(steps: tuple[_Step, ...], tensor: Tensor) -> Tensor:
 def _rebuild(
     qweight: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: bool, attributes: dict[str, Any]
 ) -> Int8Weight:
-    """What a pickle calls; the name is part of saved files."""
+    """Make the weight of a pickle, which calls this by name: the name is part of saved files."""
     return Int8Weight(qweight, scales, dtype, requires_grad=requires_grad, **attributes)
 
 

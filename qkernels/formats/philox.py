@@ -16,8 +16,8 @@ _SPREAD = 0x2545F4914F6CDD1D  # odd: distinct multiples modulo 2^64
 
 _LIBRARY = torch.library.Library("qkernels_random", "DEF")
 _LIBRARY.define("draw_seed(Tensor(a!) count) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-# What the operator writes to, so that compiled code draws as many numbers as eager code, in the same order, and in the
-# forward.
+# The operator writes to this tensor, so that compiled code draws as many numbers as eager code, in the same order, and
+# in the forward.
 _COUNT = torch.zeros((), dtype=torch.int64, device="cpu")
 
 

@@ -17,7 +17,7 @@ from .weight_format import INT4, INT8
 # Below this magnitude a range counts as zero: 127 / absmax and scale products then stay far from overflow.
 TINY = 2.0**-96
 _INF_BITS = 0x7F800000
-_BLOCK_ELEMENTS = 1 << 17
+_WEIGHTS_AT_ONCE = 1 << 17
 
 
 def check_float_matrix(name: str, x: Tensor) -> None:
@@ -112,7 +112,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
 
 def rows_per_block(in_features: int) -> int:
     """Rows of a weight to work on at a time, so that float temporaries stay small against the layer."""
-    return max(1, _BLOCK_ELEMENTS // in_features)
+    return max(1, _WEIGHTS_AT_ONCE // in_features)
 
 
 def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:

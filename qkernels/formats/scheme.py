@@ -87,7 +87,7 @@ class QuantScheme:
 
     @property
     def code(self) -> int:
-        """What the operators of `torch.ops.qkernels` take for the scheme: an integer, the same in every version.
+        """The integer that the operators of `torch.ops.qkernels` take for the scheme; it is the same in every version.
 
         Its decimal digits are the name in order: one of the bits of the weight, two of the bits of the activations,
         three of the group size, one that is 1 for `-asym`, three of the activation group size; 0 where there is none.

@@ -20,7 +20,7 @@ class WeightFormat:
         dtype: of `qweight`.
         least, greatest: the integers of a weight without zero points.
         offset: what is added to them in memory.
-        has_zeros: whether its groups may have zero points.
+        has_zeros: True if its groups may have zero points.
     """
 
     bits: int

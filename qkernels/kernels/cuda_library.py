@@ -1,4 +1,4 @@
-"""The CUDA C++ operators (`csrc/cuda`): whether they are here, and which calls they compute."""
+"""The CUDA C++ operators (`csrc/cuda`): loading them, and the calls that they compute."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BUILD_CUDA = f"QKERNELS_CUDA=1 {BUILD}"
 
 @dataclass(frozen=True)
 class Library:
-    """Whether `_C_cuda` is loaded and can be used.
+    """The state of `_C_cuda`: whether it is loaded, and for which GPUs.
 
     Attributes:
-        loaded: whether `qkernels_cuda::*` can be called.
+        loaded: True if `qkernels_cuda::*` can be called.
         reason: what it was built for, or why it is not loaded.
         remedy: what mends that; None if there is nothing to mend.
         targets: the GPUs it has code for, such as "8.0;9.0;12.0+PTX".
@@ -34,7 +34,7 @@ class Library:
     targets: str = ""
 
     def covers(self, capability: int) -> bool:
-        """Whether it runs on a device of this compute capability times ten.
+        """True if the library runs on a device of this compute capability times ten.
 
         Machine code runs on devices of the same major version that are not older, PTX on all that are not older; both
         on that very device only if the target ends in "a".
@@ -44,7 +44,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Call:
-    """What of a call decides which kernel computes it.
+    """The facts about a call that decide which kernel computes it.
 
     Attributes:
         operator: its name.

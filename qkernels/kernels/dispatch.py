@@ -1,4 +1,4 @@
-"""Which backend computes an operator on a device, and why. The choice is a pure function of facts about the device."""
+"""The backend that computes an operator on a device, chosen by a pure function of facts about the device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WARPGROUP_MULTIPLY_ADDS = 2**36
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice of a backend depends on.
+    """The facts that the choice of a backend depends on.
 
     Attributes:
         device: "cpu", "cuda", "hip", or another device type of torch.
         capability: compute capability times ten of a CUDA device, else 0.
-        triton: whether triton is installed.
-        cuda: whether the CUDA C++ operators are loaded and have code for the device.
+        triton: True if triton is installed.
+        cuda: True if the CUDA C++ operators are loaded and have code for the device.
     """
 
     device: str
@@ -99,7 +99,7 @@ def facts_of(device: torch.device) -> Facts:
 
 
 def call_of(name: str, args: tuple[Any, ...]) -> cuda_library.Call:
-    """What decides about a call of the operator `name` with these arguments of its schema."""
+    """The facts about a call of the operator `name`, with arguments of its schema, that decide who computes it."""
     scheme = arguments.scheme_of(name, args)
     return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
 

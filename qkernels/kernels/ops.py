@@ -33,7 +33,10 @@ def _call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
-    """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups]; see `quantize.quantize_activation`."""
+    """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups].
+
+    `formats.rules.quantize_activation` is the definition.
+    """
     return _call(_ops.quantize_activation.default, x, scheme_code(scheme))
 
 
@@ -281,7 +284,7 @@ def quantize_rows_stochastic(
     Args:
         x: float [M, N].
         column_factors: float32 [N] that the columns are multiplied with before; None: ones.
-        seed: int64 of shape [], see `stochastic.draw_seed`.
+        seed: int64 of shape [], see `formats.philox.draw_seed`.
         rng_stream: which of the seed's independent random numbers, see `stochastic`.
 
     Returns:
@@ -312,7 +315,7 @@ def quantize_columns_stochastic(
     return _call(_ops.quantize_columns_stochastic.default, x, row_factors, seed, rng_stream)
 
 
-# What the operators return, without values: for fake tensors. The arguments are bundled and checked.
+# The results of the operators without values, for fake tensors. The arguments are bundled and checked.
 
 
 def _quantize_activation_result(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

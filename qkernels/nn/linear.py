@@ -67,7 +67,7 @@ class QuantLinear(Storage, nn.Linear):
     Args:
         in_features: K, at most 131072 for `a8` schemes.
         out_features: N.
-        bias: whether there is a bias [N].
+        bias: True for a layer with a bias [N].
         scheme: scheme name or `QuantScheme`.
         mode: "frozen", "qat" or "int8".
         grad_dtype: "float": gradients are computed with the gradient of the output in float. "int8": that is rounded

@@ -18,8 +18,8 @@ from ..kernels import ops
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 
-# Logits held at a time where torch computes them: of all tokens, for as many columns of the vocabulary as fit.
-CHUNK_ELEMENTS = 1 << 22
+# torch computes so many logits at a time: of all tokens, for as many columns of the vocabulary as fit.
+LOGITS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _labelled_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
 
 
 def _chunks(tokens: int, classes: int) -> Iterator[slice]:
-    width = max(1, CHUNK_ELEMENTS // max(tokens, 1))
+    width = max(1, LOGITS_AT_ONCE // max(tokens, 1))
     return (slice(start, min(start + width, classes)) for start in range(0, classes, width))
 
 

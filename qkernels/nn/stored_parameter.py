@@ -55,7 +55,7 @@ _set_data = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class _Constant(Tensor):
-    """What a parameter and its aliases have in common: they never require a gradient."""
+    """The base of a parameter and its aliases: they never require a gradient."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -105,7 +105,7 @@ class _Integers(_Constant):
         raise RuntimeError(_ADVICE.format(what="be averaged with others"))
 
     def _integers(self, values: Tensor) -> Tensor | None:
-        """What to write for `values`; None for an average of equal integers, which changes nothing."""
+        """The integers to write for `values`; None for an average of equal integers, which changes nothing."""
         if isinstance(values, Tensor) and values.dtype.is_floating_point and not values.is_meta and not self.is_meta:
             if self.dtype == torch.int32 and values.dtype == torch.float32:
                 values = values.detach()

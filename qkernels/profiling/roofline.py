@@ -1,4 +1,4 @@
-"""What this CPU can do at most, measured, and the least time a product can take on it."""
+"""The limits of this CPU, measured, and the least time that a product can take on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `qkernels tune` measures on a GPU: the products of layers, each with every candidate's tiles."""
+"""The measurements of `qkernels tune` on a GPU: the products of layers, each with every candidate's tiles."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, statistics: Input
 
 
 def applies(scheme: QuantScheme) -> bool:
-    """Whether calibration is known to improve a scheme, on text that it has not seen too."""
+    """True if calibration is known to improve a scheme, on text that it has not seen too."""
     return scheme.weight_bits == 4
 
 

@@ -1,1 +1,1 @@
-"""What depends on the operating system: the heap, and where files are kept."""
+"""Facts about the machine and its operating system: the heap, and where files are kept."""

@@ -2,9 +2,9 @@
 
 NOTE [heap]. Most blocks that torch asks for come from glibc's heap, and training all weights of a quantized model
 breaks it into pieces: with BERT it grew by 50 MB a step, all of it free. (An aligned block that was freed serves no
-other of its size in glibc before 2.38, unless its neighbours are free, too; whether that is all of it was not found
-out.) The system takes free pages back when it is told to, but they then have to be mapped again, so it is told once for
-some gigabytes of gradients.
+other of its size in glibc before 2.38, unless its neighbours are free, too; the cause is not fully understood.) The
+system takes free pages back when it is told to, but they then have to be mapped again, so it is told once for some
+gigabytes of gradients.
 """
 
 from __future__ import annotations

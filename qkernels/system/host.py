@@ -1,4 +1,4 @@
-"""What this machine and this torch can do, asked without importing anything of ours."""
+"""The abilities of this machine and this torch, asked without importing anything of ours."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def cpu_features() -> Mapping[str, Any]:
-    """What torch knows about the CPU; empty if this torch cannot tell."""
+    """The facts that torch knows about the CPU; empty if this torch cannot tell."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def fast_bf16() -> bool:
-    """Whether torch multiplies bfloat16 by instructions for it; elsewhere it is several times slower than float32."""
+    """True if torch multiplies bfloat16 by instructions for it; elsewhere it is several times slower than float32."""
     has_instructions = any(cpu_features().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return has_instructions and torch.backends.mkldnn.is_available()
 

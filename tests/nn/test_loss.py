@@ -222,7 +222,7 @@ def test_classes_can_be_weighted():
 
 @pytest.mark.parametrize("terms", [*OPTIONS, {"softcap": 2.0, "label_smoothing": 0.2}], ids=str)
 def test_float_head_passes_gradcheck(terms, monkeypatch):
-    monkeypatch.setattr("qkernels.nn.loss.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("qkernels.nn.loss.LOGITS_AT_ONCE", 64)
     hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (31, 5), (31,)))
     target = torch.randint(0, 31, (6,))
     target[1] = -100

@@ -1,4 +1,4 @@
-"""What the kernels share: rounding, loading weights of any format, and storing results (docs/numerics.md)."""
+"""Functions that the kernels share: rounding, loading weights of any format, and storing results (docs/numerics.md)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class _Pending(NamedTuple):
 
 
 class LateErrors:
-    """What calls on GPUs have still to be told of, in the order of the calls."""
+    """Errors of calls on GPUs that are still to be told, in the order of the calls."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

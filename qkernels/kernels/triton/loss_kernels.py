@@ -101,7 +101,7 @@ def _capped(logit, CAP: tl.constexpr):
 
 @triton.jit
 def _grad_logit(y, largest, factor, is_target, CAP: tl.constexpr):
-    """What is quantized: exp(y - largest), times the slope of the cap and the scale of the class, 0 for the target."""
+    """The values to quantize: exp(y - largest) times the slope of the cap and the scale of the class, 0 at targets."""
     e = exp_nonpositive(y - largest)
     if CAP > 0.0:
         t = y * tl.div_rn(tl.full((1, 1), 1.0, tl.float32), tl.full((1, 1), CAP, tl.float32))

@@ -1,4 +1,4 @@
-"""What the cross entropy of a head launches: for each range of the vocabulary logits, their softmax, a product."""
+"""The launches of the cross entropy of a head: for each range of the vocabulary logits, their softmax, a product."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .target import Target
 from .tiles import MatmulShape, choose, tiles
 
 _RANGES = 8
-LOGITS = 1 << 24  # held at a time, if that is not too few rows to multiply well:
+LOGITS_AT_ONCE = 1 << 24  # unless that were fewer rows than LEAST_ROWS, too few to multiply well
 LEAST_ROWS = 64
 
 
@@ -80,7 +80,7 @@ def linear_cross_entropy(
     head, launches = _derive(contiguous(weight), bias, options if dither is not None else None)
     chunks = -(-n // reference.LOSS_CHUNK)
     width = -(-chunks // _RANGES) * reference.LOSS_CHUNK
-    step = max(LEAST_ROWS, LOGITS // width)
+    step = max(LEAST_ROWS, LOGITS_AT_ONCE // width)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)
         x, rounded = row_major(hidden[rows]), None if dither is None else dither[rows].contiguous()

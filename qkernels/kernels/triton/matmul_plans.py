@@ -1,4 +1,4 @@
-"""What each operator launches: outputs, kernels, grids and constants, decided without running anything.
+"""The launches of each operator: outputs, kernels, grids and constants, decided without running anything.
 
 Arguments are those that `arguments.bundle` makes, checked before; `device` is what to configure for.
 """

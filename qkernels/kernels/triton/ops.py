@@ -36,7 +36,7 @@ INTERPRETED = Target("cuda", 80, 108, 163 * 1024)
 
 
 def plan(name: str, args: tuple[Any, ...], target: Target, **keywords: Any) -> matmul_plans.Plan:
-    """What the operator `name` launches on `target` for the arguments of its schema; see `arguments.bundle`."""
+    """The launches of the operator `name` on `target` for the arguments of its schema; see `arguments.bundle`."""
     return PLANS[name](*arguments.bundle(name, args), **keywords, device=target)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """What a kernel is configured for.
+    """The GPU that a kernel is configured for.
 
     Attributes:
         backend: "cuda" or "hip".

@@ -23,8 +23,8 @@ class MatmulShape:
     Attributes:
         operand: "int8", "float16" (also bfloat16) or "float32": what the factors are when they are multiplied.
         group: columns of the depth that share a scale, 0 for none.
-        splittable: whether the kernel can divide the depth among programs.
-        converted: whether the loop makes a factor from other numbers or turns it over, in registers.
+        splittable: True if the kernel can divide the depth among programs.
+        converted: True if the loop makes a factor from other numbers or turns it over, in registers.
     """
 
     rows: int

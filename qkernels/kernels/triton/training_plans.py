@@ -1,4 +1,4 @@
-"""What the operators of training launch: random rounding, activations that are saved, weights quantized each step."""
+"""The launches of training's operators: random rounding, activations that are saved, weights quantized each step."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Finding:
 
 
 def candidates(product: MatmulShape, target: Target) -> Iterator[Tile]:
-    """What may be launched for `product` on `target`: first the choice of `tiles`, then its variations."""
+    """The tiles that may be launched for `product` on `target`: first the choice of `tiles`, then its variations."""
     first = choose(product, replace(target, tuned={}))
     yield first
     rows = [size for size in (16, 32, 64, 128) if size <= max(16, bucket(product).rows)]
@@ -174,7 +174,7 @@ def prepare(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the file holds, or what an empty one would; only its outermost layer is checked."""
+    """The content of the file, or of an empty one; only its outermost layer is checked."""
     if not path.exists():
         return {"format": FORMAT, "devices": {}}
     content = json_file.read(path, program=PROGRAM, version=FORMAT)

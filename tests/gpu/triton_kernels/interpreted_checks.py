@@ -93,7 +93,7 @@ def small_loss(scheme):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32-asym"])
 def test_terms_of_the_loss(terms, scheme, monkeypatch):
     """Blocks of rows, too."""
-    monkeypatch.setattr(loss_plans, "LOGITS", 1)
+    monkeypatch.setattr(loss_plans, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(loss_plans, "LEAST_ROWS", 5)
     args = small_loss(scheme)
     args[1].clamp_(min=3)
