@@ -30,7 +30,7 @@ class Storage(nn.Module):
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
-    zeros: Tensor | None
+    zeros: nn.Parameter | None  # uint8 [N, groups], asymmetric schemes only
     float_type: type[nn.Module]  # what was quantized, and what `dequantize_` makes of the layer again
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
