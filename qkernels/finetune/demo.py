@@ -139,7 +139,7 @@ def measure_machine(folder: Path, dtype: torch.dtype, block: Tensor) -> Machine:
     begin = time.process_time()
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(folder, dtype)
+    model: Any = load_model(folder, dtype)
     # A child imports torch and this package, too, and loads a tokenizer and, of an adapter's base, the model twice.
     start = _IMPORTED + 2 * (time.process_time() - begin)
     with torch.no_grad():
@@ -314,7 +314,7 @@ class Demo:
     def next_commands(self) -> list[str]:
         """Three commands to try next."""
         tuned = self.output / INT8
-        commands = [
+        commands: list[list[object]] = [
             ["generate", tuned / BASE, "--adapter", tuned, "--prompt", "A list comprehension is"],
             ["explain", DEMO, "--scheme", INT8],
             [

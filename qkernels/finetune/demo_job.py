@@ -90,7 +90,7 @@ class Evaluation:
             self.found["after"], _ = self._generate(model)
         return value
 
-    def _generate(self, model: nn.Module) -> tuple[list[int], float]:
+    def _generate(self, model: Any) -> tuple[list[int], float]:
         """Tokens continued greedily, and how many a second."""
         prompt = torch.tensor([self._job.prompt], device=device())
 

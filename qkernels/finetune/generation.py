@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from ..system.host import device
 from .errors import InputError
@@ -11,7 +12,7 @@ from .models import check_length
 
 
 @torch.no_grad()
-def generate_text(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 64, beams: int = 1) -> str:
+def generate_text(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64, beams: int = 1) -> str:
     """Continue `prompt`, greedily or by beam search; the prompt is part of the result.
 
     Raises:

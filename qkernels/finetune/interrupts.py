@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _NOTICE = b"\nstopping after this step, then saving; interrupt again to stop at once and lose what is not saved\n"
@@ -29,7 +31,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested = False
         self._deferred = False
-        self._former: dict[int, object] = {}
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +40,7 @@ class Interrupts:
                     self._former[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -51,7 +53,7 @@ class Interrupts:
         finally:
             self._deferred = False
 
-    def _handle(self, _number, _frame) -> None:
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self._deferred or self.requested:
             raise KeyboardInterrupt
         self.requested = True

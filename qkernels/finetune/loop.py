@@ -118,7 +118,7 @@ class _Trainer(Trainer):
     output: OutputFolder
     recorder: Recorder
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         refuse_non_finite(self.model, self.state.global_step)
         with writing(self.output.path):
             super()._save_checkpoint(model, trial)
@@ -136,7 +136,7 @@ class Recorder(TrainerCallback):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._settings, self._interrupts = settings, interrupts
-        self._bar: tqdm | None = None
+        self._bar: Any = None  # a progress bar, between the begin of the training and `close`
         self._trimmer = Trimmer()
 
     def save(self, checkpoint: Path) -> None:
@@ -153,14 +153,14 @@ class Recorder(TrainerCallback):
         if len(self.losses) != checkpoint_step(checkpoint):
             raise InputError(f"cannot resume from {checkpoint}: its {PROGRESS} is of step {len(self.losses)}")
 
-    def on_train_begin(self, *_, **__) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         label = f"training, {self._settings.scheme}"
         self._bar = tqdm(total=self._settings.steps, initial=len(self.losses), desc=label, unit="step")
 
-    def on_step_begin(self, *_, **__) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, _args, state, control, model, **__) -> None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, model: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self._start)
         self._bar.update()
         if self._settings.mode != "frozen":
@@ -171,7 +171,7 @@ class Recorder(TrainerCallback):
         if self._interrupts.requested:
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, _args, state, _control, logs: dict[str, float], **__) -> None:
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" not in logs:
             return
         loss = logs["loss"]

@@ -134,7 +134,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a transformers folder.
 
     Raises:
@@ -227,8 +227,15 @@ def quantize(
             smooth_(model, batches)
         calibrate = batches and QuantScheme.parse(scheme).weight_bits == 4
         samples = tqdm(batches, desc=f"calibrating {scheme}") if calibrate else None
-        kind = {"grad_dtype": grad_dtype, "weight_scale": weight_scale}
-        report = quantize_(model, scheme, mode, **kind, embeddings=embeddings, calibration=samples)
+        report = quantize_(
+            model,
+            scheme,
+            mode,
+            grad_dtype=grad_dtype,
+            weight_scale=weight_scale,
+            embeddings=embeddings,
+            calibration=samples,
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
     heap.trim()
@@ -243,7 +250,7 @@ def embedding_scheme(scheme: str) -> str:
     return "w8a8" if parsed.int_activations else "w8a16"
 
 
-def check_length(model: nn.Module, tokens: int) -> None:
+def check_length(model: Any, tokens: int) -> None:
     """Refuse sequences longer than the model was made for; some models would fail on them deep inside.
 
     Raises:

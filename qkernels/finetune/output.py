@@ -23,7 +23,7 @@ from .errors import InputError
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RECORD = "qkernels.json"
 CHECKPOINT = "checkpoint-"
@@ -202,7 +202,7 @@ class OutputFolder:
             raise InputError(f"cannot write to {self.scratch.parent}: {error.strerror or error}") from error
         return self
 
-    def __exit__(self, kind, error, _traceback) -> None:
+    def __exit__(self, kind: Any, error: Any, _traceback: Any) -> None:
         if not self.published:
             self._discard()
         if self._lock is not None:

@@ -141,5 +141,5 @@ def _hash(blocks: Sequence[Tensor]) -> str:
 
 
 def _versions() -> dict[str, Any]:
-    facts = environment()
+    facts: dict[str, Any] = environment()
     return {"qkernels": facts["qkernels"], "python": facts["python"], **facts["packages"]}

@@ -97,7 +97,7 @@ def plot_losses(path: Path, reports: dict[str, dict[str, Any]]) -> bool:
         axes.plot(steps, smoothed(losses, window), color=color, marker="." if len(losses) < 3 else None, label=label)
         held_out = [(step, math.log(value)) for step, value in report["held_out_curve"] if value is not None]
         if held_out:
-            line = {"marker": "o", "linestyle": ":", "markeredgecolor": "black"}
+            line: dict[str, Any] = {"marker": "o", "linestyle": ":", "markeredgecolor": "black"}
             axes.plot(*zip(*held_out, strict=True), color=color, label=f"{name}, held-out", **line)
     axes.set(xlabel="step", ylabel="cross entropy per token (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     return texts
 
 
-def token_blocks(tokenizer, texts: Sequence[str], seq_len: int, *, keep_tail: bool = False) -> list[Tensor]:
+def token_blocks(tokenizer: Any, texts: Sequence[str], seq_len: int, *, keep_tail: bool = False) -> list[Tensor]:
     """Cut texts into blocks of `seq_len` tokens.
 
     The texts are joined by the end-of-sequence token, and every block starts with the beginning-of-sequence token

@@ -151,7 +151,7 @@ def _quantized_base(
     train_blocks: list[Tensor],
     eval_blocks: list[Tensor],
     output: OutputFolder,
-    tokenizer,
+    tokenizer: Any,
     resumed: dict[str, Any] | None,
     evaluate: Callable[..., float],
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -163,7 +163,7 @@ def _quantized_base(
     own_base = settings.method == "lora" and bool(settings.calibration_blocks)
     if resumed and own_base:
         return load_model(output.scratch / BASE, dtype), resumed["report"]
-    model = load_model(folder, torch.float32 if settings.method == "full" else dtype)
+    model: Any = load_model(folder, torch.float32 if settings.method == "full" else dtype)
     check_length(model, max(settings.seq_len, settings.eval_seq_len or 0))
     report = resumed["report"] if resumed else _initial_report(settings, model, dtype, train_blocks, eval_blocks)
     measured = report["perplexity"]
@@ -171,6 +171,7 @@ def _quantized_base(
         measured["float"] = evaluate(model, eval_blocks, label="held-out, float")
         _expect_finite(measured["float"], "of the float model")
     if settings.scheme != "none":
+        assert settings.mode is not None  # `checked` has chosen one
         quantized = quantize(
             model,
             settings.scheme,
@@ -194,7 +195,7 @@ def _quantized_base(
 
 
 def _blocks(
-    settings: FinetuneSettings, tokenizer, texts: list[str], eval_texts: list[str]
+    settings: FinetuneSettings, tokenizer: Any, texts: list[str], eval_texts: list[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Training and held-out blocks."""
     train = token_blocks(tokenizer, texts, settings.seq_len)
@@ -262,7 +263,7 @@ def _expect_finite(value: float, which: str) -> None:
         raise Diverged(f"the held-out perplexity {which} is {value}: nothing is saved")
 
 
-def _save(model: nn.Module, tokenizer, settings: FinetuneSettings, output: OutputFolder) -> None:
+def _save(model: Any, tokenizer: Any, settings: FinetuneSettings, output: OutputFolder) -> None:
     """Write the adapter, or the model with its quantized layers frozen, and the tokenizer."""
     if settings.scheme != "none" and settings.mode != "frozen":
         freeze_(model)
@@ -297,7 +298,7 @@ def _card(settings: FinetuneSettings, record: dict[str, Any], report: dict[str, 
     return "---\n" + json.dumps(head) + "\n---\n\n" + markdown(report, plot=(output.scratch / PLOT).is_file())
 
 
-def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextManager:
+def _fuse_loss(model: nn.Module, settings: FinetuneSettings) -> AbstractContextManager[Any]:
     """`patch_loss` if it is wanted; models that it does not fit keep their own loss unless it was asked for by name."""
     if not (settings.scheme != "none" if settings.fused_loss is None else settings.fused_loss):
         return nullcontext()

@@ -15,6 +15,7 @@ import importlib.metadata
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 # Library, and name of the integration -> the oldest version it works with.
@@ -57,7 +58,9 @@ def _load_or_warn(library: str, name: str | None = None) -> None:
 
 
 class _LoadAfterLibrary(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in _EXTENDED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -65,11 +68,11 @@ class _LoadAfterLibrary(importlib.abc.MetaPathFinder):
             return None
         exec_module = spec.loader.exec_module
 
-        def exec_and_load(module):
+        def exec_and_load(module: ModuleType) -> None:
             exec_module(module)
             _load_or_warn(*_EXTENDED[fullname])
 
-        spec.loader.exec_module = exec_and_load
+        spec.loader.exec_module = exec_and_load  # type: ignore[method-assign]
         return spec
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from ..nn.adapters import adapter_of, is_frozen
 
@@ -12,7 +13,7 @@ def count_weights(num_parameters: Callable[..., int]) -> Callable[..., int]:
     """`PreTrainedModel.num_parameters`, for which a frozen weight [N, K] is N * K parameters, shared ones once."""
 
     @functools.wraps(num_parameters)
-    def counted(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def counted(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         total = num_parameters(self, only_trainable, exclude_embeddings)
         if only_trainable:  # which a frozen weight is not
             return total

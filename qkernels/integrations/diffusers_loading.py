@@ -6,6 +6,7 @@ There a quantized layer has integers and scales; the function sees the layer's `
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
@@ -15,7 +16,7 @@ _original = FluxLoraLoaderMixin._maybe_expand_lora_state_dict.__func__
 
 
 @functools.wraps(_original)
-def _maybe_expand_lora_state_dict(cls, transformer, lora_state_dict):
+def _maybe_expand_lora_state_dict(cls: Any, transformer: Any, lora_state_dict: dict[str, Any]) -> Any:
     layers = [(name, module) for name, module in transformer.named_modules() if isinstance(module, QuantLinear)]
     weights = {f"{name}.weight": module.weight for name, module in layers}
     own = transformer.state_dict

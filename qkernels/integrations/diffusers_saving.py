@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -10,7 +11,7 @@ _original = ModelMixin.save_pretrained
 
 
 @functools.wraps(_original)
-def save_pretrained(self, *args, **kwargs):
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     from .diffusers import record_layers
 
     record_layers(self)

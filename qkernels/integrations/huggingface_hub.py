@@ -7,6 +7,7 @@ back with random weights.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from huggingface_hub.hub_mixin import PyTorchModelHubMixin
 
@@ -16,7 +17,7 @@ _original = PyTorchModelHubMixin._save_pretrained
 
 
 @functools.wraps(_original)
-def _save_pretrained(self, *args, **kwargs):
+def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     layers = quantized_layers(self)
     if layers:
         raise ValueError(

@@ -7,6 +7,7 @@ when it is saved; and only the method of the class is called by everyone.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -17,7 +18,14 @@ _original = PreTrainedModel.save_pretrained
 
 
 @functools.wraps(_original)
-def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
+def save_pretrained(
+    self: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     from .folders import marker
     from .transformers import QKernelsHfQuantizer, record_layers
 
