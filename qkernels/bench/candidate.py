@@ -97,7 +97,7 @@ class Candidate:
         """Quantize or pack the float32 weight [N, K] into memory of its own; what is returned is timed."""
         raise NotImplementedError
 
-    def scope(self) -> AbstractContextManager:
+    def scope(self) -> AbstractContextManager[object]:
         """Settings that hold while its calls are made."""
         return nullcontext()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class InitParams(ctypes.Structure):
 
 
 # Name, result, arguments.
-FUNCTIONS = (
+FUNCTIONS: tuple[tuple[str, Any, list[Any]], ...] = (
     ("ggml_log_set", None, [LogCallback, c_void_p]),
     ("ggml_init", c_void_p, [InitParams]),
     ("ggml_free", None, [c_void_p]),
@@ -61,6 +61,10 @@ FUNCTIONS = (
 
 class _Library:
     """The functions as attributes, without their prefix `ggml_`."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, folder: Path):
         # Everything through this one: the base library lies there under several names, and each would be a copy.
@@ -93,6 +97,7 @@ class _Library:
 @cache
 def _library() -> _Library:
     spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None and spec.origin is not None  # `unavailable` has asked
     return _Library(Path(spec.origin).parent / "lib")
 
 

@@ -58,6 +58,7 @@ class GemLiteInt4(Candidate):
         from ..kernels.quantizers import quantize_weight
 
         stored = quantize_weight(weight, f"w4a16-g{GROUP}-asym")
+        assert stored.zeros is not None
         nibbles = INT4.unpack(stored.qweight, weight.shape[1])
         scales, zeros = stored.scales.to(self.dtype), stored.zeros.to(self.dtype)
         packer = A16Wn(device=str(weight.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class WrongResult(RuntimeError):
 class Operator(Candidate):
     """`ops.linear` or `ops.linear_grad_input` of one scheme."""
 
-    directions = (FORWARD, GRAD_INPUT, OVERHEAD)
+    directions: tuple[str, ...] = (FORWARD, GRAD_INPUT, OVERHEAD)
     tolerance = float("inf")  # it is verified against the reference instead
 
     def __init__(self, case: Case, scheme: str):
@@ -49,14 +50,14 @@ class Operator(Candidate):
         gradient = case.direction == GRAD_INPUT
         return MatmulCost.of(case.m, case.n, case.k, self.scheme.name, case.dtype, gradient=gradient)
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        stored = QuantizedWeight(*(None if tensor is None else tensor.clone() for tensor in self.stored(weight)))
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Tensor]:
+        stored = self.stored(weight).map(Tensor.clone)
         name, in_features = self.scheme.name, self.case.k
         if self.case.direction == GRAD_INPUT:
             return lambda grad: ops.linear_grad_input(grad, *stored, in_features, name)
         return lambda x: ops.linear(x, *stored, bias, name)
 
-    def verify(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor) -> str:
+    def verify(self, x: Any, out: Tensor, weight: Tensor, bias: Tensor) -> str:
         """Compare rows of `out` with the reference on the same rows of x; say how they compare.
 
         Raises:
@@ -107,17 +108,22 @@ class IntGradient(Operator):
     def convert_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """int8 rows and their scales; those of an ungrouped weight, which `prepare` stored, are folded in."""
         if self.scheme.group_size is None:
+            assert self._stored is not None
             x = x * self._stored.scales.t()
         q, scales = quantize_activation(x, "w8a8")
         return q, scales[:, 0]
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-        arguments = (*(None if tensor is None else tensor.clone() for tensor in self.stored(weight)), self.case.k)
-        arguments = (*arguments, self.scheme.name)
-        column_scales = None if self.scheme.group_size is None else ops.column_scales(*arguments)
-        return lambda grad: ops.int_grad_input(*grad, *arguments, column_scales, out_dtype=self.dtype)
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Tensor]:
+        stored, k, name = self.stored(weight).map(Tensor.clone), self.case.k, self.scheme.name
+        column_scales = None if self.scheme.group_size is None else ops.column_scales(*stored, k, name)
 
-    def verify(self, x: tuple[Tensor, Tensor], out: Tensor, weight: Tensor, bias: Tensor) -> str:
+        def call(grad: tuple[Tensor, Tensor]) -> Tensor:
+            q, scales = grad
+            return ops.int_grad_input(q, scales, *stored, k, name, column_scales, out_dtype=self.dtype)
+
+        return call
+
+    def verify(self, x: Any, out: Tensor, weight: Tensor, bias: Tensor) -> str:
         known = StoredWeight(*self.stored(weight), self.case.k, self.scheme)
         column_scales = None if self.scheme.group_size is None else reference.column_scales(known)
         expected = reference.int_grad_input(QuantizedRows(*x), known, column_scales, self.dtype)
@@ -133,7 +139,7 @@ class Module(Operator):
         super().__init__(case, scheme)
         self.name = f"{scheme} QuantLinear"
 
-    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Tensor]:
         layer = QuantLinear(self.case.k, self.case.n, scheme=self.scheme, device=weight.device).requires_grad_(False)
         layer.set_weight(self.stored(weight))
         layer.bias.copy_(bias)

@@ -75,7 +75,7 @@ class _BitsAndBytes(Candidate):
     """Dequantizes the weight and multiplies in float; the one peer with a gradient."""
 
     module = "bitsandbytes"
-    directions = (FORWARD, GRAD_INPUT)
+    directions: tuple[str, ...] = (FORWARD, GRAD_INPUT)
 
     def layer(self, weight: Tensor, bias: Tensor) -> nn.Module:
         raise NotImplementedError
@@ -94,7 +94,7 @@ class BitsAndBytesNf4(_BitsAndBytes):
     name, weight_bits, tolerance = "bitsandbytes nf4", 4.5, INT4_TOLERANCE
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> str:  # type: ignore[override]
         return self.case.dtype
 
     def layer(self, weight: Tensor, bias: Tensor) -> nn.Module:
@@ -157,6 +157,7 @@ class OnnxRuntime(Candidate):
 
         n, k = weight.shape
         stored = quantize_weight(weight, f"w4a16-g{self.block}-asym")  # its nibbles, low one first, are the operator's
+        assert stored.zeros is not None
         zeros = torch.nn.functional.pad(stored.zeros, (0, stored.zeros.shape[1] % 2))
         constants = {
             "w": stored.qweight.reshape(n, k // self.block, self.block // 2),

@@ -18,7 +18,7 @@ def save_plots(results: Results, folder: Path) -> list[Path]:
     except ImportError:
         print("no plots: they need the package matplotlib (pip install matplotlib)", file=sys.stderr)
         return []
-    groups: dict[tuple, list[Row]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in results.rows:
         if row.direction != OVERHEAD:
             groups[row.layer, row.n, row.k, row.direction, row.weights, row.threads].append(row)

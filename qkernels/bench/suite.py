@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Plan:
     def __post_init__(self) -> None:
         from ..formats.scheme import QuantScheme
 
-        def expect(name: str, values: Sequence, ok: Callable[[object], bool], what: str) -> None:
+        def expect(name: str, values: Sequence[Any], ok: Callable[[Any], bool], what: str) -> None:
             if not values or not all(map(ok, values)):
                 raise ValueError(f"{name} must be {what}, got {', '.join(map(str, values)) or 'nothing'}")
 
@@ -159,7 +159,7 @@ class Verified:
     """A candidate whose result was checked; `call` produced it."""
 
     candidate: Candidate
-    call: Callable
+    call: Callable[[Any], Any]
     check: str
     error: float
 

@@ -17,7 +17,7 @@ class Float32(Candidate):
     """The layer as it is, on torch's default BLAS."""
 
     name, kind, weight_bits, tolerance = "torch float32", "float32", 32, 1e-5
-    directions = (FORWARD, GRAD_INPUT, OVERHEAD)
+    directions: tuple[str, ...] = (FORWARD, GRAD_INPUT, OVERHEAD)
     dtype = torch.float32
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -30,7 +30,7 @@ class Float32(Candidate):
 @contextmanager
 def onednn_float32() -> Iterator[None]:
     """Products of float32 go to oneDNN."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -61,15 +61,19 @@ class BFloat16(Float32):
         return super().unavailable()
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(x, weight, bias)
+
+
 class CompiledBFloat16(BFloat16):
     name = "torch bfloat16 compiled"
     directions = (FORWARD,)
-    _compiled: Callable | None = None
+    _compiled: Callable[..., Tensor] | None = None
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         if self._compiled is None:
             torch.compiler.reset()  # or, after the shapes of several cases, it would give up and run eagerly
-            self._compiled = torch.compile(lambda x, weight, bias: linear(x, weight, bias), dynamic=False)
+            self._compiled = torch.compile(_linear, dynamic=False)
         compiled, weight, bias = self._compiled, weight.to(self.dtype), bias.to(self.dtype)
         return lambda x: compiled(x, weight, bias)
 

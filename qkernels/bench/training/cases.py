@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Mlp:
         layers = nn.Linear(self.width, self.hidden), nn.GELU(), nn.Linear(self.hidden, self.width)
         return nn.Sequential(*layers).to(dtype)
 
-    def start(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> Training:
+    def start(self, model: Any, dtype: torch.dtype, device: str = "cpu") -> Training:
         generator = torch.Generator().manual_seed(1)
         x, grad_out = (torch.randn(self.rows, self.width, generator=generator).to(device, dtype) for _ in range(2))
         if self.trains == FROZEN:
@@ -106,7 +107,7 @@ class Language:
         torch.manual_seed(0)
         return self.build(dtype).train()
 
-    def start(self, model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> Training:
+    def start(self, model: Any, dtype: torch.dtype, device: str = "cpu") -> Training:
         torch.manual_seed(1)
         ids = torch.randint(model.config.get_text_config().vocab_size, (self.rows, self.seq_len))
         labels = ids

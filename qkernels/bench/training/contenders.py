@@ -57,7 +57,7 @@ class Contender:
     def convert(self, model: nn.Module) -> nn.Module:
         return model
 
-    def scope(self) -> AbstractContextManager:
+    def scope(self) -> AbstractContextManager[object]:
         """Settings that hold while its steps are made."""
         return nullcontext()
 
@@ -97,7 +97,7 @@ class OneDnn(Float):
         super().__init__("float32")
         self.name = "torch float32 oneDNN"
 
-    def scope(self) -> AbstractContextManager:
+    def scope(self) -> AbstractContextManager[object]:
         return onednn_float32()
 
 
@@ -112,11 +112,11 @@ class Ours(Contender):
     ours = True
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"{self.scheme} {self.mode} {self.grad_dtype}" + (FUSED if self.fused else "")
 
     @property
-    def tolerance(self) -> float:
+    def tolerance(self) -> float:  # type: ignore[override]
         return 0.05 if QuantScheme.parse(self.scheme).weight_bits == 8 else 0.3
 
     def unavailable(self) -> str | None:
@@ -159,7 +159,7 @@ class BitsAndBytesNf4(Contender):
             quantized.bias = layer.bias
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, quantized.to("cpu"))
-        model.is_loaded_in_4bit = True  # PEFT asks
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
         return model
 
 
@@ -173,7 +173,7 @@ class TorchAoQat(Contender):
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
         activation = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-        weight = IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True)
+        weight = IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True)  # type: ignore[attr-defined]
         quantize_(model, QATConfig(activation_config=activation, weight_config=weight, step="prepare"))
         return model
 
