@@ -1,6 +1,9 @@
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
+#include "common/rules.h"
 #include "common/types.h"
 
 namespace qk {
@@ -15,13 +18,23 @@ bool take(std::string_view& text, std::string_view prefix) {
 
 // Consumes one of the group sizes; 0 if there is none.
 int64_t take_group(std::string_view& text) {
-  if (take(text, "32")) return 32;
-  if (take(text, "64")) return 64;
-  if (take(text, "128")) return 128;
+  for (const int64_t size : kGroupSizes) {
+    if (take(text, std::to_string(size))) return size;
+  }
   return 0;
 }
 
-bool is_group(int64_t size) { return size == 0 || size == 32 || size == 64 || size == 128; }
+bool is_group(int64_t size) {
+  return size == 0 || std::find(std::begin(kGroupSizes), std::end(kGroupSizes), size) != std::end(kGroupSizes);
+}
+
+// Null for bits that no format has.
+const WeightFormat* format_of(int64_t bits) {
+  for (const WeightFormat* format : {&kInt8Weight, &kInt4Weight}) {
+    if (format->bits == bits) return format;
+  }
+  return nullptr;
+}
 
 }  // namespace
 
@@ -30,23 +43,16 @@ Scheme parse_scheme(std::string_view name) {
   Scheme scheme{};
   const auto invalid = [&] { return std::invalid_argument("unknown scheme '" + std::string(name) + "'"); };
 
-  if (take(rest, "w8")) {
-    scheme.weight_bits = 8;
-  } else if (take(rest, "w4")) {
-    scheme.weight_bits = 4;
-  } else {
-    throw invalid();
+  for (const WeightFormat* format : {&kInt8Weight, &kInt4Weight}) {
+    if (take(rest, "w" + std::to_string(format->bits))) scheme.weight = format;
   }
-  if (take(rest, "a8")) {
-    scheme.act_bits = 8;
-  } else if (take(rest, "a16")) {
-    scheme.act_bits = 16;
-  } else {
-    throw invalid();
+  for (const int bits : {8, 16}) {
+    if (take(rest, "a" + std::to_string(bits))) scheme.act_bits = bits;
   }
+  if (scheme.weight == nullptr || scheme.act_bits == 0) throw invalid();
   if (take(rest, "-g") && (scheme.group_size = take_group(rest)) == 0) throw invalid();
   scheme.symmetric = !take(rest, "-asym");
-  if (!scheme.symmetric && scheme.weight_bits != 4) throw invalid();
+  if (!scheme.symmetric && !scheme.weight->has_zeros) throw invalid();
   if (take(rest, "-ag")) {
     if (scheme.act_bits != 8 || (scheme.act_group_size = take_group(rest)) == 0) throw invalid();
   }
@@ -58,22 +64,22 @@ Scheme scheme_of(int64_t code) {
   const auto invalid = [&] { return std::invalid_argument("unknown scheme code " + std::to_string(code)); };
   if (code < 0 || code / 10'000'000'000 != 0) throw invalid();
   const int64_t asymmetric = code / 1000 % 10;
-  const Scheme scheme{.weight_bits = static_cast<int>(code / 1'000'000'000),
+  const Scheme scheme{.weight = format_of(code / 1'000'000'000),
                       .act_bits = static_cast<int>(code / 10'000'000 % 100),
                       .group_size = code / 10'000 % 1000,
                       .act_group_size = code % 1000,
                       .symmetric = asymmetric == 0};
-  const bool valid =
-      (scheme.weight_bits == 8 || scheme.weight_bits == 4) && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
-      is_group(scheme.group_size) && is_group(scheme.act_group_size) && asymmetric <= 1 &&
-      (scheme.symmetric || scheme.weight_bits == 4) && (scheme.act_group_size == 0 || scheme.act_bits == 8);
+  const bool valid = scheme.weight != nullptr && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
+                     is_group(scheme.group_size) && is_group(scheme.act_group_size) && asymmetric <= 1 &&
+                     (scheme.symmetric || scheme.weight->has_zeros) &&
+                     (scheme.act_group_size == 0 || scheme.act_bits == 8);
   if (!valid) throw invalid();
   return scheme;
 }
 
 std::string name_of(const Scheme& scheme) {
   const auto group = [](const char* prefix, int64_t size) { return size == 0 ? "" : prefix + std::to_string(size); };
-  return "w" + std::to_string(scheme.weight_bits) + "a" + std::to_string(scheme.act_bits) +
+  return "w" + std::to_string(scheme.weight->bits) + "a" + std::to_string(scheme.act_bits) +
          group("-g", scheme.group_size) + (scheme.symmetric ? "" : "-asym") + group("-ag", scheme.act_group_size);
 }
 

@@ -20,9 +20,27 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 // |sum qx * qw| <= 131072 * 127 * 127 < 2^31.
 constexpr int64_t kMaxReduction = 131072;
 
-// The C++ twin of qkernels/formats/scheme.py: a group size of 0 means one group per row.
+// The integers of a weight in memory, the twin of qkernels/formats/weight_format.py. A stored value is the integer that
+// is multiplied plus `offset`, or plus the zero point of its group.
+//
+// A format is added here, in scheme.cpp (its name), by kernels that read its rows (integer_row in cpu/drivers/rows.cpp)
+// and, to be fast for few rows of x, by dots (RowDotKernels, GroupDotKernels in cpu/kernels/kernels.h).
+struct WeightFormat {
+  int bits;             // of a stored value; the first of a byte lies in its low bits
+  int least, greatest;  // of the integers of a weight without zero points
+  int offset;
+  bool has_zeros;  // groups may have zero points
+
+  int per_byte() const { return 8 / bits; }
+  bool in_place() const { return bits == 8 && offset == 0; }  // the bytes of a row are its integers
+};
+
+inline constexpr WeightFormat kInt8Weight = {8, -127, 127, 0, false};
+inline constexpr WeightFormat kInt4Weight = {4, -8, 7, 8, true};
+
+// The twin of qkernels/formats/scheme.py: a group size of 0 means one group per row.
 struct Scheme {
-  int weight_bits;
+  const WeightFormat* weight;
   int act_bits;
   int64_t group_size;
   int64_t act_group_size;
@@ -39,14 +57,14 @@ struct Scheme {
   }
   int64_t weight_groups(int64_t k) const { return div_up(k, weight_group(k)); }
   int64_t act_groups(int64_t k) const { return div_up(k, act_group(k)); }
-  int64_t packed_features(int64_t k) const { return weight_bits == 8 ? k : div_up(k, 2); }
+  int64_t packed_features(int64_t k) const { return div_up(k, weight->per_byte()); }
 };
 
 // Reads a canonical scheme name. Throws std::invalid_argument for anything else.
 QK_API Scheme parse_scheme(std::string_view name);
 
-// The scheme of an operator's argument: `QuantScheme.code` of qkernels/formats/scheme.py. Throws std::invalid_argument for a
-// number that is no code.
+// The scheme of an operator's argument: `QuantScheme.code` of qkernels/formats/scheme.py. Throws std::invalid_argument
+// for a number that is no code.
 QK_API Scheme scheme_of(int64_t code);
 
 // The canonical name.

@@ -64,10 +64,12 @@ class Kept {
 
 thread_local Kept kept;
 
+alignas(64) char nothing[64];  // what an empty buffer points to
+
 }  // namespace
 
 Scratch take_scratch(int64_t bytes) {
-  if (bytes == 0) return {nullptr, 0};
+  if (bytes == 0) return {nothing, 0};
   const Scratch found = bytes >= kLarge ? kept.take(bytes) : Scratch{nullptr, 0};
   if (found.data != nullptr) return found;
   void* const data = ::operator new(bytes, kLine, std::nothrow);

@@ -117,8 +117,11 @@ struct Parallel {
   }
 };
 
-// Below this many multiply-adds a thread, starting it costs more than it saves.
-constexpr int64_t kMinWorkPerThread = int64_t{1} << 18;
+// Below this many multiply-adds a thread, starting it costs more than it saves. Tests that look for races set it to 1.
+#if !defined(QK_MIN_WORK_PER_THREAD)
+#define QK_MIN_WORK_PER_THREAD (1 << 18)
+#endif
+constexpr int64_t kMinWorkPerThread = QK_MIN_WORK_PER_THREAD;
 
 inline int useful_threads(int threads, int64_t work) {
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
@@ -126,7 +129,7 @@ inline int useful_threads(int threads, int64_t work) {
 
 // Work that is not large stays whole: a piece sets up its scratch anew.
 inline Parallel limit(const Parallel& parallel, int64_t work) {
-  constexpr int64_t kMostPieces = 8, kMinWorkPerPiece = int64_t{1} << 23;
+  constexpr int64_t kMostPieces = 8, kMinWorkPerPiece = 32 * kMinWorkPerThread;
   const int threads = useful_threads(parallel.num_threads, work);
   return {threads, parallel.run, std::clamp<int64_t>(work / threads / kMinWorkPerPiece, 1, kMostPieces)};
 }

@@ -57,11 +57,11 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
   std::atomic<bool> finite{true};
   limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols);
-    Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
+    Buffer<uint8_t> nibbles(scheme.weight->in_place() ? 0 : w.cols);
     for (int64_t n = begin; n < end; ++n) {
       auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
       float* row_scales = scales + n * groups;
-      if (scheme.weight_bits == 8) {
+      if (scheme.weight->in_place()) {
         quantize_row(kernels, w, n, group, reinterpret_cast<int8_t*>(out), row_scales, floats.get());
         if (std::any_of(row_scales, row_scales + groups, [](float s) { return std::isnan(s); })) finite = false;
         continue;
@@ -108,7 +108,7 @@ bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& 
   std::atomic<bool> finite{true};
   limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols);
-    Buffer<uint8_t> nibbles(scheme.weight_bits == 4 ? w.cols : 0);
+    Buffer<uint8_t> nibbles(scheme.weight->in_place() ? 0 : w.cols);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = float_row(kernels, w, n, floats.get());
       auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
@@ -121,13 +121,13 @@ bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& 
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
         const float inverse = inverse_of(row_scales[g]);
-        if (scheme.weight_bits == 8) {
+        if (scheme.weight->in_place()) {
           kernels.elementwise.quantize_clamped(row + k0, count, inverse, reinterpret_cast<int8_t*>(out) + k0);
         } else {
-          kernels.elementwise.quantize_int4(row + k0, count, inverse, 8, &nibbles[k0]);
+          kernels.elementwise.quantize_int4(row + k0, count, inverse, scheme.weight->offset, &nibbles[k0]);
         }
       }
-      if (scheme.weight_bits == 4) kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
+      if (!scheme.weight->in_place()) kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
     }
   });
   return finite;
@@ -137,7 +137,7 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
                     float* grad_scales, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
-  const int low = scheme.weight_bits == 8 ? -127 : -8, high = scheme.weight_bits == 8 ? 127 : 7;
+  const int low = scheme.weight->least, high = scheme.weight->greatest;
   limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols), masked(w.cols);
     for (int64_t n = begin; n < end; ++n) {

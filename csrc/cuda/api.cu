@@ -63,7 +63,7 @@ cudaError_t linear_float(const Matrix& x, const Weight& weight, const Bias& bias
                           .m = static_cast<int>(x.rows),
                           .n = static_cast<int>(weight.n),
                           .k = static_cast<int>(x.cols),
-                          .bits = weight.scheme.weight_bits,
+                          .bits = weight.scheme.weight->bits,
                           .w_shift = group_shift(weight.scheme.group_size),
                           .slice = 0,
                           .parts = nullptr};
@@ -79,7 +79,8 @@ struct Operand {
   Order order;
 
   Operand(const Matrix& x, const Scheme& scheme)
-      : x{nullptr, nullptr, round_up(x.cols, 32)}, order(scheme.weight_bits == 8 ? Order::plain : Order::interleaved) {}
+      : x{nullptr, nullptr, round_up(x.cols, 32)},
+        order(scheme.weight->in_place() ? Order::plain : Order::interleaved) {}
 
   cudaError_t quantize(const Matrix& from, const Scheme& scheme, const Device& device) {
     x.q = allocate<int8_t>(device, from.rows * x.stride);
@@ -105,7 +106,7 @@ cudaError_t linear_int(const Matrix& x, const QuantizedX& quantized, const Weigh
                               .weight_stride = weight.row_bytes,
                               .x_shift = group_shift(weight.scheme.act_group_size),
                               .w_shift = group_shift(weight.scheme.group_size)};
-  const Storage storage = weight.scheme.weight_bits == 8 ? Storage::int8 : Storage::int4;
+  const Storage storage = weight.scheme.weight->in_place() ? Storage::int8 : Storage::int4;
   return int_matmul(args, storage, device.processors, device.stream);
 }
 
@@ -137,7 +138,7 @@ cudaError_t int_grad_input(const QuantizedRows& grad, const Weight& weight, cons
   if (grad.rows == 0) return cudaSuccess;
   const uint8_t* integers = weight.qweight;
   int64_t stride = weight.k;
-  if (weight.scheme.weight_bits == 4 || column_scales != nullptr) {
+  if (!weight.scheme.weight->in_place() || column_scales != nullptr) {
     // The product of a gradient needs bytes whose scale does not depend on the row: they are made first, for the time
     // of this call.
     stride = round_up(weight.k, 16);

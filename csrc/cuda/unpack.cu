@@ -52,7 +52,7 @@ cudaError_t unpack_weight(const Weight& weight, const float* column_scales, int8
                            .row_bytes = weight.row_bytes,
                            .stride = stride,
                            .groups = weight.groups,
-                           .bits = weight.scheme.weight_bits,
+                           .bits = weight.scheme.weight->bits,
                            .group = static_cast<int>(weight.scheme.group_size)};
   const dim3 grid(static_cast<unsigned>(weight.n), static_cast<unsigned>(div_up(weight.k, 2 * kThreads)));
   return launch(unpack_weight_kernel, grid, kThreads, 0, stream, args);

@@ -49,10 +49,10 @@ qk::Weight weight(const py::array& qweight, const Array<float>& scales, const st
                                 std::to_string(k));
   }
   const bool stored =
-      scheme.weight_bits == 8 ? py::isinstance<Array<int8_t>>(qweight) : py::isinstance<Array<uint8_t>>(qweight);
+      scheme.weight->in_place() ? py::isinstance<Array<int8_t>>(qweight) : py::isinstance<Array<uint8_t>>(qweight);
   if (!stored) {
     throw std::invalid_argument("qweight must be a contiguous " +
-                                std::string(scheme.weight_bits == 8 ? "int8" : "uint8") + " array for scheme " +
+                                std::string(scheme.weight->in_place() ? "int8" : "uint8") + " array for scheme " +
                                 scheme_name);
   }
   const int64_t n = qweight.ndim() > 0 ? qweight.shape(0) : 0, groups = scheme.weight_groups(k);

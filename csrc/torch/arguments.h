@@ -155,6 +155,11 @@ inline void check_vector(const char* name, const Tensor& t, int64_t size) {
           " must be torch.float32 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
+// Of qweight.
+inline ScalarType storage_type(const qk::Scheme& scheme) {
+  return scheme.weight->in_place() ? ScalarType::Char : ScalarType::Byte;
+}
+
 // The canonical storage of a weight, contiguous; keeps the tensors alive.
 class CanonicalWeight {
  public:
@@ -165,8 +170,7 @@ class CanonicalWeight {
     require(!scheme.int_activations() || k <= kMaxReduction, "in_features must be at most ", kMaxReduction,
             " for exact int32 sums, got ", k);
     const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
-    check("qweight", qweight, scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte, n,
-          scheme.packed_features(k), scheme, k);
+    check("qweight", qweight, storage_type(scheme), n, scheme.packed_features(k), scheme, k);
     check("scales", scales, ScalarType::Float, n, groups, scheme, k);
     require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
             " for scheme ", scheme);

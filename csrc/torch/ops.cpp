@@ -163,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   FloatMatrix weight("weight", weight_arg);
   const int64_t n = weight.rows, groups = scheme.weight_groups(weight.cols);
-  Tensor qweight = new_tensor(weight_arg, {n, scheme.packed_features(weight.cols)},
-                              scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  Tensor qweight = new_tensor(weight_arg, {n, scheme.packed_features(weight.cols)}, storage_type(scheme));
   Tensor scales = new_tensor(weight_arg, {n, groups}, ScalarType::Float);
   Tensor zeros = new_tensor(weight_arg, {n, scheme.symmetric ? 0 : groups}, ScalarType::Byte);
   auto* zero_data = scheme.symmetric ? nullptr : static_cast<uint8_t*>(zeros.mutable_data_ptr());
@@ -176,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int
 
 Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
-  require(scheme.weight_bits == 4, "scheme must be a w4 scheme, got ", scheme);
+  require(scheme.weight->bits == 4, "scheme must be a w4 scheme, got ", scheme);
   FloatMatrix weight("weight", weight_arg);
   FloatMatrix grad("grad", grad_arg, weight.cols);
   require(grad.rows == weight.rows, "grad must have ", weight.rows, " rows, got shape ", shape_of(grad_arg));
@@ -207,8 +206,7 @@ Tensor quantize_weight_scaled(const Tensor& weight_arg, const Tensor& scales_arg
   FloatMatrix weight("weight", weight_arg);
   const GivenScales scales(scales_arg, weight, scheme_code);
   const qk::Scheme& scheme = scales.scheme();
-  Tensor qweight = new_tensor(weight_arg, {weight.rows, scheme.packed_features(weight.cols)},
-                              scheme.weight_bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  Tensor qweight = new_tensor(weight_arg, {weight.rows, scheme.packed_features(weight.cols)}, storage_type(scheme));
   require(qk::quantize_weight_scaled(weight.read(), scales.get(), scheme, qweight.mutable_data_ptr(), parallel()),
           "weight and scales must be finite, got NaN or Inf");
   return qweight;

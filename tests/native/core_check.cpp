@@ -1,8 +1,10 @@
 // Computes deterministic cases of every scheme with the core alone, so that an instruction set can be checked where
 // torch does not run (under qemu, on another architecture).
 //
-//     core_check [--isa NAME]     one line a case, after the line "isa NAME"; NAME defaults to what the core detects
-//     core_check --list           the compiled and the supported ISAs
+//     core_check [--isa NAME] [--threads N]   one line a case, after the line "isa NAME"; NAME defaults to what the
+//     core
+//                                             detects, N to 1
+//     core_check --list                       the compiled and the supported ISAs
 //
 // Every case is computed by the scalar kernels too. Results that do not depend on the ISA must have the same bits;
 // their line ends with "= <checksum>", which is the same on every machine. Results summed in float must lie within the
@@ -13,20 +15,29 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "cpu/api.h"
 #include "cpu/isa.h"
 #include "guarded.h"
+#include "guarded_scratch.h"
 
 namespace {
 
 using qk::DType;
 
-const qk::Parallel kOneThread = {1, nullptr};
+// Threads of one call, a share each.
+void run_threads(int64_t shares, void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  std::vector<std::thread> started;
+  for (int64_t share = 1; share < shares; ++share) started.emplace_back(body, share, share + 1, context);
+  body(0, 1, context);
+  for (std::thread& thread : started) thread.join();
+}
+
+qk::Parallel threads = {1, run_threads};
 
 std::vector<std::string> scheme_names() {
   std::vector<std::string> names;
@@ -43,29 +54,6 @@ std::vector<std::string> scheme_names() {
   }
   return names;
 }
-
-// The scratch of the core ends there too, but for its alignment: the bytes that are left must keep their value.
-class Scratch {
- public:
-  Scratch(size_t size, size_t alignment)
-      : size_(size), slack_(qk::round_up(size, alignment) - size), pages_(size + slack_) {
-    std::memset(data(), kFill, size + slack_);
-  }
-
-  char* data() const { return pages_.end() - slack_ - size_; }
-
-  bool intact() const {
-    const char* bytes = data() + size_;
-    return std::all_of(bytes, bytes + slack_, [](char byte) { return byte == kFill; });
-  }
-
- private:
-  static constexpr char kFill = 0x5a;
-  size_t size_, slack_;
-  Pages pages_;
-};
-
-std::vector<std::unique_ptr<Scratch>> live_scratch;
 
 // splitmix64.
 class Random {
@@ -157,7 +145,7 @@ struct StoredWeight {
         scales(n * scheme.weight_groups(k)),
         zeros(n * scheme.weight_groups(k)) {
     for (int64_t i = 0; i < n * scheme.packed_features(k); ++i) {
-      qweight[i] = static_cast<uint8_t>(scheme.weight_bits == 8 ? random.integer(-127, 127) : random.integer(0, 255));
+      qweight[i] = static_cast<uint8_t>(scheme.weight->in_place() ? random.integer(-127, 127) : random.integer(0, 255));
     }
     for (int64_t i = 0; i < n * scheme.weight_groups(k); ++i) {
       scales[i] = random.unit(DType::float32) * 0x1p-5f;
@@ -317,13 +305,12 @@ void check_scheme(Checker& checker, const std::string& scheme_name, const Shape&
   const qk::Weight weight = stored.weight();
 
   checker.exact(scheme_name + " dequantize_weight " + sizes, n * k, DType::float32,
-                [&](void* out) { qk::dequantize_weight(weight, static_cast<float*>(out), kOneThread); });
+                [&](void* out) { qk::dequantize_weight(weight, static_cast<float*>(out), threads); });
   std::vector<float> w(n * k);
-  qk::dequantize_weight(weight, w.data(), kOneThread);
+  qk::dequantize_weight(weight, w.data(), threads);
 
   const auto linear = [&](DType dtype) {
-    return
-        [&, dtype](void* out) { qk::linear(x.matrix(), weight, {bias.data.get(), x_dtype}, out, dtype, kOneThread); };
+    return [&, dtype](void* out) { qk::linear(x.matrix(), weight, {bias.data.get(), x_dtype}, out, dtype, threads); };
   };
   if (exact) {
     checker.exact(label("linear", out_dtype), m * n, out_dtype, linear(out_dtype));
@@ -342,7 +329,7 @@ void check_scheme(Checker& checker, const std::string& scheme_name, const Shape&
   for (int64_t i = 0; i < m * k; ++i)
     bounds.push_back(float_bound(x_dtype, true, n, grad_norms[i / k] * w_norms[i % k]));
   checker.within(label("linear_grad_input", DType::float32), bounds, x_dtype == DType::bfloat16,
-                 [&](void* out) { qk::linear_grad_input(grad_out.matrix(), weight, out, DType::float32, kOneThread); });
+                 [&](void* out) { qk::linear_grad_input(grad_out.matrix(), weight, out, DType::float32, threads); });
 }
 
 // The gradient from integers.
@@ -357,13 +344,13 @@ void check_int_gradient(Checker& checker, const std::string& scheme_name, const 
   for (int64_t i = 0; i < m * n; ++i) q[i] = static_cast<int8_t>(random.integer(-127, 127));
   for (int64_t i = 0; i < m; ++i) scales[i] = i % 7 == 5 ? NAN : random.unit(DType::float32);
 
-  const auto columns = [&](void* out) { qk::column_scales(weight, static_cast<float*>(out), kOneThread); };
+  const auto columns = [&](void* out) { qk::column_scales(weight, static_cast<float*>(out), threads); };
   checker.exact(scheme_name + " column_scales " + sizes, k, DType::float32, columns);
   columns(column_scales.get());
   const float* const used = stored.scheme.group_size != 0 ? column_scales.get() : nullptr;
   checker.exact(scheme_name + " int_grad_input " + sizes + " -> " + name_of(out_dtype), m * k, out_dtype,
                 [&, out_dtype = out_dtype](void* out) {
-                  qk::int_grad_input({q.get(), scales.get(), m, n}, weight, used, out, out_dtype, kOneThread);
+                  qk::int_grad_input({q.get(), scales.get(), m, n}, weight, used, out, out_dtype, threads);
                 });
 }
 
@@ -378,7 +365,7 @@ void check_activations(Checker& checker, const std::string& scheme_name, const S
   checker.exact(label, groups + integers, DType::float32, [&](void* out) {
     Guarded<int8_t> q(integers);
     auto* floats = static_cast<float*>(out);
-    qk::quantize_activation(x.matrix(), scheme, q.get(), floats, kOneThread);
+    qk::quantize_activation(x.matrix(), scheme, q.get(), floats, threads);
     for (int64_t i = 0; i < integers; ++i) floats[groups + i] = q[i];
   });
 }
@@ -396,7 +383,7 @@ void check_stochastic(Checker& checker, const Shape& shape, bool columns) {
     Guarded<int8_t> q(rows * cols);
     auto* floats = static_cast<float*>(out);
     const auto quantize = columns ? qk::quantize_columns_stochastic : qk::quantize_rows_stochastic;
-    quantize(x.matrix(), factors.get(), {0x123456789abcdef0, 7}, q.get(), floats, kOneThread);
+    quantize(x.matrix(), factors.get(), {0x123456789abcdef0, 7}, q.get(), floats, threads);
     for (int64_t i = 0; i < rows * cols; ++i) floats[results + i] = q[i];
   });
 }
@@ -408,19 +395,19 @@ void check_quantized_weight(Checker& checker, const std::string& scheme_name, co
   Random random("weight");
   const Input w(n, k, shape.x, random, false);
   const int64_t groups = n * scheme.weight_groups(k), bytes = n * scheme.packed_features(k);
-  const bool masked = scheme.weight_bits == 4;
+  const bool masked = scheme.weight->bits == 4;
   const std::string label = scheme_name + " quantize_weight " + std::to_string(n) + "x" + std::to_string(k);
   checker.exact(label, 2 * groups + bytes + (masked ? n * k : 0), DType::float32, [&](void* out) {
     Guarded<uint8_t> q(bytes), zeros(groups);
     auto* floats = static_cast<float*>(out);
     for (int64_t g = 0; g < groups; ++g) zeros[g] = 0;
-    qk::quantize_weight(w.matrix(), scheme, q.get(), floats, scheme.symmetric ? nullptr : zeros.get(), kOneThread);
+    qk::quantize_weight(w.matrix(), scheme, q.get(), floats, scheme.symmetric ? nullptr : zeros.get(), threads);
     for (int64_t g = 0; g < groups; ++g) floats[groups + g] = zeros[g];
     for (int64_t i = 0; i < bytes; ++i) floats[2 * groups + i] = q[i];
     if (!masked) return;
     Guarded<float> grad(n * k), clipped(n * k);
     for (int64_t i = 0; i < n * k; ++i) grad[i] = 1.0f;
-    qk::mask_clipped({grad.get(), DType::float32, n, k}, w.matrix(), scheme, clipped.get(), kOneThread);
+    qk::mask_clipped({grad.get(), DType::float32, n, k}, w.matrix(), scheme, clipped.get(), threads);
     std::memcpy(floats + 2 * groups + bytes, clipped.get(), n * k * sizeof(float));
   });
 }
@@ -438,7 +425,7 @@ void check_saving(Checker& checker, const std::string& scheme_name, const Shape&
     Guarded<int8_t> q(m * k);
     auto* floats = static_cast<float*>(out);
     qk::linear_with_saved_input(x.matrix(), weight, {nullptr, DType::float32}, floats, DType::float32, q.get(),
-                                floats + m * n, kOneThread);
+                                floats + m * n, threads);
     for (int64_t i = 0; i < m * k; ++i) floats[m * n + m + i] = q[i];
   });
 }
@@ -456,10 +443,10 @@ void check_given_scales(Checker& checker, const std::string& scheme_name, const 
     Guarded<uint8_t> q(bytes);
     Guarded<float> scales(groups);
     auto* floats = static_cast<float*>(out);
-    qk::quantize_weight(w.matrix(), scheme, q.get(), scales.get(), nullptr, kOneThread);
+    qk::quantize_weight(w.matrix(), scheme, q.get(), scales.get(), nullptr, threads);
     for (int64_t g = 0; g < groups; ++g) scales[g] *= 0.7f;
-    qk::quantize_weight_scaled(w.matrix(), scales.get(), scheme, q.get(), kOneThread);
-    qk::scale_gradient(grad.matrix(), w.matrix(), scales.get(), scheme, floats, floats + n * k, kOneThread);
+    qk::quantize_weight_scaled(w.matrix(), scales.get(), scheme, q.get(), threads);
+    qk::scale_gradient(grad.matrix(), w.matrix(), scales.get(), scheme, floats, floats + n * k, threads);
     for (int64_t i = 0; i < bytes; ++i) floats[n * k + groups + i] = q[i];
   });
 }
@@ -474,7 +461,7 @@ void check_longest_sum(Checker& checker, int64_t m) {
   for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i / k % 2 == 0 ? 127 : -127);
   const qk::Weight weight = stored.weight();
   checker.exact("w8a8 linear, longest sum, " + std::to_string(m) + " rows", m * n, DType::float32, [&](void* out) {
-    qk::linear(x.matrix(), weight, {nullptr, DType::float32}, out, DType::float32, kOneThread);
+    qk::linear(x.matrix(), weight, {nullptr, DType::float32}, out, DType::float32, threads);
   });
 }
 
@@ -490,7 +477,7 @@ void check_longest_gradient_sum(Checker& checker) {
   for (int64_t i = 0; i < m; ++i) scales[i] = 1.0f;
   const qk::Weight weight = stored.weight();
   checker.exact("w8a8 int_grad_input, longest sum", m * k, DType::float32, [&](void* out) {
-    qk::int_grad_input({q.get(), scales.get(), m, n}, weight, nullptr, out, DType::float32, kOneThread);
+    qk::int_grad_input({q.get(), scales.get(), m, n}, weight, nullptr, out, DType::float32, threads);
   });
 }
 
@@ -516,7 +503,7 @@ void check_cross_entropy(Checker& checker, const std::string& scheme_name) {
     const std::string label = scheme_name + " linear_cross_entropy" + (softcap == 0.0f ? "" : ", soft-capped");
     checker.exact(label, m * (k + 2), DType::float32, [&](void* out) {
       auto* floats = static_cast<float*>(out);
-      qk::linear_cross_entropy(args, weight, {floats, floats + m, floats + 2 * m}, kOneThread);
+      qk::linear_cross_entropy(args, weight, {floats, floats + m, floats + 2 * m}, threads);
     });
   }
 }
@@ -554,22 +541,6 @@ void print(const char* title, const std::vector<std::string>& names) {
 
 }  // namespace
 
-// What cpu/buffer.h allocates with.
-void* operator new(size_t size, std::align_val_t alignment) {
-  live_scratch.push_back(std::make_unique<Scratch>(size, static_cast<size_t>(alignment)));
-  return live_scratch.back()->data();
-}
-
-void operator delete(void* data, std::align_val_t) noexcept {
-  const auto found =
-      std::find_if(live_scratch.begin(), live_scratch.end(), [=](const auto& s) { return s->data() == data; });
-  if (found == live_scratch.end() || !(*found)->intact()) {
-    std::fprintf(stderr, "the core wrote past the end of its scratch\n");
-    std::abort();
-  }
-  live_scratch.erase(found);
-}
-
 int main(int argc, char** argv) try {
   const std::vector<std::string_view> args(argv + 1, argv + argc);
   if (args.size() == 1 && args[0] == "--list") {
@@ -577,11 +548,15 @@ int main(int argc, char** argv) try {
     print("supported", qk::supported_isas());
     return 0;
   }
-  if (args.size() == 2 && args[0] == "--isa") {
-    qk::force_isa(std::string(args[1]));
-  } else if (!args.empty()) {
-    std::fprintf(stderr, "usage: core_check [--isa NAME | --list]\n");
-    return 2;
+  for (size_t i = 0; i < args.size(); i += 2) {
+    if (i + 1 < args.size() && args[i] == "--isa") {
+      qk::force_isa(std::string(args[i + 1]));
+    } else if (i + 1 < args.size() && args[i] == "--threads") {
+      threads.num_threads = std::stoi(std::string(args[i + 1]));
+    } else {
+      std::fprintf(stderr, "usage: core_check [--isa NAME] [--threads N] | --list\n");
+      return 2;
+    }
   }
   return check();
 } catch (const std::exception& error) {

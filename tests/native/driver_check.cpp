@@ -44,8 +44,8 @@ struct CountingTable {
       table.tile_registers != nullptr ? *table.tile_registers : qk::TileRegisterKernels{};
 
   CountingTable() {
-    COUNT(table, dots.dot_int8, "row_dot");
-    COUNT(table, dots.dot_int4, "row_dot");
+    COUNT(table, dots.int8.dot, "row_dot");
+    COUNT(table, dots.int4.dot, "row_dot");
     COUNT(table, dots.dot_int8_x4, "row_dot");
     COUNT(table, tiles.int_tile, "int_matmul");
     COUNT(table, tiles.int_tile_grouped, "int_matmul");
@@ -56,8 +56,8 @@ struct CountingTable {
         return original->dots.dot_float(x, w, n);
       };
     }
-    count<[](const qk::Kernels& k) { return k.group_dots->dot_int8; }>(groups.dot_int8, "group_dot");
-    count<[](const qk::Kernels& k) { return k.group_dots->dot_int4; }>(groups.dot_int4, "group_dot");
+    count<[](const qk::Kernels& k) { return k.group_dots->int8.dot; }>(groups.int8.dot, "group_dot");
+    count<[](const qk::Kernels& k) { return k.group_dots->int4.dot; }>(groups.int4.dot, "group_dot");
     count<[](const qk::Kernels& k) { return k.nibbles->tile; }>(nibbles.tile, "int_matmul");
     count<[](const qk::Kernels& k) { return k.nibbles->tile_grouped; }>(nibbles.tile_grouped, "int_matmul");
     count<[](const qk::Kernels& k) { return k.bf16->tile; }>(bf16.tile, "float_matmul");

@@ -44,7 +44,7 @@ class IntRows {
 // Calls f(begin, end) for ranges of the rows of x: by several threads only where there is enough to do for them.
 template <class F>
 void quantize_rows_parallel(const Matrix& x, const Parallel& parallel, const F& f) {
-  constexpr int64_t kMinValues = 1 << 16;
+  constexpr int64_t kMinValues = kMinWorkPerThread / 4;
   if (x.rows * x.cols < kMinValues) {
     f(0, x.rows);
   } else {
@@ -66,14 +66,28 @@ void expand_groups(const T* stored, int64_t stored_group, int64_t group, int64_t
   }
 }
 
-// Blocks of k as the dot kernels for 4 bits read them: the values at even places, then those at odd ones.
-inline void split_even_odd(const int8_t* q, int64_t k, int64_t block, int8_t* out) {
-  for (int64_t i = 0; i < k; i += block) {
-    for (int64_t j = 0; j < block / 2; ++j) {
-      out[i + j] = q[i + 2 * j];
-      out[i + block / 2 + j] = q[i + 2 * j + 1];
+// A row of x as dot kernels read it: padded with zeros, and in blocks of x_block values, those at even places first
+// (1: as it is). Each thread has its own.
+class DotLayout {
+ public:
+  DotLayout(int64_t k, int64_t k_padded, int64_t x_block)
+      : k_(k), k_padded_(k_padded), block_(x_block), padded_(x_block > 1 ? k_padded : 0) {}
+
+  void operator()(const int8_t* q, int8_t* out) {
+    int8_t* const values = block_ > 1 ? padded_.get() : out;
+    std::fill(std::copy_n(q, k_, values), values + k_padded_, int8_t{0});
+    if (block_ == 1) return;
+    for (int64_t i = 0; i < k_padded_; i += block_) {
+      for (int64_t j = 0; j < block_ / 2; ++j) {
+        out[i + j] = values[i + 2 * j];
+        out[i + block_ / 2 + j] = values[i + 2 * j + 1];
+      }
     }
   }
-}
+
+ private:
+  int64_t k_, k_padded_, block_;
+  Buffer<int8_t> padded_;
+};
 
 }  // namespace qk

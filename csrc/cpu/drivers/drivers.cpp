@@ -3,18 +3,17 @@
 namespace qk {
 namespace {
 
-// Best first.
+// Best first: of a16 schemes, then of a8 schemes.
 const LinearDriver* const kDrivers[] = {
-    &kTileDot, &kGroupDot, &kRowDot, &kTileGroups, &kIntMatmul, &kFloatDot, &kFloatMatmul,
+    &kFloatDot, &kFloatMatmul, &kTileDot, &kGroupDot, &kRowDot, &kTileGroups, &kIntMatmul,
 };
 
 }  // namespace
 
 bool few_rows(const Kernels& kernels, const Scheme& scheme, int64_t m) {
-  const DotRows& most = kernels.dots.most_rows;
-  if (!scheme.int_activations()) return m <= most.floats;
-  if (scheme.weight_bits == 8) return m <= (scheme.grouped() ? most.int8_grouped : most.int8);
-  return m <= (scheme.grouped() ? most.int4_grouped : most.int4);
+  if (!scheme.int_activations()) return m <= kernels.dots.most_rows_float;
+  const RowDot& dot = kernels.dots.of(*scheme.weight);
+  return m <= (scheme.grouped() ? dot.most_rows_grouped : dot.most_rows);
 }
 
 const LinearDriver& choose_driver(const Kernels& kernels, const Scheme& scheme, int64_t m) {

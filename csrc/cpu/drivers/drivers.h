@@ -54,7 +54,7 @@ std::unique_ptr<LinearOperand> prepare(const Kernels& kernels, const LinearInput
   return std::make_unique<Operand>(kernels, x, w, parallel);
 }
 
-// Whether the row dots are faster than what packs the weight (DotRows).
+// Whether the row dots are faster than what packs the weight (RowDot::most_rows).
 bool few_rows(const Kernels& kernels, const Scheme& scheme, int64_t m);
 
 extern const LinearDriver kTileDot, kGroupDot, kRowDot, kTileGroups, kIntMatmul, kFloatDot, kFloatMatmul;

@@ -11,8 +11,6 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kNibbleBlock = 128;  // see GroupDotKernels
-
 // The scales and zero points of kCombinedRows rows of the weight for each group of the sums: as they are stored, or
 // repeated where several groups of the sums share one.
 class GroupDotWeightGroups {
@@ -78,7 +76,7 @@ class GroupDotOperand : public LinearOperand {
   void quantize(const LinearInput& input, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
     const int64_t k = input.x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
     IntRows read(kernels_, input, act_group);
-    Buffer<int8_t> padded(scheme.weight_bits == 8 ? 0 : k_padded_);
+    DotLayout arrange(k, k_padded_, kernels_.group_dots->of(*scheme.weight).x_block);
     for (int64_t m = m_begin; m < m_end; ++m) {
       float* row_scales = &scales_[m * act_groups_];
       const int8_t* row = read(m, row_scales);
@@ -91,10 +89,7 @@ class GroupDotOperand : public LinearOperand {
         expand_groups(row_scales, act_group, group, groups_, expanded);
         std::fill(expanded + groups_, expanded + groups_padded_, 0.0f);
       }
-      int8_t* const out = &q_[m * k_padded_];
-      int8_t* const values = scheme.weight_bits == 8 ? out : padded.get();
-      std::fill(std::copy_n(row, k, values), values + k_padded_, int8_t{0});
-      if (scheme.weight_bits == 4) split_even_odd(values, k_padded_, kNibbleBlock, out);
+      arrange(row, &q_[m * k_padded_]);
     }
   }
 
@@ -109,7 +104,8 @@ class GroupDotOperand : public LinearOperand {
 void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
   const GroupDotKernels& dots = *kernels_.group_dots;
   const Scheme& scheme = w.scheme;
-  const bool int4 = scheme.weight_bits == 4, w_grouped = scheme.group_size != 0, x_grouped = scheme.act_group_size != 0;
+  const auto dot = dots.of(*scheme.weight).dot;
+  const bool w_grouped = scheme.group_size != 0, x_grouped = scheme.act_group_size != 0;
   const int64_t stride = groups_padded_, row_sums = kCombinedRows * stride;
   constexpr int kTogether = kCombinedRows / kGroupDotStreams;  // rows of a stream
 
@@ -131,7 +127,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
       for (int64_t m0 = 0, done; m0 < rows_; m0 += done) {
         done = rows_ - m0 >= kGroupDotRows ? kGroupDotRows : 1;
         for (int64_t r = 0; r < kCombinedRows; r += kGroupDotStreams) {
-          (int4 ? dots.dot_int4 : dots.dot_int8)({
+          dot({
               .x = &q_[m0 * k_padded_],
               .x_stride = k_padded_,
               .rows = static_cast<int>(done),
@@ -151,7 +147,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
                   .sums = &sums[i * row_sums],
                   .sums_stride = stride,
                   .zeros = groups.zeros(),
-                  .zero = int4 ? 8 : kernels_.dots.shift,
+                  .zero = scheme.weight->offset + kernels_.dots.of(*scheme.weight).shift,
                   .x_sums = &sums_[m * stride],
                   .w_scales = groups.scales(),
                   .x_scales = x_grouped ? &group_scales_[m * stride] : nullptr,

@@ -59,7 +59,7 @@ struct MatmulShape {
 
   MatmulShape(const Kernels& table, const Weight& weight, bool grad_input, int threads)
       : kernels(table),
-        nibbles(weight.scheme.weight_bits == 4 && !grad_input ? kernels.nibbles : nullptr),
+        nibbles(weight.scheme.weight->bits == 4 && !grad_input ? kernels.nibbles : nullptr),
         w(weight),
         depth(grad_input ? weight.n : weight.k),
         cols(grad_input ? weight.k : weight.n),
@@ -257,7 +257,7 @@ class PackAlong {
       kernels.elementwise.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
       std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, shape_.units * shape_.unit - w.k);
       for (int64_t g = 0; g < shape_.groups; ++g) {
-        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)] : 8;
+        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)] : w.scheme.weight->offset;
         start[g] = zero * 0x10001;
       }
       return encoded;
@@ -322,7 +322,7 @@ class PackAcross {
       std::copy_n(column_scales_ + k0, cols, packed.col_scales.get());
       for (int64_t i = 0; i < cols; ++i) inverse_[i] = 1.0f / column_scales_[k0 + i];
     }
-    if (w.scheme.weight_bits == 8 && column_scales_ == nullptr) {
+    if (w.scheme.weight->in_place() && column_scales_ == nullptr) {
       const auto* q = reinterpret_cast<const int8_t*>(w.row(first)) + k0;
       kernels.panels.interleave_across(q, w.row_bytes, depth.k, cols, packed.panels.get(), panel);
     } else {

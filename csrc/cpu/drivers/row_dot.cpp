@@ -16,8 +16,8 @@ namespace qk {
 namespace {
 
 constexpr int kWeightRows = 4;
-constexpr int kXRows = 4;  // at most, for one call of a dot kernel
-constexpr int64_t kXBlock = 64;
+constexpr int kXRows = 4;         // at most, for one call of a dot kernel
+constexpr int64_t kPadding = 64;  // see RowDotKernels
 
 // kWeightRows rows of the weight, with the scales and the zero points of each group of the sums.
 class DotWeightRows {
@@ -83,10 +83,10 @@ class RowDotOperand : public LinearOperand {
   RowDotOperand(const Kernels& kernels, const LinearInput& input, const Weight& w, const Parallel& parallel)
       : kernels_(kernels),
         rows_(input.x.rows),
-        k_padded_(round_up(w.k, kXBlock)),
+        k_padded_(round_up(w.k, kPadding)),
         groups_(div_up(w.k, w.scheme.acc_group(w.k))),
         act_groups_(w.scheme.act_groups(w.k)),
-        takes_x4_(kernels.dots.dot_int8_x4 != nullptr && w.scheme.weight_bits == 8 && !w.scheme.grouped() &&
+        takes_x4_(kernels.dots.dot_int8_x4 != nullptr && w.scheme.weight->in_place() && !w.scheme.grouped() &&
                   rows_ >= kXRows),
         q_(rows_ * k_padded_),
         wide_(takes_x4_ && kernels.dots.x4_bytes == 2 ? rows_ * k_padded_ : 0),
@@ -103,7 +103,7 @@ class RowDotOperand : public LinearOperand {
   void quantize(const LinearInput& input, const Scheme& scheme, int64_t m_begin, int64_t m_end) {
     const int64_t k = input.x.cols, group = scheme.acc_group(k), act_group = scheme.act_group(k);
     IntRows read(kernels_, input, act_group);
-    Buffer<int8_t> padded(scheme.weight_bits == 8 ? 0 : k_padded_);
+    DotLayout arrange(k, k_padded_, kernels_.dots.of(*scheme.weight).x_block);
     for (int64_t m = m_begin; m < m_end; ++m) {
       float* row_scales = &scales_[m * act_groups_];
       const int8_t* row = read(m, row_scales);
@@ -117,31 +117,20 @@ class RowDotOperand : public LinearOperand {
                         kWeightRows);
       }
       int8_t* out = &q_[m * k_padded_];
-      if (scheme.weight_bits == 8) {
-        std::fill(std::copy_n(row, k, out), out + k_padded_, int8_t{0});
-        if (takes_x4_ && kernels_.dots.x4_bytes == 2) std::copy_n(out, k_padded_, &wide_[m * k_padded_]);
-        continue;
-      }
-      std::fill(std::copy_n(row, k, padded.get()), padded.get() + k_padded_, int8_t{0});
-      split_even_odd(padded.get(), k_padded_, kXBlock, out);
+      arrange(row, out);
+      if (takes_x4_ && kernels_.dots.x4_bytes == 2) std::copy_n(out, k_padded_, &wide_[m * k_padded_]);
     }
   }
 
   // The sums of rows m, m + 1, ... of x with kWeightRows rows of the weight; returns how many rows it did.
   int64_t dot(const Weight& w, const DotWeightRows& rows, int64_t m, int32_t* sums) const {
     const int8_t* q = &q_[m * k_padded_];
-    const int64_t group = w.scheme.acc_group(w.k);
-    if (w.scheme.weight_bits == 4) {
-      kernels_.dots.dot_int4(q, rows.rows, w.k, group, sums);
-      return 1;
-    }
-    const auto* bytes = reinterpret_cast<const int8_t* const*>(rows.rows);
     if (takes_x4_ && rows_ - m >= kXRows) {
       const void* block = kernels_.dots.x4_bytes == 1 ? static_cast<const void*>(q) : &wide_[m * k_padded_];
-      kernels_.dots.dot_int8_x4(block, k_padded_, bytes, w.k, sums);
+      kernels_.dots.dot_int8_x4(block, k_padded_, rows.rows, w.k, sums);
       return kXRows;
     }
-    kernels_.dots.dot_int8(q, bytes, w.k, group, sums);
+    kernels_.dots.of(*w.scheme.weight).dot(q, rows.rows, w.k, w.scheme.acc_group(w.k), sums);
     return 1;
   }
 
@@ -150,7 +139,7 @@ class RowDotOperand : public LinearOperand {
               float (&y)[kWeightRows]) const {
     const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
     const float x_scale = scales_[m * act_groups_];
-    const int zero = w.scheme.weight_bits == 8 ? kernels_.dots.shift : 8;
+    const int zero = w.scheme.weight->offset + kernels_.dots.of(*w.scheme.weight).shift;
     const int32_t* x_sums = &sums_[m * groups_ * kWeightRows];
     if (!w_grouped && !x_grouped) {
       for (int r = 0; r < kWeightRows; ++r) {

@@ -66,9 +66,9 @@ const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float
 const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count,
                           int8_t* scratch) {
   const uint8_t* row = w.row(n);
-  if (w.scheme.weight_bits == 8) return reinterpret_cast<const int8_t*>(row) + k0;
+  if (w.scheme.weight->in_place()) return reinterpret_cast<const int8_t*>(row) + k0;
   if (w.zeros == nullptr) {
-    kernels.elementwise.unpack_int4(row + k0 / 2, count, 8, scratch);
+    kernels.elementwise.unpack_int4(row + k0 / 2, count, w.scheme.weight->offset, scratch);
     return scratch;
   }
   const uint8_t* zeros = w.zeros + n * w.groups + k0 / w.group;

@@ -55,7 +55,7 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
   const int64_t bytes = units_ * kernels.panels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
   const auto is_direct = [&](int64_t n0) {
-    return w.scheme.weight_bits == 8 && (n0 + kBlock - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
+    return w.scheme.weight->in_place() && (n0 + kBlock - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
   };
 
   parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {

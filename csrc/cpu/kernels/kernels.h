@@ -162,12 +162,16 @@ struct GroupRows {
 };
 
 // Optional kernels for few rows of x and a grouped scheme, which read scales and zero points as they are stored.
+struct GroupDotKernel {
+  void (*dot)(const GroupDot& args);
+  int64_t x_block;  // see RowDot
+};
 struct GroupDotKernels {
   int64_t k_step;  // x is padded to a multiple of it
-  // x of dot_int4 holds each block of 128 values as 64 even ones, then 64 odd ones.
-  void (*dot_int8)(const GroupDot& args);
-  void (*dot_int4)(const GroupDot& args);
+  GroupDotKernel int8, int4;
   void (*combine)(const GroupRows& args, float* y);  // [kCombinedRows]
+
+  const GroupDotKernel& of(const WeightFormat& weight) const { return weight.in_place() ? int8 : int4; }
 };
 
 // Up to how many rows of x the dots are faster than what packs the weight into panels first: by the format of the
@@ -292,20 +296,27 @@ struct TileKernels {
   void (*end_nontemporal)() = nullptr;
 };
 
-// Dots for few rows of x, straight on the stored weight. x is zero-padded to a multiple of 64 and w may not be read
-// past k. sums[g * 4 + r] = sum over group g of x * (w_r + shift) for 4 rows of the weight.
+// A dot of a row of x with 4 rows of the weight as they are stored: sums[g * 4 + r] = sum over group g of x * (w_r +
+// shift), where w_r are the stored values of row r. x is zero-padded to a multiple of 64 and w may not be read past k.
+struct RowDot {
+  void (*dot)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  int64_t x_block;                   // x holds each block of so many values as its even ones, then its odd ones; or 1
+  int shift;                         // see NOTE [shift]
+  int most_rows, most_rows_grouped;  // for more rows of x it is faster to pack the weight (DotRows)
+};
+
+// Dots for few rows of x.
 struct RowDotKernels {
-  DotRows most_rows;
-  int shift = 0;
-  void (*dot_int8)(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums);
-  // The same for 4 rows of x, `stride` values apart, in one group: sums[i * 4 + r] for row i of x. Values of x have
+  RowDot int8, int4;
+  int most_rows_float;  // for dot_float
+  // As int8.dot for 4 rows of x, `stride` values apart, in one group: sums[i * 4 + r] for row i of x. Values of x have
   // x4_bytes bytes there (int8 or int16). Null: one row at a time.
   int x4_bytes = 1;
-  void (*dot_int8_x4)(const void* x, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums) = nullptr;
-  // As dot_int8 on nibbles (0..15); x holds each block of 64 values as 32 even ones, then 32 odd ones.
-  void (*dot_int4)(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums);
+  void (*dot_int8_x4)(const void* x, int64_t stride, const uint8_t* const* w, int64_t k, int32_t* sums) = nullptr;
   void (*combine)(const GroupSums& args, float* y);
   float (*dot_float)(const float* x, const float* w, int64_t n);
+
+  const RowDot& of(const WeightFormat& weight) const { return weight.in_place() ? int8 : int4; }
 };
 
 struct SoftmaxKernels {

@@ -151,12 +151,12 @@ void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, ui
   }
 }
 
-void dot_int8(const int8_t* x, const int8_t* const* w, int64_t k, int64_t group, int32_t* sums) {
+void dot_int8(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums) {
   for (int64_t begin = 0, g = 0; begin < k; begin += group, ++g) {
     const int64_t end = begin + group < k ? begin + group : k;
     for (int r = 0; r < 4; ++r) {
       int32_t acc = 0;
-      for (int64_t i = begin; i < end; ++i) acc += x[i] * w[r][i];
+      for (int64_t i = begin; i < end; ++i) acc += x[i] * static_cast<int8_t>(w[r][i]);
       sums[g * 4 + r] = acc;
     }
   }

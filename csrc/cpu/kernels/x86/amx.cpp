@@ -296,7 +296,8 @@ const Kernels& amx_kernels() {
     t.tiles.mr = kMr;
     t.tiles.int_tile = int_tile;
     t.tiles.int_tile_grouped = nullptr;  // dot_tile_grouped takes all grouped products
-    t.dots.most_rows = {4 * kRows, 4, 4 * kRows, 4, 4};
+    t.dots.int8.most_rows = t.dots.int4.most_rows = 4 * kRows;
+    t.dots.int8.most_rows_grouped = t.dots.int4.most_rows_grouped = 4;
     t.bf16 = &bf16;
     t.tile_registers = &registers;
     return t;

@@ -122,15 +122,15 @@ __attribute__((always_inline)) inline void add_wide_dots(const int16_t* x, int64
 }
 
 // 4 rows of x, as int16, with 2 rows of the weight: sums[i * 4 + j].
-void dot_int8_4x2(const int16_t* x, int64_t stride, const int8_t* w0, const int8_t* w1, int64_t k, int32_t* sums) {
+void dot_int8_4x2(const int16_t* x, int64_t stride, const uint8_t* w0, const uint8_t* w1, int64_t k, int32_t* sums) {
   __m256i acc[4][2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
-  const auto bytes = [](const int8_t* w) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w)); };
+  const auto bytes = [](const uint8_t* w) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w)); };
   int64_t at = 0;
   for (; at + 16 <= k; at += 16) add_wide_dots(x + at, stride, bytes(w0 + at), bytes(w1 + at), acc);
   if (at < k) {
-    int8_t tails[2][16] = {};
+    uint8_t tails[2][16] = {};
     __builtin_memcpy(tails[0], w0 + at, k - at);
     __builtin_memcpy(tails[1], w1 + at, k - at);
     add_wide_dots(x + at, stride, bytes(tails[0]), bytes(tails[1]), acc);
@@ -145,7 +145,7 @@ void dot_int8_4x2(const int16_t* x, int64_t stride, const int8_t* w0, const int8
   }
 }
 
-void dot_int8_x4(const void* x_rows, int64_t stride, const int8_t* const* w, int64_t k, int32_t* sums) {
+void dot_int8_x4(const void* x_rows, int64_t stride, const uint8_t* const* w, int64_t k, int32_t* sums) {
   const auto* x = static_cast<const int16_t*>(x_rows);
   dot_int8_4x2(x, stride, w[0], w[1], k, sums);
   dot_int8_4x2(x, stride, w[2], w[3], k, sums + 2);

@@ -36,10 +36,7 @@ inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
 QK_END_TARGET
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels table = [] {
-    Kernels t = avx512_table("avx512", int16_panels(), {16, 8, 8, 4, 4});
-    return t;
-  }();
+  static constexpr Kernels table = avx512_table("avx512", int16_panels(), {16, 8, 8, 4, 4});
   return table;
 }
 

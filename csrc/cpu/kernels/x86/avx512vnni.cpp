@@ -41,11 +41,7 @@ void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
 QK_END_TARGET
 
 const Kernels& avx512vnni_kernels() {
-  static constexpr Kernels table = [] {
-    Kernels t = avx512_table("avx512vnni", shifted_panels(column_sums), {32, 12, 12, 16, 4});
-    t.dots.shift = 128;
-    return t;
-  }();
+  static constexpr Kernels table = avx512_table("avx512vnni", shifted_panels(column_sums), {32, 12, 12, 16, 4}, 128);
   return table;
 }
 

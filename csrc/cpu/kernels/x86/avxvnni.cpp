@@ -39,11 +39,7 @@ void column_sums(int64_t units, const uint32_t* panel, int32_t* sums) {
 QK_END_TARGET
 
 const Kernels& avxvnni_kernels() {
-  static constexpr Kernels table = [] {
-    Kernels t = avx2_table("avxvnni", shifted_panels(column_sums), {12, 8, 8, 4, 4});
-    t.dots.shift = 128;
-    return t;
-  }();
+  static constexpr Kernels table = avx2_table("avxvnni", shifted_panels(column_sums), {12, 8, 8, 4, 4}, 128);
   return table;
 }
 
