@@ -34,7 +34,7 @@ class BiasFloats {
 void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8_t* q, float* scales,
              const Parallel& parallel) {
   const int64_t groups = div_up(x.cols, group);
-  limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> ones(group);
     std::fill_n(ones.get(), group, 1.0f);
     for (int64_t m = begin; m < end; ++m) {
@@ -66,7 +66,7 @@ void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8
 void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
               const Parallel& parallel) {
   const int64_t groups = scheme.act_groups(x.cols);
-  limit(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols);
     for (int64_t m = begin; m < end; ++m) {
       quantize_row(kernels, x, m, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups, floats.get());
@@ -82,7 +82,7 @@ void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float
 
 void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  limit(parallel, w.n * w.k)(w.n, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.n * w.k)(w.n, [&](int64_t begin, int64_t end) {
     Buffer<int8_t> integers(w.k);
     for (int64_t n = begin; n < end; ++n) dequantize_row(kernels, w, n, 0, w.k, integers.get(), out + n * w.k);
   });
@@ -98,7 +98,7 @@ void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const
   const int64_t m = x.x.rows;
   if (m == 0 || w.n == 0) return;
   const BiasFloats floats(kernels, bias, w.n);
-  const Parallel limited = limit(parallel, m * w.n * w.k);
+  const Parallel limited = limited_to_work(parallel, m * w.n * w.k);
   const LinearDriver& driver = choose_driver(kernels, w.scheme, m);
   driver.prepare(kernels, x, w, limited)->multiply(w, floats.get(), out, limited);
 }
@@ -124,7 +124,8 @@ void linear_with_saved_input(const Matrix& x, const Weight& w, Bias bias, void* 
 
 void linear_grad_input(const Matrix& grad_out, const Weight& w, void* out, DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
-  float_matmul_grad_input(kernels(), grad_out, w, {out, out_dtype}, limit(parallel, grad_out.rows * w.n * w.k));
+  float_matmul_grad_input(kernels(), grad_out, w, {out, out_dtype},
+                          limited_to_work(parallel, grad_out.rows * w.n * w.k));
 }
 
 void column_scales(const Weight& w, float* out, const Parallel& parallel) {
@@ -132,7 +133,7 @@ void column_scales(const Weight& w, float* out, const Parallel& parallel) {
 }
 
 void column_scales(const Kernels& kernels, const Weight& w, float* out, const Parallel& parallel) {
-  limit(parallel, w.n * w.k)(div_up(w.k, kScaleColumns), [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.n * w.k)(div_up(w.k, kScaleColumns), [&](int64_t begin, int64_t end) {
     Buffer<int8_t> integers(kScaleColumns);
     Buffer<float> row(kScaleColumns);
     Buffer<uint32_t> absmax(kScaleColumns);
@@ -151,7 +152,7 @@ void column_scales(const Kernels& kernels, const Weight& w, float* out, const Pa
 void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
                     DType out_dtype, const Parallel& parallel) {
   if (grad_out.rows == 0) return;
-  const Parallel limited = limit(parallel, grad_out.rows * w.n * w.k);
+  const Parallel limited = limited_to_work(parallel, grad_out.rows * w.n * w.k);
   int_matmul_grad_input(kernels(), grad_out, w, column_scales, {out, out_dtype}, limited);
 }
 

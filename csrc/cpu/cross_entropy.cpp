@@ -19,9 +19,9 @@ namespace {
 
 // What one product covers: a tile of logits and its gradient stay in the L2 cache, and the weight is packed for enough
 // rows to pay.
-constexpr int64_t kRows = 512;
+constexpr int64_t kProductRows = 512;
 // Columns that share a scale of the gradient. Part of the numbers, as is the next.
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunkColumns = 1024;
 // The chunks of the vocabulary are summed in this many ranges, which threads share.
 constexpr int64_t kRanges = 8;
 
@@ -58,7 +58,12 @@ class CrossEntropy {
  public:
   CrossEntropy(const Kernels& kernels, const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,
                const Parallel& parallel)
-      : kernels_(kernels), args_(args), w_(w), result_(result), parallel_(parallel), chunks_(div_up(w.n, kChunk)) {
+      : kernels_(kernels),
+        args_(args),
+        w_(w),
+        result_(result),
+        parallel_(parallel),
+        chunks_(div_up(w.n, kChunkColumns)) {
     for (int64_t m = 0; m < args.hidden.rows; ++m) {
       if (args.target[m] != args.ignore_index) valid_.push_back(m);
     }
@@ -75,7 +80,7 @@ class CrossEntropy {
     if (gradient && w_.scheme.group_size != 0) column_scales_of_chunks();
     if (gradient && w_.scheme.group_size == 0) scales_of_rows();
     if (gradient && args_.label_smoothing != 0.0) sum_columns();
-    const int64_t blocks = div_up(parallel_.num_threads, kRanges), step = blocks * kRows;
+    const int64_t blocks = div_up(parallel_.num_threads, kRanges), step = blocks * kProductRows;
     const int64_t most = std::min<int64_t>(step, valid_.size());
     states_.resize(most * kRanges);
     rows_ = Buffer<char>(most * w_.k * size_of(args_.hidden.dtype));
@@ -87,8 +92,8 @@ class CrossEntropy {
         const size_t bytes = w_.k * size_of(args_.hidden.dtype);
         std::memcpy(&rows_[i * bytes], args_.hidden.row(valid_[first + i]), bytes);
       }
-      parallel_(div_up(count_, kRows) * kRanges, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) sum_range(task / kRanges * kRows, task % kRanges);
+      parallel_(div_up(count_, kProductRows) * kRanges, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) sum_range(task / kRanges * kProductRows, task % kRanges);
       });
       parallel_(count_, [&](int64_t begin, int64_t end) {
         Buffer<int8_t> integers(w_.k);
@@ -149,7 +154,7 @@ class CrossEntropy {
         std::fill_n(total, count, 0.0);
         for (int64_t c = 0; c < chunks_; ++c) {
           std::fill_n(part.get(), count, 0.0);
-          for (int64_t n = c * kChunk; n < std::min(w_.n, (c + 1) * kChunk); ++n) {
+          for (int64_t n = c * kChunkColumns; n < std::min(w_.n, (c + 1) * kChunkColumns); ++n) {
             dequantize_row(kernels_, w_, n, k0, count, integers.get(), row.get());
             for (int64_t i = 0; i < count; ++i) part[i] += row[i];
           }
@@ -159,12 +164,14 @@ class CrossEntropy {
     });
   }
 
-  Weight chunk(int64_t c) const { return rows_of(w_, c * kChunk, std::min(kChunk, w_.n - c * kChunk)); }
+  Weight chunk(int64_t c) const {
+    return rows_of(w_, c * kChunkColumns, std::min(kChunkColumns, w_.n - c * kChunkColumns));
+  }
 
-  // The softmax of up to kRows rows over a range of chunks, and the sum of the weight's rows by it.
+  // The softmax of up to kProductRows rows over a range of chunks, and the sum of the weight's rows by it.
   void sum_range(int64_t row0, int64_t range) {
-    const int64_t rows = std::min(kRows, count_ - row0), k = w_.k;
-    const int64_t width = std::min(w_.n, kChunk);
+    const int64_t rows = std::min(kProductRows, count_ - row0), k = w_.k;
+    const int64_t width = std::min(w_.n, kChunkColumns);
     const bool gradient = result_.grad_hidden != nullptr;
     Buffer<float> logits(rows * width), scratch(round_up(width, 16)), scales(rows), before(rows);
     Buffer<int8_t> q(gradient ? rows * width : 0);
@@ -180,7 +187,7 @@ class CrossEntropy {
     const auto operand = driver.prepare(kernels_, {x}, chunk(first), kSerial);  // for all chunks
     for (int64_t c = first; c < last; ++c) {
       const Weight w = chunk(c);
-      const int64_t n0 = c * kChunk;
+      const int64_t n0 = c * kChunkColumns;
       const float* bias = args_.bias.data != nullptr ? &bias_[n0] : nullptr;
       operand->multiply(w, bias, {logits.get(), DType::float32}, kSerial);
       for (int64_t i = 0; i < rows; ++i) {
@@ -217,7 +224,7 @@ class CrossEntropy {
     if (grad != nullptr) std::fill_n(grad, k, 0.0f);
     for (int64_t range = 0; range < kRanges; ++range) {
       const SoftmaxState& part = state(i, range);
-      const SoftmaxFactors factors = fold(total, part);
+      const SoftmaxFactors factors = merge_softmax(total, part);
       // A range holds the target's logit or 0.
       total.target = total.target + part.target;
       if (grad == nullptr) continue;

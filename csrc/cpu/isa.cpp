@@ -23,7 +23,7 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-#if defined(QK_EMULATED)  // tests/emulation computes what this CPU lacks
+#if defined(QK_EMULATED)  // tests/native/emulation computes what this CPU lacks
 #define QK_CPU_HAS(feature) true
 #else
 #define QK_CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)  // by the CPU and the OS

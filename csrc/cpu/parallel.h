@@ -13,9 +13,9 @@ namespace qk {
 
 // The tasks of a call, in a share for each thread.
 //
-// NOTE [shares]. Threads with equal work are not done at the same time: cores differ, and a core that another program
-// uses, too, gives us half. So a thread takes its share in pieces, in order, and when it is done the last pieces of the
-// others' shares.
+// NOTE [shares]. Equal shares finish at different times (cores differ, and other programs use them too), so idle
+// threads steal pieces: a thread takes the pieces of its own share in order, then the last pieces of the others'
+// shares.
 class Shares {
  public:
   Shares(int64_t tasks, int count, int64_t pieces_each)
@@ -29,7 +29,7 @@ class Shares {
 
   // Calls f(begin, end) for pieces of share `own`, then of the others, until none is left.
   template <class F>
-  void take(int64_t own, const F& f) {
+  void run_share(int64_t own, const F& f) {
     const auto count = static_cast<int64_t>(shares_.size());
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t piece; (piece = next(shares_[(own + i) % count], i == 0)) >= 0;)
@@ -100,18 +100,18 @@ struct Parallel {
     }
     const auto count = static_cast<int>(std::min<int64_t>(num_threads, tasks));
     if (pieces == 1) {
-      spread(count, [&](int64_t begin, int64_t end) { f(tasks * begin / count, tasks * end / count); });
+      split_evenly(count, [&](int64_t begin, int64_t end) { f(tasks * begin / count, tasks * end / count); });
       return;
     }
     Shares shares(tasks, count, pieces);
-    spread(count, [&](int64_t begin, int64_t end) {
-      for (int64_t own = begin; own < end; ++own) shares.take(own, f);
+    split_evenly(count, [&](int64_t begin, int64_t end) {
+      for (int64_t own = begin; own < end; ++own) shares.run_share(own, f);
     });
   }
 
  private:
   template <class F>
-  void spread(int64_t shares, const F& f) const {
+  void split_evenly(int64_t shares, const F& f) const {
     auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
     run(shares, body, const_cast<F*>(&f));
   }
@@ -127,8 +127,9 @@ inline int useful_threads(int threads, int64_t work) {
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(work / kMinWorkPerThread, 1)));
 }
 
-// Work that is not large stays whole: a piece sets up its scratch anew.
-inline Parallel limit(const Parallel& parallel, int64_t work) {
+// `parallel` with as many threads and pieces as this many multiply-adds are worth. Work that is not large stays whole:
+// a piece sets up its scratch anew.
+inline Parallel limited_to_work(const Parallel& parallel, int64_t work) {
   constexpr int64_t kMostPieces = 8, kMinWorkPerPiece = 32 * kMinWorkPerThread;
   const int threads = useful_threads(parallel.num_threads, work);
   return {threads, parallel.run, std::clamp<int64_t>(work / threads / kMinWorkPerPiece, 1, kMostPieces)};

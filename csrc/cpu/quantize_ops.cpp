@@ -19,9 +19,9 @@ constexpr int64_t kRandomWork = 16;
 
 // Rows that are rounded and then transposed together, in blocks of so many columns: a block stays in L1, and each row
 // of the result gets a whole cache line of it.
-constexpr int64_t kRows = 64;
-constexpr int64_t kColumns = 256;
-static_assert(kColumns % kPhiloxWords == 0);
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockColumns = 256;
+static_assert(kBlockColumns % kPhiloxWords == 0);
 
 // Rule 3 for a group.
 struct Int4Group {
@@ -55,7 +55,7 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
   const Kernels& kernels = qk::kernels();
   const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
   std::atomic<bool> finite{true};
-  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols);
     Buffer<uint8_t> nibbles(scheme.weight->in_place() ? 0 : w.cols);
     for (int64_t n = begin; n < end; ++n) {
@@ -85,7 +85,7 @@ void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, voi
   const Kernels& kernels = qk::kernels();
   map_pages(out, w.rows * w.cols * size_of(grad.dtype), parallel);
   const int64_t group = scheme.weight_group(w.cols);
-  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols), masked(w.cols);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = float_row(kernels, w, n, floats.get());
@@ -106,7 +106,7 @@ bool quantize_weight_scaled(const Matrix& w, const float* scales, const Scheme& 
   const Kernels& kernels = qk::kernels();
   const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
   std::atomic<bool> finite{true};
-  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols);
     Buffer<uint8_t> nibbles(scheme.weight->in_place() ? 0 : w.cols);
     for (int64_t n = begin; n < end; ++n) {
@@ -138,7 +138,7 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
   const Kernels& kernels = qk::kernels();
   const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
   const int low = scheme.weight->least, high = scheme.weight->greatest;
-  limit(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, w.rows * w.cols)(w.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(w.cols), masked(w.cols);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = float_row(kernels, w, n, floats.get());
@@ -158,7 +158,7 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
 void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
                               const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  limit(parallel, kRandomWork * x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
+  limited_to_work(parallel, kRandomWork * x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols), folded(x.cols);
     for (int64_t m = begin; m < end; ++m) {
       const float* row = float_row(kernels, x, m, floats.get());
@@ -181,16 +181,16 @@ void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Rand
 void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
                                  const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
-  const Parallel limited = limit(parallel, kRandomWork * x.rows * x.cols);
+  const Parallel limited = limited_to_work(parallel, kRandomWork * x.rows * x.cols);
   const auto folded = [&](int64_t m, int64_t c0, int64_t count, float* out) {
     kernels.elementwise.to_float(x.at(m, c0), x.dtype, count, out);
     if (row_factors != nullptr) kernels.elementwise.scale(out, count, row_factors[m], out);
   };
 
-  const int64_t blocks = div_up(x.cols, kColumns);
+  const int64_t blocks = div_up(x.cols, kBlockColumns);
   Buffer<float> inverse(x.cols);
   limited(blocks, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kColumns, last = std::min(end * kColumns, x.cols);
+    const int64_t first = begin * kBlockColumns, last = std::min(end * kBlockColumns, x.cols);
     Buffer<float> floats(last - first);
     Buffer<uint32_t> max(last - first);
     std::fill_n(max.get(), last - first, 0u);
@@ -204,20 +204,20 @@ void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Rand
     }
   });
 
-  limited(div_up(x.rows, kRows), [&](int64_t begin, int64_t end) {
-    Buffer<float> floats(kColumns);
-    Buffer<int8_t> rounded(kRows * kColumns);
-    for (int64_t m0 = begin * kRows; m0 < std::min(end * kRows, x.rows); m0 += kRows) {
-      const int64_t rows = std::min(kRows, x.rows - m0);
-      for (int64_t c0 = 0; c0 < x.cols; c0 += kColumns) {
-        const int64_t count = std::min(kColumns, x.cols - c0);
+  limited(div_up(x.rows, kBlockRows), [&](int64_t begin, int64_t end) {
+    Buffer<float> floats(kBlockColumns);
+    Buffer<int8_t> rounded(kBlockRows * kBlockColumns);
+    for (int64_t m0 = begin * kBlockRows; m0 < std::min(end * kBlockRows, x.rows); m0 += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, x.rows - m0);
+      for (int64_t c0 = 0; c0 < x.cols; c0 += kBlockColumns) {
+        const int64_t count = std::min(kBlockColumns, x.cols - c0);
         for (int64_t r = 0; r < rows; ++r) {
           folded(m0 + r, c0, count, floats.get());
           kernels.elementwise.scale_each(floats.get(), &inverse[c0], count, floats.get());
           kernels.elementwise.round_stochastic(floats.get(), count, 1.0f, PhiloxRow(random, m0 + r), c0,
-                                               &rounded[r * kColumns]);
+                                               &rounded[r * kBlockColumns]);
         }
-        kernels.elementwise.transpose(rounded.get(), kColumns, rows, count, q + c0 * x.rows + m0, x.rows);
+        kernels.elementwise.transpose(rounded.get(), kBlockColumns, rows, count, q + c0 * x.rows + m0, x.rows);
       }
     }
   });

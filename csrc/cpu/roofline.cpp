@@ -13,7 +13,6 @@
 #include "cpu/kernels/kernels.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -92,22 +91,18 @@ QK_TILE_PEAK(tdpbf16ps_amx, "amx-tile,amx-bf16,avx512f", _tile_dpbf16ps)
 
 #undef QK_TILE_PEAK
 
-bool has_amx() {
+bool has_isa(const char* name) {
   const std::vector<std::string> isas = supported_isas();
-  return std::find(isas.begin(), isas.end(), amx_kernels().name) != isas.end();
+  return std::find(isas.begin(), isas.end(), name) != isas.end();
 }
 
-// CPUID leaf 7.1, EAX bit 4; older compilers have no name for it.
-bool has_avxvnni() {
-  unsigned a = 0, b, c, d;
-  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
-}
+bool has_amx() { return has_isa("amx"); }
 
 const PeakProbe kPeakProbes[] = {
     {"tdpbssd-amx", has_amx, 2 * 16 * 16 * 64, tdpbssd_amx},
     {"tdpbf16ps-amx", has_amx, 2 * 16 * 16 * 32, tdpbf16ps_amx},
     {"vpdpbusd-avx512", [] { return __builtin_cpu_supports("avx512vnni") != 0; }, 128, vpdpbusd_avx512},
-    {"vpdpbusd-avxvnni", has_avxvnni, 64, vpdpbusd_avxvnni},
+    {"vpdpbusd-avxvnni", [] { return has_isa("avxvnni"); }, 64, vpdpbusd_avxvnni},
     {"vdpbf16ps-avx512", [] { return __builtin_cpu_supports("avx512bf16") != 0; }, 64, vdpbf16ps_avx512},
     {"vpmaddwd-avx512", [] { return __builtin_cpu_supports("avx512bw") != 0; }, 64, vpmaddwd_avx512},
     {"vpmaddwd-avx2", [] { return __builtin_cpu_supports("avx2") != 0; }, 32, vpmaddwd_avx2},
@@ -123,22 +118,22 @@ const std::vector<PeakProbe> kPeakProbes;  // none are written for other CPUs ye
 
 // Reads `size` bytes, a multiple of kMinReadBlock, as four streams side by side: prefetchers follow each within its
 // page, and DRAM delivers a fifth more than to one stream. The pages are ordinary ones, as those of a weight are.
-constexpr int kStreams = 4;
+constexpr int kReadStreams = 4;
 
-#define QK_READ(function, isa, bytes)                                       \
-  isa void function(const char* data, int64_t size) {                       \
-    constexpr int kLoads = 2; /* of each stream in a pass */                \
-    const auto* vectors = reinterpret_cast<const Vector<bytes>*>(data);     \
-    const int64_t stream = size / kStreams / bytes;                         \
-    Vector<bytes> sums[kStreams * kLoads] = {};                             \
-    for (int64_t i = 0; i < stream; i += kLoads) {                          \
-      _Pragma("GCC unroll 8") for (int j = 0; j < kStreams * kLoads; ++j) { \
-        sums[j] += vectors[j / kLoads * stream + i + j % kLoads];           \
-      }                                                                     \
-    }                                                                       \
-    _Pragma("GCC unroll 8") for (int j = 0; j < kStreams * kLoads; ++j) {   \
-      asm volatile("" : : QK_REGISTER(sums[j]) : "memory");                 \
-    }                                                                       \
+#define QK_READ(function, isa, bytes)                                           \
+  isa void function(const char* data, int64_t size) {                           \
+    constexpr int kLoads = 2; /* of each stream in a pass */                    \
+    const auto* vectors = reinterpret_cast<const Vector<bytes>*>(data);         \
+    const int64_t length = size / kReadStreams / bytes;                         \
+    Vector<bytes> sums[kReadStreams * kLoads] = {};                             \
+    for (int64_t i = 0; i < length; i += kLoads) {                              \
+      _Pragma("GCC unroll 8") for (int j = 0; j < kReadStreams * kLoads; ++j) { \
+        sums[j] += vectors[j / kLoads * length + i + j % kLoads];               \
+      }                                                                         \
+    }                                                                           \
+    _Pragma("GCC unroll 8") for (int j = 0; j < kReadStreams * kLoads; ++j) {   \
+      asm volatile("" : : QK_REGISTER(sums[j]) : "memory");                     \
+    }                                                                           \
   }
 
 #if defined(__x86_64__)

@@ -283,8 +283,9 @@ Slices choose_slices(const FloatMatmulArgs& args, int processors) {
 
 template <DType kType, int kBits, bool kGrouped>
 cudaError_t start(const FloatMatmulArgs& args, cudaStream_t stream) {
-  const bool aligned = reinterpret_cast<uintptr_t>(args.x) % kChunk == 0 &&
-                       reinterpret_cast<uintptr_t>(args.weight) % kChunk == 0 && args.k % (8 * kChunk / kBits) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(args.x) % kCopyBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(args.weight) % kCopyBytes == 0 &&
+                       args.k % (8 * kCopyBytes / kBits) == 0;
   const auto tiled = [&]<class T, bool kAligned>() {
     using Kernel = FloatMatmul<T, kType, kBits, kGrouped, kAligned>;
     const int64_t tiles = div_up(args.m, T::kRows) * div_up(args.n, T::kColumns);

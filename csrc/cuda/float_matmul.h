@@ -36,7 +36,7 @@ Slices choose_slices(const FloatMatmulArgs& args, int processors);
 // Uses slice and parts of args.
 cudaError_t float_matmul(const FloatMatmulArgs& args, cudaStream_t stream);
 
-// Whether there is one row, and its kernel can read it: rows start at multiples of 16 bytes.
+// M == 1, and all rows start at multiples of 16 bytes.
 bool is_float_row(const FloatMatmulArgs& args);
 
 cudaError_t float_row(const FloatMatmulArgs& args, int processors, cudaStream_t stream);

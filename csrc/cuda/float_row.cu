@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps) float_row_kernel(const FloatRowAr
   const bool grouped = args.w_shift != kWholeRow;
   float sum = 0.0f;
   for (int chunk = warp % all.split * 32 + lane; chunk < args.k / kValues; chunk += 32 * all.split) {
-    const Words4 words = load_16(weight + int64_t{chunk} * kChunk);
+    const Words4 words = load_16(weight + int64_t{chunk} * kCopyBytes);
     const uint32_t group = group_index(row, args.n, args.w_shift, chunk * kValues, args.k);
     const int zero = kBits == 8 ? 128 : (args.zeros != nullptr ? args.zeros[group] : 8);
     const float offset = __int2float_rn((1 << 23) + zero);
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(32 * kWarps) float_row_kernel(const FloatRowAr
 }
 
 bool is_float_row(const FloatMatmulArgs& args) {
-  return args.m == 1 && reinterpret_cast<uintptr_t>(args.x) % kChunk == 0 &&
-         reinterpret_cast<uintptr_t>(args.weight) % kChunk == 0 && args.k % (8 * kChunk / args.bits) == 0;
+  return args.m == 1 && reinterpret_cast<uintptr_t>(args.x) % kCopyBytes == 0 &&
+         reinterpret_cast<uintptr_t>(args.weight) % kCopyBytes == 0 && args.k % (8 * kCopyBytes / args.bits) == 0;
 }
 
 cudaError_t float_row(const FloatMatmulArgs& args, int processors, cudaStream_t stream) {

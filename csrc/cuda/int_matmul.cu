@@ -101,8 +101,8 @@ struct IntMatmul : WarpTile<Tile<kSize>> {
         // and 4 t + 2, + 3 in the next: the four bytes of each column that its factor needs, after a permutation.
         const int matrix = lane / 8, i = lane % 8;
         const int row = kStep * step + 16 * (matrix / 2) + 2 * (matrix % 2) + 4 * (i / 2) + i % 2;
-        load_matrices_transposed(r,
-                                 tile + swizzled<kWeightRowBytes, Reads::across>(row, (warp_column + 8 * j) / kChunk));
+        load_matrices_transposed(
+            r, tile + swizzled<kWeightRowBytes, Reads::across>(row, (warp_column + 8 * j) / kCopyBytes));
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           b[j + odd][0] = permute_bytes(r[0], r[1], odd ? 0x7531 : 0x6420);
@@ -296,7 +296,7 @@ cudaError_t start(const IntMatmulArgs& args, const TileChoice& choice, cudaStrea
 
 TileChoice choose_tile(const IntMatmulArgs& args, Storage storage, int processors) {
   const auto at_16 = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % kChunk == 0 && stride % kChunk == 0;
+    return reinterpret_cast<uintptr_t>(data) % kCopyBytes == 0 && stride % kCopyBytes == 0;
   };
   if (!at_16(args.x, args.x_stride) || !at_16(args.weight, args.weight_stride)) {
     return {TileSize::square64, false, "rows do not start at multiples of 16 bytes: read by bytes, without cp.async"};

@@ -5,8 +5,8 @@
 
 namespace qk::cuda {
 
-constexpr int kChunk = 16;  // bytes of a copy, and of a row that ldmatrix reads
-constexpr int kLine = 128;  // bytes of all banks of shared memory
+constexpr int kCopyBytes = 16;  // bytes of a copy, and of a row that ldmatrix reads
+constexpr int kLine = 128;      // bytes of all banks of shared memory
 
 // What is read at once from a tile, and must lie in different banks: the same chunk of eight neighbouring rows
 // (ldmatrix), of rows 0, 1, 4, 5, 8, 9, 12, 13 or the same + 2 (ldmatrix across), or half of each of several
@@ -16,11 +16,11 @@ enum class Reads { neighbours, across, halves };
 // Offset of a chunk in a tile with rows of kRowBytes: the chunks of a line are permuted by a number of the line.
 template <int kRowBytes, Reads kReads = Reads::neighbours>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
-  constexpr int kRowsOfLine = kLine / kRowBytes, kChunks = kRowBytes / kChunk;
+  constexpr int kRowsOfLine = kLine / kRowBytes, kChunks = kRowBytes / kCopyBytes;
   int number = row / kRowsOfLine & (kChunks - 1);
   if (kReads == Reads::across) number = (kRowsOfLine == 1 ? (row & 1) | (row >> 2 << 1) : row >> 2) & (kChunks - 1);
   if (kReads == Reads::halves) number = (row / kRowsOfLine & 1) * (kChunks / 2);
-  return row * kRowBytes + ((chunk ^ number) * kChunk);
+  return row * kRowBytes + ((chunk ^ number) * kCopyBytes);
 }
 
 // Rows `first` to `first` + kRows of a matrix of bytes, from byte `begin` of each, with zeros outside of it.
@@ -34,23 +34,23 @@ struct Window {
 // Begins the copy of a window to shared memory. Rows that are not aligned are read by bytes, and at once.
 template <int kRows, int kRowBytes, int kThreads, bool kAligned, Reads kReads = Reads::neighbours>
 __device__ __forceinline__ void copy_window(uint8_t* tile, const Window& from) {
-  constexpr int kChunks = kRowBytes / kChunk, kTotal = kRows * kChunks;
+  constexpr int kChunks = kRowBytes / kCopyBytes, kTotal = kRows * kChunks;
 #pragma unroll
   for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; ++i) {
     const int index = static_cast<int>(threadIdx.x) + i * kThreads;
     if (kTotal % kThreads != 0 && index >= kTotal) break;
     const int row = index / kChunks, chunk = index % kChunks;
-    const int64_t left = from.first + row < from.rows ? from.size - from.begin - chunk * kChunk : 0;
-    const int bytes = left <= 0 ? 0 : (left < kChunk ? static_cast<int>(left) : kChunk);
+    const int64_t left = from.first + row < from.rows ? from.size - from.begin - chunk * kCopyBytes : 0;
+    const int bytes = left <= 0 ? 0 : (left < kCopyBytes ? static_cast<int>(left) : kCopyBytes);
     // An address is formed even of what is not read: it must lie within the matrix.
-    const int64_t offset = bytes == 0 ? 0 : (from.first + row) * from.stride + from.begin + chunk * kChunk;
+    const int64_t offset = bytes == 0 ? 0 : (from.first + row) * from.stride + from.begin + chunk * kCopyBytes;
     uint8_t* const to = tile + swizzled<kRowBytes, kReads>(row, chunk);
     if (kAligned) {
       copy_async_16(to, from.data + offset, bytes);
     } else {
       Words4 words = {};
 #pragma unroll
-      for (int b = 0; b < kChunk; ++b) {
+      for (int b = 0; b < kCopyBytes; ++b) {
         if (b < bytes) words.w[b / 4] |= uint32_t{from.data[offset + b]} << 8 * (b % 4);
       }
       store_16(to, words);

@@ -5,7 +5,7 @@
 // NOTE [blocks]. A packed block of the weight takes half of L2. So many rows of A meet it before the next ones that
 // their sums take another sixteenth, and the depth of both is cut into chunks, so that a panel of the chunk of B stays
 // in L1. What comes from the slower memories then is each byte of the weight once and of A once for every block of
-// columns; the latter is asked for while the chunk before is multiplied.
+// columns; the latter is prefetched while the chunk before is multiplied.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -417,7 +417,7 @@ class Multiply {
     kernels.tiles.int_tile(end - u, a, b, sums, shape_.nr, sums);
   }
 
-  // Asks L2 for part p of all `panels` parts of a chunk of A.
+  // Prefetches into L2 part p of all `panels` parts of a chunk of A.
   void prefetch(int64_t panel, int64_t u, int64_t p, int64_t panels) {
     constexpr int64_t kLineUnits = 64 / sizeof(uint32_t);
     const int64_t size = std::min(shape_.chunk_units, shape_.units - u) * shape_.mr;

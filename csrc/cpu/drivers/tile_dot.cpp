@@ -51,26 +51,26 @@ class TileDotOperand : public LinearOperand {
 
 void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
   const Kernels& kernels = kernels_;
-  constexpr int kBlock = 2 * kTileRows;  // rows of the weight
+  constexpr int kBlockRows = 2 * kTileRows;  // rows of the weight
   const int64_t bytes = units_ * kernels.panels.unit;
   // Whole tiles may reach beyond the end of a row, where they meet zeros, but not beyond the end of the weight.
   const auto is_direct = [&](int64_t n0) {
-    return w.scheme.weight->in_place() && (n0 + kBlock - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
+    return w.scheme.weight->in_place() && (n0 + kBlockRows - 1) * w.row_bytes + bytes <= w.n * w.row_bytes;
   };
 
-  parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {
+  parallel(div_up(w.n, kBlockRows), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
-    Buffer<int8_t> copy(kBlock * bytes);
-    Buffer<int32_t> sums(panels_ * kBlock * kTileRows);
-    Buffer<uint32_t> tile(kTileRows * kBlock);
-    Buffer<float> scales(kBlock), bias_block(kBlock);
-    const uint32_t* sources[kBlock];
-    for (int64_t n0 = begin * kBlock; n0 < std::min(end * kBlock, w.n); n0 += kBlock) {
-      const int64_t valid = std::min<int64_t>(kBlock, w.n - n0);
+    Buffer<int8_t> copy(kBlockRows * bytes);
+    Buffer<int32_t> sums(panels_ * kBlockRows * kTileRows);
+    Buffer<uint32_t> tile(kTileRows * kBlockRows);
+    Buffer<float> scales(kBlockRows), bias_block(kBlockRows);
+    const uint32_t* sources[kBlockRows];
+    for (int64_t n0 = begin * kBlockRows; n0 < std::min(end * kBlockRows, w.n); n0 += kBlockRows) {
+      const int64_t valid = std::min<int64_t>(kBlockRows, w.n - n0);
       const auto* rows = reinterpret_cast<const int8_t*>(w.row(n0));
       int64_t stride = w.row_bytes;
       if (!is_direct(n0)) {
-        std::memset(copy.get(), 0, kBlock * bytes);
+        std::memset(copy.get(), 0, kBlockRows * bytes);
         for (int64_t j = 0; j < valid; ++j) {
           int8_t* row = &copy[j * bytes];
           const int8_t* stored = integer_row(kernels, w, n0 + j, 0, w.k, row);
@@ -82,17 +82,17 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
       for (int64_t panel = 0; panel < panels_; panel += kPanelsAtOnce) {
         const auto panels = static_cast<int>(std::min(kPanelsAtOnce, panels_ - panel));
         kernels.tile_registers->dot_tile(units_, rows, stride, &data_[panel * units_ * kTileRows], panels,
-                                         &sums[panel * kBlock * kTileRows]);
+                                         &sums[panel * kBlockRows * kTileRows]);
       }
-      std::fill_n(scales.get(), kBlock, 1.0f);
+      std::fill_n(scales.get(), kBlockRows, 1.0f);
       std::copy_n(w.scales + n0, valid, scales.get());
       if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());
       for (int64_t panel = 0; panel < panels_; ++panel) {
         const int64_t m0 = panel * kTileRows;
-        for (int j = 0; j < kBlock; ++j) {
-          sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * kBlock + j) * kTileRows]);
+        for (int j = 0; j < kBlockRows; ++j) {
+          sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * kBlockRows + j) * kTileRows]);
         }
-        kernels.panels.interleave(sources, kBlock, kTileRows, tile.get());
+        kernels.panels.interleave(sources, kBlockRows, kTileRows, tile.get());
         kernels.tiles.store_int(reinterpret_cast<const int32_t*>(tile.get()),
                                 {
                                     .row_scales = &scales_[m0],

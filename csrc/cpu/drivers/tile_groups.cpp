@@ -2,9 +2,9 @@
 // rows are copied or unpacked as they are stored; a tile of sums leaves the tile registers after each group, and its
 // scaled totals stay in vector registers for as many groups as a chunk of the depth has.
 //
-// A chunk of kBlock rows of the weight lies in L1 and meets the panels of a block of x. Of such a block kMostPanels are
-// enough to pay for unpacking the weight; as much of their depth as L2 holds meets all rows of the weight before the
-// rest of it does, and the totals wait in memory.
+// A chunk of kBlockRows rows of the weight lies in L1 and meets the panels of a block of x. Of such a block kMostPanels
+// are enough to pay for unpacking the weight; as much of their depth as L2 holds meets all rows of the weight before
+// the rest of it does, and the totals wait in memory.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -16,43 +16,43 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kBlock = 2 * kTileRows;  // rows of the weight
-constexpr int64_t kChunk = 512;            // of the depth, a multiple of all group sizes
-constexpr int64_t kPad = 64;               // keeps the rows of a chunk out of each other's cache sets
+constexpr int64_t kBlockRows = 2 * kTileRows;  // rows of the weight
+constexpr int64_t kChunkDepth = 512;           // of the depth, a multiple of all group sizes
+constexpr int64_t kPad = 64;                   // keeps the rows of a chunk out of each other's cache sets
 constexpr int64_t kMostPanels = 16;
 constexpr int64_t kL2PerBlock = 2;  // a block of x takes this part of L2
 
-// kBlock rows of the weight: a chunk of their integers, and the scales of all groups of the sums. Past the end the last
-// row is repeated.
+// kBlockRows rows of the weight: a chunk of their integers, and the scales of all groups of the sums. Past the end the
+// last row is repeated.
 class TileWeightBlock {
  public:
-  static constexpr int64_t kStride = kChunk + kPad;
+  static constexpr int64_t kStride = kChunkDepth + kPad;
 
   TileWeightBlock(const Kernels& kernels, const Weight& w, int64_t groups)
       : kernels_(kernels),
         w_(w),
         groups_(groups),
         group_(w.scheme.acc_group(w.k)),
-        q_(kBlock * kStride),
-        scales_(w.scheme.group_size != 0 ? kBlock * groups : 0) {}
+        q_(kBlockRows * kStride),
+        scales_(w.scheme.group_size != 0 ? kBlockRows * groups : 0) {}
 
   void load_scales(int64_t n0) {
     if (w_.scheme.group_size == 0) return;
-    for (int64_t r = 0; r < kBlock; ++r) {
+    for (int64_t r = 0; r < kBlockRows; ++r) {
       const float* stored = w_.scales + std::min(n0 + r, w_.n - 1) * w_.groups;
       expand_groups(stored, w_.group, group_, groups_, &scales_[r * groups_]);
     }
   }
 
-  // Columns [k0, k0 + kChunk); those of [begin, end) are read before the rows below.
+  // Columns [k0, k0 + kChunkDepth); those of [begin, end) are read before the rows below.
   void load_chunk(int64_t n0, int64_t k0, int64_t begin, int64_t end) {
-    const int64_t count = std::min(kChunk, w_.k - k0), padded = round_up(count, group_);
-    const bool last = k0 + kChunk >= end;
-    const int64_t next_row = last ? kBlock : 0, next_k = last ? begin : k0 + kChunk;
-    for (int64_t r = 0; r < kBlock; ++r) {
+    const int64_t count = std::min(kChunkDepth, w_.k - k0), padded = round_up(count, group_);
+    const bool last = k0 + kChunkDepth >= end;
+    const int64_t next_row = last ? kBlockRows : 0, next_k = last ? begin : k0 + kChunkDepth;
+    for (int64_t r = 0; r < kBlockRows; ++r) {
       const int64_t n = std::min(n0 + r, w_.n - 1);
       const uint8_t* next = w_.row(std::min(n + next_row, w_.n - 1)) + w_.scheme.packed_features(next_k);
-      for (int64_t i = 0; i < w_.scheme.packed_features(kChunk); i += 64) __builtin_prefetch(next + i, 0, 2);
+      for (int64_t i = 0; i < w_.scheme.packed_features(kChunkDepth); i += 64) __builtin_prefetch(next + i, 0, 2);
       int8_t* q = &q_[r * kStride];
       if (const int8_t* stored = integer_row(kernels_, w_, n, k0, count, q); stored != q) std::memcpy(q, stored, count);
       std::memset(q + count, 0, padded - count);
@@ -66,26 +66,26 @@ class TileWeightBlock {
   const Kernels& kernels_;
   const Weight& w_;
   int64_t groups_, group_;
-  Buffer<int8_t> q_;      // [kBlock, kStride]
-  Buffer<float> scales_;  // [kBlock, groups]
+  Buffer<int8_t> q_;      // [kBlockRows, kStride]
+  Buffer<float> scales_;  // [kBlockRows, groups]
 };
 
-// Totals of kBlock rows of the weight and panels [first, last) of x, to their place in the result.
+// Totals of kBlockRows rows of the weight and panels [first, last) of x, to their place in the result.
 class StoreTotals {
  public:
   StoreTotals(const Kernels& kernels, const Weight& w, const float* bias, Output out, int64_t rows)
       : kernels_(kernels), w_(w), bias_(bias), out_(out), rows_(rows) {
-    std::fill_n(col_scales_, kBlock, 1.0f);
+    std::fill_n(col_scales_, kBlockRows, 1.0f);
   }
 
   void operator()(const float* row_scales, int64_t n0, int64_t first, int64_t last, const float* totals) {
-    const auto cols = static_cast<int>(std::min(kBlock, w_.n - n0));
+    const auto cols = static_cast<int>(std::min(kBlockRows, w_.n - n0));
     if (w_.scheme.group_size == 0) std::copy_n(w_.scales + n0, cols, col_scales_);
     if (bias_ != nullptr) std::copy_n(bias_ + n0, cols, bias_block_);
-    for (int64_t panel = first; panel < last; ++panel, totals += kBlock * kTileRows) {
-      const uint32_t* sources[kBlock];
-      for (int64_t r = 0; r < kBlock; ++r) sources[r] = reinterpret_cast<const uint32_t*>(totals + r * kTileRows);
-      kernels_.panels.interleave(sources, kBlock, kTileRows, tile_);
+    for (int64_t panel = first; panel < last; ++panel, totals += kBlockRows * kTileRows) {
+      const uint32_t* sources[kBlockRows];
+      for (int64_t r = 0; r < kBlockRows; ++r) sources[r] = reinterpret_cast<const uint32_t*>(totals + r * kTileRows);
+      kernels_.panels.interleave(sources, kBlockRows, kTileRows, tile_);
       const int64_t m0 = panel * kTileRows;
       kernels_.tiles.store_float(reinterpret_cast<const float*>(tile_),
                                  {
@@ -107,8 +107,8 @@ class StoreTotals {
   const float* bias_;
   Output out_;
   int64_t rows_;
-  alignas(64) float col_scales_[kBlock], bias_block_[kBlock] = {};
-  alignas(64) uint32_t tile_[kTileRows * kBlock];
+  alignas(64) float col_scales_[kBlockRows], bias_block_[kBlockRows] = {};
+  alignas(64) uint32_t tile_[kTileRows * kBlockRows];
 };
 
 // Panels of kTileRows rows of x, and what belongs to their groups.
@@ -166,10 +166,10 @@ void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Outpu
   const bool x_grouped = w.scheme.act_group_size != 0;
   const int64_t group = w.scheme.acc_group(w.k), block_panels = std::min(kMostPanels, panels_);
   const int64_t fits = l2_bytes() / kL2PerBlock / (block_panels * kTileRows);  // of the depth, a byte each
-  const int64_t depth = std::max(fits / kChunk * kChunk, kChunk);
-  const int64_t block_totals = block_panels * kBlock * kTileRows;
+  const int64_t depth = std::max(fits / kChunkDepth * kChunkDepth, kChunkDepth);
+  const int64_t block_totals = block_panels * kBlockRows * kTileRows;
 
-  parallel(div_up(w.n, kBlock), [&](int64_t begin, int64_t end) {
+  parallel(div_up(w.n, kBlockRows), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, group);
     TileWeightBlock block(kernels, w, groups_);
     Buffer<float> totals((depth < w.k ? end - begin : 1) * block_totals);
@@ -179,15 +179,15 @@ void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Outpu
       for (int64_t k_begin = 0; k_begin < w.k; k_begin += depth) {
         const int64_t k_end = std::min(k_begin + depth, w.k);
         for (int64_t b = begin; b < end; ++b) {
-          const int64_t n0 = b * kBlock;
+          const int64_t n0 = b * kBlockRows;
           float* const block_total = &totals[depth < w.k ? (b - begin) * block_totals : 0];
           if (k_begin == 0) std::fill_n(block_total, block_totals, 0.0f);
           block.load_scales(n0);
-          for (int64_t k0 = k_begin; k0 < k_end; k0 += kChunk) {
+          for (int64_t k0 = k_begin; k0 < k_end; k0 += kChunkDepth) {
             block.load_chunk(n0, k0, k_begin, k_end);
             const int64_t g0 = k0 / group;
             kernels.tile_registers->dot_tile_grouped({
-                .groups = div_up(std::min(kChunk, w.k - k0), group),
+                .groups = div_up(std::min(kChunkDepth, w.k - k0), group),
                 .group = group,
                 .w = block.integers(),
                 .stride = TileWeightBlock::kStride,

@@ -1,7 +1,7 @@
 // QK_BEGIN_TARGET("avx2,fma") ... QK_END_TARGET: the functions in between are compiled for these features.
 //
-// QK_EMULATED: <immintrin.h> is a stand-in that computes what this CPU lacks (tests/emulation), so the compiler must
-// not emit it by itself.
+// QK_EMULATED: <immintrin.h> is a stand-in that computes what this CPU lacks (tests/native/emulation), so the compiler
+// must not emit it by itself.
 #pragma once
 
 #define QK_PRAGMA(text) _Pragma(#text)

@@ -139,7 +139,7 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
   }
 }
 
-// The weight takes the place of A, so that its rows are tiles as they are stored. They are asked for ahead: 32 streams
+// The weight takes the place of A, so that its rows are tiles as they are stored. They are prefetched: 32 streams
 // are more than the hardware follows.
 void dot_tile(int64_t units, const int8_t* w, int64_t stride, const uint32_t* x, int panels, int32_t* sums) {
   constexpr int64_t kAhead = 8 * kRowBytes;
