@@ -17,7 +17,7 @@ QUICK_TESTS := $(addprefix tests/,formats kernels autograd nn ptq convert projec
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/native tools/gpu_emulation -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-full test test-quick test-slow lint format bench bench-peers wheel wheel-cuda wheel-test clean
+.PHONY: demo demo-full test test-quick test-slow sanitize lint format bench bench-peers wheel wheel-cuda wheel-test clean
 
 START := $(shell date +%s)
 # What `make demo` may take, with what it sets up.
@@ -37,6 +37,9 @@ test-quick: $(VENV)/.test ## what answers in minutes: operators, layers, convers
 
 test-slow: $(VENV)/.test ## what `make test` leaves out: every scheme, all targets, emulated CPUs, wheels, examples
 	$(PYTEST) -m "slow and not gpu"
+
+sanitize: $(VENV)/.test ## the core's checks under the sanitizers for memory, undefined behaviour and threads; a clang build
+	$(BIN)/python tools/sanitize.py
 
 lint: $(VENV)/.lint ## check style without changing anything
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests/support"))
 
 import core_driver  # noqa: E402
 
+# The stand-ins redefine what the compiler's headers define.
 EMULATED = (f"-I{ROOT / 'tests/native/emulation'}", "-DQK_EMULATED", "-mavx2", "-mfma", "-mf16c")
 # Stack traces that name lines, and an end at the first report.
 REPORTS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")

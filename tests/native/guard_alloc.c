@@ -1,6 +1,7 @@
-// Preloaded by test_memory.py. While `guard_on` is set, an aligned allocation ends at a page that may not be touched, so
-// that reading or writing past it ends the process; the bytes before it are checked when it is freed. Tensors (libtorch
-// allocates them by posix_memalign) end exactly at that page; scratch (aligned operator new) keeps its alignment.
+// Preloaded by test_memory.py. While `guard_on` is set, an aligned allocation ends at a page that may not be touched,
+// so that reading or writing past it ends the process; the bytes before it are checked when it is freed. Tensors
+// (libtorch allocates them by posix_memalign) end exactly at that page; scratch (aligned operator new) keeps its
+// alignment.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
