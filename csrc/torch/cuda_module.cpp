@@ -1,5 +1,6 @@
 // The Python module `_C_cuda`. Importing it loads the library, whose static initializers register the operators; the
-// module itself says what the library was built for, which qkernels/kernels/cuda_library.py compares with what is there.
+// module itself says what the library was built for, which qkernels/kernels/cuda_library.py compares with what is
+// there.
 #include <Python.h>
 #include <cuda_runtime.h>
 

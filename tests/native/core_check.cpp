@@ -291,7 +291,8 @@ constexpr Shape kShapes[] = {
 };
 
 void check_scheme(Checker& checker, const std::string& scheme_name, const Shape& shape) {
-  const auto [m, n, k, x_dtype, out_dtype] = shape;
+  const int64_t m = shape.m, n = shape.n, k = shape.k;
+  const DType x_dtype = shape.x, out_dtype = shape.out;
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   const bool exact = scheme.int_activations();
   const std::string sizes = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
@@ -334,7 +335,8 @@ void check_scheme(Checker& checker, const std::string& scheme_name, const Shape&
 
 // The gradient from integers.
 void check_int_gradient(Checker& checker, const std::string& scheme_name, const Shape& shape) {
-  const auto [m, n, k, x_dtype, out_dtype] = shape;
+  const int64_t m = shape.m, n = shape.n, k = shape.k;
+  const DType out_dtype = shape.out;
   const std::string sizes = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
   Random random("gradient " + scheme_name + sizes);
   const StoredWeight stored(qk::parse_scheme(scheme_name), n, k, random);
@@ -414,7 +416,8 @@ void check_quantized_weight(Checker& checker, const std::string& scheme_name, co
 
 // linear_with_saved_input: its result, the scales and the integers of x.
 void check_saving(Checker& checker, const std::string& scheme_name, const Shape& shape) {
-  const auto [m, n, k, x_dtype, out_dtype] = shape;
+  const int64_t m = shape.m, n = shape.n, k = shape.k;
+  const DType x_dtype = shape.x;
   Random random("saving " + scheme_name);
   const Input x(m, k, x_dtype, random, true);
   const StoredWeight stored(qk::parse_scheme(scheme_name), n, k, random);

@@ -76,14 +76,6 @@ inline void load(const uint32_t* a, const uint32_t* b) {
   _tile_loadd(7, b + kStep, kStrideB);
 }
 
-inline void add_int(const uint32_t* a, const uint32_t* b) {
-  load(a, b);
-  _tile_dpbssd(0, 4, 6);
-  _tile_dpbssd(2, 5, 6);
-  _tile_dpbssd(1, 4, 7);
-  _tile_dpbssd(3, 5, 7);
-}
-
 inline void add_bf16(const uint32_t* a, const uint32_t* b) {
   load(a, b);
   _tile_dpbf16ps(0, 4, 6);
