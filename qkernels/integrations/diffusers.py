@@ -65,7 +65,7 @@ class DiffusersConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     @classmethod
-    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         known = inspect.signature(cls).parameters
         config = cls(**{key: value for key, value in current_names(config_dict).items() if key in known})
         return (config, kwargs) if return_unused_kwargs else config
@@ -74,17 +74,17 @@ class DiffusersConfig(QuantizationConfigMixin):
 class QKernelsDiffusersQuantizer(DiffusersQuantizer):
     """Quantizes a float model once it is loaded, or loads a saved quantized model."""
 
-    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "device_map must not offload layers to disk; load the model, then accelerate.disk_offload it"
             )
 
-    def maybe_update_loaded_keys(self, loaded_keys, checkpoint_files):
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
         self._keys = set(loaded_keys)
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: Any, keep_in_fp32_modules: Any = (), **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
         config = self.quantization_config
@@ -100,7 +100,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
             )
         keep_in_fp32_modules.append("scales")  # of which diffusers looks at the last part of a name, too
 
-    def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             model.quantization_report = quantize_(
@@ -117,7 +117,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
                 raise ValueError(f"{name}.{key} of the folder {problem}")
             finish_loading(module, layer_entry(entry, config.layer_options)[1]["mode"])
 
-    def _dequantize(self, model):
+    def _dequantize(self, model: Any) -> Any:
         return dequantize_(model)
 
     @property
@@ -133,7 +133,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
         return True
 
 
-def record_layers(model) -> None:
+def record_layers(model: Any) -> None:
     """Let the config of `model` name the layers that are quantized now."""
     found = describe(model)
     existing = model.config.get("quantization_config")

@@ -95,7 +95,9 @@ class LazyLogits(Tensor):
         return self.made
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], cls) and not args[0].written:
@@ -108,7 +110,9 @@ class LazyLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         written = {}
         for argument, value in _arguments(func, args, kwargs):
@@ -127,7 +131,7 @@ class LazyLogits(Tensor):
         return tree_map(lambda value: written.get(id(value), value), result)
 
 
-def _arguments(func, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
     """The arguments of the schema, each with every value that it was given."""
     pairs = []
     for i, argument in enumerate(func._schema.arguments):
@@ -162,14 +166,16 @@ class _Connected(torch.autograd.Function):
     """Puts `LazyLogits` into the graph; the backward is for whatever was computed from the logits themselves."""
 
     @staticmethod
-    def forward(ctx, call, steps, dtype, hidden, *tensors):
+    def forward(
+        ctx: Any, call: HeadCall, steps: tuple[Step, ...], dtype: torch.dtype, hidden: Tensor, *tensors: Tensor
+    ) -> LazyLogits:
         ctx.call, ctx.steps = call, steps
         ctx.save_for_backward(hidden, *tensors)
         return LazyLogits(call, hidden, steps, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call.on_made()
         hidden, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
@@ -206,7 +212,7 @@ def _folded(steps: tuple[Step, ...]) -> tuple[float, Tensor | None, float | None
 
 
 def _cross_entropy(
-    func,
+    func: Any,
     logits: LazyLogits,
     target: Tensor,
     weight: Tensor | None = None,
@@ -228,7 +234,7 @@ def _cross_entropy(
         and target.shape == logits.shape[:-1]
         and not (smoothing and (weight is not None or (quantized and folded[2] is not None)))
     )
-    if not fits:
+    if folded is None or not fits:
         if any(terms.values()):
             raise ValueError(
                 "label_smoothing and z_loss of patch_loss need a cross entropy of class indices, without weight and "
@@ -247,7 +253,7 @@ def _cross_entropy(
             bias = head.bias if bias is None else bias + head.bias
         loss = linear_cross_entropy(
             hidden,
-            head if quantized else head.weight,
+            head if isinstance(head, QuantLinear) else head.weight,
             target.to(hidden.device),
             linear_bias=None if bias is None else bias.reshape(-1),
             weight=weight,
@@ -261,7 +267,7 @@ def _cross_entropy(
     return loss
 
 
-def _index(func, logits: LazyLogits, index: object) -> Tensor:
+def _index(func: Any, logits: LazyLogits, index: Any) -> Tensor:
     """Slices and masks of the tokens."""
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, list | tuple) for item in items):
@@ -276,7 +282,7 @@ def _index(func, logits: LazyLogits, index: object) -> Tensor:
     return logits.derived(logits.hidden[index], logits.steps, logits.dtype)
 
 
-def _reshape(func, logits: LazyLogits, *args, **kwargs) -> Tensor:
+def _reshape(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
     """Another shape of the tokens."""
     like = func(torch.empty(logits.shape, dtype=logits.dtype, device="meta"), *args, **kwargs)
     shape = like.shape
@@ -288,15 +294,15 @@ def _reshape(func, logits: LazyLogits, *args, **kwargs) -> Tensor:
     return logits.derived(hidden, logits.steps, logits.dtype)
 
 
-def _contiguous(func, logits: LazyLogits, *args, **kwargs) -> Tensor:
+def _contiguous(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
     return NotImplemented if args or kwargs else logits
 
 
-def _cast(dtype: torch.dtype) -> Callable:
+def _cast(dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda func, logits, **kwargs: NotImplemented if kwargs else _to(func, logits, dtype)
 
 
-def _to(func, logits: LazyLogits, *args, **kwargs) -> Tensor:
+def _to(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
     if kwargs.pop("copy", False):
         return NotImplemented
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
@@ -308,8 +314,8 @@ def _to(func, logits: LazyLogits, *args, **kwargs) -> Tensor:
     return logits.derived(logits.hidden, (*logits.steps, ("to", dtype)), dtype)
 
 
-def _scale(kind: str) -> Callable:
-    def handler(func, logits: LazyLogits, other: object, **kwargs) -> Tensor:
+def _scale(kind: str) -> Callable[..., Tensor]:
+    def handler(func: Any, logits: LazyLogits, other: Any, **kwargs: Any) -> Tensor:
         number = isinstance(other, int | float) and not isinstance(other, bool) and math.isfinite(other) and other != 0
         if kwargs or not number:
             return NotImplemented
@@ -318,11 +324,11 @@ def _scale(kind: str) -> Callable:
     return handler
 
 
-def _tanh(func, logits: LazyLogits) -> Tensor:
+def _tanh(func: Any, logits: LazyLogits) -> Tensor:
     return logits.derived(logits.hidden, (*logits.steps, ("tanh", None)), logits.dtype)
 
 
-def _add(func, logits: LazyLogits, other: object, **kwargs) -> Tensor:
+def _add(func: Any, logits: LazyLogits, other: Any, **kwargs: Any) -> Tensor:
     """A bias of the classes."""
     fits = (
         not kwargs
@@ -342,7 +348,7 @@ def _add(func, logits: LazyLogits, other: object, **kwargs) -> Tensor:
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HANDLERS: dict[Callable, Callable] = {
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
     Tensor.__getitem__: _index,
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten), _reshape),
