@@ -98,6 +98,7 @@ print(resident(6000) - before)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the resident memory of Linux")
 def test_memory_stays_flat_over_calls_of_mixed_shapes():
     """The strings that torch leaked lay between other blocks, so that memory grew by more than their size."""
