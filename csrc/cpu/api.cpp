@@ -13,6 +13,11 @@
 namespace qk {
 namespace {
 
+// Best first: of a16 schemes, then of a8 schemes.
+const LinearDriver* const kDrivers[] = {
+    &kFloatDot, &kFloatMatmul, &kTileDot, &kGroupDot, &kRowDot, &kTileGroups, &kIntMatmul,
+};
+
 // Columns that column_scales reads at a time.
 constexpr int64_t kScaleColumns = 256;
 
@@ -86,6 +91,18 @@ void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
     Buffer<int8_t> integers(w.k);
     for (int64_t n = begin; n < end; ++n) dequantize_row(kernels, w, n, 0, w.k, integers.get(), out + n * w.k);
   });
+}
+
+bool few_rows(const Kernels& kernels, const Scheme& scheme, int64_t m) {
+  if (!scheme.int_activations()) return m <= kernels.dots.most_rows_float;
+  const RowDot& dot = kernels.dots.of(*scheme.weight);
+  return m <= (scheme.grouped() ? dot.most_rows_grouped : dot.most_rows);
+}
+
+const LinearDriver& choose_driver(const Kernels& kernels, const Scheme& scheme, int64_t m) {
+  const LinearDriver* const* driver = kDrivers;
+  while (!(*driver)->accepts(kernels, scheme, m)) ++driver;  // the last of a8 and of a16 schemes accept any m
+  return **driver;
 }
 
 Choice choose_linear(const Scheme& scheme, int64_t m, int64_t n, int64_t k, int threads) {

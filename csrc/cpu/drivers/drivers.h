@@ -1,7 +1,7 @@
 // The products, for any instruction set.
 //
 // NOTE [drivers]. A driver computes a product with the micro-kernels of one table (cpu/kernels/kernels.h). Forward
-// products have several: drivers.cpp lists them, best first, and the first that accepts a product runs it. `linear`,
+// products have several: cpu/api.cpp lists them, best first, and the first that accepts a product runs it. `linear`,
 // `linear_with_saved_input`, the cross entropy and `explain` all ask choose_driver, so they speak of the same one.
 // All drivers of an a8 scheme give the same bits.
 //
