@@ -66,6 +66,10 @@ class QuantizedRows(NamedTuple):
     integers: Tensor  # int8 [M, N]
     scales: Tensor  # float32 [M]
 
+    @property
+    def device(self) -> torch.device:
+        return self.integers.device
+
 
 class StoredWeight(NamedTuple):
     """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme."""
