@@ -47,7 +47,7 @@ IN_SOURCE = {
         "tiles.cuh", WAIT + BARRIER + NEXT_TILE, NEXT_TILE + LAX_WAIT + BARRIER, INT8, "wrong"),
     "swapped fragment": Fault("int_matmul.cu", "b[j][1] = r[1];", "b[j][1] = r[2];", INT8, "wrong"),
     "factor not transposed": Fault(
-        "int_matmul.cu", "load_matrices_transposed(r,", "load_matrices(r,", GRADIENT, "wrong"),
+        "int_matmul.cu", "load_matrices_transposed(", "load_matrices(", GRADIENT, "wrong"),
     "rows of the gradient's weight in order": Fault(
         "int_matmul.cu", "2 * (matrix % 2) + 4 * (i / 2) + i % 2", "8 * (matrix % 2) + i", GRADIENT, "wrong"),
     "row past the end is read": Fault(
@@ -56,7 +56,7 @@ IN_SOURCE = {
         "int_matmul.cu", "if (m < args.m && column", "if (m <= args.m && column", INT8, "no buffer|wrong"),
     "misaligned copy": Fault(
         "tiles.cuh", "copy_async_16(to,", "copy_async_16(to + 8,", INT8, "misaligned|bounds"),
-    "banks in conflict": Fault("tiles.cuh", "((chunk ^ number) * kChunk)", "(chunk * kChunk)", INT8, "conflicts"),
+    "banks in conflict": Fault("tiles.cuh", "((chunk ^ number) * kCopyBytes)", "(chunk * kCopyBytes)", INT8, "conflicts"),
     "zero point left out": Fault("int_matmul.cu", "args.zeros == nullptr ? 8", "true ? 8", INT4, "wrong"),
     "scale of the group before": Fault("int_matmul.cu", "load_group(next)", "load_group(k)", INT4, "wrong"),
     "sum that must be positive": Fault("int_matmul.cu", "0x4b400000", "0x4b000000", INT4, "wrong"),
