@@ -111,7 +111,7 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeigh
         ValueError: for an unknown scheme.
     """
     qweight, scales, zeros = _call(_ops.quantize_weight.default, weight, scheme_code(scheme))
-    return QuantizedWeight(qweight, scales, zeros if zeros.shape[1] else None)
+    return QuantizedWeight(qweight, scales, None if QuantScheme.parse(scheme).symmetric else zeros)
 
 
 def mask_clipped(grad: Tensor, weight: Tensor, scheme: str | QuantScheme) -> Tensor:
