@@ -56,7 +56,8 @@ IN_SOURCE = {
         "int_matmul.cu", "if (m < args.m && column", "if (m <= args.m && column", INT8, "no buffer|wrong"),
     "misaligned copy": Fault(
         "tiles.cuh", "copy_async_16(to,", "copy_async_16(to + 8,", INT8, "misaligned|bounds"),
-    "banks in conflict": Fault("tiles.cuh", "((chunk ^ number) * kCopyBytes)", "(chunk * kCopyBytes)", INT8, "conflicts"),
+    "banks in conflict": Fault(
+        "tiles.cuh", "((chunk ^ number) * kCopyBytes)", "(chunk * kCopyBytes)", INT8, "conflicts"),
     "zero point left out": Fault("int_matmul.cu", "args.zeros == nullptr ? 8", "true ? 8", INT4, "wrong"),
     "scale of the group before": Fault("int_matmul.cu", "load_group(next)", "load_group(k)", INT4, "wrong"),
     "sum that must be positive": Fault("int_matmul.cu", "0x4b400000", "0x4b000000", INT4, "wrong"),
