@@ -104,11 +104,14 @@ def call_of(name: str, args: tuple[Any, ...]) -> cuda_library.Call:
     return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
 
 
-def run(name: str, choice: Choice, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+def run(
+    name: str, choice: Choice, args: tuple[Any, ...], keywords: dict[str, Any], bundled: tuple[Any, ...] | None = None
+) -> Any:
     """Compute the operator `name` with the chosen backend.
 
     Args:
         args, keywords: as the schema has them: the scheme is a code.
+        bundled: `arguments.bundle(name, args)`, if the caller has made it.
 
     Raises:
         ValueError: unless the backend is "cuda", "triton" or "reference".
@@ -117,9 +120,9 @@ def run(name: str, choice: Choice, args: tuple[Any, ...], keywords: dict[str, An
         return getattr(torch.ops.qkernels_cuda, name)(*args, **keywords)
     if choice.backend not in ("triton", "reference"):
         raise ValueError(f"backend must be 'cuda', 'triton' or 'reference', got {choice.backend!r}")
-    args = arguments.bundle(name, args)
+    bundled = arguments.bundle(name, args) if bundled is None else bundled
     if choice.backend == "triton":
         from .triton import ops
 
-        return ops.run(name, args, keywords)
-    return getattr(reference, name)(*args, **keywords)
+        return ops.run(name, bundled, keywords)
+    return getattr(reference, name)(*bundled, **keywords)

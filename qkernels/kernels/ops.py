@@ -413,13 +413,15 @@ def _register(name: str) -> None:
 
     def run_reference(*args: Any, **kwargs: Any) -> Any:
         checks.check_strided(arguments.names(name), args)
-        check(*arguments.bundle(name, args), **kwargs)
-        return dispatch.run(name, on_reference, args, kwargs)
+        bundled = arguments.bundle(name, args)
+        check(*bundled, **kwargs)
+        return dispatch.run(name, on_reference, args, kwargs, bundled)
 
     def run_gpu(*args: Any, **kwargs: Any) -> Any:
-        check(*arguments.bundle(name, args), **kwargs)
+        bundled = arguments.bundle(name, args)
+        check(*bundled, **kwargs)
         choice = dispatch.select(dispatch.facts_of(args[0].device), dispatch.call_of(name, args))
-        return dispatch.run(name, choice, args, kwargs)
+        return dispatch.run(name, choice, args, kwargs, bundled)
 
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         instead = _DIFFERENTIABLE.get(name, "qkernels.autograd.trained_linear, or a layer")

@@ -1,4 +1,4 @@
-"""The operators on GPU tensors: plan, then run. `dispatch.run` calls this with the arguments of the schemas."""
+"""The operators on GPU tensors: plan, then run. `dispatch.run` calls this with bundled arguments."""
 
 from __future__ import annotations
 
