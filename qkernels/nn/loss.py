@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -15,21 +14,12 @@ from torch.autograd.function import once_differentiable
 from ..autograd.weight_products import autocast_dtype
 from ..formats.storage import QuantizedWeight
 from ..kernels import ops
+from ..kernels.arguments import LossOptions
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 
 # torch computes so many logits at a time: of all tokens, for as many columns of the vocabulary as fit.
 LOGITS_AT_ONCE = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """The terms of the loss of a row, besides its logits and its target."""
-
-    softcap: float
-    z_loss: float
-    label_smoothing: float
-    ignore_index: int
 
 
 def linear_cross_entropy(
@@ -76,7 +66,7 @@ def linear_cross_entropy(
     """
     check_options(reduction, label_smoothing, softcap, z_loss)
     cap = 0.0 if softcap is None or math.isinf(softcap) else float(softcap)
-    terms = _Terms(cap, float(z_loss), float(label_smoothing), ignore_index)
+    terms = LossOptions(cap, float(z_loss), float(label_smoothing), ignore_index)
     if target.dtype != torch.int64 or target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"target must be torch.int64 of shape {list(hidden.shape[:-1])}, got {target.dtype} of shape "
@@ -131,7 +121,7 @@ def _check_bias(bias: Tensor, classes: int) -> None:
 
 
 def _quantized_losses(
-    hidden: Tensor, head: QuantLinear | QuantEmbedding, more_bias: Tensor | None, target: Tensor, terms: _Terms
+    hidden: Tensor, head: QuantLinear | QuantEmbedding, more_bias: Tensor | None, target: Tensor, terms: LossOptions
 ) -> Tensor:
     if head.mode != "frozen":
         raise ValueError(f"head must hold a quantized weight, got a {type(head).__name__} in mode {head.mode!r}")
@@ -148,7 +138,7 @@ def _quantized_losses(
     return _QuantizedCrossEntropy.apply(hidden, bias, target, *head.quantized_weight(), scheme, dither, terms)
 
 
-def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
+def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: LossOptions) -> Tensor:
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"head must have shape [N, {hidden.shape[1]}], got {list(weight.shape)}")
     if bias is not None:
@@ -167,7 +157,7 @@ def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
     return _FloatCrossEntropy.apply(hidden, weight, bias, target, terms)
 
 
-def _labelled_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
+def _labelled_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: LossOptions) -> Tensor:
     """`_float_losses` of the rows that have a target, 0 for the others, which cost nothing."""
     labelled = target != terms.ignore_index
     if torch.compiler.is_compiling() or labelled.all():
@@ -186,7 +176,7 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if capped else logits
 
 
-def _grad_logits(logits: Tensor, chunk: slice, target: Tensor, lse: Tensor, classes: int, terms: _Terms) -> Tensor:
+def _grad_logits(logits: Tensor, chunk: slice, target: Tensor, lse: Tensor, classes: int, terms: LossOptions) -> Tensor:
     """Gradient of each row's loss by a chunk of its logits, which are not capped yet, and are overwritten."""
     y = _cap(logits, terms.softcap)
     grad = (y - lse[:, None] if terms.softcap else y.sub_(lse[:, None])).exp_()
@@ -213,9 +203,9 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
         zeros: Tensor | None,
         scheme: str,
         dither: Tensor | None,
-        terms: _Terms,
+        terms: LossOptions,
     ) -> Tensor:
-        options = {name: getattr(terms, name) for name in terms.__dataclass_fields__}
+        options = terms._asdict()
         arguments = (hidden, target, qweight, scales, zeros, bias, scheme, dither)
         losses, lse, grad = ops.linear_cross_entropy(*arguments, **options)
         ctx.terms, ctx.scheme, ctx.dtype = terms, scheme, hidden.dtype
@@ -244,7 +234,9 @@ class _FloatCrossEntropy(torch.autograd.Function):
     """The loss of a float weight, which gets a gradient too; the backward makes the logits once more."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: _Terms) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: LossOptions
+    ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows, classes = len(target), len(weight)
         valid = target != terms.ignore_index
