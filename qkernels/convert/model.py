@@ -14,6 +14,7 @@ from ..formats.scheme import QuantScheme
 from ..nn.adapters import find_adapter
 from ..nn.layer_adapters import QUANTIZED
 from ..nn.linear import QuantLinear
+from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
@@ -156,7 +157,7 @@ def freeze_(model: nn.Module) -> nn.Module:
         RuntimeError: if a weight holds NaN or Inf.
     """
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, MatrixLayer):
             module.freeze_()
     for callback in AFTER_FREEZE:
         callback(model)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..nn.adapters import is_matrix
-from ..nn.linear import QuantLinear
+from ..nn.matrix_layer import MatrixLayer
 from .layers import Layer
 from .selection import NOT_INCLUDED, SKIPPED
 
@@ -28,7 +28,7 @@ _hook: torch.utils.hooks.RemovableHandle | None = None
 
 def watch_frozen(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Let `watch_training` warn who trains the model as it is, unless a pattern left a layer in float to train."""
-    frozen = any(isinstance(module, QuantLinear) and module.mode == "frozen" for module in model.modules())
+    frozen = any(isinstance(module, MatrixLayer) and module.mode == "frozen" for module in model.modules())
     if frozen and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
         watch_training(model)
 

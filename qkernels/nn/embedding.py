@@ -15,7 +15,7 @@ from ..formats.storage import FLOAT_DTYPES
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from .adapters import find_adapter
-from .linear import leave_out_marker
+from .matrix_layer import leave_out_marker
 from .storage import Storage
 
 

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
-from ..autograd.frozen_weight import FrozenWeight
-from ..autograd.int8_weight import Int8Weight
 from ..autograd.trained import trained_linear
-from ..autograd.weight_products import autocast_dtype, check_input, follow, refuse_script, refuse_write, traced
+from ..autograd.weight_products import autocast_dtype, check_input, traced
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
-from ..formats.validate import STORAGE
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
 from .adapters import find_adapter, is_frozen
-from .int8_state import StateScales, load_parts, state_parts
+from .matrix_layer import MatrixLayer
 from .storage import Storage
-from .stored_parameter import StoredParameter, plain
+from .stored_parameter import plain
 
-MODES = ("frozen", "qat", "int8")
-GRAD_DTYPES = ("float", "int8")
-WEIGHT_SCALES = ("absmax", "learned")
 # torch computes tensors of fewer elements on one thread: thousands of such operations do not wait for one another.
 _SERIAL_ELEMENTS = 32768
 
 
-def _check_trainable(scheme: QuantScheme) -> None:
-    if scheme.weight_bits != 8 or scheme.group_size is not None:
-        raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
-
-
-def _check_weight_scale(weight_scale: str, mode: str, scheme: QuantScheme) -> None:
-    if weight_scale not in WEIGHT_SCALES:
-        raise ValueError(f"weight_scale must be one of {WEIGHT_SCALES}, got {weight_scale!r}")
-    if weight_scale == "learned" and (mode != "qat" or not scheme.symmetric):
-        raise ValueError(
-            f"weight_scale='learned' is for mode='qat' and symmetric schemes, got mode={mode!r} and {scheme}"
-        )
-
-
-class QuantLinear(Storage, nn.Linear):
+class QuantLinear(MatrixLayer, nn.Linear):
     """A linear layer on an int8 or int4 weight.
 
     Gradients pass straight through every rounding. What is trained, and stored, is a matter of the mode:
@@ -99,110 +77,9 @@ class QuantLinear(Storage, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.scheme = QuantScheme.parse(scheme)
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        if grad_dtype not in GRAD_DTYPES:
-            raise ValueError(f"grad_dtype must be one of {GRAD_DTYPES}, got {grad_dtype!r}")
-        if mode == "int8":
-            _check_trainable(self.scheme)
-        _check_weight_scale(weight_scale, mode, self.scheme)
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}")
-        if self.scheme.int_activations and in_features > MAX_REDUCTION:
-            raise ValueError(
-                f"in_features must be at most {MAX_REDUCTION} for {self.scheme} (exact int32 sums), "
-                f"got {in_features}; use a w{self.scheme.weight_bits}a16 scheme"
-            )
-        dtype = dtype or torch.get_default_dtype()
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.in_features, self.out_features = in_features, out_features
-        self.compute_dtype = dtype
-        self._scheme_name = self.scheme.name
-        # The bias of a frozen layer comes first: many take the dtype of a model from the first of its parameters.
-        own_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        if mode == "frozen":
-            self.register_parameter("bias", own_bias)
-            self._allocate(device)
-        weight = None
-        if mode == "qat":
-            weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
-            if weight_scale == "learned":
-                groups = self.scheme.weight_groups(in_features)
-                scales = torch.empty(out_features, groups, dtype=torch.float32, device=device)
-                self.register_parameter("scales", nn.Parameter(scales))
-        elif mode == "int8":
-            qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-            scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
-            weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
-        if weight is not None:
-            self.register_parameter("weight", weight)
-        self._allocate_column_scales(device)
-        self.register_parameter("bias", own_bias)
-        self.reset_parameters()
-
-    __prepare_scriptable__ = refuse_script
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight [N, K]: the parameter that is trained, or a read-only `FrozenWeight` of a frozen layer.
-
-        Products of the parent with it are those of the layer, whatever the mode.
-        """
-        if self.mode != "frozen":
-            return follow(self._trained_weight(), self)
-        return FrozenWeight(
-            self.quantized_weight(),
-            self._scheme_name,
-            self.in_features,
-            self.compute_dtype,
-            self.grad_dtype,
-            self._current_column_scales(),
-        )
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        if self.mode == "frozen":
-            if isinstance(value, FrozenWeight) and value.is_of(self):  # layer.weight = layer.weight
-                return
-            raise refuse_write("weight = ...")
-        vars(self)["weight"] = value  # no parameter: what pruning and weight normalization compute
-
-    @weight.deleter
-    def weight(self) -> None:
-        if self.mode == "frozen":
-            raise refuse_write("del weight")
-        vars(self).pop("weight", None)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Do as `nn.Module`, but refuse the `weight` of a frozen layer, and the shards of tensor parallelism.
-
-        Raises:
-            RuntimeError: for the weight of a frozen layer.
-            NotImplementedError: for a DTensor in the place of a plain tensor.
-        """
-        sharded = type(self._parameters.get(name)).__name__ == "DTensor"  # by FSDP2, which does not come by here
-        if type(param).__name__ == "DTensor" and not sharded:
-            raise NotImplementedError(
-                f"{name} of a QuantLinear cannot be a DTensor: tensor parallelism (parallelize_module, tp_plan) is not "
-                "supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 (fully_shard)"
-            )
-        if isinstance(param, FrozenWeight):
-            raise refuse_write(f"parameter {name!r}")
-        if name == "weight" and self.mode == "frozen":
-            raise refuse_write("weight = ...")
-        super().register_parameter(name, param)
-
-    def _trained_weight(self) -> Tensor:
-        """The weight that this layer trains, which is no parameter where pruning computes it."""
-        weight = self._parameters.get("weight")
-        if weight is None:
-            weight = vars(self).get("weight")
-        if weight is None:
-            raise AttributeError(f"a {type(self).__name__} of mode {self.mode!r} without a weight")
-        return weight
+        options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
+        self._set_up(scheme, bias, **options, device=device, dtype=dtype)
 
     @classmethod
     @renamed_keywords(grad="grad_dtype")
@@ -246,145 +123,8 @@ class QuantLinear(Storage, nn.Linear):
         quantized.float_type = getattr(layer, "float_type", type(layer))  # what `dequantize_` makes of it again
         return quantized.train(layer.training)
 
-    def set_weight(self, weight: QuantizedWeight) -> None:
-        """Replace the quantized weight, which must be the canonical storage of this layer's scheme and shape.
-
-        In mode "qat" the float weight becomes a new parameter with the values of `weight` dequantized. Learned scales
-        become those of `weight`, and the layer then multiplies exactly it; scales of the range are found anew.
-
-        Raises:
-            ValueError: naming the tensor that does not fit; the layer is left as it was.
-        """
-        super().set_weight(weight)
-
-    def _take(self, weight: QuantizedWeight) -> None:
-        if self.mode == "qat":
-            own = self._trained_weight()
-            values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(own.dtype)
-            self.weight = nn.Parameter(values, requires_grad=own.requires_grad)
-            if self.weight_scale == "learned":
-                scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
-                self.register_parameter("scales", scales)
-            return
-        if self.mode == "int8":  # what is trained is this layer's own
-            own = Int8Weight(weight.qweight.detach().clone(), weight.scales.detach().clone(), self.compute_dtype)
-            old = self._parameters.get("weight", vars(self).get("weight"))
-            self.weight = nn.Parameter(own, old is None or old.requires_grad)
-            return
-        self._keep(weight)
-        self.update_column_scales()
-
-    def quantized_weight(self) -> QuantizedWeight:
-        """The weight as it is multiplied, in the canonical storage; in mode "qat" it is quantized for this call."""
-        if self.mode == "frozen":
-            return super().quantized_weight()
-        weight = self._trained_weight()
-        if self.mode == "int8":
-            return QuantizedWeight(*state_parts(weight), None)
-        if self.weight_scale == "learned":
-            weight, scales = weight.detach(), self.scales.detach()
-            return QuantizedWeight(ops.quantize_weight_scaled(weight, scales, self._scheme_name), scales.clone(), None)
-        return ops.quantize_weight(weight.detach(), self._scheme_name)
-
-    def freeze_(self) -> QuantLinear:
-        """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.
-
-        Raises:
-            RuntimeError: if the weight is no parameter (pruned), or holds NaN or Inf.
-        """
-        if self.mode == "frozen":
-            return self
-        if "weight" not in self._parameters:
-            raise RuntimeError(
-                "the weight is computed by a hook, such as pruning; make it permanent before freeze_, as by "
-                "torch.nn.utils.prune.remove(layer, 'weight')"
-            )
-        weight = self.quantized_weight()
-        del self.weight
-        self.mode, self.weight_scale = "frozen", "absmax"
-        self._allocate_column_scales(weight.scales.device)
-        with torch.inference_mode(False):
-            self._take(weight.map(Tensor.detach))
-        return self
-
-    def thaw_int8_(self) -> QuantLinear:
-        """Make a frozen layer one of mode "int8", in place; its weight stays as it is.
-
-        Raises:
-            ValueError: if the scheme has 4-bit or grouped weights.
-        """
-        _check_trainable(self.scheme)
-        weight = self.quantized_weight()
-        for name in STORAGE:
-            del self._parameters[name]
-        del self._buffers["column_scales"]
-        self.mode = "int8"
-        self._take(weight)
-        return self
-
-    def _allocate_column_scales(self, device: torch.device | str | None) -> None:
-        """Register the buffer `column_scales` of a grouped weight, for its int8 gradient: derived, never saved."""
-        self._column_scales_of: tuple[tuple[int, int], ...] | None = None
-        if self.mode != "frozen":
-            return
-        scales = None
-        if self.grad_dtype == "int8" and self.scheme.group_size is not None:
-            scales = torch.ones(self.in_features, dtype=torch.float32, device=device)
-        self.register_buffer("column_scales", scales, persistent=scales is None)
-
-    def update_column_scales(self) -> None:
-        """Derive the buffer `column_scales` from the weight; a layer does so by itself when its weight changes."""
-        qweight = self._parameters.get("qweight")  # what FSDP shards is looked at in each call
-        known = isinstance(qweight, StoredParameter) and not qweight.is_meta
-        if known and self._buffers.get("column_scales") is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.column_scales = ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
-            self._column_scales_of = self._versions()
-
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Tell which values the weight has, by where its tensors lie and how often they were written."""
-        stored = (self._parameters[name] for name in STORAGE)
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in stored if tensor is not None)
-
-    def _current_column_scales(self) -> Tensor | None:
-        """`column_scales` of the weight as it is now; None: there are none."""
-        if self._buffers.get("column_scales") is None:
-            return None
-        if torch.compiler.is_compiling() or not isinstance(self.qweight, StoredParameter):
-            return ops.column_scales(*self._frozen_weight(), self.in_features, self._scheme_name)
-        if not self.qweight.is_meta and self._column_scales_of != self._versions():
-            self.update_column_scales()
-        return self.column_scales
-
-    def _column_scales_for(self, x: Tensor) -> Tensor | None:
-        """`column_scales`, if a gradient of x will need it."""
-        return self._current_column_scales() if torch.is_grad_enabled() and x.requires_grad else None
-
-    def reset_scales(self) -> None:
-        """Let learned scales begin anew, with those of the weight's range; without learned scales nothing changes."""
-        if self.weight_scale == "learned" and not self._trained_weight().is_meta:
-            with torch.no_grad():
-                scales = ops.quantize_weight(self._trained_weight(), self._scheme_name).scales
-                requires_grad = self.scales.requires_grad
-                self.register_parameter("scales", nn.Parameter(scales, requires_grad=requires_grad))
-
-    def reset_parameters(self) -> None:
-        """Set the layer to the zero weight; only in mode "qat" is there a random initialization, `nn.Linear`'s."""
-        if self.mode == "qat":
-            super().reset_parameters()
-            self.reset_scales()
-            return
-        with torch.no_grad():
-            if self.mode == "int8":
-                weight = self.quantized_weight()
-                weight.qweight.zero_()
-                weight.scales.fill_(1.0)
-                if self.bias is not None:
-                    self.bias.zero_()
-                return
-            self._set_to_zero()
-            if self.bias is not None:
-                self.bias.zero_()
+    def _reset_weight(self) -> None:
+        nn.Linear.reset_parameters(self)
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -403,98 +143,12 @@ class QuantLinear(Storage, nn.Linear):
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
         return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x))
 
-    def storage_bytes(self) -> int:
-        """Bytes of the weight that the layer keeps (without the bias)."""
-        if self.mode != "qat":
-            return super().storage_bytes()
-        stored = (self._trained_weight(), self._parameters.get("scales"))
-        return sum(t.numel() * t.element_size() for t in stored if t is not None)
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
             + (", weight_scale=learned" if self.weight_scale == "learned" else "")
         )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """In mode "int8" the state dict is that of a frozen layer."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.mode == "int8":
-            del destination[prefix + "weight"]
-            destination[prefix + "qweight"], scales = state_parts(self._trained_weight())
-            destination[prefix + "scales"] = StateScales.of(scales)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Check the whole layer before anything is copied, so that a bad tensor leaves the layer as it was."""
-        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if self.mode == "qat":
-            super()._load_from_state_dict(*args)
-            return
-        errors = self._storage_errors(state_dict, prefix)
-        if (problem := self._bias_problem(state_dict.get(prefix + "bias"))) is not None:
-            errors.append(f"{prefix}bias {problem}")
-        if prefix + "weight" in state_dict and prefix + "qweight" not in state_dict:
-            errors.append(
-                f"{prefix}weight is a float weight, but the layer is quantized ({self.scheme}): load it into the "
-                "float model and quantize that, or load a state dict saved from the quantized model"
-            )
-        if errors:
-            error_msgs.extend(errors)
-            return
-        if self.mode == "int8":
-            self._load_int8(*args)
-        else:
-            super()._load_from_state_dict(*args)
-            leave_out_marker(state_dict, prefix, unexpected_keys)
-            self.update_column_scales()
-
-    def _load_int8(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Copy `qweight` and `scales`, which are no parameters here, and leave the bias to torch."""
-        qweight, scales = (state_dict.get(prefix + name) for name in ("qweight", "scales"))
-        missing_keys += [prefix + name for name, part in (("qweight", qweight), ("scales", scales)) if part is None]
-        if qweight is not None and scales is not None:
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            self.weight = load_parts(self._trained_weight(), qweight, scales, assign, prefix)
-        others = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in STORAGE}
-        others[prefix + "weight"] = self._trained_weight().detach()
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-    def _bias_problem(self, bias: object) -> str | None:
-        """Why `bias` cannot take the place of the layer's; None if it can, or either is absent."""
-        if bias is None or self.bias is None:
-            return None
-        expected = f"must be a float vector of {self.out_features}"
-        if not isinstance(bias, Tensor):
-            return f"{expected}, got {type(bias).__name__}"
-        if bias.shape == self.bias.shape and bias.dtype in FLOAT_DTYPES:
-            return None
-        return f"{expected}, got {bias.dtype} of shape {list(bias.shape)}"
-
-
-def leave_out_marker(state_dict: Mapping[str, Tensor], prefix: str, unexpected_keys: list[str]) -> None:
-    """Accept the empty `weight` by which a saved folder says that it needs qkernels (`integrations/folders.py`)."""
-    key = f"{prefix}weight"
-    if key in unexpected_keys and state_dict[key].numel() == 0:
-        unexpected_keys.remove(key)
 
 
 def relative_error(weight: Tensor, quantized: Storage) -> float:

@@ -14,7 +14,7 @@ from qkernels.bench.training.cases import CASES, FROZEN, FULL, LORA, Language, M
 from qkernels.bench.training.contenders import Contender, Float, Ours, contenders
 from qkernels.bench.training.memory import Memory, measure
 from qkernels.bench.training.run import TrainPlan, TrainResults, run, run_case
-from qkernels.nn.linear import GRAD_DTYPES
+from qkernels.nn.matrix_layer import GRAD_DTYPES
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ from tiers import tiered
 
 from qkernels import QuantLinear, linear_cross_entropy
 from qkernels.kernels import cuda_library, dispatch, ops, reference
-from qkernels.nn.linear import GRAD_DTYPES
+from qkernels.nn.matrix_layer import GRAD_DTYPES
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qkernels[triton]'")
 

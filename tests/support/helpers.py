@@ -11,7 +11,7 @@ import torch
 
 from qkernels import QuantLinear
 from qkernels.kernels import isa
-from qkernels.nn.linear import GRAD_DTYPES, MODES
+from qkernels.nn.matrix_layer import GRAD_DTYPES, MODES
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 
