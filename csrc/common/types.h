@@ -124,4 +124,34 @@ struct Weight {
   const uint8_t* zeros;    // [n, groups], or null: symmetric
 };
 
+// The weights [experts, n, k] of a fused layer of experts: the storages of all, one after the other.
+struct ExpertWeights {
+  Weight operator[](int64_t e) const {
+    const int64_t rows = e * n, groups = scheme.weight_groups(k);
+    return {scheme,
+            n,
+            k,
+            qweight + rows * scheme.packed_features(k),
+            scales + rows * groups,
+            zeros != nullptr ? zeros + rows * groups : nullptr};
+  }
+
+  Scheme scheme;
+  int64_t experts, n, k;
+  const uint8_t* qweight;
+  const float* scales;
+  const uint8_t* zeros;
+};
+
+// `rows` rows that are sorted by their expert: those of expert e end before row ends[e], and begin where those of the
+// one before end. The ends ascend from 0 to at most `rows`; rows past the last end belong to no expert.
+struct ExpertRows {
+  const int64_t* ends;
+  int64_t experts, rows;
+
+  int64_t begin(int64_t e) const { return e > 0 ? ends[e - 1] : 0; }
+  int64_t count(int64_t e) const { return ends[e] - begin(e); }
+  int64_t used() const { return experts > 0 ? ends[experts - 1] : 0; }
+};
+
 }  // namespace qk

@@ -21,20 +21,6 @@ const LinearDriver* const kDrivers[] = {
 // Columns that column_scales reads at a time.
 constexpr int64_t kScaleColumns = 256;
 
-class BiasFloats {
- public:
-  BiasFloats(const Kernels& kernels, const Bias& bias, int64_t n)
-      : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
-    if (given_) kernels.elementwise.to_float(bias.data, bias.dtype, n, floats_.get());
-  }
-
-  const float* get() const { return given_ ? floats_.get() : nullptr; }
-
- private:
-  bool given_;
-  Buffer<float> floats_;
-};
-
 // Rows with a scale for each group -> rows with one scale: the largest of those that count (rule 9). In place.
 void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8_t* q, float* scales,
              const Parallel& parallel) {
@@ -68,8 +54,10 @@ void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8
   });
 }
 
-void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
-              const Parallel& parallel) {
+}  // namespace
+
+void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
+                         const Parallel& parallel) {
   const int64_t groups = scheme.act_groups(x.cols);
   limited_to_work(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols);
@@ -79,10 +67,8 @@ void quantize(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int
   });
 }
 
-}  // namespace
-
 void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales, const Parallel& parallel) {
-  quantize(kernels(), x, scheme, q, scales, parallel);
+  quantize_activation(kernels(), x, scheme, q, scales, parallel);
 }
 
 void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
@@ -129,7 +115,7 @@ void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weig
   const int64_t group = w.scheme.act_group_size, groups = w.scheme.act_groups(x.cols);
   Buffer<float> group_scales(group != 0 ? x.rows * groups : 0);
   float* const scales = group != 0 ? group_scales.get() : x_scales;
-  quantize(kernels, x, w.scheme, qx, scales, parallel);
+  quantize_activation(kernels, x, w.scheme, qx, scales, parallel);
   linear(kernels, {x, qx, scales}, w, bias, out, parallel);
   if (group != 0) ungroup(kernels, {qx, scales, x.rows, x.cols}, group, qx, x_scales, parallel);
 }

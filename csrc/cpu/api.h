@@ -42,6 +42,22 @@ QK_API void column_scales(const Weight& w, float* out, const Parallel& parallel)
 QK_API void int_grad_input(const QuantizedRows& grad_out, const Weight& w, const float* column_scales, void* out,
                            DType out_dtype, const Parallel& parallel);
 
+// The products of experts, each of which multiplies its own rows as `linear` would, to the bit for a8 schemes.
+struct GroupedLinearArgs {
+  Matrix x;              // [T, k]
+  const int64_t* index;  // [rows.rows], in [0, T): the row of x that each row multiplies; null: as many rows as x has
+  ExpertRows rows;
+  Bias bias;  // [experts, n]
+};
+
+// out [rows, n]; 0 in rows that belong to no expert. Every row of x is quantized once.
+QK_API void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void* out, DType out_dtype,
+                           const Parallel& parallel);
+
+// grad_out [rows, n] -> out [rows, k], in float; 0 in rows that belong to no expert.
+QK_API void grouped_linear_grad_input(const Matrix& grad_out, const ExpertRows& rows, const ExpertWeights& w, void* out,
+                                      DType out_dtype, const Parallel& parallel);
+
 struct CrossEntropyArgs {
   Matrix hidden;
   const int64_t* target;  // [M], in [0, n) or ignore_index

@@ -143,11 +143,16 @@ class FloatMatrix {
   Tensor tensor_;
 };
 
+// A stored tensor of a weight, or with `experts` >= 0 of as many weights.
 inline void check(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, const Scheme& scheme,
-                  int64_t k) {
-  const bool ok = t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols;
-  require(ok, name, " must be ", name_of(dtype), " of shape [", rows, ", ", cols, "] for scheme ", scheme, " with ", k,
-          " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+                  int64_t k, int64_t experts = -1) {
+  const int64_t first = experts >= 0 ? 1 : 0;
+  const bool ok = t.scalar_type() == dtype && t.dim() == first + 2 && (experts < 0 || t.size(0) == experts) &&
+                  t.size(first) == rows && t.size(first + 1) == cols;
+  if (ok) return;
+  const std::string leading = experts >= 0 ? std::to_string(experts) + ", " : "";
+  require(false, name, " must be ", name_of(dtype), " of shape [", leading, rows, ", ", cols, "] for scheme ", scheme,
+          " with ", k, " input features, got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
 inline void check_vector(const char* name, const Tensor& t, int64_t size) {
@@ -160,46 +165,110 @@ inline ScalarType storage_type(const qk::Scheme& scheme) {
   return scheme.weight->in_place() ? ScalarType::Char : ScalarType::Byte;
 }
 
-// The canonical storage of a weight, contiguous; keeps the tensors alive.
-class CanonicalWeight {
+// The stored tensors of a weight, or of experts' weights, checked and contiguous; keeps them alive.
+class CanonicalStorage {
  public:
-  CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
-                  const Scheme& scheme)
+  CanonicalStorage(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
+                   const Scheme& scheme, bool of_experts)
       : qweight_(qweight), scales_(scales) {
     require(k > 0, "in_features must be at least 1, got ", k);
     require(!scheme.int_activations() || k <= kMaxReduction, "in_features must be at most ", kMaxReduction,
             " for exact int32 sums, got ", k);
-    const int64_t n = qweight.dim() > 0 ? qweight.size(0) : 0, groups = scheme.weight_groups(k);
-    check("qweight", qweight, storage_type(scheme), n, scheme.packed_features(k), scheme, k);
-    check("scales", scales, ScalarType::Float, n, groups, scheme, k);
+    const int64_t first = of_experts ? 1 : 0, groups = scheme.weight_groups(k);
+    if (of_experts) experts = qweight.dim() > 0 ? qweight.size(0) : 0;
+    n = qweight.dim() > first ? qweight.size(first) : 0;
+    check("qweight", qweight, storage_type(scheme), n, scheme.packed_features(k), scheme, k, experts);
+    check("scales", scales, ScalarType::Float, n, groups, scheme, k, experts);
     require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
             " for scheme ", scheme);
     if (zeros.has_value()) {
-      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme, k);
+      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme, k, experts);
       zeros_ = readable("zeros", *zeros);
     }
     qweight_ = readable("qweight", qweight);
     scales_ = readable("scales", scales);
-    weight_.emplace(scheme, n, k, qweight_.const_data_ptr(), static_cast<const float*>(scales_.const_data_ptr()),
-                    zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr);
   }
 
-  const Weight& get() const { return *weight_; }
+  const uint8_t* qweight() const { return static_cast<const uint8_t*>(qweight_.const_data_ptr()); }
+  const float* scales() const { return static_cast<const float*>(scales_.const_data_ptr()); }
+  const uint8_t* zeros() const { return zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr; }
+
+  int64_t experts = -1, n;  // -1: one weight
 
  private:
   Tensor qweight_, scales_;
   std::optional<Tensor> zeros_;
-  std::optional<Weight> weight_;
 };
 
-// A bias argument of `n` values, contiguous; keeps the tensor alive.
+// The canonical storage of a weight.
+class CanonicalWeight {
+ public:
+  CanonicalWeight(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
+                  const Scheme& scheme)
+      : storage_(qweight, scales, zeros, k, scheme, false),
+        weight_(scheme, storage_.n, k, storage_.qweight(), storage_.scales(), storage_.zeros()) {}
+
+  const Weight& get() const { return weight_; }
+
+ private:
+  CanonicalStorage storage_;
+  Weight weight_;
+};
+
+// The canonical storage of experts' weights [experts, n, k].
+class CanonicalExperts {
+ public:
+  CanonicalExperts(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
+                   const Scheme& scheme)
+      : storage_(qweight, scales, zeros, k, scheme, true),
+        weights_{scheme, storage_.experts, storage_.n, k, storage_.qweight(), storage_.scales(), storage_.zeros()} {}
+
+  const ExpertWeights& get() const { return weights_; }
+
+ private:
+  CanonicalStorage storage_;
+  ExpertWeights weights_;
+};
+
+// The data of an int64 vector of `size`, which `t` then keeps.
+inline const int64_t* int64_vector(const char* name, Tensor& t, int64_t size) {
+  require(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == size, name,
+          " must be torch.int64 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
+  t = readable(name, t);
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+// Which of `rows` rows belong to which expert; keeps the tensor alive.
+class ExpertOffsets {
+ public:
+  ExpertOffsets(const Tensor& offsets, int64_t experts, int64_t rows) : tensor_(offsets) {
+    rows_ = {int64_vector("offsets", tensor_, experts), experts, rows};
+    for (int64_t e = 0; e < experts; ++e) {
+      require(rows_.count(e) >= 0 && rows_.ends[e] <= rows, "offsets must ascend from 0 to at most ", rows, ", got ",
+              rows_.ends[e], " at position ", e);
+    }
+  }
+
+  const ExpertRows& get() const { return rows_; }
+
+ private:
+  Tensor tensor_;
+  ExpertRows rows_;
+};
+
+// A bias argument of `n` values, or with `experts` >= 0 of as many for each expert, contiguous; keeps the tensor alive.
 class BiasVector {
  public:
-  BiasVector(const std::optional<Tensor>& bias, int64_t n) {
+  BiasVector(const std::optional<Tensor>& bias, int64_t n, int64_t experts = -1) {
     if (!bias.has_value()) return;
     const DType dtype = dtype_of("bias", bias->scalar_type());
-    require(bias->dim() == 1 && bias->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
-            shape_of(*bias));
+    if (experts < 0) {
+      require(bias->dim() == 1 && bias->size(0) == n, "bias must be a float vector of ", n, ", got shape ",
+              shape_of(*bias));
+    } else {
+      require(bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == n, "bias must be a float matrix of [",
+              experts, ", ", n, "], got shape ", shape_of(*bias));
+    }
     tensor_ = readable("bias", *bias);
     bias_ = {tensor_->const_data_ptr(), dtype};
   }

@@ -109,12 +109,40 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   return out;
 }
 
-// The data of an int64 vector of `size`, which `t` then keeps.
-const int64_t* int64_vector(const char* name, Tensor& t, int64_t size) {
-  require(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == size, name,
-          " must be torch.int64 of shape [", size, "], got ", name_of(t.scalar_type()), " of shape ", shape_of(t));
-  t = readable(name, t);
-  return static_cast<const int64_t*>(t.const_data_ptr());
+Tensor grouped_linear(const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& qweight, const Tensor& scales,
+                      std::optional<Tensor> zeros, std::optional<Tensor> bias_arg, int64_t scheme_code,
+                      std::optional<ScalarType> out_dtype, std::optional<Tensor> rows_arg) {
+  FloatMatrix x("x", x_arg);
+  const CanonicalExperts weights(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
+  const qk::ExpertWeights& w = weights.get();
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, w.n, w.experts);
+  require(!rows_arg || rows_arg->dim() == 1, "rows must be a vector, got shape ", shape_of(rows_arg.value_or(x_arg)));
+  const int64_t rows = rows_arg ? rows_arg->size(0) : x.rows;
+  const int64_t* index = rows_arg ? int64_vector("rows", *rows_arg, rows) : nullptr;
+  const ExpertOffsets offsets(offsets_arg, w.experts, rows);
+  for (int64_t m = 0; m < rows && index != nullptr; ++m) {
+    require(index[m] >= 0 && index[m] < x.rows, "rows must be in [0, ", x.rows, "), got ", index[m], " at position ",
+            m);
+  }
+  Tensor out = new_tensor(x_arg, {rows, w.n}, dtype);
+  qk::grouped_linear({x.read(), index, offsets.get(), bias.get()}, w, out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
+Tensor grouped_linear_grad_input(const Tensor& grad_arg, const Tensor& offsets_arg, const Tensor& qweight,
+                                 const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
+                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+  const CanonicalExperts weights(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
+  const qk::ExpertWeights& w = weights.get();
+  FloatMatrix grad_out("grad_out", grad_arg, w.n);
+  const ExpertOffsets offsets(offsets_arg, w.experts, grad_out.rows);
+  const ScalarType dtype = out_dtype.value_or(grad_arg.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  Tensor out = new_tensor(grad_arg, {grad_out.rows, in_features}, dtype);
+  qk::grouped_linear_grad_input(grad_out.read(), offsets.get(), w, out.mutable_data_ptr(), out_type, parallel());
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg, const Tensor& target_arg,
@@ -259,6 +287,12 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "linear_with_saved_input(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
       "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "grouped_linear(Tensor x, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
+      "int scheme, ScalarType? out_dtype=None, Tensor? rows=None) -> Tensor");
+  m.def(
+      "grouped_linear_grad_input(Tensor grad_out, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, "
+      "int in_features, int scheme, ScalarType? out_dtype=None) -> Tensor");
   m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
   m.def("quantize_weight_scaled(Tensor weight, Tensor scales, int scheme) -> Tensor");
@@ -284,6 +318,8 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
   m.impl("linear_with_saved_input", TORCH_BOX(&linear_with_saved_input));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  m.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
   m.impl("quantize_weight_scaled", TORCH_BOX(&quantize_weight_scaled));

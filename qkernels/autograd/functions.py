@@ -136,8 +136,12 @@ def tangent_product(
     """How the output changes with x, straight through the rounding of that."""
     if tangent is None:
         return None
-    of_floats = dataclasses.replace(QuantScheme.parse(scheme), act_bits=16, act_group_size=None)
-    return ops.linear(tangent, *weight, None, of_floats.name, out_dtype)
+    return ops.linear(tangent, *weight, None, of_float_activations(scheme), out_dtype)
+
+
+def of_float_activations(scheme: str | QuantScheme) -> str:
+    """The name of the scheme of the same weights whose activations stay floats."""
+    return dataclasses.replace(QuantScheme.parse(scheme), act_bits=16, act_group_size=None).name
 
 
 def total_tangent(shape: torch.Size, dtype: torch.dtype, *parts: Tensor | None) -> Tensor | None:

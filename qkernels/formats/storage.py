@@ -72,7 +72,10 @@ class QuantizedRows(NamedTuple):
 
 
 class StoredWeight(NamedTuple):
-    """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme."""
+    """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme.
+
+    The weights of E experts are one, too: its tensors begin with a dimension of E, and `expert` gives each.
+    """
 
     qweight: Tensor
     scales: Tensor
@@ -82,11 +85,15 @@ class StoredWeight(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        return self.qweight.shape[0]
+        return self.qweight.shape[-2]
 
     @property
     def device(self) -> torch.device:
         return self.qweight.device
+
+    def expert(self, index: int) -> StoredWeight:
+        """The weight of one expert."""
+        return self.map(itemgetter(index))
 
     def rows(self, index: slice | Tensor) -> StoredWeight:
         """The weight of these rows."""

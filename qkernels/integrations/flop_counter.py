@@ -16,7 +16,14 @@ def _linear(x_shape: Sequence[int], qweight_shape: Sequence[int], *args: Any, **
     return 2 * x_shape[0] * x_shape[1] * qweight_shape[0]
 
 
-@register_flop_formula([_ops.linear_grad_input, _ops.int_grad_input])
+@register_flop_formula(_ops.grouped_linear)
+def _grouped_linear(
+    x_shape: Sequence[int], offsets_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * x_shape[1] * out_shape[0] * out_shape[1]  # rows of no expert count, too: shapes do not tell them
+
+
+@register_flop_formula([_ops.linear_grad_input, _ops.int_grad_input, _ops.grouped_linear_grad_input])
 def _grad_input(grad_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * grad_shape[0] * grad_shape[1] * out_shape[1]
 

@@ -65,7 +65,7 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     qweight, scales, zeros = args[weight : weight + 3]
     dropped = {places["scheme"], places.get("in_features")}
     rest = (value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped)
-    before = (QuantizedRows(*args[:2]),) if "q_grad" in places else args[:weight]
+    before = (QuantizedRows(*args[:2]), *args[2:weight]) if "q_grad" in places else args[:weight]
     return *before, StoredWeight(qweight, scales, zeros, in_features, scheme), *rest
 
 

@@ -18,17 +18,22 @@ from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedRows, Stored
 from .arguments import LossOptions
 
 
-def check_weight(weight: StoredWeight) -> None:
-    """Raise RuntimeError, naming the tensor, unless the tensors are the canonical storage of the scheme."""
+def check_weight(weight: StoredWeight, of_experts: bool = False) -> None:
+    """Raise RuntimeError, naming the tensor, unless the tensors are the canonical storage of the scheme.
+
+    Args:
+        weight: one weight, or with `of_experts` one for each expert.
+    """
     qweight, scales, zeros, in_features, scheme = weight
     if in_features < 1:
         raise RuntimeError(f"in_features must be at least 1, got {in_features}")
-    if qweight.dim() != 2:
-        raise RuntimeError(f"qweight must be a matrix, got shape {list(qweight.shape)}")
-    rows, groups = qweight.shape[0], scheme.weight_groups(in_features)
+    if qweight.dim() != (3 if of_experts else 2):
+        expected = "of three dimensions (experts first)" if of_experts else "a matrix"
+        raise RuntimeError(f"qweight must be {expected}, got shape {list(qweight.shape)}")
+    rows, groups = qweight.shape[:-1], scheme.weight_groups(in_features)
     integer, columns = scheme.weight_format.dtype, scheme.packed_features(in_features)
-    _check_stored("qweight", qweight, integer, (rows, columns), in_features, scheme)
-    _check_stored("scales", scales, torch.float32, (rows, groups), in_features, scheme)
+    _check_stored("qweight", qweight, integer, (*rows, columns), in_features, scheme)
+    _check_stored("scales", scales, torch.float32, (*rows, groups), in_features, scheme)
     _check_device("scales", scales, qweight.device)
     if scheme.symmetric:
         if zeros is not None:
@@ -36,12 +41,12 @@ def check_weight(weight: StoredWeight) -> None:
         return
     if zeros is None:
         raise RuntimeError(f"zeros is required for scheme {scheme}")
-    _check_stored("zeros", zeros, torch.uint8, (rows, groups), in_features, scheme)
+    _check_stored("zeros", zeros, torch.uint8, (*rows, groups), in_features, scheme)
     _check_device("zeros", zeros, qweight.device)
 
 
 def _check_stored(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int], in_features: int, scheme: QuantScheme
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], in_features: int, scheme: QuantScheme
 ) -> None:
     if tensor.dtype != dtype or tensor.shape != shape:
         raise RuntimeError(
@@ -106,19 +111,18 @@ def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torc
     _check_out_dtype(out_dtype)
 
 
-def _check_product(name: str, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> None:
+def _check_product(name: str, x: Tensor, weight: StoredWeight, bias: Tensor | None, of_experts: bool = False) -> None:
     _check_matrix(name, x)
-    check_weight(weight)
+    check_weight(weight, of_experts)
     _check_device("qweight", weight.qweight, x.device)
     if weight.scheme.int_activations and x.shape[1] > MAX_REDUCTION:
         raise RuntimeError(f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}")
     if bias is None:
         return
-    out_features = weight.out_features
-    if bias.shape != (out_features,) or bias.dtype not in FLOAT_DTYPES:
-        raise RuntimeError(
-            f"bias must be a float vector of {out_features}, got {bias.dtype} of shape {list(bias.shape)}"
-        )
+    shape = weight.qweight.shape[:-1]
+    if bias.shape != shape or bias.dtype not in FLOAT_DTYPES:
+        expected = f"matrix of {list(shape)}" if of_experts else f"vector of {shape[0]}"
+        raise RuntimeError(f"bias must be a float {expected}, got {bias.dtype} of shape {list(bias.shape)}")
     _check_device("bias", bias, x.device)
 
 
@@ -127,6 +131,37 @@ def linear_with_saved_input(
 ) -> None:
     linear(x, weight, bias, out_dtype)
     _check_int_activations(weight.scheme)
+
+
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    _check_product("x", x, weight, bias, of_experts=True)
+    _check_offsets(offsets, weight, x.device)
+    _check_out_dtype(out_dtype)
+    if rows is not None:
+        if rows.dim() != 1:
+            raise RuntimeError(f"rows must be a vector, got shape {list(rows.shape)}")
+        _check_shaped("rows", rows, torch.int64, tuple(rows.shape), x.device)
+
+
+def _check_offsets(offsets: Tensor, weight: StoredWeight, device: torch.device) -> None:
+    _check_shaped("offsets", offsets, torch.int64, (weight.qweight.shape[0],), device)
+
+
+def grouped_linear_grad_input(
+    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
+) -> None:
+    check_weight(weight, of_experts=True)
+    _check_matrix("grad_out", grad_out, columns=weight.out_features)
+    _check_out_dtype(out_dtype)
+    _check_device("qweight", weight.qweight, grad_out.device)
+    _check_offsets(offsets, weight, grad_out.device)
 
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> None:

@@ -18,6 +18,8 @@ LEAST_CAPABILITY = 80
 # than Triton's launch does on the host: 0.14 against 0.08 ms at 256 x 4096 x 11008 (docs/gpu.md).
 WARPGROUP_MULTIPLY_ADDS = 2**36
 
+WITHOUT_GPU_KERNEL = ("grouped_linear", "grouped_linear_grad_input")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -50,6 +52,8 @@ def select(facts: Facts, call: cuda_library.Call | None = None) -> Choice:
         return Choice("cpu", "the compiled kernels of this package")
     if facts.device not in ("cuda", "hip"):
         return Choice("reference", f"there are no kernels for {facts.device} devices")
+    if call is not None and call.operator in WITHOUT_GPU_KERNEL:
+        return Choice("reference", f"there is no GPU kernel of {call.operator}")
     if facts.triton and call is not None and _pays_warpgroups(facts, call):
         return Choice("triton", "large int8 product on Hopper, for which Triton uses warpgroup instructions")
     if (

@@ -101,6 +101,77 @@ def linear_with_saved_input(
     return _call(_ops.linear_with_saved_input.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
 
 
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str | QuantScheme,
+    out_dtype: torch.dtype | None = None,
+    *,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The products of E fused experts, each of which multiplies its own rows as `linear` would, without a gradient.
+
+    Row m of the result is `x[rows[m]] @ weight[e].T + bias[e]` for the expert e it belongs to: rows are sorted by
+    expert, and those of expert e end before row `offsets[e]`. The bits are those of `linear` on the rows of each expert
+    (of `a8` schemes; sums of floats may differ, for another number of rows may take another kernel). Every row of x is
+    quantized once, however many experts take it; an expert without rows costs nothing, and its weight is not read. See
+    `autograd.grouped_linear` for the gradients.
+
+    Args:
+        x: float32, bfloat16 or float16 [T, K].
+        offsets: int64 [E], ascending, at most M: the running sum of the rows of each expert. Rows from `offsets[-1]`
+            on belong to no expert and become 0.
+        qweight, scales, zeros: the canonical storage of each expert's weight [N, K], one after the other: [E, N, ...].
+        bias: float [E, N] or None.
+        scheme: the scheme or its canonical name.
+        out_dtype: dtype of the result; None: x.dtype.
+        rows: int64 [M] in [0, T): the row of x that each row of the result multiplies, those of no expert included.
+            None: the rows of x as they are, M = T.
+
+    Returns:
+        [M, N].
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    code = scheme_code(scheme)
+    return _call(_ops.grouped_linear.default, x, offsets, qweight, scales, zeros, bias, code, out_dtype, rows)
+
+
+def grouped_linear_grad_input(
+    grad_out: Tensor,
+    offsets: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    scheme: str | QuantScheme,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient of `grouped_linear` with respect to the row of x that each row multiplied.
+
+    Args:
+        grad_out: float [M, N], rows sorted by expert.
+        offsets, qweight, scales, zeros, scheme: as in `grouped_linear`.
+        in_features: K.
+        out_dtype: dtype of the result; None: grad_out.dtype.
+
+    Returns:
+        [M, in_features]; 0 in rows of no expert. Where several rows multiplied one row of x, their sum is its gradient.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    weight = (qweight, scales, zeros, in_features, scheme_code(scheme))
+    return _call(_ops.grouped_linear_grad_input.default, grad_out, offsets, *weight, out_dtype)
+
+
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
     """The canonical storage of a float weight [N, K] (rules 1 to 3 of docs/numerics.md).
 
@@ -338,6 +409,23 @@ def _linear_with_saved_input_result(x: Tensor, *weight_and_options: Any) -> tupl
     return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _grouped_linear_result(
+    x: Tensor,
+    offsets: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(((x if rows is None else rows).shape[0], weight.out_features), dtype=out_dtype or x.dtype)
+
+
+def _grouped_linear_grad_input_result(
+    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return _linear_grad_input_result(grad_out, weight, out_dtype)
+
+
 def _quantize_weight_result(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     shapes = scheme.storage_shapes(weight.shape[1], weight.shape[0])
     qweight = weight.new_empty(shapes["qweight"], dtype=scheme.weight_format.dtype)
@@ -438,6 +526,7 @@ def _register(name: str) -> None:
 # The function to use, for its gradient, in place of an operator that was called by itself.
 _DIFFERENTIABLE = {
     "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
+    "grouped_linear": "qkernels.autograd.experts.grouped_linear",
     "linear_with_saved_input": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
     "linear_cross_entropy": "qkernels.linear_cross_entropy",
 }
@@ -447,6 +536,8 @@ for _name in (
     "dequantize_weight",
     "linear",
     "linear_grad_input",
+    "grouped_linear",
+    "grouped_linear_grad_input",
     "column_scales",
     "int_grad_input",
     "linear_cross_entropy",

@@ -7,6 +7,7 @@ result does not depend on the device or its BLAS. The arguments of the schemas c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +63,42 @@ def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
     if scheme.group_size is None:
         return total * w_scales
     return total if scheme.act_group_size else total * x_scales
+
+
+def _expert_rows(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which."""
+    ends = offsets.tolist()
+    for expert, (begin, end) in enumerate(pairwise([0, *ends])):
+        if not begin <= end <= rows:
+            raise RuntimeError(f"offsets must ascend from 0 to at most {rows}, got {end} at position {expert}")
+        if begin < end:
+            yield expert, slice(begin, end)
+
+
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Rule 12: `linear` of each expert's rows with its own weight, `[M, N]`; 0 in rows of no expert."""
+    x = x if rows is None else x[rows]
+    out = x.new_zeros((len(x), weight.out_features), dtype=out_dtype or x.dtype)
+    for expert, part in _expert_rows(offsets, len(x)):
+        out[part] = linear(x[part], weight.expert(expert), None if bias is None else bias[expert], out_dtype)
+    return out
+
+
+def grouped_linear_grad_input(
+    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`linear_grad_input` of each expert's rows with its own weight, `[M, K]`; 0 in rows of no expert."""
+    out = grad_out.new_zeros((len(grad_out), weight.in_features), dtype=out_dtype or grad_out.dtype)
+    for expert, part in _expert_rows(offsets, len(grad_out)):
+        out[part] = linear_grad_input(grad_out[part], weight.expert(expert), out_dtype)
+    return out
 
 
 def linear_with_saved_input(

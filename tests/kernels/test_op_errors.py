@@ -6,7 +6,7 @@ import torch
 from qkernels import QuantScheme
 from qkernels.kernels import ops
 
-ROWS, N, K = 3, 6, 40
+ROWS, N, K, EXPERTS = 3, 6, 40, 2
 SCHEME, SYMMETRIC = "w4a8-g32-asym", "w4a8-g32"
 RANDOMNESS = {"seed": torch.tensor(1), "rng_stream": 0}
 
@@ -19,8 +19,27 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
         "scales": torch.ones(shapes["scales"]),
         "zeros": torch.zeros(shapes["zeros"], dtype=torch.uint8) if "zeros" in shapes else None,
     }
+    experts = {name: None if t is None else torch.stack([t] * EXPERTS) for name, t in weight.items()}
+    offsets = {"offsets": torch.tensor([1, 3])}
     return {
         "quantize_activation": {"x": torch.ones(ROWS, K), "scheme": scheme},
+        "grouped_linear": {
+            "x": torch.ones(ROWS, K),
+            **offsets,
+            **experts,
+            "bias": torch.ones(EXPERTS, N),
+            "scheme": scheme,
+            "out_dtype": None,
+            "rows": torch.arange(ROWS),
+        },
+        "grouped_linear_grad_input": {
+            "grad_out": torch.ones(ROWS, N),
+            **offsets,
+            **experts,
+            "in_features": K,
+            "scheme": scheme,
+            "out_dtype": None,
+        },
         "dequantize_weight": {**weight, "in_features": K, "scheme": scheme},
         "linear": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme, "out_dtype": None},
         "linear_grad_input": {
@@ -73,7 +92,27 @@ WEIGHT = [
     ("zeros", torch.zeros(N, 1, dtype=torch.uint8)),
     ("zeros", torch.zeros(N, dtype=torch.uint8)),
 ]
+EXPERTS_WEIGHT = [
+    *(
+        (name, value if value is None or value.dim() != 2 else torch.stack([value] * EXPERTS))
+        for name, value in WEIGHT
+        if value is None or value.dim() == 2
+    ),
+    ("qweight", torch.ones(N, 20, dtype=torch.uint8)),
+    ("qweight", torch.ones((), dtype=torch.uint8)),
+    ("scales", torch.ones(N, 2)),
+    ("scales", torch.ones(EXPERTS + 1, N, 2)),
+    ("zeros", torch.zeros(1, N, 2, dtype=torch.uint8)),
+]
+OFFSETS = [
+    ("offsets", torch.tensor([1, 3], dtype=torch.int32)),
+    ("offsets", torch.tensor([1, 2, 3])),
+    ("offsets", torch.tensor([[1, 3]])),
+    ("offsets", torch.tensor(3)),
+]
 WEIGHT_OPS = [
+    "grouped_linear",
+    "grouped_linear_grad_input",
     "dequantize_weight",
     "linear",
     "linear_with_saved_input",
@@ -110,6 +149,28 @@ GIVEN_SCALES = [
 ]
 
 CASES = {
+    "grouped_linear": [
+        *matrix("x", K),
+        *EXPERTS_WEIGHT,
+        *OFFSETS,
+        *SCHEMES,
+        *OUT_DTYPES,
+        ("rows", torch.arange(ROWS, dtype=torch.int32)),
+        ("rows", torch.ones(1, ROWS, dtype=torch.int64)),
+        ("rows", torch.tensor(0)),
+        ("bias", torch.ones(N)),
+        ("bias", torch.ones(EXPERTS, N + 1)),
+        ("bias", torch.ones(EXPERTS, N, dtype=torch.float64)),
+    ],
+    "grouped_linear_grad_input": [
+        *matrix("grad_out", N),
+        *EXPERTS_WEIGHT,
+        *OFFSETS,
+        *SCHEMES,
+        *IN_FEATURES,
+        *OUT_DTYPES,
+        ("grad_out", torch.ones(ROWS, N + 1)),
+    ],
     "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
     "dequantize_weight": [*WEIGHT, *SCHEMES, *IN_FEATURES],
     "linear": [
@@ -219,7 +280,7 @@ def test_tensors_on_different_devices_are_refused(op):
     for name in names:
         given = arguments(op)
         given[name] = given[name].to("meta")
-        with pytest.raises(RuntimeError, match=r"(qweight|\w*scales|zeros|bias) must be on (cpu|meta), got (cpu|meta)"):
+        with pytest.raises(RuntimeError, match=r"\w+ must be on (cpu|meta), got (cpu|meta)"):
             getattr(ops, op)(**given)
 
 

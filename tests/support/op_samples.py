@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkernels import QuantScheme
 from qkernels.formats.storage import FLOAT_DTYPES, weight_integers
-from qkernels.kernels import ops, reference
+from qkernels.kernels import arguments, ops, reference
 
 SCHEMES = QuantScheme.names()
 INT_SCHEMES = [name for name in SCHEMES if QuantScheme.parse(name).int_activations]
@@ -135,6 +135,48 @@ def linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
             out_dtype = draw.out_dtype()
         label = f"x {words}, N {out_features}, bias {None if bias is None else bias.dtype}, out {out_dtype}"
         yield Sample((x, *weight, bias, scheme.name, out_dtype), label + (", tiny scales" if tiny else ""))
+
+
+def expert_offsets(draw: Draw, experts: int, rows: int) -> Tensor:
+    """int64 [experts]: rows dealt to all, to one, or to few of the experts, and perhaps some to none."""
+    kind = draw.choose.choice(("all", "all", "one", "few"))
+    taking = draw.choose.sample(range(experts), {"all": experts, "one": 1, "few": max(experts // 3, 1)}[kind])
+    used = draw.choose.choice((rows, rows, rows // 2))
+    counts = [0] * experts
+    for _ in range(used):
+        counts[draw.choose.choice(taking)] += 1
+    return torch.tensor(counts).cumsum(0)
+
+
+def expert_weights(draw: Draw, experts: int, out_features: int, in_features: int, scheme: QuantScheme) -> tuple:
+    each = [draw.weight(out_features, in_features, scheme) for _ in range(experts)]
+    return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+
+
+def grouped_linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        experts = draw.choose.choice((1, 2, 3, 7))
+        x, words = draw.matrix(rows, in_features, draw.kind(scheme))
+        weight = expert_weights(draw, experts, out_features, in_features, scheme)
+        bias = None if draw.choose.random() < 0.4 else draw.floats(experts, out_features).to(draw.dtype())
+        out_dtype = draw.out_dtype() if x.dtype != torch.float16 else None
+        index = None
+        if rows and draw.choose.random() < 0.6:
+            index = torch.randint(rows, (draw.choose.choice((rows, 2 * rows, 1)),), generator=draw.generator)
+        offsets = expert_offsets(draw, experts, rows if index is None else len(index))
+        label = f"x {words}, N {out_features}, offsets {offsets.tolist()}, bias {None if bias is None else bias.dtype}"
+        label += f", {'no index' if index is None else f'{len(index)} rows'}, out {out_dtype}"
+        yield Sample((x, offsets, *weight, bias, scheme.name, out_dtype, index), label)
+
+
+def grouped_linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        experts = draw.choose.choice((1, 2, 3, 7))
+        grad_out, words = draw.matrix(rows, out_features, "normal")
+        weight = expert_weights(draw, experts, out_features, in_features, scheme)
+        offsets, out_dtype = expert_offsets(draw, experts, rows), draw.out_dtype()
+        label = f"dy {words}, K {in_features}, offsets {offsets.tolist()}, out {out_dtype}"
+        yield Sample((grad_out, offsets, *weight, in_features, scheme.name, out_dtype), label)
 
 
 def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
@@ -268,6 +310,8 @@ def quantize_columns_stochastic(draw: Draw, scheme: QuantScheme, count: int) -> 
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "column_scales": column_scales,
     "dequantize_weight": dequantize_weight,
+    "grouped_linear": grouped_linear,
+    "grouped_linear_grad_input": grouped_linear_grad_input,
     "int_grad_input": int_grad_input,
     "linear": linear,
     "linear_cross_entropy": linear_cross_entropy,
@@ -309,7 +353,7 @@ def schema_args(args: tuple) -> tuple:
 
 def results(op: str, args: tuple) -> tuple[Tensor, ...]:
     """What `ops` computes, as the operator returns it: zero points that are None are a tensor of no columns."""
-    out = getattr(ops, op)(*args)
+    out = getattr(ops, op)(**dict(zip(arguments.names(op), args, strict=False)))
     out = out if isinstance(out, tuple) else (out,)
     return tuple(out[0].new_empty((len(out[0]), 0), dtype=torch.uint8) if tensor is None else tensor for tensor in out)
 

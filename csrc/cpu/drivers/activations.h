@@ -25,6 +25,7 @@ class IntRows {
 
   // The integers of row m; its scales go to scales[groups()].
   const int8_t* operator()(int64_t m, float* scales) {
+    if (input_.index != nullptr) m = input_.index[m];
     if (input_.scales != nullptr) {  // q is null where x has no columns
       std::copy_n(input_.scales + m * groups_, groups_, scales);
       return input_.q + m * input_.x.cols;

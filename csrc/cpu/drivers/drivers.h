@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "cpu/api.h"
+#include "cpu/buffer.h"
 #include "cpu/kernels/kernels.h"
 
 namespace qk {
@@ -23,11 +24,13 @@ struct Output {
 };
 
 // x [M, k] of a forward product. If it has been quantized before, as quantize_activation does it, its integers and
-// scales [M, act_groups] are given too; drivers of a8 schemes then read these.
+// scales [M, act_groups] are given too; drivers of a8 schemes then read these. With an index (of a8 schemes only) row m
+// is row index[m] of what is given.
 struct LinearInput {
   Matrix x;
   const int8_t* q = nullptr;
   const float* scales = nullptr;
+  const int64_t* index = nullptr;
 };
 
 // x as one driver reads it, for products with weights of one scheme and one k.
@@ -71,7 +74,25 @@ void int_matmul_grad_input(const Kernels& kernels, const QuantizedRows& grad_out
 void float_matmul_grad_input(const Kernels& kernels, const Matrix& grad_out, const Weight& w, const Output& out,
                              const Parallel& parallel);
 
+// A bias as drivers read it.
+class BiasFloats {
+ public:
+  BiasFloats(const Kernels& kernels, const Bias& bias, int64_t n)
+      : given_(bias.data != nullptr), floats_(given_ ? n : 0) {
+    if (given_) kernels.elementwise.to_float(bias.data, bias.dtype, n, floats_.get());
+  }
+
+  // Or null: none was given.
+  const float* get() const { return given_ ? floats_.get() : nullptr; }
+
+ private:
+  bool given_;
+  Buffer<float> floats_;
+};
+
 // The functions of these names in cpu/api.h, with a given table.
+void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
+                         const Parallel& parallel);
 void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const Bias& bias, const Output& out,
             const Parallel& parallel);
 void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias,
