@@ -9,7 +9,7 @@ from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
-from .nn.adapters import LayerAdapter, register_adapter
+from .nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, register_adapter
 from .nn.embedding import QuantEmbedding
 from .nn.layer_adapters import LinearAdapter
 from .nn.linear import QuantLinear
@@ -18,6 +18,7 @@ from .ptq.smoothquant import smooth_
 from .version import __version__ as __version__
 
 __all__ = [
+    "CompositeAdapter",
     "LayerAdapter",
     "LinearAdapter",
     "QuantEmbedding",
@@ -25,6 +26,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",
+    "SplitLayer",
     "dequantize_",
     "dequantize_weight",
     "freeze_",

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..formats.storage import FLOAT_DTYPES
-from ..nn.adapters import float_twin, is_frozen
+from ..nn.adapters import SplitLayer, find_composite, float_twin, is_frozen
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
 from ..nn.storage import Storage
+from .layers import move_attributes
 from .selection import find_layers
 
 # Called as f(model) after each `dequantize_`; an integration adds its own when its library is imported.
@@ -66,16 +67,30 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             values = quantized.dequantize().to(dtype or quantized.compute_dtype)
             weights[shared] = nn.Parameter(values)
         replacement = float_twin(quantized, weights[shared])
-        for key, value in vars(quantized).items():
-            if key.startswith(("_forward", "_backward", "_is_full_backward")) or (
-                key not in vars(replacement) and key not in _OWN
-            ):
-                vars(replacement)[key] = value
+        move_attributes(quantized, replacement, but=_OWN)
         for parent, key in layer.slots:
             setattr(parent, key, replacement)
+    _join_split_layers(model)
     for callback in AFTER_DEQUANTIZE:
         callback(model)
     return model
+
+
+def _join_split_layers(model: nn.Module) -> None:
+    """Put float layers of several weights in the place of their twins, all of whose layers are in float again."""
+    joined: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if not isinstance(child, SplitLayer):
+                continue
+            if id(child) not in joined:
+                adapter = find_composite(child.float_type)
+                if adapter is None:
+                    raise TypeError(f"no layer adapter knows {child.float_type.__name__}, which was split")
+                whole = adapter.join(child, child.float_type)
+                move_attributes(child, whole, but=("float_type",))
+                joined[id(child)] = whole.train(child.training)
+            parent._modules[key] = joined[id(child)]
 
 
 # Instance attributes of the quantized layers, which a float layer does not have.

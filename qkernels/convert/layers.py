@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
-from ..nn.adapters import LayerAdapter, adapter_of
+from ..nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, adapter_of
 from ..nn.linear import relative_error
 from ..nn.storage import Storage
 from ..ptq import gptq
@@ -19,10 +19,47 @@ from .report import LayerReport
 
 
 @dataclass
+class Split:
+    """A layer of several weights, its twin of layers of one weight each, and every place the layer is registered at."""
+
+    layer: nn.Module
+    twin: SplitLayer
+    slots: list[tuple[nn.Module, str]] = field(default_factory=list)  # (parent, name in the parent)
+    in_place: bool = False  # the twin has taken the place of the layer
+
+    @classmethod
+    def of(cls, layer: nn.Module, adapter: CompositeAdapter[Any]) -> Split:
+        twin, old = adapter.split(layer), {id(module) for module in layer.modules()}
+        twin.float_type = type(layer)
+        for module in twin.modules():
+            if id(module) not in old:
+                module.training = layer.training
+        return cls(layer, twin)
+
+    def parameter_name(self, parameter: Tensor | None) -> str | None:
+        """The name that a parameter of the twin has in the layer; None: the layer has no such parameter."""
+        return next((name for name, own in self.layer.named_parameters() if own is parameter), None)
+
+    def new_names(self) -> dict[str, str]:
+        """By the name of a parameter of the layer, its name in the twin."""
+        names = {id(parameter): name for name, parameter in self.twin.named_parameters()}
+        return {name: names[id(own)] for name, own in self.layer.named_parameters() if id(own) in names}
+
+    def enter(self) -> None:
+        """Put the twin in the layer's place, with the layer's hooks and instance attributes."""
+        if not self.in_place:
+            move_attributes(self.layer, self.twin)
+            for parent, key in self.slots:
+                setattr(parent, key, self.twin)
+            self.in_place = True
+
+
+@dataclass
 class Layer:
     """A linear layer or embedding found in a model, every place it is registered at, and why it stays if it does.
 
-    Or another matrix weight: the parameter `key` of `module`, which always stays.
+    Or one weight of a layer of several (`split`), in whose twin `module` is a layer of its own; or another matrix
+    weight: the parameter `key` of `module`, which always stays.
     """
 
     names: list[str]
@@ -33,10 +70,35 @@ class Layer:
     tied: list[Layer] = field(default_factory=list)  # all layers of its weight, which will share one storage
     converted: LayerReport | None = None
     key: str | None = None
+    split: Split | None = None
+    aliases: list[str] = field(default_factory=list)  # names by which only patterns find it
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module of the model that holds the weight."""
+        return self.module if self.split is None or self.split.in_place else self.split.layer
+
+    def parameter(self) -> tuple[nn.Module, str]:
+        """The module that holds the weight in the model as it is, and the weight's name there."""
+        if self.key is not None:
+            return self.module, self.key
+        key = self.adapter.key
+        if self.split is None or self.split.in_place:
+            return self.module, key
+        if (name := self.split.parameter_name(self.module._parameters.get(key))) is None:
+            return self.module, key
+        path, _, key = name.rpartition(".")
+        return self.split.layer.get_submodule(path), key
+
+    def weight_names(self) -> list[str]:
+        """The full names of the weight's parameter in the model as it is."""
+        if self.split is None or self.split.in_place:
+            return [f"{name}.{self.parameter()[1]}" for name in self.names]
+        return self.aliases[::2]
 
     @property
     def adapter(self) -> LayerAdapter[Any]:
@@ -52,9 +114,9 @@ class Layer:
     def is_quantized(self) -> bool:
         return self.key is None and self.adapter.scheme(self.module) is not None
 
-    def weights(self) -> list[Tensor]:
-        """The weights of a float layer that has an adapter, detached."""
-        return list(self.adapter.weights(self.module).values())
+    def weight(self) -> Tensor:
+        """The weight of a float layer that has an adapter, detached."""
+        return self.adapter.weight(self.module)
 
     def weight_id(self) -> int:
         """Equal for two layers that share their weight."""
@@ -66,7 +128,7 @@ class Layer:
 
     def row(self) -> LayerReport:
         """The report's row for the layer as it is."""
-        module, kind = self.module, type(self.module).__name__
+        module, kind = self.module, type(self.owner).__name__
         if self.key is not None:
             weight = module.get_parameter(self.key)
             size = weight.numel() * weight.element_size()
@@ -107,11 +169,9 @@ class Layer:
 
     def replace(self, quantized: Storage) -> None:
         """Register `quantized` wherever the layer is, with the layer's hooks and instance attributes."""
-        own = vars(quantized)
-        for key, value in vars(self.module).items():
-            is_hook = key.startswith(("_forward", "_backward", "_is_full_backward"))
-            if is_hook or (key not in own and key != "_compiled_call_impl"):
-                own[key] = value
+        if self.split is not None:
+            self.split.enter()
+        move_attributes(self.module, quantized)
         if not self.is_lookup:  # a quantized embedding holds the number in the buffer itself
             quantized._buffers.update(self.module._buffers)
         quantized.train(self.module.training)
@@ -119,6 +179,19 @@ class Layer:
         for parent, key in self.slots:
             setattr(parent, key, quantized)
         self.module = quantized
+
+
+def move_attributes(module: nn.Module, replacement: nn.Module, *, but: Iterable[str] = ()) -> None:
+    """Give a module's hooks and instance attributes to what takes its place, but for those that this has.
+
+    Args:
+        but: names of attributes that stay behind.
+    """
+    own, left = vars(replacement), {"_compiled_call_impl", *but}
+    for key, value in vars(module).items():
+        is_hook = key.startswith(("_forward", "_backward", "_is_full_backward"))
+        if is_hook or (key not in own and key not in left):
+            own[key] = value
 
 
 def rows_of(layers: Iterable[Layer]) -> list[LayerReport]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from ..nn.adapters import is_matrix
+from ..nn.adapters import find_composite, is_matrix
 
 _RULES = "only linear layers and embeddings are quantized"
 _KINDS = (
@@ -37,6 +37,8 @@ def matrix_weights(model: nn.Module, known: Iterable[nn.Module]) -> Iterator[tup
 
 def leftover_reason(name: str, module: nn.Module, key: str) -> str:
     """Why the parameter `key` of `module` stays in float; what stands before the colon names the kind."""
+    if (adapter := find_composite(type(module))) is not None and (reason := adapter.reason(module)) is not None:
+        return reason
     for kind, word in _KINDS:
         if isinstance(module, kind):
             return f"{word}: {_RULES}"

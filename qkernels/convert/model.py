@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.adapters import find_adapter
+from ..nn.adapters import find_adapter, find_composite
 from ..nn.layer_adapters import QUANTIZED
 from ..nn.linear import QuantLinear
 from ..nn.matrix_layer import MatrixLayer
@@ -105,6 +105,10 @@ def quantize_(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; "
             f"use {'QuantEmbedding' if adapter.lookup else 'QuantLinear'}.from_float(layer, scheme)"
         )
+    if find_composite(type(model)) is not None:
+        raise TypeError(
+            f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
+        )
     scheme = QuantScheme.parse(scheme)
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
     # What does not exist is refused here.
@@ -117,12 +121,11 @@ def quantize_(
     report = QuantizationReport(scheme.name, mode, grad_dtype, weight_scale=weight_scale)
     layers, report.warnings = select_layers(model, scheme, skip, include, embeddings=embeddings)
     for layer in layers:
-        if layer.reason is None and any(weight.is_meta for weight in layer.weights()):
+        if layer.reason is None and layer.weight().is_meta:
             layer.reason = "weight on the meta device: load it first, then quantize"
     for layer in layers:
         if layer.reason is None:
-            for weight in layer.weights():
-                _check_finite(layer.name, weight, scheme)
+            _check_finite(layer.name, layer.weight(), scheme)
     if never_slower:
         _keep_faster_floats(layers, scheme)
     if strict:
@@ -176,7 +179,11 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
 
 def _measured(layers: list[Layer]) -> list[Layer]:
     """The layers to quantize whose inputs are collected and that are timed: linear ones of a weight of their own."""
-    return [layer for layer in layers if layer.reason is None and not layer.tied and not layer.is_lookup]
+    return [
+        layer
+        for layer in layers
+        if layer.reason is None and not layer.tied and not layer.is_lookup and layer.adapter.measured
+    ]
 
 
 def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.adapters import find_adapter
+from ..nn.adapters import find_adapter, find_composite
 from ..nn.layer_adapters import QUANTIZED
-from .layers import Layer
+from .layers import Layer, Split
 from .leftover import kept_in_float32, leftover_reason, matrix_weights
 from .report import QuantizationReport
 
@@ -25,19 +25,58 @@ KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values
 def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
     """Every linear layer below `model` (also `QuantLinear`), each once, in the order of `named_modules`.
 
+    A layer of several weights is listed as one layer for each, in a twin that is not in the model yet.
+
     Args:
         embeddings: list the embeddings too.
     """
     layers: dict[int, Layer] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    splits: dict[int, Split] = {}
+
+    def add(name: str, module: nn.Module, split: Split | None, whole: str) -> None:
         adapter = find_adapter(module)
-        if adapter is not None and (embeddings or not adapter.lookup):
-            layers.setdefault(id(module), Layer([], module, [])).names.append(name)
-    for parent in model.modules():
+        if adapter is None or (adapter.lookup and not embeddings):
+            return
+        layer = layers.setdefault(id(module), Layer([], module, [], split=split))
+        layer.names.append(name)
+        if split is not None:
+            weight = split.parameter_name(module._parameters.get(adapter.key))
+            layer.aliases += [f"{name}.{adapter.key}" if weight is None else f"{whole}.{weight}", whole]
+
+    for name, module, split in walk(model, splits):
+        if split is None:
+            add(name, module, None, name)
+        else:
+            for part, child in split.twin.named_modules(prefix=name, remove_duplicate=False):
+                add(part, child, split, name)
+    for parent in [*model.modules(), *(part for split in splits.values() for part in split.twin.modules())]:
         for key, child in parent._modules.items():
             if id(child) in layers:
                 layers[id(child)].slots.append((parent, key))
+            if id(child) in splits:
+                splits[id(child)].slots.append((parent, key))
     return list(layers.values())
+
+
+def walk(model: nn.Module, splits: dict[int, Split]) -> Iterator[tuple[str, nn.Module, Split | None]]:
+    """The modules of `model` by all of their names; a layer of several weights with its split, and not those below it.
+
+    Args:
+        splits: by the id of the layer, filled in.
+    """
+    inside = None  # a layer that is split, and all that is below it is a part of it
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        adapter = find_composite(type(module)) if module is not model else None
+        if adapter is None or adapter.reason(module) is not None:
+            yield name, module, None
+            continue
+        if id(module) not in splits:
+            splits[id(module)] = Split.of(module, adapter)
+        inside = f"{name}."
+        yield name, module, splits[id(module)]
 
 
 def find_weights(model: nn.Module) -> list[Layer]:
@@ -48,7 +87,7 @@ def find_weights(model: nn.Module) -> list[Layer]:
         for names, module, key in matrix_weights(model, [layer.module for layer in layers])
     ]
     position = {id(module): at for at, module in enumerate(model.modules())}
-    return sorted(layers, key=lambda layer: position[id(layer.module)])
+    return sorted(layers, key=lambda layer: position[id(layer.owner)])
 
 
 def select_layers(
@@ -86,19 +125,19 @@ def select_layers(
     kept = kept_in_float32(model)
     for layer in layers:
         if layer.reason is None:
-            layer.reason = structure.get(id(layer.module))
+            layer.reason = structure.get(id(layer.module), structure.get(id(layer.owner)))
         if layer.reason is None:
             if layer.key is not None:
                 layer.reason = leftover_reason(layer.name, layer.module, layer.key)
             elif layer.is_lookup and not layer.is_quantized and not embeddings:
                 layer.reason = NOT_ASKED
-            elif any(name in kept for name in layer.names) and not layer.is_quantized:
+            elif any(name in kept for name in (*layer.names, *layer.aliases)) and not layer.is_quantized:
                 layer.reason = KEPT
             else:
                 layer.reason = layer.adapter.reason(layer.module, scheme)
-    by_module = {id(layer.module): layer for layer in layers if layer.key is None}
+    by_parameter = {(id(module), key): layer for layer in layers for module, key in [layer.parameter()]}
     for group in groups:
-        _settle_tied(group, by_module, bool(embeddings))
+        _settle_tied(group, by_parameter, bool(embeddings))
     embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
     for layer in layers:
         looked_up = any(member.is_lookup for member in (layer, *layer.tied))
@@ -149,14 +188,19 @@ def unexpected_results(
     return messages
 
 
-def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[int, Layer], share: bool) -> None:
-    """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise."""
+def _settle_tied(group: list[tuple[str, nn.Module, str]], layers: Mapping[tuple[int, str], Layer], share: bool) -> None:
+    """Let the layers of one weight share a storage if all of it can be quantized; give them the reason otherwise.
+
+    Args:
+        layers: by the module that holds the weight, and its name there.
+    """
     members = [
         member
         for _, module, key in group
-        if (member := layers.get(id(module))) is not None and key == member.adapter.key and member.reason is None
+        if (member := layers.get((id(module), key))) is not None and member.reason is None
     ]
-    if share and len(members) == len(group) and not any(member.adapter.transposed for member in members):
+    upright = not any(member.adapter.transposed or member.split is not None for member in members)
+    if share and len(members) == len(group) and upright:
         for member in members:
             member.tied = members
         return
@@ -172,7 +216,9 @@ def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[
     def matched(argument: str, patterns: Sequence[str]) -> set[int]:
         found: set[int] = set()
         for pattern in patterns:
-            hits = {id(layer) for layer in layers if any(_matches(pattern, name) for name in layer.names)}
+            hits = {
+                id(layer) for layer in layers if any(_matches(pattern, name) for name in (*layer.names, *layer.aliases))
+            }
             if not hits:
                 messages.append(f"{argument} pattern {pattern!r} matches no linear layer")
             found |= hits

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import AFTER_DEQUANTIZE, dequantize_
-from ..convert.layers import Layer, rows_of
+from ..convert.layers import Layer, Split, rows_of
 from ..convert.leftover import kept_in_float32
 from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
@@ -155,6 +155,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._modes: dict[str, str] = {}  # of the layers of a saved folder, by their names
         self._stored_dtypes: dict[str, torch.dtype] = {}  # of the tensors of a saved folder, by their names
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
+        # By the name of a parameter of a layer that may be split: that layer, the twin, and its name in both.
+        self._parts: dict[str, tuple[Split, str, str]] = {}
 
     @property
     def scheme(self) -> QuantScheme:
@@ -173,7 +175,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         return self.state_dict_to_save, {}
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        return param_name in self._pending
+        return param_name in self._pending or param_name in self._parts
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeLinear(self)
@@ -203,6 +205,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             del model._adjust_missing_and_unexpected_keys
             self._check_unexpected(model, saved, loading_info)
             self._mismatched = {key for key, *_ in loading_info.mismatched_keys}
+            self._rename_parts(loading_info.missing_keys)
             adjust(loading_info)
 
         model._adjust_missing_and_unexpected_keys = check_keys
@@ -218,12 +221,13 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._report.warnings += unexpected_results(self._layers, self._report, config.embeddings)
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
-        self._pending = {
-            f"{name}.{layer.adapter.key}": layer
-            for layer in self._layers
-            if layer.reason is None
-            for name in layer.names
-        }
+        chosen = [layer for layer in self._layers if layer.reason is None]
+        self._pending = {name: layer for layer in chosen for name in layer.weight_names()}
+        for layer in chosen:
+            if layer.split is not None:
+                new_names = layer.split.new_names()
+                for whole in layer.aliases[1::2]:
+                    self._parts.update({f"{whole}.{name}": (layer.split, name, new_names[name]) for name in new_names})
 
     def quantize_parameter(self, name: str, tensor: torch.Tensor) -> list[str]:
         """Swap the layer of the float weight called `name`.
@@ -233,7 +237,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         """
         layer = self._pending.get(name)
         if layer is None:
-            return []
+            return self._put_part(name, tensor)
         tied = [layer, *(other for other in layer.tied if other is not layer)]
         keys = [key for key, pending in self._pending.items() if any(pending is member for member in tied)]
         if layer.converted is not None:  # from the weight of a layer that it is tied to
@@ -261,6 +265,28 @@ class QKernelsHfQuantizer(HfQuantizer):
             _tie_storage(self._model)
         return keys
 
+    def _put_part(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """Put what a layer that is split holds beside its quantized weights, such as a bias, where it belongs now."""
+        if name not in self._parts:
+            return []
+        split, *keys = self._parts[name]
+        parameter = nn.Parameter(tensor)
+        parameter._is_hf_initialized = True
+        for module, key in zip((split.layer, split.twin), keys, strict=True):
+            path, _, own = key.rpartition(".")
+            owner = module.get_submodule(path)
+            if (expected := list(owner._parameters[own].shape)) != list(tensor.shape):
+                raise ValueError(f"{name} of the checkpoint must have shape {expected}, got {list(tensor.shape)}")
+            owner._parameters[own] = parameter
+        return [name]
+
+    def _rename_parts(self, missing_keys: set[str]) -> None:
+        """Let the keys that the checkpoint lacks be those of the layers as they are split."""
+        for name, (split, _, new) in self._parts.items():
+            if split.in_place and name in missing_keys:
+                missing_keys.remove(name)
+                missing_keys.add(f"{name.removesuffix(self._parts[name][1])}{new}")
+
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
         _unguard(self._layers)
         if self.pre_quantized:
@@ -279,7 +305,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         watch_frozen(model, self._layers)
         model.quantization_report = self._report
         self.quantization_config.layers = describe(model).get("layers", {})
-        self._layers, self._pending = [], {}
+        self._layers, self._pending, self._parts = [], {}, {}
 
     def _check_unexpected(self, model, saved: set[str], loading_info) -> None:
         """Refuse quantized weights that no layer takes; leave out the marker for programs without qkernels."""

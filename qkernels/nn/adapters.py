@@ -8,6 +8,7 @@ Everything that looks for layers in a model (`quantize_`, `dequantize_`, the int
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -39,26 +40,21 @@ class LayerAdapter(ABC, Generic[_L]):
         key: name of the parameter that holds the weight.
         transposed: the parameter holds the weight as [K, N].
         lookup: the layer looks up rows of the weight (an embedding) and multiplies nothing.
+        measured: `forward(x)` takes one input [..., K] alone, so that it can be timed, and calibrated by its inputs.
     """
 
     key: str = "weight"
     transposed: bool = False
     lookup: bool = False
-
-    def weights(self, layer: _L) -> dict[str, Tensor]:
-        """By name of its parameter, each weight of the layer, detached: [N, K], or [E, N, K] of E experts.
-
-        All of them are checked before a layer is quantized. A layer has the one of `weight` unless this is overridden.
-        """
-        return {self.key: self.weight(layer)}
+    measured: bool = True
 
     def weight(self, layer: _L) -> Tensor:
-        """The weight, detached: float [N, K], a view of the parameter."""
+        """The weight, detached: float [N, K], or [E, N, K] of E experts, a view of the parameter where that can be."""
         weight: Tensor = getattr(layer, self.key).detach()
-        return weight.t() if self.transposed else weight
+        return weight.mT if self.transposed else weight
 
     def shape(self, layer: _L) -> tuple[int, ...]:
-        """Shape of the weight: (N, K)."""
+        """Shape of the weight: (N, K), or (E, N, K)."""
         return tuple(self.weight(layer).shape)
 
     def dtype(self, layer: _L) -> torch.dtype:
@@ -84,12 +80,8 @@ class LayerAdapter(ABC, Generic[_L]):
         names = set(layer._parameters)
         if parametrize.is_parametrized(layer) or self.key not in names or not names <= {self.key, "bias"}:
             return "parametrized weight"
-        known = _registered(type(layer))
-        if known is not None and not _computes_the_same(type(layer), known):
-            name = f"nn.{known.__name__}" if known.__module__.startswith("torch.nn.") else known.__name__
-            return f"{type(layer).__name__} is a subclass of {name}: its forward may compute something else"
-        if "forward" in vars(layer):
-            return "forward is replaced on the instance"
+        if (why := other_forward(layer)) is not None:
+            return why
         weight = layer._parameters[self.key]
         if weight is None or weight.dtype not in FLOAT_DTYPES:
             return "no weight" if weight is None else f"{weight.dtype} weight"
@@ -133,11 +125,52 @@ class LayerAdapter(ABC, Generic[_L]):
         """
 
 
+class SplitLayer(nn.Module):
+    """What stands in the place of a layer of several weights when one of them is quantized (see `CompositeAdapter`).
+
+    It computes what that layer computed, and each of its weights belongs to a layer of its own below it.
+    """
+
+    float_type: type[nn.Module]  # of the layer that was split, and that `dequantize_` joins again
+
+
+class CompositeAdapter(ABC, Generic[_L]):
+    """What a conversion asks about a layer of several weights, such as attention or the experts of a mixture.
+
+    Such a layer is split: a `SplitLayer` with the same parameters takes its place, in which each weight belongs to a
+    layer of its own, of a class that has a `LayerAdapter`. These layers are quantized one by one, or stay in float, and
+    each has its row of the report. Nothing is split in the model before the first of them is quantized.
+    """
+
+    def reason(self, layer: _L) -> str | None:
+        """Why the layer cannot be split; None: it can. All of its weights then stay in float for that reason."""
+        if parametrize.is_parametrized(layer):
+            return "parametrized weight"
+        return other_forward(layer)
+
+    @abstractmethod
+    def split(self, layer: _L) -> SplitLayer:
+        """The twin of the layer, which shares its parameters and submodules; the layer itself is not changed.
+
+        A parameter of the twin is the parameter object of the layer, whatever its name, also on the meta device: so a
+        conversion knows which is which.
+        """
+
+    @abstractmethod
+    def join(self, twin: SplitLayer, float_type: type[nn.Module]) -> nn.Module:
+        """The float layer of class `float_type` in the place of a twin whose layers are all in float again.
+
+        What is an instance attribute of the twin, and not of the result, is copied to it later.
+        """
+
+
 # By class, or by "module.name" of a class whose library need not be installed.
-_ADAPTERS: dict[type[nn.Module] | str, LayerAdapter[Any]] = {}
+_ADAPTERS: dict[type[nn.Module] | str, LayerAdapter[Any] | CompositeAdapter[Any]] = {}
+# For classes that have no common base: asked if the class of a module is not among the above.
+_MATCHING: list[tuple[Callable[[type[nn.Module]], bool], CompositeAdapter[Any]]] = []
 
 
-def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter[Any]) -> None:
+def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter[Any] | CompositeAdapter[Any]) -> None:
     """Let conversions know the layers of a class, and of subclasses that compute the same.
 
     >>> class Projection(nn.Module):  # x @ kernel + bias
@@ -162,18 +195,32 @@ def register_adapter(layer_type: type[nn.Module] | str, adapter: LayerAdapter[An
     """
     if not isinstance(layer_type, str) and not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise TypeError(f"layer_type must be a class of nn.Module or its full name, got {layer_type!r}")
-    if not isinstance(adapter, LayerAdapter):
-        raise TypeError(f"adapter must be an instance of a LayerAdapter, got {adapter!r}")
+    if not isinstance(adapter, LayerAdapter | CompositeAdapter):
+        raise TypeError(f"adapter must be an instance of a LayerAdapter or CompositeAdapter, got {adapter!r}")
     _ADAPTERS[layer_type] = adapter
 
 
+def register_matching(matches: Callable[[type[nn.Module]], bool], adapter: CompositeAdapter[Any]) -> None:
+    """Let conversions know the layers of every class that `matches`, which is asked about classes unknown otherwise."""
+    _MATCHING.append((matches, adapter))
+
+
 def find_adapter(module: object) -> LayerAdapter[Any] | None:
-    """The adapter of the nearest class of `module` that has one; None: it is no layer that can be quantized.
+    """The adapter of the nearest class of `module` that has one; None: it is no layer of one weight.
 
     >>> find_adapter(nn.ReLU()) is None
     True
     """
-    return _find(type(module))
+    adapter = _find(type(module))
+    return adapter if isinstance(adapter, LayerAdapter) else None
+
+
+def find_composite(layer_type: type[nn.Module]) -> CompositeAdapter[Any] | None:
+    """The adapter of layers of several weights that knows the class; None: there is none."""
+    adapter = _find(layer_type)
+    if adapter is None:
+        adapter = next((known for matches, known in _MATCHING if matches(layer_type)), None)
+    return adapter if isinstance(adapter, CompositeAdapter) else None
 
 
 def adapter_of(module: nn.Module) -> LayerAdapter[Any]:
@@ -203,7 +250,7 @@ def float_twin(quantized: Storage, weight: nn.Parameter, *, plain: bool = False)
     """
     float_type = type(quantized).float_type if plain else quantized.float_type
     adapter = _find(float_type)
-    if adapter is None:
+    if not isinstance(adapter, LayerAdapter):
         raise TypeError(f"no layer adapter knows {float_type.__name__}, which {quantized} was before")
     return adapter.to_float(quantized, weight, float_type)
 
@@ -224,7 +271,16 @@ def _full_name(layer_type: type) -> str:
     return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
-def _find(layer_type: type) -> LayerAdapter[Any] | None:
+def other_forward(layer: nn.Module) -> str | None:
+    """Why a layer may compute something else than its adapter takes it for; None: it computes that."""
+    known = _registered(type(layer))
+    if known is not None and not _computes_the_same(type(layer), known):
+        name = f"nn.{known.__name__}" if known.__module__.startswith("torch.nn.") else known.__name__
+        return f"{type(layer).__name__} is a subclass of {name}: its forward may compute something else"
+    return "forward is replaced on the instance" if "forward" in vars(layer) else None
+
+
+def _find(layer_type: type) -> LayerAdapter[Any] | CompositeAdapter[Any] | None:
     known = _registered(layer_type)
     return None if known is None else _ADAPTERS.get(known) or _ADAPTERS[_full_name(known)]
 

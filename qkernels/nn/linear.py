@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -155,23 +156,35 @@ def relative_error(weight: Tensor, quantized: Storage) -> float:
     """Frobenius norm of (dequantized - weight) over that of the weight; 0 for a zero weight.
 
     Args:
-        weight: float [out_features, in_features].
-        quantized: a `QuantLinear` or `QuantEmbedding`.
+        weight: float [out_features, in_features], or [E, out_features, in_features] of E experts.
+        quantized: a layer with that weight.
     """
-    error, norm = _squared_norms(weight, quantized, torch.float32)
-    if norm != 0 and not 1e-20 < norm < 1e30:  # float32 is too short for the squares, and much faster
-        error, norm = _squared_norms(weight, quantized, torch.float64)
+    stored = quantized.quantized_weight().map(plain)
+    error, norm = 0.0, 0.0
+    for matrix, own in [(weight, stored)] if weight.dim() == 2 else _each_expert(weight, stored):
+        errors, norms = _squared_norms(matrix, own, quantized, torch.float32)
+        if norms != 0 and not 1e-20 < norms < 1e30:  # float32 is too short for the squares, and much faster
+            errors, norms = _squared_norms(matrix, own, quantized, torch.float64)
+        error, norm = error + errors, norm + norms
     return (error / norm) ** 0.5 if norm > 0 else error**0.5
 
 
+def _each_expert(weight: Tensor, stored: QuantizedWeight) -> Iterator[tuple[Tensor, QuantizedWeight]]:
+    """The matrix of each expert, and how it is stored."""
+    for at in range(weight.shape[0]):
+        yield weight[at], stored.map(itemgetter(at))
+
+
 @torch.no_grad()
-def _squared_norms(weight: Tensor, quantized: Storage, dtype: torch.dtype) -> tuple[float, float]:
+def _squared_norms(
+    weight: Tensor, stored: QuantizedWeight, quantized: Storage, dtype: torch.dtype
+) -> tuple[float, float]:
     """Sums of squares, of the error and of the weight, whose parts are summed in `dtype`, and then in float64.
 
     The norm of each row of a bfloat16 or float16 weight is rounded to that dtype, which all rows together average out.
     """
     rows = max(1, (_SERIAL_ELEMENTS - 1) // quantized.in_features)
-    qweight, scales, zeros = quantized.quantized_weight().map(plain)
+    qweight, scales, zeros = stored
     zero_blocks: Iterable[Tensor | None] = itertools.repeat(None) if zeros is None else zeros.split(rows)
     blocks = zip(weight.detach().split(rows), qweight.split(rows), scales.split(rows), zero_blocks, strict=False)
     errors = [torch.zeros((), dtype=dtype, device=weight.device)]
