@@ -13,6 +13,7 @@ from ..autograd.frozen import LowRank, adapted_linear, quant_linear
 from ..autograd.trained import trained_linear
 from ..autograd.weight_products import autocast_dtype, check_input, traced
 from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
