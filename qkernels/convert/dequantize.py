@@ -11,6 +11,7 @@ from ..formats.storage import FLOAT_DTYPES
 from ..nn.adapters import SplitLayer, find_composite, float_twin, is_frozen
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
+from ..nn.masks import make_permanent
 from ..nn.storage import Storage
 from .layers import move_attributes
 from .selection import find_layers
@@ -63,6 +64,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         quantized = layer.module
         assert isinstance(quantized, Storage)
         shared = id(quantized.qweight) if is_frozen(quantized) else id(quantized)
+        if quantized.mode == "qat":
+            make_permanent(quantized)  # what a mask made 0 stays 0 until it is trained
         if shared not in weights:
             values = quantized.dequantize().to(dtype or quantized.compute_dtype)
             weights[shared] = nn.Parameter(values)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
 from ..nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, adapter_of
 from ..nn.linear import relative_error
+from ..nn.masks import Pruning, find_pruning, move_hooks
 from ..nn.storage import Storage
 from ..ptq import gptq
 from ..ptq.inputs import InputStatistics
@@ -155,27 +157,42 @@ class Layer:
                 if (bias := adapter.bias(self.module)) is not None:
                     quantized.bias = bias
                 self.replace(quantized)
-                sizes, error = (0, 0), layer.converted.weight_error
+                sizes, error, note = (0, 0), layer.converted.weight_error, layer.converted.note
                 break
         else:
             weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **layer_options)
             if statistics is not None:
                 quantized.set_weight(gptq.quantize_weight(weight, scheme, statistics))
-            error = relative_error(weight, quantized)
+            error, note = relative_error(weight, quantized), self._note(layer_options["mode"])
             self.replace(quantized)
             sizes = (before.bytes_before, quantized.storage_bytes())
-        self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error)
+        self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error, note=note)
         return self.converted
+
+    def pruning(self) -> Pruning | None:
+        """How the layer is pruned, by a mask that is there; None: it is not."""
+        return None if self.key is not None else find_pruning(self.module, self.adapter.key)
+
+    def _note(self, mode: str) -> str | None:
+        """What the report says of a pruned layer."""
+        if (pruning := self.pruning()) is None:
+            return None
+        zeros = 100 * (1 - pruning.mask.count_nonzero().item() / max(pruning.mask.numel(), 1))
+        return f"pruned: {zeros:.1f} % zeros stay" + (", also in training" if mode != "frozen" else "")
 
     def replace(self, quantized: Storage) -> None:
         """Register `quantized` wherever the layer is, with the layer's hooks and instance attributes."""
         if self.split is not None:
             self.split.enter()
-        move_attributes(self.module, quantized)
+        pruned = self.pruning() is not None
+        if pruned:
+            move_hooks(self.module, quantized, self.adapter.key)
+        move_attributes(self.module, quantized, but=[self.adapter.key] if pruned else [])
         if not self.is_lookup:  # a quantized embedding holds the number in the buffer itself
-            quantized._buffers.update(self.module._buffers)
+            mask = f"{self.adapter.key}_mask" if pruned else None  # the quantized layer has its own, if it needs one
+            quantized._buffers.update({key: value for key, value in self.module._buffers.items() if key != mask})
         quantized.train(self.module.training)
-        quantized.float_type = type(self.module)
+        quantized.float_type = parametrize.type_before_parametrizations(self.module)
         for parent, key in self.slots:
             setattr(parent, key, quantized)
         self.module = quantized

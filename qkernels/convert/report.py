@@ -22,6 +22,7 @@ class LayerReport:
         bytes_before, bytes_after: of the weight, without the bias; 0 if it is shared with an earlier row.
         weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call.
         reason: why this call left it as it was; None: it was quantized.
+        note: what else is to be known of a layer that was quantized.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerReport:
     bytes_after: int
     weight_error: float | None = None
     reason: str | None = None
+    note: str | None = None
 
 
 @dataclass
@@ -128,4 +130,4 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
     error = "" if row.weight_error is None else f"{row.weight_error:.4f}"
     sizes = (_megabytes(row.bytes_before), _megabytes(row.bytes_after))
     shape = "x".join(map(str, row.shape))
-    return (row.name, row.kind, shape, row.scheme or "-", *sizes, error, row.reason or "")
+    return (row.name, row.kind, shape, row.scheme or "-", *sizes, error, row.reason or row.note or "")

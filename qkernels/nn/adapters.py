@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
+from .masks import find_pruning, is_masked, own_names
 from .storage import Storage
 
 # What a subclass may define and still compute the same; the dunders are those of any class statement.
@@ -49,8 +50,12 @@ class LayerAdapter(ABC, Generic[_L]):
     measured: bool = True
 
     def weight(self, layer: _L) -> Tensor:
-        """The weight, detached: float [N, K], or [E, N, K] of E experts, a view of the parameter where that can be."""
-        weight: Tensor = getattr(layer, self.key).detach()
+        """The weight, detached: float [N, K], or [E, N, K] of E experts, a view of the parameter where that can be.
+
+        Of a pruned layer, it is the weight as it is masked now.
+        """
+        pruning = find_pruning(layer, self.key) if is_masked(layer, self.key) else None
+        weight: Tensor = getattr(layer, self.key).detach() if pruning is None else pruning.weight
         return weight.mT if self.transposed else weight
 
     def shape(self, layer: _L) -> tuple[int, ...]:
@@ -77,12 +82,19 @@ class LayerAdapter(ABC, Generic[_L]):
 
     def reason(self, layer: _L, scheme: QuantScheme) -> str | None:
         """Why the layer must stay as it is; None: it can be quantized with `scheme`."""
-        names = set(layer._parameters)
-        if parametrize.is_parametrized(layer) or self.key not in names or not names <= {self.key, "bias"}:
+        names, own = set(layer._parameters), own_names(layer, self.key)
+        pruning = find_pruning(layer, self.key) if is_masked(layer, self.key) else None
+        if pruning is None and self.key not in names:
+            return "parametrized weight"
+        if "bias" not in names and "bias" in vars(layer):
+            return "pruned bias: make it permanent with torch.nn.utils.prune.remove(layer, 'bias')"
+        if not names <= own | {"bias"} or any(name != self.key for name in getattr(layer, "parametrizations", ())):
+            return "parametrized weight"
+        if pruning is not None and self.transposed and parametrize.is_parametrized(layer):
             return "parametrized weight"
         if (why := other_forward(layer)) is not None:
             return why
-        weight = layer._parameters[self.key]
+        weight = layer._parameters[self.key] if pruning is None else pruning.original
         if weight is None or weight.dtype not in FLOAT_DTYPES:
             return "no weight" if weight is None else f"{weight.dtype} weight"
         if type(weight) not in (Tensor, nn.Parameter):
@@ -273,10 +285,11 @@ def _full_name(layer_type: type) -> str:
 
 def other_forward(layer: nn.Module) -> str | None:
     """Why a layer may compute something else than its adapter takes it for; None: it computes that."""
-    known = _registered(type(layer))
-    if known is not None and not _computes_the_same(type(layer), known):
+    layer_type = parametrize.type_before_parametrizations(layer)
+    known = _registered(layer_type)
+    if known is not None and not _computes_the_same(layer_type, known):
         name = f"nn.{known.__name__}" if known.__module__.startswith("torch.nn.") else known.__name__
-        return f"{type(layer).__name__} is a subclass of {name}: its forward may compute something else"
+        return f"{layer_type.__name__} is a subclass of {name}: its forward may compute something else"
     return "forward is replaced on the instance" if "forward" in vars(layer) else None
 
 

@@ -30,7 +30,7 @@ class LinearAdapter(LayerAdapter[nn.Module]):
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         weight = layer._parameters.get(self.key)
-        if weight is None or nn.parameter.is_lazy(weight):  # parametrized, or not known yet
+        if weight is None or nn.parameter.is_lazy(weight):  # computed, or not known yet
             return tuple(getattr(layer, name, 0) for name in self.features)
         return super().shape(layer)
 

@@ -8,6 +8,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
 from ..autograd.trained import trained_linear
@@ -18,6 +19,7 @@ from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
 from .adapters import find_adapter, is_frozen
+from .masks import find_pruning, keep_mask
 from .matrix_layer import MatrixLayer
 from .storage import Storage
 from .stored_parameter import plain
@@ -115,14 +117,22 @@ class QuantLinear(MatrixLayer, nn.Linear):
         out_features, in_features = weight.shape
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
         quantized = cls(in_features, out_features, False, scheme, **options, device="meta", dtype=weight.dtype)
+        pruning = find_pruning(layer, adapter.key)
         if mode == "qat":
-            quantized.weight = nn.Parameter(weight.contiguous()) if adapter.transposed else getattr(layer, adapter.key)
+            if pruning is None:
+                trained = nn.Parameter(weight.contiguous()) if adapter.transposed else getattr(layer, adapter.key)
+                quantized.weight = trained
+            else:
+                keep_mask(layer, quantized, pruning, adapter.key, adapter.transposed)
             quantized.reset_scales()
         else:
             with torch.inference_mode(False):  # else the weight could not be saved for a gradient
                 quantized._take(quantize_weight(weight, quantized.scheme))
+            if mode == "int8" and pruning is not None:
+                quantized.keep_zeros(pruning.mask.t() if adapter.transposed else pruning.mask)
         quantized.register_parameter("bias", adapter.bias(layer))
-        quantized.float_type = getattr(layer, "float_type", type(layer))  # what `dequantize_` makes of it again
+        # What `dequantize_` makes of it again.
+        quantized.float_type = getattr(layer, "float_type", parametrize.type_before_parametrizations(layer))
         return quantized.train(layer.training)
 
     def _reset_weight(self) -> None:
@@ -137,6 +147,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
             args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad_dtype)
             return quant_linear(input, *args, self._column_scales_for(input) if self.grad_dtype == "int8" else None)
         weight, scales = self._trained_weight(), self._parameters.get("scales")
+        if self.mode == "int8" and "weight_mask" in self._buffers:
+            weight = self._masked(weight)
         return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad_dtype, scales)
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:

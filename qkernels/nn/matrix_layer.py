@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.int8_weight import Int8Weight
+from ..autograd.masked import mask_gradient
 from ..autograd.weight_products import follow, refuse_script, refuse_write
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from ..formats.validate import STORAGE
 from ..kernels import ops
+from . import masks
 from .int8_state import StateScales, load_parts, state_parts
 from .storage import Storage
 from .stored_parameter import StoredParameter
@@ -149,6 +152,11 @@ class MatrixLayer(Storage):
                 f"{name} of a {type(self).__name__} cannot be a DTensor: tensor parallelism (parallelize_module, "
                 "tp_plan) is not supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 (fully_shard)"
             )
+        if name == "weight_orig" and self.mode != "qat":  # by torch.nn.utils.prune
+            raise RuntimeError(
+                f"a {type(self).__name__} of mode {self.mode!r} cannot be pruned: prune the float layer before "
+                'quantize_, and its zeros stay, or prune a layer of mode="qat"'
+            )
         if isinstance(param, FrozenWeight):
             raise refuse_write(f"parameter {name!r}")
         if name == "weight" and self.mode == "frozen":
@@ -183,6 +191,10 @@ class MatrixLayer(Storage):
         weight = self._parameters.get("weight")
         if weight is None:
             weight = vars(self).get("weight")
+        if weight is None and parametrize.is_parametrized(self, "weight"):
+            if self.mode == "int8":
+                raise RuntimeError('the weight of mode "int8" cannot be parametrized; use mode="qat"')
+            weight = self.parametrizations["weight"]()  # type: ignore[index,operator]
         if weight is None:
             raise AttributeError(f"a {type(self).__name__} of mode {self.mode!r} without a weight")
         return weight
@@ -202,7 +214,11 @@ class MatrixLayer(Storage):
         if self.mode == "qat":
             own = self._trained_weight()
             values = ops.dequantize_weight(*weight, self.in_features, self._scheme_name).to(own.dtype)
-            self.weight = nn.Parameter(self._from_rows(values), requires_grad=own.requires_grad)
+            parameter = nn.Parameter(self._from_rows(values), requires_grad=own.requires_grad)
+            if masks.is_masked(self):
+                masks.replace_original(self, parameter)
+            else:
+                self.weight = parameter
             if self.weight_scale == "learned":
                 scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
                 self.register_parameter("scales", scales)
@@ -219,9 +235,10 @@ class MatrixLayer(Storage):
         """The weight as it is multiplied, in the canonical storage; in mode "qat" it is quantized for this call."""
         if self.mode == "frozen":
             return super().quantized_weight()
-        weight = self._trained_weight()
+        pruning = masks.find_pruning(self)
+        weight = self._trained_weight() if pruning is None else pruning.weight
         if self.mode == "int8":
-            return QuantizedWeight(*state_parts(weight), None)
+            return QuantizedWeight(*state_parts(self._masked(weight)), None)
         rows = self._rows(weight.detach())
         if self.weight_scale == "learned":
             scales = self.scales.detach()
@@ -231,17 +248,21 @@ class MatrixLayer(Storage):
     def freeze_(self) -> Self:
         """Make the layer frozen, in place, with the weight that it multiplies now: outputs keep their bits.
 
+        The mask of a pruned layer is dropped. The integers that it made 0 stay 0.
+
         Raises:
-            RuntimeError: if the weight is no parameter (pruned), or holds NaN or Inf.
+            RuntimeError: if the weight is computed by something else than a mask, or holds NaN or Inf.
         """
         if self.mode == "frozen":
             return self
-        if "weight" not in self._parameters:
+        if "weight" not in self._parameters and masks.find_pruning(self) is None:
             raise RuntimeError(
-                "the weight is computed by a hook, such as pruning; make it permanent before freeze_, as by "
-                "torch.nn.utils.prune.remove(layer, 'weight')"
+                "the weight is computed by a hook or a parametrization that is no mask; make it permanent before "
+                "freeze_, as by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
             )
         weight = self.quantized_weight()
+        masks.make_permanent(self)
+        self._buffers.pop("weight_mask", None)
         del self.weight
         self.mode, self.weight_scale = "frozen", "absmax"
         self._allocate_column_scales(weight.scales.device)
@@ -263,6 +284,43 @@ class MatrixLayer(Storage):
         self.mode = "int8"
         self._take(weight)
         return self
+
+    def keep_zeros(self, mask: Tensor) -> None:
+        """Let the integers of mode "int8" stay 0 in training where a mask is False.
+
+        The mask is the buffer `weight_mask`, which the state dict holds. Gradients are 0 there, and what an optimizer
+        writes there is set to 0 by the next forward. A layer of mode "qat" is pruned by `torch.nn.utils.prune`.
+
+        >>> layer = QuantLinear.from_float(nn.Linear(8, 4), "w8a8", mode="int8")
+        >>> layer.keep_zeros(torch.eye(4, 8, dtype=torch.bool))
+        >>> int(layer.qweight.count_nonzero())
+        4
+
+        Args:
+            mask: bool, of the shape of `weight`.
+
+        Raises:
+            ValueError: for another mode, dtype or shape.
+        """
+        if self.mode != "int8":
+            raise ValueError(f'mode must be "int8", got {self.mode!r}')
+        weight = self._trained_weight()
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(
+                f"mask must be bool of shape {list(weight.shape)}, got {mask.dtype} of shape {list(mask.shape)}"
+            )
+        self.weight_mask = nn.Buffer(mask.detach().to(weight.device).contiguous())
+        self._masked(weight)
+
+    def _masked(self, weight: Tensor) -> Tensor:
+        """The weight of mode "int8", whose gradient and integers are 0 where the buffer `weight_mask` is False."""
+        mask = self._buffers.get("weight_mask")
+        if mask is None:
+            return weight
+        qweight = getattr(weight, "qweight", None)  # a DTensor has none: its gradient is masked
+        if qweight is not None and not qweight.is_meta:
+            masks.clear_masked(qweight, mask)
+        return mask_gradient(weight, mask)
 
     def _allocate_column_scales(self, device: torch.device | str | None) -> None:
         """Register the buffer `column_scales` of a grouped weight, for its int8 gradient: derived, never saved."""
@@ -340,7 +398,7 @@ class MatrixLayer(Storage):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.mode == "int8":
             del destination[prefix + "weight"]
-            destination[prefix + "qweight"], scales = state_parts(self._trained_weight())
+            destination[prefix + "qweight"], scales = self.quantized_weight()[:2]
             destination[prefix + "scales"] = StateScales.of(scales)
 
     def _load_from_state_dict(
@@ -374,6 +432,8 @@ class MatrixLayer(Storage):
         else:
             super()._load_from_state_dict(*args)
             leave_out_marker(state_dict, prefix, unexpected_keys)
+            if prefix + "weight_mask" in unexpected_keys:  # of mode "int8", whose integers are 0 where it is False
+                unexpected_keys.remove(prefix + "weight_mask")
             self.update_column_scales()
 
     def _load_int8(
@@ -386,7 +446,9 @@ class MatrixLayer(Storage):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Copy `qweight` and `scales`, which are no parameters here, and leave the bias to torch."""
+        """Copy `qweight` and `scales`, which are no parameters here, and leave bias and mask to torch."""
+        if (mask := state_dict.get(prefix + "weight_mask")) is not None and "weight_mask" not in self._buffers:
+            self.weight_mask = nn.Buffer(torch.ones_like(mask, device=self._trained_weight().device))
         qweight, scales = (state_dict.get(prefix + name) for name in ("qweight", "scales"))
         missing_keys += [prefix + name for name, part in (("qweight", qweight), ("scales", scales)) if part is None]
         if qweight is not None and scales is not None:

@@ -10,7 +10,8 @@ the outputs' error is, for errors e that are not correlated with x,
 W* is the Wiener filter: it trusts an input channel the less the more of it is rounding error. 4-bit weights come from
 W* and H + N by GPTQ (Frantar et al. 2022, arXiv:2210.17323), which rounds one input column after the other and makes up
 for each column's error with the columns that are still to come, as far as they are correlated. Stored format and
-kernels are the same.
+kernels are the same. A weight that is exactly 0 (pruned) stays 0, as in SparseGPT (Frantar and Alistarh 2023,
+arXiv:2301.00774): the columns to come make up for what W* would have there.
 
 8-bit weights are refused: their own rounding leaves nothing to gain, and W* alone fits the model to the sample inputs
 so closely that it computes worse on text of another kind. Smoothing (`smoothquant.py`) helps int8 activations there
@@ -56,8 +57,9 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, statistics: Input
         sums = getattr(statistics, name)
         if list(sums.shape) != shape or not sums.isfinite().all():
             raise ValueError(f"statistics.{name} must be finite and of shape {shape}, got {list(sums.shape)}")
-    target = _filtered(weight.detach().to(torch.float32), statistics)
-    return _gptq(target, scheme, statistics.gram + statistics.quant_error.diag())
+    weight = weight.detach().to(torch.float32)
+    target = _filtered(weight, statistics)
+    return _gptq(target, weight == 0, scheme, statistics.gram + statistics.quant_error.diag())
 
 
 def applies(scheme: QuantScheme) -> bool:
@@ -95,8 +97,12 @@ def _filtered(weight: Tensor, statistics: InputStatistics) -> Tensor:
     return (weight - correction).to(torch.float32)
 
 
-def _gptq(left: Tensor, scheme: QuantScheme, gram: Tensor) -> QuantizedWeight:
-    """Round `left` [N, K] to 4 bits, column by column; it is overwritten."""
+def _gptq(left: Tensor, pruned: Tensor, scheme: QuantScheme, gram: Tensor) -> QuantizedWeight:
+    """Round `left` [N, K] to 4 bits, column by column; it is overwritten.
+
+    Args:
+        pruned: bool [N, K], which values become 0. That is an error like any other, which later columns make up for.
+    """
     rows, columns = left.shape
     compensation = _compensation(gram)
     group_size = scheme.group_size or columns
@@ -109,10 +115,12 @@ def _gptq(left: Tensor, scheme: QuantScheme, gram: Tensor) -> QuantizedWeight:
             if column % group_size == 0:
                 group = slice(column, min(column + group_size, columns))
                 importance = compensation.diagonal()[group].square().reciprocal()
-                scale, inverse, zero = _parameters(left[:, group], importance, scheme.symmetric)
+                kept = left[:, group].masked_fill(pruned[:, group], 0.0)
+                scale, inverse, zero = _parameters(kept, importance, scheme.symmetric)
                 scales.append(scale)
                 zeros.append(zero)
-            nibbles[:, column] = int4_nibbles(left[:, column], inverse, zero)
+            kept = left[:, column].masked_fill(pruned[:, column], 0.0)
+            nibbles[:, column] = int4_nibbles(kept, inverse, zero)
             rounded = (nibbles[:, column].to(torch.float32) - zero) * scale
             error = (left[:, column] - rounded) / compensation[column, column]
             left[:, column:stop] -= error.unsqueeze(1) * compensation[column, column:stop]
