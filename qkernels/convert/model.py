@@ -24,6 +24,8 @@ from .report import QuantizationReport
 from .selection import NOT_ASKED, NOT_INCLUDED, SKIPPED, SLOWER, select_layers, unexpected_results
 from .watch import watch_frozen
 
+# From this share of exact zeros on, a weight that is to be trained is taken for one that was pruned.
+LEAST_ZEROS = 0.05
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 # Called as f(model) after each `freeze_`, likewise.
@@ -135,6 +137,8 @@ def quantize_(
         statistics = collect_input_statistics(model, [layer.module for layer in _measured(layers)], calibration, scheme)
         report.warnings += _unseen_inputs(layers, statistics)
     report.warnings += unexpected_results(layers, report, embeddings)
+    if mode != "frozen":
+        report.warnings += _zeros_without_mask(layers)
     for message in report.warnings:
         warnings.warn(message, stacklevel=3)  # 2 is the decorator
     for layer in layers:
@@ -175,6 +179,25 @@ def _check_finite(name: str, weight: Tensor, scheme: QuantScheme) -> None:
         raise ValueError(f"weight of {name!r} must be finite, got NaN or Inf values; nothing was changed")
     if not scheme.symmetric and max(high, 0.0) - min(low, 0.0) > torch.finfo(torch.float32).max:
         raise ValueError(f"weight of {name!r} spans more than float32 can hold; nothing was changed")
+
+
+def _zeros_without_mask(layers: list[Layer]) -> list[str]:
+    """A warning if weights that will be trained were pruned, but have no mask: training fills their zeros."""
+    found = {}
+    for layer in layers:
+        if layer.reason is None and layer.pruning() is None:
+            zeros = sum(1 - weight.count_nonzero().item() / max(weight.numel(), 1) for weight in layer.weights())
+            share = zeros / len(layer.weights())
+            if LEAST_ZEROS <= share < 1:  # a weight of nothing but zeros is one that is to be trained from there
+                found[layer.name] = f"{100 * share:.0f} %"
+    if not found:
+        return []
+    name, zeros_of_it = next(iter(found.items()))
+    return [
+        f"weights that seem pruned have no mask, and training fills their zeros: {name} ({zeros_of_it} are exactly 0)"
+        f"{f' and {len(found) - 1} more layers' if len(found) > 1 else ''}; to keep the zeros call "
+        "torch.nn.utils.prune.custom_from_mask(layer, 'weight', layer.weight != 0) for these layers before quantize_"
+    ]
 
 
 def _measured(layers: list[Layer]) -> list[Layer]:

@@ -13,7 +13,9 @@ _original = ModelMixin.save_pretrained
 @functools.wraps(_original)
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     from .diffusers import record_layers
+    from .folders import warn_of_masks
 
+    warn_of_masks(self)
     record_layers(self)
     return _original(self, *args, **kwargs)
 

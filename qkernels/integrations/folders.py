@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..nn.adapters import adapter_of
 from ..nn.linear import QuantLinear
+from ..nn.masks import is_masked
 from ..nn.storage import Storage
 
 
@@ -58,6 +60,23 @@ def describe(model: nn.Module) -> dict[str, Any]:
         entries[name] = module.scheme.name if own == common else {"scheme": module.scheme.name, **own}
     scheme = Counter(module.scheme.name for module in layers.values()).most_common(1)[0][0]
     return {"scheme": scheme, **common, "layers": entries}
+
+
+def warn_of_masks(model: nn.Module) -> None:
+    """Warn that a folder, which is loaded into a new model, does not bring the masks of pruned layers with it."""
+    masked = [
+        name
+        for name, layer in quantized_layers(model).items()
+        if "weight_mask" in layer._buffers or (layer.mode == "qat" and is_masked(layer))
+    ]
+    if masked:
+        warnings.warn(
+            f"{masked[0]}{f' and {len(masked) - 1} more layers' if len(masked) > 1 else ''} are pruned by masks, which "
+            "from_pretrained does not restore: load this folder's tensors with load_state_dict into a model that is "
+            "pruned and quantized in the same way, or call qkernels.freeze_(model) before save_pretrained, which keeps "
+            "the zeros and needs no mask",
+            stacklevel=3,
+        )
 
 
 def layer_options_of(module: QuantLinear) -> dict[str, str]:

@@ -26,9 +26,10 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    from .folders import marker
+    from .folders import marker, warn_of_masks
     from .transformers import QKernelsHfQuantizer, record_layers
 
+    warn_of_masks(self)
     named = record_layers(self)
     quantizer = getattr(self, "hf_quantizer", None)
     if not isinstance(quantizer, QKernelsHfQuantizer):

@@ -1,8 +1,8 @@
 """Pruned layers: a weight that is computed as a mask times a parameter.
 
 Two things of torch do so: the pre-hook of `torch.nn.utils.prune`, with the parameter `weight_orig` and the buffer
-`weight_mask`, and a parametrization, such as that of `torch.ao.pruning` (2:4 patterns). A parametrization is taken for a
-mask if each of its values is that of the parameter or 0.
+`weight_mask`, and a parametrization, such as that of `torch.ao.pruning` (2:4 patterns). A parametrization is taken for
+a mask if each of its values is that of the parameter or 0.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def keep_mask(layer: nn.Module, quantized: nn.Module, pruning: Pruning, key: str
     quantized.register_parameter("weight", nn.Parameter(pruning.weight.clone()))
     for parametrization in layer.parametrizations[key]:  # type: ignore[index]
         parametrize.register_parametrization(quantized, "weight", parametrization, unsafe=True)
-    quantized.parametrizations["weight"].original = pruning.original  # type: ignore[index]
+    parametrizations: Any = quantized.parametrizations
+    parametrizations["weight"].original = pruning.original
 
 
 def replace_original(layer: nn.Module, parameter: nn.Parameter) -> None:
@@ -105,7 +106,8 @@ def replace_original(layer: nn.Module, parameter: nn.Parameter) -> None:
         layer.register_parameter("weight_orig", parameter)
         vars(layer)["weight"] = hook.apply_mask(layer)
     else:
-        layer.parametrizations["weight"].original = parameter  # type: ignore[index]
+        parametrizations: Any = layer.parametrizations
+        parametrizations["weight"].original = parameter
 
 
 def make_permanent(layer: nn.Module) -> None:

@@ -150,7 +150,8 @@ class MatrixLayer(Storage):
         if type(param).__name__ == "DTensor" and not sharded:
             raise NotImplementedError(
                 f"{name} of a {type(self).__name__} cannot be a DTensor: tensor parallelism (parallelize_module, "
-                "tp_plan) is not supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 (fully_shard)"
+                "tp_plan) is not supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 "
+                "(fully_shard)"
             )
         if name == "weight_orig" and self.mode != "qat":  # by torch.nn.utils.prune
             raise RuntimeError(

@@ -234,3 +234,16 @@ def test_inputs_in_another_form_are_refused_and_nothing_changes(batches, error, 
 def test_8_bit_weights_are_not_calibrated(scheme, advice):
     with pytest.raises(ValueError, match=f"calibration must be None for {scheme}: .*{advice}"):
         qk.quantize_(Timed(), scheme, calibration=[X])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_pruned_weight_stays_pruned_and_its_outputs_are_better_than_by_rounding(scheme):
+    weight, x = layer()
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight[pruned] = 0
+    calibrated = gptq.quantize_weight(weight, scheme, statistics(x, scheme))
+    assert not qk.dequantize_weight(*calibrated, weight.shape[1], scheme)[pruned].any()
+    nearest = qk.quantize_weight(weight, scheme)
+    _, unseen = layer(tokens=900)
+    errors = [output_error(unseen[500:], weight, stored, scheme) for stored in (calibrated, nearest)]
+    assert errors[0] < 0.9 * errors[1]
