@@ -186,8 +186,8 @@ def _zeros_without_mask(layers: list[Layer]) -> list[str]:
     found = {}
     for layer in layers:
         if layer.reason is None and layer.pruning() is None:
-            zeros = sum(1 - weight.count_nonzero().item() / max(weight.numel(), 1) for weight in layer.weights())
-            share = zeros / len(layer.weights())
+            weight = layer.weight()
+            share = 1 - weight.count_nonzero().item() / max(weight.numel(), 1)
             if LEAST_ZEROS <= share < 1:  # a weight of nothing but zeros is one that is to be trained from there
                 found[layer.name] = f"{100 * share:.0f} %"
     if not found:
