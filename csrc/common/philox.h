@@ -17,7 +17,8 @@ struct PhiloxRow {
   uint32_t keys[kPhiloxRounds][2];
   uint32_t row, rng_stream;
 
-  PhiloxRow(const Random& random, int64_t index) : row(static_cast<uint32_t>(index)), rng_stream(random.rng_stream) {
+  PhiloxRow(const Random& random, int64_t index)
+      : row(static_cast<uint32_t>(random.first_row + index)), rng_stream(random.rng_stream) {
     uint32_t key[2] = {static_cast<uint32_t>(random.seed), static_cast<uint32_t>(random.seed >> 32)};
     for (auto& round : keys) {
       for (int i = 0; i < 2; ++i) {

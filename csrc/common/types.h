@@ -94,10 +94,12 @@ struct QuantizedRows {
   int64_t rows, cols;
 };
 
-// Where stochastic rounding takes its bits from (common/philox.h): streams of one seed are independent.
+// Where stochastic rounding takes its bits from (common/philox.h): streams of one seed are independent. The rows to be
+// rounded may be some of a larger matrix, whose row first_row is their first.
 struct Random {
   uint64_t seed;
   uint32_t rng_stream;
+  int64_t first_row = 0;
 };
 
 // The canonical storage of a weight [n, k] (docs/formats.md).

@@ -54,9 +54,22 @@ struct GroupedLinearArgs {
 QK_API void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void* out, DType out_dtype,
                            const Parallel& parallel);
 
-// grad_out [rows, n] -> out [rows, k], in float; 0 in rows that belong to no expert.
-QK_API void grouped_linear_grad_input(const Matrix& grad_out, const ExpertRows& rows, const ExpertWeights& w, void* out,
-                                      DType out_dtype, const Parallel& parallel);
+// The gradient of such products: [rows.rows, n] in float. With `random` it is rounded to int8 (docs/numerics.md, rule
+// 12).
+struct GroupedGradient {
+  Matrix grad_out;
+  ExpertRows rows;
+  const Random* random;  // or null: floats are multiplied
+};
+
+// -> out [rows, k]; 0 in rows that belong to no expert. column_scales [experts, k]: those of the weights if they are
+// grouped and the gradient is rounded, else null.
+QK_API void grouped_linear_grad_input(const GroupedGradient& grad, const ExpertWeights& w, const float* column_scales,
+                                      void* out, DType out_dtype, const Parallel& parallel);
+
+// x [T, k] with one scale a row, index as in grouped_linear -> out [experts, n, k]; 0 for experts without rows.
+QK_API void grouped_linear_grad_weight(const GroupedGradient& grad, const QuantizedRows& x, const int64_t* index,
+                                       void* out, DType out_dtype, const Parallel& parallel);
 
 struct CrossEntropyArgs {
   Matrix hidden;

@@ -5,6 +5,7 @@
 #include "cpu/api.h"
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/rows.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/parallel.h"
 
@@ -61,6 +62,69 @@ class Gathered {
   Matrix rows_;
 };
 
+// The scales to fold into a gradient [n] before it is rounded. A row of zeros has a scale of 1 by convention; it counts
+// as 0, so that it does not set the range of all rows.
+void row_factors(const Kernels& kernels, const Weight& w, float* factors) {
+  Buffer<int8_t> integers(w.k);
+  for (int64_t n = 0; n < w.n; ++n) {
+    factors[n] = w.scales[n];
+    if (factors[n] != 1.0f) continue;
+    const int8_t* q = integer_row(kernels, w, n, 0, w.k, integers.get());
+    if (std::all_of(q, q + w.k, [](int8_t value) { return value == 0; })) factors[n] = 0.0f;
+  }
+}
+
+// int_matmul_grad_input for any depth: rule 10.
+void int_product(const Kernels& kernels, const QuantizedRows& grad, const Weight& w, const float* column_scales,
+                 const Output& out, const Parallel& parallel) {
+  constexpr int64_t kBlock = 65536;
+  const Parallel limited = limited_to_work(parallel, grad.rows * w.n * w.k);
+  if (w.n <= kBlock) {
+    int_matmul_grad_input(kernels, grad, w, column_scales, out, limited);
+    return;
+  }
+  const int64_t values = grad.rows * w.k;
+  Buffer<int8_t> q(grad.rows * kBlock);
+  Buffer<float> ones(grad.rows), part(values), total(values);
+  std::fill_n(ones.get(), grad.rows, 1.0f);
+  for (int64_t n0 = 0; n0 < w.n; n0 += kBlock) {
+    const int64_t count = std::min(kBlock, w.n - n0);
+    for (int64_t m = 0; m < grad.rows; ++m) std::memcpy(&q[m * count], grad.data + m * w.n + n0, count);
+    const Weight rows(w.scheme, count, w.k, w.row(n0), w.scales + n0 * w.groups,
+                      w.zeros != nullptr ? w.zeros + n0 * w.groups : nullptr);
+    float* const sums = n0 == 0 ? total.get() : part.get();
+    int_matmul_grad_input(kernels, {q.get(), ones.get(), grad.rows, count}, rows, column_scales, {sums, DType::float32},
+                          limited);
+    for (int64_t i = 0; i < values && n0 != 0; ++i) total[i] = total[i] + part[i];
+  }
+  for (int64_t m = 0; m < grad.rows; ++m) {
+    kernels.elementwise.scale(&total[m * w.k], w.k, grad.scales[m], &total[m * w.k]);
+    kernels.elementwise.from_float(&total[m * w.k], w.k, out.dtype, row_of(out, m, w.k));
+  }
+}
+
+template <class T>
+void transpose_values(const Matrix& x, T* out, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 16;  // a cache line of floats
+  const T* data = static_cast<const T*>(x.data);
+  for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, x.cols); c0 += kBlock) {
+    const int64_t last = std::min(c0 + kBlock, x.cols);
+    for (int64_t r0 = 0; r0 < x.rows; r0 += kBlock) {
+      for (int64_t c = c0; c < last; ++c) {
+        for (int64_t r = r0; r < std::min(r0 + kBlock, x.rows); ++r) out[c * x.rows + r] = data[r * x.cols + c];
+      }
+    }
+  }
+}
+
+// out [cols, rows] of the dtype of x.
+void transpose(const Matrix& x, void* out, const Parallel& parallel) {
+  parallel(div_up(x.cols, 16), [&](int64_t begin, int64_t end) {
+    x.dtype == DType::float32 ? transpose_values(x, static_cast<float*>(out), begin, end)
+                              : transpose_values(x, static_cast<uint16_t*>(out), begin, end);
+  });
+}
+
 }  // namespace
 
 void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void* data, DType out_dtype,
@@ -89,16 +153,71 @@ void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void*
   }
 }
 
-void grouped_linear_grad_input(const Matrix& grad_out, const ExpertRows& rows, const ExpertWeights& w, void* data,
-                               DType out_dtype, const Parallel& parallel) {
+void grouped_linear_grad_input(const GroupedGradient& grad, const ExpertWeights& w, const float* column_scales,
+                               void* data, DType out_dtype, const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   const Output out = {data, out_dtype};
-  clear_unused(rows, w.k, out);
+  clear_unused(grad.rows, w.k, out);
   for (int64_t e = 0; e < w.experts; ++e) {
-    const int64_t begin = rows.begin(e), count = rows.count(e);
+    const int64_t begin = grad.rows.begin(e), count = grad.rows.count(e);
     if (count == 0) continue;
-    float_matmul_grad_input(kernels, {grad_out.row(begin), grad_out.dtype, count, grad_out.cols}, w[e],
-                            {row_of(out, begin, w.k), out_dtype}, limited_to_work(parallel, count * w.n * w.k));
+    const Matrix grad_out = {grad.grad_out.row(begin), grad.grad_out.dtype, count, w.n};
+    const Output to = {row_of(out, begin, w.k), out_dtype};
+    if (grad.random == nullptr) {
+      float_matmul_grad_input(kernels, grad_out, w[e], to, limited_to_work(parallel, count * w.n * w.k));
+      continue;
+    }
+    Buffer<int8_t> q(count * w.n);
+    Buffer<float> scales(count), factors(w.n);
+    const bool folded = column_scales == nullptr;
+    if (folded) row_factors(kernels, w[e], factors.get());
+    const Random random = {grad.random->seed, grad.random->rng_stream, begin};
+    quantize_rows_stochastic(kernels, grad_out, folded ? factors.get() : nullptr, random, q.get(), scales.get(),
+                             parallel);
+    const float* columns = folded ? nullptr : column_scales + e * w.k;
+    int_product(kernels, {q.get(), scales.get(), count, w.n}, w[e], columns, to, parallel);
+  }
+}
+
+void grouped_linear_grad_weight(const GroupedGradient& grad, const QuantizedRows& x, const int64_t* index, void* data,
+                                DType out_dtype, const Parallel& parallel) {
+  static const Scheme scheme = parse_scheme("w8a8");
+  const Kernels& kernels = qk::kernels();
+  const Output out = {data, out_dtype};
+  const int64_t n = grad.grad_out.cols, k = x.cols;
+  const DType dtype = grad.grad_out.dtype;
+  for (int64_t e = 0; e < grad.rows.experts; ++e) {
+    const int64_t begin = grad.rows.begin(e), count = grad.rows.count(e);
+    const Output to = {row_of(out, e * n, k), out_dtype};
+    if (count == 0 || n == 0) {
+      std::memset(to.data, 0, n * k * size_of(out_dtype));
+      continue;
+    }
+    const Matrix grad_out = {grad.grad_out.row(begin), dtype, count, n};
+    const bool gathers = index != nullptr;
+    Buffer<int8_t> picked(gathers ? count * k : 0);
+    Buffer<float> scales(count);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t row = gathers ? index[begin + m] : begin + m;
+      scales[m] = x.scales[row];
+      if (gathers) std::memcpy(&picked[m * k], x.data + row * k, k);
+    }
+    const int8_t* const integers = gathers ? picked.get() : x.data + begin * k;
+    if (grad.random == nullptr) {
+      Buffer<char> transposed(n * count * static_cast<int64_t>(size_of(dtype)));
+      transpose(grad_out, transposed.get(), limited_to_work(parallel, n * count));
+      const Weight w(scheme, count, k, integers, scales.get(), nullptr);
+      float_matmul_grad_input(kernels, {transposed.get(), dtype, n, count}, w, to,
+                              limited_to_work(parallel, count * n * k));
+      continue;
+    }
+    Buffer<int8_t> q(n * count);
+    Buffer<float> q_scales(n), ones(count);
+    std::fill_n(ones.get(), count, 1.0f);
+    const Random random = {grad.random->seed, grad.random->rng_stream, begin};
+    quantize_columns_stochastic(kernels, grad_out, scales.get(), random, q.get(), q_scales.get(), parallel);
+    const Weight w(scheme, count, k, integers, ones.get(), nullptr);
+    int_product(kernels, {q.get(), q_scales.get(), n, count}, w, nullptr, to, parallel);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu/api.h"
 #include "cpu/buffer.h"
+#include "cpu/drivers/drivers.h"
 #include "cpu/drivers/large_results.h"
 #include "cpu/drivers/rows.h"
 #include "cpu/kernels/kernels.h"
@@ -157,7 +158,11 @@ void scale_gradient(const Matrix& grad, const Matrix& w, const float* scales, co
 
 void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Random random, int8_t* q, float* scales,
                               const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+  quantize_rows_stochastic(kernels(), x, column_factors, random, q, scales, parallel);
+}
+
+void quantize_rows_stochastic(const Kernels& kernels, const Matrix& x, const float* column_factors, Random random,
+                              int8_t* q, float* scales, const Parallel& parallel) {
   limited_to_work(parallel, kRandomWork * x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols), folded(x.cols);
     for (int64_t m = begin; m < end; ++m) {
@@ -180,7 +185,11 @@ void quantize_rows_stochastic(const Matrix& x, const float* column_factors, Rand
 
 void quantize_columns_stochastic(const Matrix& x, const float* row_factors, Random random, int8_t* q, float* scales,
                                  const Parallel& parallel) {
-  const Kernels& kernels = qk::kernels();
+  quantize_columns_stochastic(kernels(), x, row_factors, random, q, scales, parallel);
+}
+
+void quantize_columns_stochastic(const Kernels& kernels, const Matrix& x, const float* row_factors, Random random,
+                                 int8_t* q, float* scales, const Parallel& parallel) {
   const Parallel limited = limited_to_work(parallel, kRandomWork * x.rows * x.cols);
   const auto folded = [&](int64_t m, int64_t c0, int64_t count, float* out) {
     kernels.elementwise.to_float(x.at(m, c0), x.dtype, count, out);

@@ -256,6 +256,28 @@ class ExpertOffsets {
   ExpertRows rows_;
 };
 
+// The row of x, of `sources` rows, that each of `rows` rows is made of, or null: its own; keeps the tensor alive.
+class SourceRows {
+ public:
+  SourceRows(const std::optional<Tensor>& index, int64_t sources, int64_t rows) : tensor_(index) {
+    if (!index.has_value()) {
+      require(rows == sources, "rows is required where x has ", sources, " rows for ", rows);
+      return;
+    }
+    index_ = int64_vector("rows", *tensor_, rows);
+    for (int64_t m = 0; m < rows; ++m) {
+      require(index_[m] >= 0 && index_[m] < sources, "rows must be in [0, ", sources, "), got ", index_[m],
+              " at position ", m);
+    }
+  }
+
+  const int64_t* get() const { return index_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  const int64_t* index_ = nullptr;
+};
+
 // A bias argument of `n` values, or with `experts` >= 0 of as many for each expert, contiguous; keeps the tensor alive.
 class BiasVector {
  public:

@@ -109,6 +109,9 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
   return out;
 }
 
+// The streams of qkernels/formats/philox.py.
+constexpr int64_t kGradInputStream = 0, kGradWeightStream = 1;
+
 Tensor grouped_linear(const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& qweight, const Tensor& scales,
                       std::optional<Tensor> zeros, std::optional<Tensor> bias_arg, int64_t scheme_code,
                       std::optional<ScalarType> out_dtype, std::optional<Tensor> rows_arg) {
@@ -120,28 +123,60 @@ Tensor grouped_linear(const Tensor& x_arg, const Tensor& offsets_arg, const Tens
   const BiasVector bias(bias_arg, w.n, w.experts);
   require(!rows_arg || rows_arg->dim() == 1, "rows must be a vector, got shape ", shape_of(rows_arg.value_or(x_arg)));
   const int64_t rows = rows_arg ? rows_arg->size(0) : x.rows;
-  const int64_t* index = rows_arg ? int64_vector("rows", *rows_arg, rows) : nullptr;
+  const SourceRows index(rows_arg, x.rows, rows);
   const ExpertOffsets offsets(offsets_arg, w.experts, rows);
-  for (int64_t m = 0; m < rows && index != nullptr; ++m) {
-    require(index[m] >= 0 && index[m] < x.rows, "rows must be in [0, ", x.rows, "), got ", index[m], " at position ",
-            m);
-  }
   Tensor out = new_tensor(x_arg, {rows, w.n}, dtype);
-  qk::grouped_linear({x.read(), index, offsets.get(), bias.get()}, w, out.mutable_data_ptr(), out_type, parallel());
+  qk::grouped_linear({x.read(), index.get(), offsets.get(), bias.get()}, w, out.mutable_data_ptr(), out_type,
+                     parallel());
   return out;
 }
 
 Tensor grouped_linear_grad_input(const Tensor& grad_arg, const Tensor& offsets_arg, const Tensor& qweight,
                                  const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features,
-                                 int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+                                 int64_t scheme_code, std::optional<Tensor> seed, std::optional<Tensor> column_scales,
+                                 std::optional<ScalarType> out_dtype) {
   const CanonicalExperts weights(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
   const qk::ExpertWeights& w = weights.get();
   FloatMatrix grad_out("grad_out", grad_arg, w.n);
   const ExpertOffsets offsets(offsets_arg, w.experts, grad_out.rows);
+  const bool grouped = seed.has_value() && w.scheme.group_size != 0;
+  require(column_scales.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
+          " for scheme ", w.scheme, seed.has_value() ? " with" : " without", " a seed");
+  if (grouped) {
+    check("column_scales", *column_scales, ScalarType::Float, w.experts, in_features, w.scheme, in_features);
+    column_scales = readable("column_scales", *column_scales);
+  }
+  const qk::Random random = seed ? random_of(*seed, kGradInputStream) : qk::Random{};
   const ScalarType dtype = out_dtype.value_or(grad_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   Tensor out = new_tensor(grad_arg, {grad_out.rows, in_features}, dtype);
-  qk::grouped_linear_grad_input(grad_out.read(), offsets.get(), w, out.mutable_data_ptr(), out_type, parallel());
+  qk::grouped_linear_grad_input({grad_out.read(), offsets.get(), seed ? &random : nullptr}, w,
+                                grouped ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
+                                out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
+Tensor grouped_linear_grad_weight(const Tensor& grad_arg, const Tensor& offsets_arg, const Tensor& qx_arg,
+                                  const Tensor& x_scales_arg, std::optional<Tensor> rows_arg,
+                                  std::optional<Tensor> seed, std::optional<ScalarType> out_dtype) {
+  FloatMatrix grad_out("grad_out", grad_arg, grad_arg.dim() == 2 ? grad_arg.size(1) : 0);
+  require(qx_arg.scalar_type() == ScalarType::Char && qx_arg.dim() == 2 && qx_arg.size(1) > 0,
+          "qx must be a torch.int8 matrix with at least one column, got ", name_of(qx_arg.scalar_type()), " of shape ",
+          shape_of(qx_arg));
+  check_vector("x_scales", x_scales_arg, qx_arg.size(0));
+  const int64_t sources = qx_arg.size(0), in_features = qx_arg.size(1);
+  const SourceRows rows(rows_arg, sources, grad_out.rows);
+  require(offsets_arg.dim() == 1, "offsets must be a vector, got shape ", shape_of(offsets_arg));
+  const ExpertOffsets offsets(offsets_arg, offsets_arg.size(0), grad_out.rows);
+  const qk::Random random = seed ? random_of(*seed, kGradWeightStream) : qk::Random{};
+  const ScalarType dtype = out_dtype.value_or(grad_arg.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const Tensor qx = readable("qx", qx_arg), x_scales = readable("x_scales", x_scales_arg);
+  Tensor out = new_tensor(grad_arg, {offsets.get().experts, grad_out.cols, in_features}, dtype);
+  const qk::QuantizedRows x = {static_cast<const int8_t*>(qx.const_data_ptr()),
+                               static_cast<const float*>(x_scales.const_data_ptr()), sources, in_features};
+  qk::grouped_linear_grad_weight({grad_out.read(), offsets.get(), seed ? &random : nullptr}, x, rows.get(),
+                                 out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
@@ -292,7 +327,12 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "int scheme, ScalarType? out_dtype=None, Tensor? rows=None) -> Tensor");
   m.def(
       "grouped_linear_grad_input(Tensor grad_out, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, "
-      "int in_features, int scheme, ScalarType? out_dtype=None) -> Tensor");
+      "int in_features, int scheme, Tensor? seed=None, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> "
+      "Tensor");
+  m.def(
+      "grouped_linear_grad_weight(Tensor grad_out, Tensor offsets, Tensor qx, Tensor x_scales, Tensor? rows=None, "
+      "Tensor? seed=None, *, ScalarType? out_dtype=None) -> Tensor");
+  m.def("grouped_outer(Tensor grad_out, Tensor offsets, Tensor x, Tensor? rows=None) -> Tensor");
   m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
   m.def("quantize_weight_scaled(Tensor weight, Tensor scales, int scheme) -> Tensor");
@@ -320,6 +360,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear_with_saved_input", TORCH_BOX(&linear_with_saved_input));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));
+  m.impl("grouped_linear_grad_weight", TORCH_BOX(&grouped_linear_grad_weight));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
   m.impl("quantize_weight_scaled", TORCH_BOX(&quantize_weight_scaled));

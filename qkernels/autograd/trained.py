@@ -51,7 +51,7 @@ class _TrainedLinear(torch.autograd.Function):
         needs_weight: bool,
         *graphs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        quantized = _quantized(weight, scales, scheme)
+        quantized = quantized_weight(weight, scales, scheme)
         kept: tuple[Tensor | None, ...] = quantized if needs_x else (None, None, None)
         if needs_x and scales is not None:
             kept = (quantized.qweight, None, quantized.zeros)  # the scales are an input
@@ -122,7 +122,7 @@ class _TrainedLinear(torch.autograd.Function):
         return total_tangent(ctx.shape, ctx.out_dtype, *parts), None, None, None, None, None
 
 
-def _quantized(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
+def quantized_weight(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
     """The quantized weight that is multiplied in the place of a trained one."""
     if isinstance(weight, Int8Weight):
         return QuantizedWeight(weight.qweight, weight.scales, None)
@@ -181,4 +181,4 @@ def _trained_without_gradient(
     scheme: QuantScheme,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    return ops.linear(x, *_quantized(weight, scales, scheme), bias, scheme.name, out_dtype)
+    return ops.linear(x, *quantized_weight(weight, scales, scheme), bias, scheme.name, out_dtype)

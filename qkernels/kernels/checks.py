@@ -142,26 +142,78 @@ def grouped_linear(
     rows: Tensor | None = None,
 ) -> None:
     _check_product("x", x, weight, bias, of_experts=True)
-    _check_offsets(offsets, weight, x.device)
+    _check_shaped("offsets", offsets, torch.int64, (weight.qweight.shape[0],), x.device)
     _check_out_dtype(out_dtype)
+    if rows is not None and rows.dim() != 1:
+        raise RuntimeError(f"rows must be a vector, got shape {list(rows.shape)}")
+    _check_rows(rows, x, len(x) if rows is None else len(rows))
+
+
+def _check_rows(rows: Tensor | None, x: Tensor, count: int) -> None:
     if rows is not None:
-        if rows.dim() != 1:
-            raise RuntimeError(f"rows must be a vector, got shape {list(rows.shape)}")
-        _check_shaped("rows", rows, torch.int64, tuple(rows.shape), x.device)
-
-
-def _check_offsets(offsets: Tensor, weight: StoredWeight, device: torch.device) -> None:
-    _check_shaped("offsets", offsets, torch.int64, (weight.qweight.shape[0],), device)
+        _check_shaped("rows", rows, torch.int64, (count,), x.device)
+    elif len(x) != count:
+        raise RuntimeError(f"rows is required where x has {len(x)} rows for {count}")
 
 
 def grouped_linear_grad_input(
-    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
+    grad_out: Tensor,
+    offsets: Tensor,
+    weight: StoredWeight,
+    seed: Tensor | None = None,
+    column_scales: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     check_weight(weight, of_experts=True)
     _check_matrix("grad_out", grad_out, columns=weight.out_features)
     _check_out_dtype(out_dtype)
     _check_device("qweight", weight.qweight, grad_out.device)
-    _check_offsets(offsets, weight, grad_out.device)
+    experts = weight.qweight.shape[0]
+    _check_shaped("offsets", offsets, torch.int64, (experts,), grad_out.device)
+    if seed is not None:
+        _check_seed(seed, grad_out)
+    if seed is None or weight.scheme.group_size is None:
+        if column_scales is not None:
+            without = "without a seed" if seed is None else f"for scheme {weight.scheme}"
+            raise RuntimeError(f"column_scales must be None {without}")
+    elif column_scales is None:
+        raise RuntimeError(f"column_scales is required for scheme {weight.scheme} with a seed")
+    else:
+        _check_shaped("column_scales", column_scales, torch.float32, (experts, weight.in_features), grad_out.device)
+
+
+def grouped_linear_grad_weight(
+    grad_out: Tensor,
+    offsets: Tensor,
+    qx: Tensor,
+    x_scales: Tensor,
+    rows: Tensor | None = None,
+    seed: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    if qx.dtype != torch.int8 or qx.dim() != 2 or qx.shape[1] < 1:
+        raise RuntimeError(
+            f"qx must be a torch.int8 matrix with at least one column, got {qx.dtype} of shape {list(qx.shape)}"
+        )
+    _check_shaped("x_scales", x_scales, torch.float32, (len(qx),), qx.device)
+    _check_outer(grad_out, offsets, qx, rows)
+    if seed is not None:
+        _check_seed(seed, grad_out)
+    _check_out_dtype(out_dtype)
+
+
+def _check_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | None) -> None:
+    _check_matrix("grad_out", grad_out, columns=grad_out.shape[1] if grad_out.dim() == 2 else 0)
+    _check_device("grad_out", grad_out, x.device)
+    if offsets.dim() != 1:
+        raise RuntimeError(f"offsets must be a vector, got shape {list(offsets.shape)}")
+    _check_shaped("offsets", offsets, torch.int64, tuple(offsets.shape), x.device)
+    _check_rows(rows, x, len(grad_out))
+
+
+def grouped_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | None = None) -> None:
+    _check_matrix("x", x)
+    _check_outer(grad_out, offsets, x, rows)
 
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> None:
@@ -263,9 +315,13 @@ def _check_random(x: Tensor, name: str, factors: Tensor | None, dim: int, seed: 
     _check_matrix("x", x)
     if factors is not None:
         _check_shaped(name, factors, torch.float32, (x.shape[dim],), x.device)
+    _check_seed(seed, x)
+    if not 0 <= rng_stream < 2**32:
+        raise RuntimeError(f"rng_stream must be between 0 and 2^32 - 1, got {rng_stream}")
+
+
+def _check_seed(seed: Tensor, x: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.dim() != 0:
         raise RuntimeError(f"seed must be torch.int64 of shape [], got {seed.dtype} of shape {list(seed.shape)}")
     if seed.device.type != "cpu" and not (seed.is_meta and x.is_meta):  # every backend reads it on the host
         raise RuntimeError(f"seed must be on cpu, got {seed.device}")
-    if not 0 <= rng_stream < 2**32:
-        raise RuntimeError(f"rng_stream must be between 0 and 2^32 - 1, got {rng_stream}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme, scheme_code
-from ..formats.storage import QuantizedRows, QuantizedWeight, StoredWeight
-from . import arguments, checks, dispatch, extensions
+from ..formats.storage import QuantizedWeight
+from . import arguments, checks, dispatch, extensions, results
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
@@ -151,6 +151,9 @@ def grouped_linear_grad_input(
     zeros: Tensor | None,
     in_features: int,
     scheme: str | QuantScheme,
+    seed: Tensor | None = None,
+    *,
+    column_scales: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of `grouped_linear` with respect to the row of x that each row multiplied.
@@ -159,6 +162,9 @@ def grouped_linear_grad_input(
         grad_out: float [M, N], rows sorted by expert.
         offsets, qweight, scales, zeros, scheme: as in `grouped_linear`.
         in_features: K.
+        seed: int64 of shape []: `grad_out` is rounded stochastically to int8 (rule 12 of docs/numerics.md); None:
+            floats are multiplied.
+        column_scales: float32 [E, K], what `column_scales` returns for each expert; for `-g` schemes with a seed only.
         out_dtype: dtype of the result; None: grad_out.dtype.
 
     Returns:
@@ -169,7 +175,55 @@ def grouped_linear_grad_input(
         ValueError: for an unknown scheme.
     """
     weight = (qweight, scales, zeros, in_features, scheme_code(scheme))
-    return _call(_ops.grouped_linear_grad_input.default, grad_out, offsets, *weight, out_dtype)
+    op = _ops.grouped_linear_grad_input.default
+    return _call(op, grad_out, offsets, *weight, seed, column_scales, out_dtype=out_dtype)
+
+
+def grouped_linear_grad_weight(
+    grad_out: Tensor,
+    offsets: Tensor,
+    qx: Tensor,
+    x_scales: Tensor,
+    rows: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient of `grouped_linear` with respect to the weights.
+
+    Args:
+        grad_out: float [M, N], rows sorted by expert.
+        offsets: int64 [E], rows: int64 [M] or None, as in `grouped_linear`.
+        qx, x_scales: int8 [T, K] and float32 [T]: x with one scale a row, as `linear_with_saved_input` returns it.
+        seed: int64 of shape []: `grad_out` is rounded stochastically to int8 (rule 12 of docs/numerics.md); None:
+            floats are multiplied.
+        out_dtype: dtype of the result; None: grad_out.dtype.
+
+    Returns:
+        [E, N, K]; 0 for experts without rows.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    op = _ops.grouped_linear_grad_weight.default
+    return _call(op, grad_out, offsets, qx, x_scales, rows, seed, out_dtype=out_dtype)
+
+
+def grouped_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`grad_out.T @ x` of the rows of each expert: the gradient of the weights of products of floats.
+
+    Args:
+        grad_out: float [M, N], rows sorted by expert.
+        offsets: int64 [E], rows: int64 [M] or None, as in `grouped_linear`.
+        x: float [T, K]; the products are those of its dtype.
+
+    Returns:
+        [E, N, K] of x.dtype; 0 for experts without rows.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+    """
+    return _call(_ops.grouped_outer.default, grad_out, offsets, x, rows)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
@@ -386,112 +440,13 @@ def quantize_columns_stochastic(
     return _call(_ops.quantize_columns_stochastic.default, x, row_factors, seed, rng_stream)
 
 
-# The results of the operators without values, for fake tensors. The arguments are bundled and checked.
-
-
-def _quantize_activation_result(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    scales = x.new_empty((x.shape[0], scheme.act_groups(x.shape[1])), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scales
-
-
-def _dequantize_weight_result(weight: StoredWeight) -> Tensor:
-    return weight.scales.new_empty((weight.out_features, weight.in_features), dtype=torch.float32)
-
-
-def _linear_result(
-    x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.out_features), dtype=out_dtype or x.dtype)
-
-
-def _linear_with_saved_input_result(x: Tensor, *weight_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out = _linear_result(x, *weight_and_options)
-    return out, x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def _grouped_linear_result(
-    x: Tensor,
-    offsets: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    out_dtype: torch.dtype | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(((x if rows is None else rows).shape[0], weight.out_features), dtype=out_dtype or x.dtype)
-
-
-def _grouped_linear_grad_input_result(
-    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return _linear_grad_input_result(grad_out, weight, out_dtype)
-
-
-def _quantize_weight_result(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = scheme.storage_shapes(weight.shape[1], weight.shape[0])
-    qweight = weight.new_empty(shapes["qweight"], dtype=scheme.weight_format.dtype)
-    zeros = weight.new_empty(shapes.get("zeros", (weight.shape[0], 0)), dtype=torch.uint8)
-    return qweight, weight.new_empty(shapes["scales"], dtype=torch.float32), zeros
-
-
-def _mask_clipped_result(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> Tensor:
-    return grad.new_empty(grad.shape)
-
-
-def _quantize_weight_scaled_result(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> Tensor:
-    shape = (weight.shape[0], scheme.packed_features(weight.shape[1]))
-    return weight.new_empty(shape, dtype=scheme.weight_format.dtype)
-
-
-def _scale_gradient_result(grad: Tensor, weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), scales.new_empty(scales.shape)
-
-
-def _linear_grad_input_result(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-    return grad_out.new_empty((grad_out.shape[0], weight.in_features), dtype=out_dtype or grad_out.dtype)
-
-
-def _column_scales_result(weight: StoredWeight) -> Tensor:
-    return weight.scales.new_empty((weight.in_features,), dtype=torch.float32)
-
-
-def _int_grad_input_result(
-    grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return grad.scales.new_empty((len(grad.scales), weight.in_features), dtype=out_dtype or torch.float32)
-
-
-def _linear_cross_entropy_result(
-    hidden: Tensor,
-    target: Tensor,
-    weight: StoredWeight,
-    bias: Tensor | None,
-    dither: Tensor | None = None,
-    **options: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = hidden.shape
-    grad = hidden.new_empty((0 if dither is None else rows, columns), dtype=torch.float32)
-    return hidden.new_empty((rows,), dtype=torch.float32), hidden.new_empty((rows,), dtype=torch.float32), grad
-
-
-def _quantize_rows_stochastic_result(
-    x: Tensor, column_factors: Tensor | None, seed: Tensor, rng_stream: int
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def _quantize_columns_stochastic_result(
-    x: Tensor, row_factors: Tensor | None, seed: Tensor, rng_stream: int
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.float32)
-
-
 def _register(name: str) -> None:
     """The kernels of an operator that are written in Python, all of which check the arguments alike.
 
     Fake tensors get results without values; devices that have no kernel of their own, and tensors of other layouts,
     which are refused, come to the reference; CUDA and ROCm tensors to what `dispatch.select` chooses.
     """
-    check, result = getattr(checks, name), globals()[f"_{name}_result"]
+    check, result = getattr(checks, name), getattr(results, name)
     on_reference = dispatch.Choice("reference", "")
 
     def fake(*args: Any, **kwargs: Any) -> Any:
@@ -538,6 +493,8 @@ for _name in (
     "linear_grad_input",
     "grouped_linear",
     "grouped_linear_grad_input",
+    "grouped_linear_grad_weight",
+    "grouped_outer",
     "column_scales",
     "int_grad_input",
     "linear_cross_entropy",

@@ -92,13 +92,85 @@ def grouped_linear(
 
 
 def grouped_linear_grad_input(
-    grad_out: Tensor, offsets: Tensor, weight: StoredWeight, out_dtype: torch.dtype | None = None
+    grad_out: Tensor,
+    offsets: Tensor,
+    weight: StoredWeight,
+    seed: Tensor | None = None,
+    column_scales: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`linear_grad_input` of each expert's rows with its own weight, `[M, K]`; 0 in rows of no expert."""
-    out = grad_out.new_zeros((len(grad_out), weight.in_features), dtype=out_dtype or grad_out.dtype)
-    for expert, part in _expert_rows(offsets, len(grad_out)):
-        out[part] = linear_grad_input(grad_out[part], weight.expert(expert), out_dtype)
+    """Rule 12: the gradient of each expert's rows, `[M, K]`; 0 in rows of no expert."""
+    out_dtype = out_dtype or grad_out.dtype
+    rows, columns = grad_out.shape
+    out = grad_out.new_zeros((rows, weight.in_features), dtype=out_dtype)
+    uniforms = None if seed is None else philox.uniform(rows, columns, seed, philox.GRAD_INPUT, grad_out.device)
+    for expert, part in _expert_rows(offsets, rows):
+        own = weight.expert(expert)
+        if uniforms is None:
+            out[part] = linear_grad_input(grad_out[part], own, out_dtype)
+            continue
+        of_columns = None if column_scales is None else column_scales[expert]
+        grad = grad_out[part].to(torch.float32)
+        if of_columns is None:  # a row of zeros has a scale of 1, which would set the scale of all others
+            zero = (own.scales[:, 0] == 1.0) & (own.integers() == 0).all(dim=1)
+            grad = grad * torch.where(zero, 0.0, own.scales[:, 0])
+        out[part] = _long_product(_round_rows(grad, uniforms[part]), own, of_columns, out_dtype)
     return out
+
+
+def grouped_linear_grad_weight(
+    grad_out: Tensor,
+    offsets: Tensor,
+    qx: Tensor,
+    x_scales: Tensor,
+    rows: Tensor | None = None,
+    seed: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rule 12: the gradient of each expert's weight, `[E, N, K]`; 0 for experts without rows."""
+    qx, x_scales = (qx, x_scales) if rows is None else (qx[rows], x_scales[rows])
+    out_dtype = out_dtype or grad_out.dtype
+    out = grad_out.new_zeros((len(offsets), grad_out.shape[1], qx.shape[1]), dtype=out_dtype)
+    uniforms = None
+    if seed is not None:
+        uniforms = philox.uniform(len(grad_out), grad_out.shape[1], seed, philox.GRAD_WEIGHT, grad_out.device)
+    for expert, part in _expert_rows(offsets, len(grad_out)):
+        scales = x_scales[part, None]
+        if uniforms is None:
+            x = StoredWeight(qx[part], scales, None, qx.shape[1], QuantScheme.parse("w8a16"))
+            out[expert] = linear_grad_input(grad_out[part].t(), x, out_dtype)
+            continue
+        x = StoredWeight(qx[part], torch.ones_like(scales), None, qx.shape[1], QuantScheme.parse("w8a8"))
+        grad = _round_columns(grad_out[part].to(torch.float32) * scales, uniforms[part])
+        out[expert] = _long_product(grad, x, None, out_dtype)
+    return out
+
+
+def grouped_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`grad_out.T @ x` of each expert's rows, in the dtype of x: `[E, N, K]`; 0 for experts without rows.
+
+    These are products of floats alone, which torch computes on every device.
+    """
+    x, grad_out = x if rows is None else x[rows], grad_out.to(x.dtype)
+    out = x.new_zeros((len(offsets), grad_out.shape[1], x.shape[1]))
+    for expert, part in _expert_rows(offsets, len(x)):
+        torch.mm(grad_out[part].t(), x[part], out=out[expert])
+    return out
+
+
+def _long_product(
+    grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Rule 10: `int_grad_input` for any depth."""
+    if grad.integers.shape[1] <= LONG_SUM:
+        return int_grad_input(grad, weight, column_scales, out_dtype)
+    total, ones = None, torch.ones_like(grad.scales)
+    for start in range(0, grad.integers.shape[1], LONG_SUM):
+        block = slice(start, start + LONG_SUM)
+        part = int_grad_input(QuantizedRows(grad.integers[:, block], ones), weight.rows(block), column_scales)
+        total = part if total is None else total + part
+    assert total is not None
+    return (total * grad.scales[:, None]).to(out_dtype)
 
 
 def linear_with_saved_input(
@@ -194,6 +266,9 @@ def linear_grad_input(grad_out: Tensor, weight: StoredWeight, out_dtype: torch.d
     """Straight-through gradient of `linear` with respect to x: `grad_out [M, N]` times the dequantized weight."""
     return (grad_out.to(torch.float32) @ weight.dequantize()).to(out_dtype or grad_out.dtype)
 
+
+# Terms that a gradient sums in integers; the sums of longer ones are added in float32 (rule 10).
+LONG_SUM = 65536
 
 # Columns of the vocabulary that share a scale of the gradient, and the ranges of such chunks that are summed apart.
 LOSS_CHUNK = 1024
@@ -367,9 +442,7 @@ def quantize_rows_stochastic(
 ) -> tuple[Tensor, Tensor]:
     """Rule 8: rules 1 and 2 on the rows of `x * column_factors`, rounded stochastically."""
     folded = x.to(torch.float32) if column_factors is None else x.to(torch.float32) * column_factors
-    scaled, scales = rules.int8_scaled(folded.unsqueeze(1))
-    uniforms = philox.uniform(x.shape[0], x.shape[1], seed, rng_stream, x.device)
-    return philox.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten()
+    return _round_rows(folded, philox.uniform(len(x), x.shape[1], seed, rng_stream, x.device))
 
 
 def quantize_columns_stochastic(
@@ -377,6 +450,15 @@ def quantize_columns_stochastic(
 ) -> tuple[Tensor, Tensor]:
     """Rule 8 on the columns of `x`, transposed; the random bits are those of the places in x."""
     folded = x.to(torch.float32) if row_factors is None else x.to(torch.float32) * row_factors[:, None]
-    scaled, scales = rules.int8_scaled(pad(folded, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
-    uniforms = philox.uniform(x.shape[0], x.shape[1], seed, rng_stream, x.device).t()
-    return philox.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms).contiguous(), scales.flatten()
+    return _round_columns(folded, philox.uniform(len(x), x.shape[1], seed, rng_stream, x.device))
+
+
+def _round_rows(x: Tensor, uniforms: Tensor) -> QuantizedRows:
+    scaled, scales = rules.int8_scaled(x.unsqueeze(1))
+    return QuantizedRows(philox.round_stochastic(scaled.squeeze(1), uniforms), scales.flatten())
+
+
+def _round_columns(x: Tensor, uniforms: Tensor) -> QuantizedRows:
+    scaled, scales = rules.int8_scaled(pad(x, (0, 0, 0, 1)).t().unsqueeze(1))  # a zero, should M be 0
+    rounded = philox.round_stochastic(scaled.squeeze(1)[:, : x.shape[0]], uniforms.t())
+    return QuantizedRows(rounded.contiguous(), scales.flatten())

@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from qkernels import quantize_weight
-from qkernels.autograd.experts import grouped_linear
+from qkernels import QuantScheme, quantize_weight
+from qkernels.autograd.experts import grouped_linear, trained_grouped_linear
 from qkernels.autograd.frozen import quant_linear
+from qkernels.autograd.int8_weight import Int8Weight
+from qkernels.autograd.trained import trained_linear
 
 E, N, K, TOKENS, CHOSEN = 5, 24, 64, 12, 2
 SCHEMES = ["w8a8", "w4a8-g32-asym", "w8a16", "w4a8-g64-ag32"]
@@ -107,3 +109,73 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives of a quantized layer"):
         grad.sum().backward()
+
+
+def relative(one, other) -> float:
+    return ((one - other).float().norm() / other.float().norm()).item()
+
+
+@pytest.mark.parametrize("grad_dtype", ["float", "int8"])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w8a16"])
+def test_trained_gradients_are_those_of_unfused_layers(scheme, learned, grad_dtype):
+    parsed = QuantScheme.parse(scheme)
+    _, rows, offsets = experts(scheme)
+    leaves = [torch.randn(TOKENS, K), torch.randn(E, N, K), torch.randn(E, N)]
+    if learned:
+        leaves.append(quantize_weight(leaves[1].flatten(0, 1), scheme).scales.unflatten(0, (E, N)) * 0.9)
+    fused, single = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
+    x, weight, bias, *scales = fused
+    out = trained_grouped_linear(
+        x, rows, offsets, weight, bias, parsed, grad_dtype=grad_dtype, scales=scales[0] if learned else None
+    )
+    x, weight, bias, *scales = single
+    parts, begin = [], 0
+    for expert, end in enumerate(offsets.tolist()):
+        own = scales[0][expert] if learned else None
+        parts.append(trained_linear(x[rows[begin:end]], weight[expert], bias[expert], parsed, scales=own))
+        begin = end
+    expected = torch.cat([*parts, x.new_zeros(len(rows) - begin, N)])
+    if parsed.int_activations:
+        assert_same_bits(out.detach(), expected.detach())
+    grad_out = torch.randn(out.shape)
+    out.backward(grad_out)
+    expected.backward(grad_out)
+    for one, other in zip(fused, single, strict=True):
+        assert one.grad.shape == one.shape
+        assert relative(one.grad, other.grad) < (2e-2 if grad_dtype == "int8" else 1e-6)
+    assert not fused[1].grad[2].any(), "an expert without rows gets zeros"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_int8_gradient_of_frozen_experts_has_the_float_one_as_its_mean(scheme):
+    weight, rows, offsets = experts(scheme)
+    x, grad_out = torch.randn(TOKENS, K), torch.randn(len(rows), N)
+    gradients = []
+    for grad_dtype, draws in (("float", 1), ("int8", 40)):
+        total = torch.zeros(TOKENS, K)
+        for _ in range(draws):
+            leaf = x.clone().requires_grad_()
+            grouped_linear(leaf, rows, offsets, weight, None, scheme, grad_dtype=grad_dtype).backward(grad_out)
+            total += leaf.grad / draws
+        gradients.append(total)
+        single = leaf.grad
+    assert 1e-4 < relative(single, gradients[0]) < 2e-2
+    assert relative(gradients[1], gradients[0]) < 0.6 * relative(single, gradients[0])
+
+
+def test_int8_weights_of_experts_train():
+    _, rows, offsets = experts("w8a8")
+    stored = quantize_weight(torch.randn(E * N, K), "w8a8")
+    weight = torch.nn.Parameter(Int8Weight(stored.qweight.clone(), stored.scales.clone(), torch.float32))
+    x = torch.randn(TOKENS, K, requires_grad=True)
+    out = trained_grouped_linear(x, rows, offsets, weight, None, QuantScheme.parse("w8a8"), grad_dtype="int8")
+    frozen = grouped_linear(x.detach(), rows, offsets, stored.map(lambda t: t.unflatten(0, (E, N))), None, "w8a8")
+    assert_same_bits(out.detach(), frozen)
+    out.square().sum().backward()
+    assert weight.grad.shape == (E * N, K)
+    assert not weight.grad[2 * N : 3 * N].any()
+    before = weight.qweight.clone()
+    torch.optim.SGD([weight], lr=1e-2).step()
+    assert_same_bits(weight.qweight[2 * N : 3 * N], before[2 * N : 3 * N])
+    assert not torch.equal(weight.qweight, before)

@@ -2,13 +2,14 @@
 
 import op_samples
 import pytest
+import reference_ops
 import torch
 from helpers import assert_same_bits, assert_within_float_bound
 from op_samples import FLOAT_SCHEMES, INT_SCHEMES, SCHEMES, exact_weight, expected, results, samples
 from tiers import tiered
 
 from qkernels import QuantScheme
-from qkernels.kernels import ops
+from qkernels.kernels import ops, reference
 
 EXPERTS, N, K = 9, 37, 161
 # Rows of each expert: none, one, few, some, many, and some more that belong to none.
@@ -40,8 +41,8 @@ def slices(offsets: torch.Tensor):
 
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_grouped_linear_equals_reference(each_isa, scheme):
-    for (args, label), reference in expected("grouped_linear", scheme, 8):
-        for a, b in zip(results("grouped_linear", args), reference, strict=True):
+    for (args, label), wanted in expected("grouped_linear", scheme, 8):
+        for a, b in zip(results("grouped_linear", args), wanted, strict=True):
             assert_same_bits(a, b, f"{each_isa} {label}")
 
 
@@ -72,13 +73,64 @@ def test_grouped_float_products_are_within_their_bound(each_isa, scheme):
 @pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_grouped_gradient_is_within_its_bound(each_isa, scheme):
     for args, label in samples("grouped_linear_grad_input", scheme, 6):
-        grad_out, offsets, *weight, in_features, name, _ = args
+        grad_out, offsets, *weight, in_features, name, seed, _ = args
+        if seed is not None:
+            continue
         out = results("grouped_linear_grad_input", args)[0]
         for expert, part in slices(offsets):
             exact = exact_weight(*of_expert(weight, expert), in_features, name).t()
             words = f"{each_isa} {label} expert {expert}"
             assert_within_float_bound(out[part], grad_out[part], exact, None, words, gradient=True)
         assert not out[offsets[-1] :].any()
+
+
+@pytest.mark.parametrize("scheme", tiered(SCHEMES))
+def test_grouped_gradient_of_integers_equals_reference(each_isa, scheme):
+    rounded = 0
+    for (args, label), wanted in expected("grouped_linear_grad_input", scheme, 6):
+        if args[-2] is not None:
+            rounded += 1
+            assert_same_bits(results("grouped_linear_grad_input", args)[0], wanted[0], f"{each_isa} {label}")
+    assert rounded
+
+
+@pytest.mark.parametrize("scheme", op_samples.OP_SCHEMES["grouped_linear_grad_weight"])
+def test_gradients_of_experts_weights(each_isa, scheme):
+    """From integers: the bits of the reference; from floats: within the bound of their sum."""
+    for (args, label), wanted in expected("grouped_linear_grad_weight", scheme, 8):
+        grad_out, offsets, qx, x_scales, rows, seed = args
+        out = results("grouped_linear_grad_weight", args)[0]
+        if seed is not None:
+            assert_same_bits(out, wanted[0], f"{each_isa} {label}")
+            continue
+        x = qx.double() * x_scales.double().unsqueeze(1)
+        taken = x if rows is None else x[rows]
+        for expert, part in slices(offsets):
+            words = f"{each_isa} {label} expert {expert}"
+            assert_within_float_bound(out[expert], grad_out[part].t(), taken[part].t(), None, words, gradient=True)
+
+
+def test_gradients_of_more_terms_than_integers_can_sum(each_isa):
+    """Rule 10: blocks of 65536 rows of an expert, and of output features."""
+    generator = torch.Generator().manual_seed(0)
+    rows, seed = reference.LONG_SUM + 70, torch.tensor(5)
+    grad_out = torch.randn(rows, 3, generator=generator)
+    qx = torch.randint(-127, 128, (rows, 5), dtype=torch.int8, generator=generator)
+    args = (grad_out, torch.tensor([2, rows]), qx, torch.rand(rows, generator=generator), None, seed)
+    out = ops.grouped_linear_grad_weight(*args, out_dtype=torch.bfloat16)
+    assert_same_bits(out, reference_ops.grouped_linear_grad_weight(*args, out_dtype=torch.bfloat16), each_isa)
+    wide = (qx.unsqueeze(0), torch.rand(1, rows, 1, generator=generator), None, 5, "w8a8", seed)
+    args = (grad_out.t(), torch.tensor([3]), *wide)
+    assert_same_bits(ops.grouped_linear_grad_input(*args), reference_ops.grouped_linear_grad_input(*args), each_isa)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_outer_is_the_product_of_each_experts_rows(dtype):
+    grad_out, x = torch.randn(12, 5).to(dtype), torch.randn(4, 7).to(dtype)
+    rows, offsets = torch.randint(4, (12,)), torch.tensor([3, 3, 10])
+    out = ops.grouped_outer(grad_out, offsets, x, rows)
+    for expert, part in slices(offsets):
+        torch.testing.assert_close(out[expert], grad_out[part].t() @ x[rows[part]])
 
 
 @pytest.mark.parametrize("scheme", CLASSES)

@@ -6,6 +6,7 @@ import torch
 from qkernels import QuantScheme
 from qkernels.kernels import ops
 
+OPS = torch.ops.qkernels
 ROWS, N, K, EXPERTS = 3, 6, 40, 2
 SCHEME, SYMMETRIC = "w4a8-g32-asym", "w4a8-g32"
 RANDOMNESS = {"seed": torch.tensor(1), "rng_stream": 0}
@@ -38,7 +39,24 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             **experts,
             "in_features": K,
             "scheme": scheme,
+            "seed": torch.tensor(1),
+            "column_scales": torch.ones(EXPERTS, K) if "-g" in scheme else None,
             "out_dtype": None,
+        },
+        "grouped_linear_grad_weight": {
+            "grad_out": torch.ones(ROWS, N),
+            **offsets,
+            "qx": torch.ones(ROWS, K, dtype=torch.int8),
+            "x_scales": torch.ones(ROWS),
+            "rows": torch.arange(ROWS),
+            "seed": torch.tensor(1),
+            "out_dtype": None,
+        },
+        "grouped_outer": {
+            "grad_out": torch.ones(ROWS, N),
+            **offsets,
+            "x": torch.ones(ROWS, K),
+            "rows": torch.arange(ROWS),
         },
         "dequantize_weight": {**weight, "in_features": K, "scheme": scheme},
         "linear": {"x": torch.ones(ROWS, K), **weight, "bias": torch.ones(N), "scheme": scheme, "out_dtype": None},
@@ -132,11 +150,10 @@ def matrix(name: str, columns: int) -> list:
     return [(name, value) for value in wrong]
 
 
+SEEDS = [("seed", torch.tensor(1, dtype=torch.int32)), ("seed", torch.tensor([1])), ("seed", torch.tensor(1.0))]
 RANDOM = [
     ("x", torch.ones(3, 0)),
-    ("seed", torch.tensor(1, dtype=torch.int32)),
-    ("seed", torch.tensor([1])),
-    ("seed", torch.tensor(1.0)),
+    *SEEDS,
     ("rng_stream", -1),
     ("rng_stream", 2**32),
 ]
@@ -169,7 +186,30 @@ CASES = {
         *SCHEMES,
         *IN_FEATURES,
         *OUT_DTYPES,
+        *SEEDS,
         ("grad_out", torch.ones(ROWS, N + 1)),
+        ("column_scales", None),
+        ("column_scales", torch.ones(K)),
+        ("column_scales", torch.ones(EXPERTS, K + 1)),
+    ],
+    "grouped_linear_grad_weight": [
+        *matrix("grad_out", N),
+        *SEEDS,
+        *OUT_DTYPES,
+        ("offsets", torch.tensor([1, 3], dtype=torch.int32)),
+        ("offsets", torch.tensor([[1, 3]])),
+        ("rows", torch.arange(ROWS + 1)),
+        ("qx", torch.ones(ROWS, K)),
+        ("qx", torch.ones(ROWS, 0, dtype=torch.int8)),
+        ("qx", torch.ones(K, dtype=torch.int8)),
+        ("x_scales", torch.ones(ROWS + 1)),
+        ("x_scales", torch.ones(ROWS, dtype=torch.bfloat16)),
+    ],
+    "grouped_outer": [
+        *matrix("grad_out", N),
+        *matrix("x", K),
+        ("offsets", torch.tensor([1, 3], dtype=torch.int32)),
+        ("rows", torch.arange(ROWS + 1)),
     ],
     "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
     "dequantize_weight": [*WEIGHT, *SCHEMES, *IN_FEATURES],
@@ -397,7 +437,8 @@ def test_checks_allocate_nothing():
     calls = []
     for op in CASES:
         given = arguments(op)
-        keywords = {"out_dtype": given.pop("out_dtype")} if op == "int_grad_input" else {}
+        only = [argument.name for argument in getattr(OPS, op).default._schema.arguments if argument.kwarg_only]
+        keywords = {name: given.pop(name) for name in only if name in given}
         calls.append((op, tuple(given[name] for name in names(op) if name in given), keywords))
     with Refuse():
         for op, args, keywords in calls:

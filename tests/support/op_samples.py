@@ -170,13 +170,51 @@ def grouped_linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
 
 
 def grouped_linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
-    for rows, out_features, in_features in draw.shapes(count):
+    for i, (rows, out_features, in_features) in enumerate(draw.shapes(count)):
         experts = draw.choose.choice((1, 2, 3, 7))
         grad_out, words = draw.matrix(rows, out_features, "normal")
         weight = expert_weights(draw, experts, out_features, in_features, scheme)
-        offsets, out_dtype = expert_offsets(draw, experts, rows), draw.out_dtype()
-        label = f"dy {words}, K {in_features}, offsets {offsets.tolist()}, out {out_dtype}"
-        yield Sample((grad_out, offsets, *weight, in_features, scheme.name, out_dtype), label)
+        offsets, seed, columns = expert_offsets(draw, experts, rows), None, None
+        if i % 2:
+            seed = torch.tensor(draw.choose.getrandbits(63))
+            if scheme.group_size:
+                each = [[None if part is None else part[e] for part in weight] for e in range(experts)]
+                columns = torch.stack([reference_ops.column_scales(*w, in_features, scheme.name) for w in each])
+        label = f"dy {words}, K {in_features}, offsets {offsets.tolist()}, seed {seed}"
+        yield Sample((grad_out, offsets, *weight, in_features, scheme.name, seed, columns), label)
+
+
+def grouped_rows(draw: Draw, rows: int, sources: int) -> Tensor | None:
+    """int64 [rows] below `sources`."""
+    if rows == sources and draw.choose.random() < 0.3:
+        return None
+    return torch.randint(max(sources, 1), (rows,), generator=draw.generator)
+
+
+def grouped_linear_grad_weight(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for i, (rows, out_features, in_features) in enumerate(draw.shapes(count)):
+        experts = draw.choose.choice((1, 2, 3, 7))
+        grad_out, words = draw.matrix(rows, out_features, "normal")
+        sources = draw.choose.choice((rows, max(rows // 2, 1)))
+        qx = torch.randint(-127, 128, (sources, in_features), dtype=torch.int8, generator=draw.generator)
+        layout = draw.choose.choice(LAYOUTS)
+        seed = torch.tensor(draw.choose.getrandbits(63)) if i % 2 else None
+        index = grouped_rows(draw, rows, sources)
+        offsets = expert_offsets(draw, experts, rows)
+        label = f"dy {words}, qx {list(qx.shape)} {layout}, offsets {offsets.tolist()}, seed {seed}"
+        x_scales = draw.floats(sources).abs() * 0.02
+        yield Sample((grad_out, offsets, relayout(qx, layout), x_scales, index, seed), label)
+
+
+def grouped_outer(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    for rows, out_features, in_features in draw.shapes(count):
+        experts = draw.choose.choice((1, 2, 3, 7))
+        grad_out, words = draw.matrix(rows, out_features, "normal")
+        sources = draw.choose.choice((rows, max(rows // 2, 1)))
+        x, x_words = draw.matrix(sources, in_features, "normal")
+        offsets = expert_offsets(draw, experts, rows)
+        label = f"dy {words}, x {x_words}, offsets {offsets.tolist()}"
+        yield Sample((grad_out, offsets, x, grouped_rows(draw, rows, sources)), label)
 
 
 def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
@@ -312,6 +350,8 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "dequantize_weight": dequantize_weight,
     "grouped_linear": grouped_linear,
     "grouped_linear_grad_input": grouped_linear_grad_input,
+    "grouped_linear_grad_weight": grouped_linear_grad_weight,
+    "grouped_outer": grouped_outer,
     "int_grad_input": int_grad_input,
     "linear": linear,
     "linear_cross_entropy": linear_cross_entropy,
@@ -336,7 +376,8 @@ for _op in ("quantize_weight_scaled", "scale_gradient"):
     OP_SCHEMES[_op] = [name for name in FLOAT_SCHEMES if QuantScheme.parse(name).symmetric]
 # These know no schemes at all; the names tell their sets of samples apart.
 OP_SCHEMES |= dict.fromkeys(
-    ("quantize_columns_stochastic", "quantize_rows_stochastic"), ("w8a8", "w8a16", "w4a8", "w4a16")
+    ("quantize_columns_stochastic", "quantize_rows_stochastic", "grouped_linear_grad_weight", "grouped_outer"),
+    ("w8a8", "w8a16", "w4a8", "w4a16"),
 )
 
 

@@ -100,5 +100,9 @@ void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weig
 void linear_cross_entropy(const Kernels& kernels, const CrossEntropyArgs& args, const Weight& w,
                           const CrossEntropyResult& result, const Parallel& parallel);
 void column_scales(const Kernels& kernels, const Weight& w, float* out, const Parallel& parallel);
+void quantize_rows_stochastic(const Kernels& kernels, const Matrix& x, const float* column_factors, Random random,
+                              int8_t* q, float* scales, const Parallel& parallel);
+void quantize_columns_stochastic(const Kernels& kernels, const Matrix& x, const float* row_factors, Random random,
+                                 int8_t* q, float* scales, const Parallel& parallel);
 
 }  // namespace qk
