@@ -9,8 +9,11 @@ from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
+from .nn import expert_families as _expert_families  # noqa: F401  it registers them
 from .nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, register_adapter
 from .nn.embedding import QuantEmbedding
+from .nn.experts import QuantExperts
+from .nn.grouped_linear import QuantGroupedLinear
 from .nn.layer_adapters import LinearAdapter
 from .nn.linear import QuantLinear
 from .nn.loss import linear_cross_entropy
@@ -22,6 +25,8 @@ __all__ = [
     "LayerAdapter",
     "LinearAdapter",
     "QuantEmbedding",
+    "QuantExperts",
+    "QuantGroupedLinear",
     "QuantLinear",
     "QuantScheme",
     "QuantizationReport",

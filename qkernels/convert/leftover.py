@@ -10,6 +10,8 @@ from torch import nn
 
 from ..nn.adapters import find_composite, is_matrix
 
+# The reason of what chooses the experts of a mixture begins with it: `strict` accepts it.
+ROUTER = "router"
 _RULES = "only linear layers and embeddings are quantized"
 _KINDS = (
     (nn.modules.conv._ConvNd, "convolution"),
@@ -44,9 +46,9 @@ def leftover_reason(name: str, module: nn.Module, key: str) -> str:
             return f"{word}: {_RULES}"
     words = f"{name} {type(module).__name__}".lower()
     if module.get_parameter(key).dim() > 2 and ("expert" in words or "moe" in words):
-        return "fused experts: one parameter holds the matrices of all experts, and no kernel multiplies it"
+        return f"fused experts: no adapter knows how {type(module).__name__} multiplies the matrices of its experts"
     if "router" in words or words.partition(" ")[0].endswith(("gate", "gate.weight")):
-        return f"router: a parameter of {type(module).__name__}; {_RULES}"
+        return f"{ROUTER}: rounding what {type(module).__name__} multiplies would change which experts are chosen"
     return f"parameter of {type(module).__name__}: {_RULES}"
 
 

@@ -20,6 +20,7 @@ from ..ptq.gptq import check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
+from .leftover import ROUTER
 from .report import QuantizationReport
 from .selection import NOT_ASKED, NOT_INCLUDED, SKIPPED, SLOWER, select_layers, unexpected_results
 from .watch import watch_frozen
@@ -237,7 +238,7 @@ def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
 
 
 def _check_strict(layers: list[Layer], messages: list[str]) -> None:
-    allowed = (SKIPPED, NOT_INCLUDED, SLOWER, NOT_ASKED, QUANTIZED)
+    allowed = (SKIPPED, NOT_INCLUDED, SLOWER, NOT_ASKED, QUANTIZED, ROUTER)
     problems = [
         f"{layer.name} stays in float: {layer.reason}"
         for layer in layers

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..formats.scheme import QuantScheme
-from ..nn.adapters import find_adapter, find_composite
+from ..nn.adapters import SplitLayer, find_adapter, find_composite
 from ..nn.layer_adapters import QUANTIZED
 from .layers import Layer, Split
-from .leftover import kept_in_float32, leftover_reason, matrix_weights
+from .leftover import ROUTER, kept_in_float32, leftover_reason, matrix_weights
 from .report import QuantizationReport
 
 # Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
@@ -250,6 +250,10 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
             mark(parent.modules(), "inside nn.MultiheadAttention, which reads the weight itself")
         elif isinstance(parent, nn.TransformerEncoderLayer):
             mark((parent.linear1, parent.linear2), "inside nn.TransformerEncoderLayer, which reads the weight itself")
+        if any(isinstance(child, SplitLayer) or find_composite(type(child)) for child in parent.children()):
+            for key in ("router", "gate"):
+                if (child := parent._modules.get(key)) is not None:
+                    mark(child.modules(), f"{ROUTER}: rounding it would change which experts are chosen")
         for name in getattr(parent, "adapter_layer_names", ()):  # PEFT's layers name their adapters so
             adapter = parent._modules.get(name.partition(".")[0])
             if adapter is not None:

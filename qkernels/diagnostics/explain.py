@@ -100,7 +100,9 @@ def explain(
     chosen = [
         (layer.names, layer.module)
         for layer in layers
-        if not layer.is_lookup and (layer.is_quantized or (scheme is not None and layer.reason is None))
+        if not layer.is_lookup
+        and (layer.is_quantized or (scheme is not None and layer.reason is None))
+        and layer.adapter.measured
     ]
     if not chosen:
         raise ValueError("model has no quantized linear layer" + ("" if scheme is None else f" and none for {parsed}"))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import math
 import re
 import shutil
 import sys
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..convert.model import quantize_
 from ..convert.report import QuantizationReport
 from ..formats.scheme import QuantScheme
-from ..nn.linear import QuantLinear
+from ..nn.matrix_layer import MatrixLayer
 from ..ptq.smoothquant import smooth_
 from ..system import heap
 from ..system.cache import user_cache
@@ -292,8 +293,8 @@ def quantized_scheme(model: nn.Module) -> str:
     """The scheme of most weights of the quantized linear layers in a model; "none" if there are none."""
     sizes: dict[str, int] = {}
     for module in model.modules():
-        if isinstance(module, QuantLinear):
-            sizes[module.scheme.name] = sizes.get(module.scheme.name, 0) + module.in_features * module.out_features
+        if isinstance(module, MatrixLayer):
+            sizes[module.scheme.name] = sizes.get(module.scheme.name, 0) + math.prod(module.weight_shape)
     return max(sizes, key=sizes.__getitem__, default="none")
 
 

@@ -18,12 +18,19 @@ STORAGE = ("qweight", "scales", "zeros")
 
 
 def storage_problems(
-    weight: Mapping[str, object], in_features: int, out_features: int, scheme: QuantScheme, *, values: bool = True
+    weight: Mapping[str, object],
+    in_features: int,
+    out_features: int,
+    scheme: QuantScheme,
+    *,
+    leading: tuple[int, ...] = (),
+    values: bool = True,
 ) -> dict[str, str]:
-    """Why `weight` is not the canonical storage of a weight [out_features, in_features].
+    """Why `weight` is not the canonical storage of a weight [*leading, out_features, in_features].
 
     Args:
         weight: the tensors by their names; None, or no entry, for one that is not there.
+        leading: (E,) for the weights of E experts.
         values: look at the values too: scales must be finite, zero points at most 15, 8-bit integers not -128.
 
     Returns:
@@ -33,7 +40,8 @@ def storage_problems(
     problems = {}
     for name in STORAGE:
         tensor = weight.get(name)
-        problem = tensor_problem(tensor, shapes.get(name), dtypes[name], scheme)
+        shape = (*leading, *shapes[name]) if name in shapes else None
+        problem = tensor_problem(tensor, shape, dtypes[name], scheme)
         if problem is None and isinstance(tensor, Tensor) and values:
             problem = value_problem(name, tensor)
         if problem is not None:
@@ -42,7 +50,7 @@ def storage_problems(
 
 
 def tensor_problem(
-    tensor: object, shape: tuple[int, int] | None, dtype: torch.dtype, scheme: QuantScheme
+    tensor: object, shape: tuple[int, ...] | None, dtype: torch.dtype, scheme: QuantScheme
 ) -> str | None:
     """Why `tensor` has not this shape (None: `scheme` has no such tensor) and dtype."""
     if shape is None:

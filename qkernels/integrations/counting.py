@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def count_weights(num_parameters: Callable[..., int]) -> Callable[..., int]:
         for module in {id(module.qweight): module for module in frozen}.values():
             total -= sum(tensor.numel() for tensor in module.quantized_weight() if tensor is not None)
             if not (exclude_embeddings and id(module.qweight) in looked_up):
-                total += module.out_features * module.in_features
+                total += math.prod(module.weight_shape)
         return total
 
     return counted

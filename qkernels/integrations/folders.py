@@ -124,7 +124,9 @@ def marker(model: nn.Module) -> dict[str, Tensor]:
     transformers initializes what a file lacks at random and only logs it, but refuses a weight of a wrong shape. So the
     file holds an empty `weight` for one quantized layer; where qkernels loads, it is left out.
     """
-    names = [name for name, module in quantized_layers(model).items() if module.mode != "qat"]
+    layers = {name: module for name, module in quantized_layers(model).items() if module.mode != "qat"}
+    # transformers splits what belongs to experts, or merges it.
+    names = [name for name, module in layers.items() if not module.leading] or list(layers)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."  # below it, it is there for a model without a head too
     name = next((name for name in names if name.startswith(prefix)), names[0] if names else None)
     return {} if name is None else {f"{name}.weight": torch.empty(0, dtype=torch.int8)}

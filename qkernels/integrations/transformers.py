@@ -410,9 +410,9 @@ class QKernelsHfQuantizer(HfQuantizer):
         old = layer.module
         device = next((p.device for p in self._model.parameters() if not p.is_meta), None)
         options = {"device": device, "dtype": old.compute_dtype}
-        new = float_twin(old, nn.Parameter(torch.empty(old.out_features, old.in_features, **options)), plain=True)
+        new = float_twin(old, nn.Parameter(torch.empty(old.weight_shape, **options)), plain=True)
         if getattr(new, "bias", None) is not None:
-            new.bias = nn.Parameter(torch.empty(old.out_features, **options))
+            new.bias = nn.Parameter(torch.empty(old.weight_shape[:-1], **options))
         new.reset_parameters()
         self._model._init_weights(new)
         for parent, key in layer.slots:
@@ -430,7 +430,7 @@ def _module_of(model: nn.Module, key: str) -> nn.Module | None:
 
 def _same_format(a: nn.Module | None, b: nn.Module | None) -> bool:
     quantized = isinstance(a, Storage) and isinstance(b, Storage)
-    return quantized and a.scheme == b.scheme and (a.out_features, a.in_features) == (b.out_features, b.in_features)
+    return quantized and a.scheme == b.scheme and a.weight_shape == b.weight_shape
 
 
 def _tie_storage(model: transformers.PreTrainedModel) -> None:
@@ -450,7 +450,7 @@ def _tie_storage(model: transformers.PreTrainedModel) -> None:
 
 def _guard_from_initialization(module: Storage) -> None:
     """Until `_unguard`, show code that initializes weights (of the layer, or from its parent) one not to be touched."""
-    weight = torch.empty(module.out_features, module.in_features, dtype=module.compute_dtype, device="meta")
+    weight = torch.empty(module.weight_shape, dtype=module.compute_dtype, device="meta")
     weight._is_hf_initialized = module._is_hf_initialized = True
     vars(module)["weight"] = weight
 

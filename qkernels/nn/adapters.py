@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,11 @@ class SplitLayer(nn.Module):
     """
 
     float_type: type[nn.Module]  # of the layer that was split, and that `dequantize_` joins again
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Its layers, and what it took over of the layer that was split."""
 
 
 class CompositeAdapter(ABC, Generic[_L]):

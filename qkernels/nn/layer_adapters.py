@@ -106,14 +106,14 @@ class EmbeddingAdapter(LayerAdapter[nn.Embedding]):
 class QuantizedAdapter(LayerAdapter[Storage]):
     """The adapter of layers that are quantized already: they say what they are, and stay so."""
 
-    def __init__(self, *, lookup: bool) -> None:
-        self.lookup = lookup
+    def __init__(self, *, lookup: bool, measured: bool = True) -> None:
+        self.lookup, self.measured = lookup, measured
 
     def weight(self, layer: Storage) -> Tensor:
         return layer.dequantize().to(layer.compute_dtype)
 
     def shape(self, layer: Storage) -> tuple[int, ...]:
-        return layer.out_features, layer.in_features
+        return layer.weight_shape
 
     def dtype(self, layer: Storage) -> torch.dtype:
         return layer.compute_dtype

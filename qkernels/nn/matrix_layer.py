@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -94,20 +95,22 @@ class MatrixLayer(Storage):
         self.compute_dtype = dtype
         self._scheme_name = self.scheme.name
         # The bias of a frozen layer comes first: many take the dtype of a model from the first of its parameters.
-        own_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        shape = (*self.leading, out_features)
+        own_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None
+        rows = math.prod(shape)
         if mode == "frozen":
             self.register_parameter("bias", own_bias)
             self._allocate(device)
         weight = None
         if mode == "qat":
-            weight = nn.Parameter(self._from_rows(torch.empty(out_features, in_features, dtype=dtype, device=device)))
+            weight = nn.Parameter(self._from_rows(torch.empty(rows, in_features, dtype=dtype, device=device)))
             if weight_scale == "learned":
                 groups = self.scheme.weight_groups(in_features)
-                scales = torch.empty(out_features, groups, dtype=torch.float32, device=device)
+                scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
                 self.register_parameter("scales", nn.Parameter(scales))
         elif mode == "int8":
-            qweight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-            scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
+            qweight = torch.empty(rows, in_features, dtype=torch.int8, device=device)
+            scales = torch.empty(rows, 1, dtype=torch.float32, device=device)
             weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
         if weight is not None:
             self.register_parameter("weight", weight)
@@ -123,7 +126,7 @@ class MatrixLayer(Storage):
 
         Products of the parent with it are those of the layer, whatever the mode.
         """
-        return self._frozen_view() if self.mode == "frozen" else follow(self._trained_weight(), self)
+        return self._frozen_view() if self.mode == "frozen" else self._trained_view()
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -174,6 +177,10 @@ class MatrixLayer(Storage):
             self.grad_dtype,
             self._current_column_scales(),
         )
+
+    def _trained_view(self) -> Tensor:
+        """The `weight` of a layer that trains it."""
+        return follow(self._trained_weight(), self)
 
     def _rows(self, weight: Tensor) -> Tensor:
         """The matrix [N, K] of the weight that is trained."""
@@ -463,7 +470,9 @@ class MatrixLayer(Storage):
         """Why `bias` cannot take the place of the layer's; None if it can, or either is absent."""
         if bias is None or self.bias is None:
             return None
-        expected = f"must be a float vector of {self.out_features}"
+        expected = (
+            f"must be a float {f'tensor {[*self.bias.shape]}' if self.leading else f'vector of {len(self.bias)}'}"
+        )
         if not isinstance(bias, Tensor):
             return f"{expected}, got {type(bias).__name__}"
         if bias.shape == self.bias.shape and bias.dtype in FLOAT_DTYPES:

@@ -32,7 +32,13 @@ class Storage(nn.Module):
     compute_dtype: torch.dtype
     zeros: nn.Parameter | None  # uint8 [N, groups], asymmetric schemes only
     float_type: type[nn.Module]  # what was quantized, and what `dequantize_` makes of the layer again
+    leading: tuple[int, ...] = ()  # (E,) if the weight is those of E experts: [E, N, K]
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = FLOAT_DTYPES
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K) of E experts."""
+        return *self.leading, self.out_features, self.in_features
 
     @property
     def qweight(self) -> Tensor:
@@ -68,7 +74,8 @@ class Storage(nn.Module):
         self._sample: Tensor | None = None
         shapes, dtypes = self.scheme.storage_shapes(self.in_features, self.out_features), storage_dtypes(self.scheme)
         for name in STORAGE:
-            tensor = torch.empty(shapes[name], dtype=dtypes[name], device=device) if name in shapes else None
+            shape = (*self.leading, *shapes.get(name, ()))
+            tensor = torch.empty(shape, dtype=dtypes[name], device=device) if name in shapes else None
             self.register_parameter(name, None if tensor is None else store(tensor))
 
     @torch.no_grad()
@@ -96,12 +103,15 @@ class Storage(nn.Module):
 
     def storage_problems(self) -> dict[str, str]:
         """By the name of each tensor of a frozen weight that does not fit its scheme: why (see `validate.py`)."""
-        return storage_problems(self.quantized_weight()._asdict(), self.in_features, self.out_features, self.scheme)
+        return self._problems(self.quantized_weight()._asdict())
+
+    def _problems(self, tensors: Mapping[str, object]) -> dict[str, str]:
+        return storage_problems(tensors, self.in_features, self.out_features, self.scheme, leading=self.leading)
 
     def _check_weight(self, weight: QuantizedWeight) -> None:
         """Raise ValueError, naming the tensor, unless `weight` is the canonical storage of this scheme and shape."""
         tensors = weight._asdict()
-        for name, problem in storage_problems(tensors, self.in_features, self.out_features, self.scheme).items():
+        for name, problem in self._problems(tensors).items():
             raise ValueError(f"{name} {problem}")
         for name, tensor in tensors.items():
             if tensor is not None and tensor.device != weight.qweight.device:
@@ -134,8 +144,10 @@ class Storage(nn.Module):
         return sum(t.numel() * t.element_size() for t in self.quantized_weight() if t is not None)
 
     def dequantize(self) -> Tensor:
-        """The weight as it is multiplied: float32 [N, K]."""
-        return ops.dequantize_weight(*self.quantized_weight(), self.in_features, self.scheme)
+        """The weight as it is multiplied: float32 [N, K], or [E, N, K] of E experts."""
+        rows = self.quantized_weight().map(lambda tensor: tensor.flatten(0, -2))
+        weight = ops.dequantize_weight(*rows, self.in_features, self.scheme)
+        return weight.view(self.weight_shape) if self.leading else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Storage:
         """Move everything, but cast neither integers nor scales (`.half()`, `.to(torch.bfloat16)`, `.type(dtype)`)."""
@@ -208,7 +220,7 @@ class Storage(nn.Module):
             return []
         if isinstance(given["scales"], Tensor) and given["scales"].dtype == torch.int32:  # a parameter
             given["scales"] = reinterpret(given["scales"].detach(), torch.float32)
-        problems = storage_problems(given, self.in_features, self.out_features, self.scheme)
+        problems = self._problems(given)
         return [f"{prefix}{name} {problem}" for name, problem in problems.items()]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
