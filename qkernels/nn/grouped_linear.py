@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autograd.experts import grouped_linear
-from ..autograd.trained import trained_linear
+from ..autograd.experts import grouped_linear, trained_grouped_linear
 from ..autograd.weight_products import autocast_dtype, check_input
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
 from ..kernels.quantizers import quantize_weight
 from .adapters import LayerAdapter, register_adapter
-from .int8_state import StateScales
 from .layer_adapters import QuantizedAdapter
 from .matrix_layer import MatrixLayer
 from .storage import Storage
@@ -198,18 +196,13 @@ class QuantGroupedLinear(MatrixLayer):
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         check_input(x, self.in_features)
-        dtype = autocast_dtype(x.device.type)
+        options: Any = {"out_dtype": autocast_dtype(x.device.type), "grad_dtype": self.grad_dtype}
         if self.mode == "frozen":
-            return grouped_linear(x, rows, offsets, self._frozen_weight(), self.bias, self._scheme_name, dtype)
-        x, weight, scales = x if rows is None else x[rows], self._trained_weight(), self._parameters.get("scales")
-        parts = []
-        for expert, (begin, end) in enumerate(pairwise([0, *offsets.tolist()])):
-            own = slice(expert * self.out_features, (expert + 1) * self.out_features)
-            bias = None if self.bias is None else self.bias[expert]
-            matrix = weight[expert] if self.mode == "qat" else weight[own]
-            learned = None if scales is None else scales[own]
-            parts.append(trained_linear(x[begin:end], matrix, bias, self.scheme, dtype, self.grad_dtype, learned))
-        return F.pad(torch.cat(parts), (0, 0, 0, len(x) - int(offsets[-1])))
+            return grouped_linear(x, rows, offsets, self._frozen_weight(), self.bias, self.scheme, **options)
+        weight, scales = self._trained_weight(), self._parameters.get("scales")
+        if self.mode == "int8":
+            weight = self._masked(weight)
+        return trained_grouped_linear(x, rows, offsets, weight, self.bias, self.scheme, scales=scales, **options)
 
     def extra_repr(self) -> str:
         return (
@@ -217,12 +210,6 @@ class QuantGroupedLinear(MatrixLayer):
             f"bias={self.bias is not None}, scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
             + (", weight_scale=learned" if self.weight_scale == "learned" else "")
         )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.mode == "int8":
-            destination[prefix + "qweight"] = self._by_expert(destination[prefix + "qweight"])
-            destination[prefix + "scales"] = StateScales.of(self._by_expert(destination[prefix + "scales"]))
 
     def _load_int8(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         names = (prefix + "qweight", prefix + "scales")
