@@ -87,6 +87,33 @@ struct CrossEntropyResult {
   float* grad_hidden;  // [M, k]: of each row's loss, or null: not wanted
 };
 
+// Images [batch, height, width, channels], or with channels first: [batch, channels, height, width].
+struct Images {
+  const void* data;
+  DType dtype;
+  int64_t batch, height, width, channels;
+  bool channels_first;
+};
+
+// How the kernel of a convolution moves over images.
+struct ConvGeometry {
+  int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
+  int64_t left, right, top, bottom;  // columns and rows of zeros around each image
+  int64_t groups;                    // of channels, and of output channels
+
+  int64_t out_height(int64_t height) const {
+    return (top + height + bottom - dilation_height * (kernel_height - 1) - 1) / stride_height + 1;
+  }
+  int64_t out_width(int64_t width) const {
+    return (left + width + right - dilation_width * (kernel_width - 1) - 1) / stride_width + 1;
+  }
+};
+
+// Convolution of x with w [n, kernel_height * kernel_width * channels / groups], whose columns are channels last ->
+// out [batch, out_height, out_width, n]. a8 schemes without activation groups: one scale for each image.
+QK_API void conv(const Images& x, const ConvGeometry& geometry, const Weight& w, Bias bias, void* out, DType out_dtype,
+                 const Parallel& parallel);
+
 // The cross entropy of the logits of each row of hidden, 0 for ignored rows. n <= 2^31; no softcap together with
 // label smoothing.
 QK_API void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, const CrossEntropyResult& result,

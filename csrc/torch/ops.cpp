@@ -7,6 +7,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/api.h"
 #include "torch/arguments.h"
@@ -222,6 +223,62 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   return {loss, lse, grad};
 }
 
+// The 11 integers of a convolution's geometry (ConvGeometry in qkernels/kernels/arguments.py), checked against its x.
+qk::ConvGeometry geometry_of(const Tensor& x, const std::vector<int64_t>& values) {
+  require(values.size() == 11, "geometry must be 11 integers, got ", values.size());
+  const qk::ConvGeometry g = {values[0], values[1], values[2], values[3], values[4], values[5],
+                              values[6], values[7], values[8], values[9], values[10]};
+  const auto at_least = [](const char* name, int64_t value, int64_t least) {
+    require(value >= least, name, " must be at least ", least, ", got ", value);
+  };
+  at_least("kernel_height", g.kernel_height, 1), at_least("kernel_width", g.kernel_width, 1);
+  at_least("stride_height", g.stride_height, 1), at_least("stride_width", g.stride_width, 1);
+  at_least("dilation_height", g.dilation_height, 1), at_least("dilation_width", g.dilation_width, 1);
+  at_least("left", g.left, 0), at_least("right", g.right, 0), at_least("top", g.top, 0);
+  at_least("bottom", g.bottom, 0), at_least("groups", g.groups, 1);
+  require(x.size(3) % g.groups == 0, "x must have a multiple of groups = ", g.groups, " channels, got shape ",
+          shape_of(x));
+  const bool fits = g.top + x.size(1) + g.bottom > g.dilation_height * (g.kernel_height - 1) &&
+                    g.left + x.size(2) + g.right > g.dilation_width * (g.kernel_width - 1);
+  require(fits, "the dilated kernel must fit into the padded x, got shape ", shape_of(x));
+  return g;
+}
+
+// Images [batch, height, width, channels] as they lie in memory: channels last or first. Other strides are copied.
+qk::Images images_of(Tensor& x) {
+  const qk::DType dtype = dtype_of("x", x.scalar_type());
+  const int64_t height = x.size(1), width = x.size(2), channels = x.size(3);
+  const auto dense = [&](int64_t dim, int64_t stride) { return x.size(dim) <= 1 || x.stride(dim) == stride; };
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % element_size(x.scalar_type()) == 0;
+  const bool channels_first = aligned && dense(2, 1) && dense(1, width) && dense(3, height * width) &&
+                              dense(0, channels * height * width) && !x.is_contiguous();
+  if (!channels_first) x = readable("x", x);
+  return {x.const_data_ptr(), dtype, x.size(0), height, width, channels, channels_first};
+}
+
+Tensor conv(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
+            std::optional<Tensor> bias_arg, int64_t scheme_code, std::vector<int64_t> geometry_arg,
+            std::optional<ScalarType> out_dtype) {
+  const qk::Scheme scheme = qk::scheme_of(scheme_code);
+  dtype_of("x", x_arg.scalar_type());
+  require(x_arg.dim() == 4, "x must be images [N, H, W, C], got shape ", shape_of(x_arg));
+  const qk::ConvGeometry geometry = geometry_of(x_arg, geometry_arg);
+  require(scheme.act_group_size == 0, "scheme must have no activation groups for a convolution, got ", scheme);
+  const int64_t patch = geometry.kernel_height * geometry.kernel_width * (x_arg.size(3) / geometry.groups);
+  const CanonicalWeight weight(qweight, scales, zeros, patch, scheme);
+  require(weight.get().n % geometry.groups == 0, "qweight must have a multiple of groups = ", geometry.groups,
+          " rows, got shape ", shape_of(qweight));
+  const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
+  const qk::DType out_type = dtype_of("out_dtype", dtype);
+  const BiasVector bias(bias_arg, weight.get().n);
+  Tensor x = x_arg;
+  const qk::Images images = images_of(x);
+  const int64_t height = geometry.out_height(images.height), width = geometry.out_width(images.width);
+  Tensor out = new_tensor(x_arg, {images.batch, height, width, weight.get().n}, dtype);
+  qk::conv(images, geometry, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   FloatMatrix weight("weight", weight_arg);
@@ -333,6 +390,9 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "grouped_linear_grad_weight(Tensor grad_out, Tensor offsets, Tensor qx, Tensor x_scales, Tensor? rows=None, "
       "Tensor? seed=None, *, ScalarType? out_dtype=None) -> Tensor");
   m.def("grouped_outer(Tensor grad_out, Tensor offsets, Tensor x, Tensor? rows=None) -> Tensor");
+  m.def(
+      "conv(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, int[] geometry, "
+      "ScalarType? out_dtype=None) -> Tensor");
   m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
   m.def("quantize_weight_scaled(Tensor weight, Tensor scales, int scheme) -> Tensor");
@@ -361,6 +421,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));
   m.impl("grouped_linear_grad_weight", TORCH_BOX(&grouped_linear_grad_weight));
+  m.impl("conv", TORCH_BOX(&conv));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("mask_clipped", TORCH_BOX(&mask_clipped));
   m.impl("quantize_weight_scaled", TORCH_BOX(&quantize_weight_scaled));

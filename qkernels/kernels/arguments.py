@@ -60,13 +60,47 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if "qweight" not in places:
         return tuple(scheme if place == places["scheme"] else value for place, value in enumerate(args))
     weight = places["qweight"]
-    # A matrix x has K columns; a check tells if it is none.
+    # A matrix x has K columns, and images [N, H, W, C] have C channels; a check tells if it is neither.
     in_features = args[places["in_features"]] if "in_features" in places else (args[0].shape or (0,))[-1]
     qweight, scales, zeros = args[weight : weight + 3]
     dropped = {places["scheme"], places.get("in_features")}
-    rest = (value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped)
+    rest = [value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped]
+    if "geometry" in places:  # after bias
+        rest[1] = ConvGeometry(*rest[1])
+        in_features = rest[1].in_features(in_features)
     before = (QuantizedRows(*args[:2]), *args[2:weight]) if "q_grad" in places else args[:weight]
     return *before, StoredWeight(qweight, scales, zeros, in_features, scheme), *rest
+
+
+class ConvGeometry(NamedTuple):
+    """How the kernel of a convolution moves over images [N, H, W, C]: what `torch.nn.Conv2d` says in pairs.
+
+    Attributes:
+        left, right, top, bottom: columns and rows of zeros around each image.
+        groups: of channels, and of output channels.
+    """
+
+    kernel_height: int
+    kernel_width: int
+    stride_height: int = 1
+    stride_width: int = 1
+    dilation_height: int = 1
+    dilation_width: int = 1
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+    groups: int = 1
+
+    def in_features(self, channels: int) -> int:
+        """K: values of a patch in one group."""
+        return self.kernel_height * self.kernel_width * (channels // max(self.groups, 1))
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the result for images of this size."""
+        rows = self.top + height + self.bottom - self.dilation_height * (self.kernel_height - 1) - 1
+        columns = self.left + width + self.right - self.dilation_width * (self.kernel_width - 1) - 1
+        return rows // self.stride_height + 1, columns // self.stride_width + 1
 
 
 class LossOptions(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedRows, StoredWeight
-from .arguments import LossOptions
+from .arguments import ConvGeometry, LossOptions
 
 
 def check_weight(weight: StoredWeight, of_experts: bool = False) -> None:
@@ -117,13 +117,56 @@ def _check_product(name: str, x: Tensor, weight: StoredWeight, bias: Tensor | No
     _check_device("qweight", weight.qweight, x.device)
     if weight.scheme.int_activations and x.shape[1] > MAX_REDUCTION:
         raise RuntimeError(f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}")
+    _check_bias(bias, weight, x.device, of_experts)
+
+
+def _check_bias(bias: Tensor | None, weight: StoredWeight, device: torch.device, of_experts: bool = False) -> None:
     if bias is None:
         return
     shape = weight.qweight.shape[:-1]
     if bias.shape != shape or bias.dtype not in FLOAT_DTYPES:
         expected = f"matrix of {list(shape)}" if of_experts else f"vector of {shape[0]}"
         raise RuntimeError(f"bias must be a float {expected}, got {bias.dtype} of shape {list(bias.shape)}")
-    _check_device("bias", bias, x.device)
+    _check_device("bias", bias, device)
+
+
+def conv(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise RuntimeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != 4:
+        raise RuntimeError(f"x must be images [N, H, W, C], got shape {list(x.shape)}")
+    _check_geometry(x, geometry)
+    scheme, groups = weight.scheme, geometry.groups
+    if scheme.int_activations and weight.in_features > MAX_REDUCTION:
+        raise RuntimeError(
+            f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {weight.in_features}"
+        )
+    if scheme.act_group_size is not None:
+        raise RuntimeError(f"scheme must have no activation groups for a convolution, got {scheme}")
+    check_weight(weight)
+    _check_device("qweight", weight.qweight, x.device)
+    if weight.out_features % groups:
+        shape = list(weight.qweight.shape)
+        raise RuntimeError(f"qweight must have a multiple of groups = {groups} rows, got shape {shape}")
+    _check_bias(bias, weight, x.device)
+    _check_out_dtype(out_dtype)
+
+
+def _check_geometry(x: Tensor, geometry: ConvGeometry) -> None:
+    for name, value in geometry._asdict().items():
+        least = 0 if name in ("left", "right", "top", "bottom") else 1
+        if value < least:
+            raise RuntimeError(f"{name} must be at least {least}, got {value}")
+    if x.shape[3] % geometry.groups:
+        raise RuntimeError(f"x must have a multiple of groups = {geometry.groups} channels, got shape {list(x.shape)}")
+    if min(geometry.output_size(x.shape[1], x.shape[2])) < 1:
+        raise RuntimeError(f"the dilated kernel must fit into the padded x, got shape {list(x.shape)}")
 
 
 def linear_with_saved_input(

@@ -19,6 +19,7 @@ LEAST_CAPABILITY = 80
 WARPGROUP_MULTIPLY_ADDS = 2**36
 
 WITHOUT_GPU_KERNEL = (
+    "conv",
     "grouped_linear",
     "grouped_linear_grad_input",
     "grouped_linear_grad_weight",

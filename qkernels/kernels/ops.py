@@ -16,6 +16,7 @@ from torch import Tensor
 from ..formats.scheme import QuantScheme, scheme_code
 from ..formats.storage import QuantizedWeight
 from . import arguments, checks, dispatch, extensions, results
+from .arguments import ConvGeometry
 
 extensions.require("_C")  # registers the schemas and the CPU kernels
 _ops = torch.ops.qkernels
@@ -224,6 +225,37 @@ def grouped_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | N
         RuntimeError: naming the argument that does not fit.
     """
     return _call(_ops.grouped_outer.default, grad_out, offsets, x, rows)
+
+
+def conv(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    scheme: str | QuantScheme,
+    geometry: ConvGeometry,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Convolution of images with a quantized weight, without a gradient (see `autograd.quant_conv`).
+
+    Args:
+        x: float32, bfloat16 or float16 [N, H, W, C], of any strides: a permuted [N, C, H, W] is read as it lies.
+        qweight, scales, zeros: the canonical storage of a weight [O, K], whose columns are the taps of the kernel, row
+            by row, and of each tap the C / groups channels.
+        bias: float [O] or None.
+        scheme: the scheme or its canonical name, without activation groups.
+        geometry: how the kernel moves.
+        out_dtype: dtype of the result; None: x.dtype.
+
+    Returns:
+        [N, H_out, W_out, O], contiguous.
+
+    Raises:
+        RuntimeError: naming the argument that does not fit.
+        ValueError: for an unknown scheme.
+    """
+    return _call(_ops.conv.default, x, qweight, scales, zeros, bias, scheme_code(scheme), geometry, out_dtype)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
@@ -482,6 +514,7 @@ def _register(name: str) -> None:
 _DIFFERENTIABLE = {
     "linear": "qkernels.autograd.quant_linear, or a QuantLinear",
     "grouped_linear": "qkernels.autograd.experts.grouped_linear",
+    "conv": "qkernels.autograd.quant_conv, or a QuantConv2d",
     "linear_with_saved_input": "qkernels.autograd.trained_linear, or a QuantLinear of mode 'qat' or 'int8'",
     "linear_cross_entropy": "qkernels.linear_cross_entropy",
 }
@@ -496,6 +529,7 @@ for _name in (
     "grouped_linear_grad_weight",
     "grouped_outer",
     "column_scales",
+    "conv",
     "int_grad_input",
     "linear_cross_entropy",
     "linear_with_saved_input",

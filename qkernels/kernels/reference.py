@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, unfold
 
 from ..formats import philox, rules
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedRows, StoredWeight
-from .arguments import LossOptions
+from .arguments import ConvGeometry, LossOptions
 
 
 def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -40,21 +40,61 @@ def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torc
     return out.to(out_dtype or x.dtype)
 
 
+def conv(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rule 12: images `x [N, H, W, C]` -> `[N, H_out, W_out, O]`; the products are those of `linear` on patches."""
+    images, height, width, channels = x.shape
+    rows, columns = geometry.output_size(height, width)
+    kernel, strides, dilations, zeros = geometry[:2], geometry[2:4], geometry[4:6], geometry[6:10]
+    flat, scales = x.to(torch.float32).reshape(images, height * width * channels), None
+    if weight.scheme.int_activations:
+        integers, groups = rules.int8_groups(flat.unsqueeze(1))
+        flat, scales = integers.squeeze(1).to(torch.float32), groups.flatten()
+    padded = pad(flat.view(x.shape).permute(0, 3, 1, 2), zeros)
+    patches = unfold(padded, kernel, dilations, 0, strides)  # [N, C * taps, pixels]
+    patches = patches.view(images, geometry.groups, channels // geometry.groups, math.prod(kernel), rows * columns)
+    patches = patches.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)  # [groups, N * pixels, K]
+    if scales is not None:
+        scales = scales.repeat_interleave(rows * columns)
+    per_group = weight.out_features // geometry.groups
+    parts = [
+        _product(part, weight.rows(slice(g * per_group, (g + 1) * per_group)), scales) for g, part in enumerate(patches)
+    ]
+    out = torch.cat(parts, dim=1).view(images, rows, columns, weight.out_features)
+    return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype or x.dtype)
+
+
+def _product(rows: Tensor, weight: StoredWeight, scales: Tensor | None) -> Tensor:
+    """`rows [M, K]` times a weight, float32 [M, N]: of floats, or of integers with a scale for each row."""
+    if scales is None:
+        return rows @ weight.dequantize().t()
+    return _scaled_sums(rows, scales.unsqueeze(1), weight)
+
+
 def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of integers held in float64, as float32; adding +0 removes the -0 that a float sum may give."""
     return (a @ b.t() + 0.0).to(torch.float32)
 
 
 def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
+    """Rule 4, of float `x [M, K]`."""
+    return _scaled_sums(*rules.quantize_activation(x, weight.scheme), weight)
+
+
+def _scaled_sums(qx: Tensor, x_scales: Tensor, weight: StoredWeight) -> Tensor:
     """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
     scheme, in_features = weight.scheme, weight.in_features
-    qx, x_scales = rules.quantize_activation(x, scheme)
     a, b = qx.to(torch.float64), weight.integers().to(torch.float64)
     w_scales = weight.scales.t()  # [groups, N]
     if scheme.group_size is None and scheme.act_group_size is None:
         return _exact_sum(a, b) * (x_scales * w_scales)
     step = scheme.acc_group_size(in_features)
-    total = torch.zeros(x.shape[0], weight.out_features, dtype=torch.float32, device=x.device)
+    total = torch.zeros(qx.shape[0], weight.out_features, dtype=torch.float32, device=qx.device)
     for start in range(0, in_features, step):
         acc = _exact_sum(a[:, start : start + step], b[:, start : start + step])
         x_scale = x_scales[:, start // scheme.act_group_size, None] if scheme.act_group_size else 1.0

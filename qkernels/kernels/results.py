@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedRows, StoredWeight
+from .arguments import ConvGeometry
 
 
 def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -25,6 +26,17 @@ def dequantize_weight(weight: StoredWeight) -> Tensor:
 
 def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((x.shape[0], weight.out_features), dtype=out_dtype or x.dtype)
+
+
+def conv(
+    x: Tensor,
+    weight: StoredWeight,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    size = geometry.output_size(x.shape[1], x.shape[2])
+    return x.new_empty((x.shape[0], *size, weight.out_features), dtype=out_dtype or x.dtype)
 
 
 def linear_with_saved_input(x: Tensor, *weight_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch
 
 from qkernels import QuantScheme
 from qkernels.kernels import ops
+from qkernels.kernels.arguments import ConvGeometry
 
 OPS = torch.ops.qkernels
 ROWS, N, K, EXPERTS = 3, 6, 40, 2
@@ -68,6 +69,14 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "out_dtype": None,
         },
         "column_scales": {**weight, "in_features": K, "scheme": scheme},
+        "conv": {
+            "x": torch.ones(2, 5, 7, 10),
+            **weight,
+            "bias": torch.ones(N),
+            "scheme": scheme,
+            "geometry": ConvGeometry(2, 2),
+            "out_dtype": None,
+        },
         "int_grad_input": {
             "q_grad": torch.ones(ROWS, N, dtype=torch.int8),
             "grad_scales": torch.ones(ROWS),
@@ -233,6 +242,15 @@ CASES = {
         ("grad_out", torch.ones(ROWS, N + 1)),
     ],
     "column_scales": [*WEIGHT, *SCHEMES, *IN_FEATURES],
+    "conv": [
+        *matrix("x", K),
+        *WEIGHT,
+        *SCHEMES,
+        *OUT_DTYPES,
+        ("x", torch.ones(2, 5, 7, 10, dtype=torch.float64)),
+        ("scheme", "w4a8-g32-asym-ag32"),
+        ("bias", torch.ones(N + 1)),
+    ],
     "linear_with_saved_input": [
         *matrix("x", K),
         *WEIGHT,
@@ -459,3 +477,22 @@ def test_misaligned_storage_is_read_by_value():
     moved = {name: shifted(given[name]) for name in ("x", "qweight", "scales", "zeros", "bias")}
     assert moved["x"].data_ptr() % 4 != 0
     assert torch.equal(ops.linear(**{**given, **moved}), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *(({name: 0}, f"{name} must be at least 1, got 0") for name in ("kernel_height", "stride_width", "groups")),
+        ({"dilation_height": -1}, "dilation_height must be at least 1, got -1"),
+        ({"top": -1}, "top must be at least 0, got -1"),
+        ({"groups": 4}, "x must have a multiple of groups = 4 channels, got shape"),
+        ({"dilation_width": 7}, "the dilated kernel must fit into the padded x, got shape"),
+        ({"groups": 5}, "qweight must"),
+    ],
+)
+def test_wrong_geometry_is_named(wrong, message, device):
+    given = arguments("conv") | {"geometry": ConvGeometry(2, 2)._replace(**wrong)}
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    with pytest.raises(RuntimeError, match=message):
+        ops.conv(**given)

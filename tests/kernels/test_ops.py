@@ -104,6 +104,11 @@ def test_products_deeper_than_a_block_equal_reference(each_isa, scheme):
     assert_same_bits(ops.linear(x, *stored, None, scheme), reference_ops.linear(x, *stored, None, scheme))
 
 
+@pytest.mark.parametrize("scheme", tiered([name for name in OP_SCHEMES["conv"] if name in INT_SCHEMES]))
+def test_conv_equals_reference(each_isa, scheme):
+    assert_equals_reference("conv", scheme, 10, each_isa)
+
+
 @pytest.mark.parametrize("scheme", OP_SCHEMES["quantize_activation"])
 def test_quantize_activation_equals_reference(each_isa, scheme):
     assert_equals_reference("quantize_activation", scheme, 40, each_isa)
@@ -216,6 +221,24 @@ def test_float_linear_is_within_its_bound(each_isa, scheme):
         bias = None if bias is None else bias.to(torch.float64)
         exact = exact_weight(*weight, x.shape[1], name)
         assert_within_float_bound(ops.linear(*args), x, exact, bias, f"{each_isa} {label}")
+
+
+@pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
+def test_float_conv_is_within_its_bound(each_isa, scheme):
+    """As the products of patches, group by group."""
+    for args, label in samples("conv", scheme, 6):
+        x, *weight, bias, name, geometry, _ = args
+        channels, n = x.shape[3] // geometry.groups, weight[0].shape[0] // geometry.groups
+        exact = exact_weight(*weight, geometry.in_features(x.shape[3]), name)
+        padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2).double(), geometry[6:10])
+        patches = torch.nn.functional.unfold(padded, geometry[:2], geometry[4:6], 0, geometry[2:4])
+        patches = patches.unflatten(1, (geometry.groups, channels, -1)).permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
+        out = ops.conv(*args).flatten(0, 2)
+        for group in range(geometry.groups):
+            rows = slice(group * n, (group + 1) * n)
+            own = None if bias is None else bias[rows].to(torch.float64)
+            part = out[:, rows]
+            assert_within_float_bound(part, patches[group].to(x.dtype), exact[rows], own, f"{each_isa} {label}")
 
 
 @pytest.mark.parametrize("scheme", tiered(SCHEMES))

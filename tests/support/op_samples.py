@@ -18,6 +18,7 @@ from torch import Tensor
 from qkernels import QuantScheme
 from qkernels.formats.storage import FLOAT_DTYPES, weight_integers
 from qkernels.kernels import arguments, ops, reference
+from qkernels.kernels.arguments import ConvGeometry
 
 SCHEMES = QuantScheme.names()
 INT_SCHEMES = [name for name in SCHEMES if QuantScheme.parse(name).int_activations]
@@ -217,6 +218,34 @@ def grouped_outer(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sampl
         yield Sample((grad_out, offsets, x, grouped_rows(draw, rows, sources)), label)
 
 
+def conv(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
+    """The last sample has so many values that its output pixels are computed in blocks."""
+    pick = draw.choose.choice
+    for i in range(count + 1):
+        groups, large = pick((1, 1, 1, 2, 4)), i == count
+        channels, out = groups * pick((1, 3, 8, 32, 33)), groups * pick((1, 3, 8, 33))
+        images, kernel = 3 if large else pick((0, 1, 1, 2)), (pick((1, 2, 3, 5)), pick((1, 1, 3, 4)))
+        strides, dilations = (pick((1, 1, 2)), pick((1, 2, 3))), (pick((1, 1, 2)), pick((1, 1, 3)))
+        zeros = [pick((0, 1, 2)) for _ in range(4)]
+        size = [
+            max(pick((1, 4, 9, 16)), dilation * (taps - 1) + 1) + 40 * large
+            for taps, dilation in zip(kernel, dilations, strict=True)
+        ]
+        geometry = ConvGeometry(*kernel, *strides, *dilations, *zeros, groups)
+        values, words = draw.matrix(images, channels * size[0] * size[1], draw.kind(scheme))
+        layout, dtype = pick(("first", "last", "strided")), values.dtype
+        if layout == "last":
+            x = values.reshape(images, *size, channels)
+        else:
+            x = values.reshape(images, channels, *size).permute(0, 2, 3, 1)
+            x = x.repeat_interleave(2, dim=2)[:, :, ::2] if layout == "strided" else x
+        in_features = geometry.in_features(channels)
+        weight, bias = draw.weight(out, in_features, scheme), draw.bias(out)
+        out_dtype = None if dtype == torch.float16 else draw.out_dtype()
+        label = f"x {list(x.shape)} {words} channels {layout}, O {out}, {geometry}, out {out_dtype}"
+        yield Sample((x, *weight, bias, scheme.name, geometry, out_dtype), label)
+
+
 def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
     for rows, out_features, in_features in draw.shapes(count):
         grad_out, words = draw.matrix(rows, out_features, "normal")
@@ -347,6 +376,7 @@ def quantize_columns_stochastic(draw: Draw, scheme: QuantScheme, count: int) -> 
 
 SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
     "column_scales": column_scales,
+    "conv": conv,
     "dequantize_weight": dequantize_weight,
     "grouped_linear": grouped_linear,
     "grouped_linear_grad_input": grouped_linear_grad_input,
@@ -370,6 +400,7 @@ OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
     "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
 }
 OP_SCHEMES["linear_with_saved_input"] = INT_SCHEMES
+OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name]
 OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
 # Scales that are given have no zero points.
 for _op in ("quantize_weight_scaled", "scale_gradient"):

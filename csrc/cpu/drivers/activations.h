@@ -5,12 +5,13 @@
 
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/patches.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
 
-// Reads rows of x with a scale for each `group` values: quantizes them, unless that has been done. Each thread has its
-// own.
+// Reads rows of x with a scale for each `group` values: quantizes them, unless that has been done, or gathers patches.
+// Each thread has its own.
 class IntRows {
  public:
   IntRows(const Kernels& kernels, const LinearInput& input, int64_t group)
@@ -18,8 +19,8 @@ class IntRows {
         input_(input),
         group_(group),
         groups_(input.x.cols == 0 ? 1 : div_up(input.x.cols, group)),  // a row without columns has a scale, too
-        floats_(input.scales == nullptr ? input.x.cols : 0),
-        integers_(input.scales == nullptr ? input.x.cols : 0) {}
+        floats_(input.scales == nullptr && input.patches == nullptr ? input.x.cols : 0),
+        integers_(input.scales == nullptr ? input.x.cols + kPatchSlack : 0) {}
 
   int64_t groups() const { return groups_; }
 
@@ -29,6 +30,10 @@ class IntRows {
     if (input_.scales != nullptr) {  // q is null where x has no columns
       std::copy_n(input_.scales + m * groups_, groups_, scales);
       return input_.q + m * input_.x.cols;
+    }
+    if (input_.patches != nullptr) {
+      *scales = input_.patches->scale(m);
+      return reinterpret_cast<const int8_t*>(input_.patches->row(m, reinterpret_cast<char*>(integers_.get())));
     }
     quantize_row(kernels_, input_.x, m, group_, integers_.get(), scales, floats_.get());
     return integers_.get();

@@ -18,19 +18,28 @@
 namespace qk {
 
 struct Output {
-  void* data;  // row-major, contiguous
+  void* data;  // row-major
   DType dtype;
   bool nontemporal = false;  // stored past the caches, see NOTE [large results] in large_results.h
+  int64_t stride = 0;        // elements from one row to the next; 0: rows are contiguous
+
+  int64_t row_stride(int64_t cols) const { return stride != 0 ? stride : cols; }
+  void* at(int64_t m, int64_t n, int64_t cols) const {
+    return static_cast<char*>(data) + (m * row_stride(cols) + n) * size_of(dtype);
+  }
 };
+
+struct Patches;  // cpu/drivers/patches.h
 
 // x [M, k] of a forward product. If it has been quantized before, as quantize_activation does it, its integers and
 // scales [M, act_groups] are given too; drivers of a8 schemes then read these. With an index (of a8 schemes only) row m
-// is row index[m] of what is given.
+// is row index[m] of what is given. Patches are rows of integers, too.
 struct LinearInput {
   Matrix x;
   const int8_t* q = nullptr;
   const float* scales = nullptr;
   const int64_t* index = nullptr;
+  const Patches* patches = nullptr;
 };
 
 // x as one driver reads it, for products with weights of one scheme and one k.

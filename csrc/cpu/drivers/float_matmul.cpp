@@ -304,17 +304,16 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
           if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
           for (int64_t panel = first; panel < last; ++panel) {
             const int64_t m0 = panel * mr;
-            kernels.tiles.store_float(
-                tile(p, panel), {
-                                    .row_scales = ones.get(),
-                                    .col_scales = ones.get(),
-                                    .bias = bias != nullptr ? bias_panel.get() : nullptr,
-                                    .rows = static_cast<int>(std::min<int64_t>(mr, x.rows - m0)),
-                                    .cols = static_cast<int>(valid),
-                                    .out = static_cast<char*>(out.data) + (m0 * cols + column) * size_of(out.dtype),
-                                    .stride = cols,
-                                    .dtype = out.dtype,
-                                });
+            kernels.tiles.store_float(tile(p, panel), {
+                                                          .row_scales = ones.get(),
+                                                          .col_scales = ones.get(),
+                                                          .bias = bias != nullptr ? bias_panel.get() : nullptr,
+                                                          .rows = static_cast<int>(std::min<int64_t>(mr, x.rows - m0)),
+                                                          .cols = static_cast<int>(valid),
+                                                          .out = out.at(m0, column, cols),
+                                                          .stride = out.row_stride(cols),
+                                                          .dtype = out.dtype,
+                                                      });
           }
         }
       }
@@ -330,7 +329,7 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
   const int64_t step = round_up(div_up(x.rows, div_up(x.rows, most)), Format::mr(kernels));
   for (int64_t m = 0; m < x.rows; m += step) {
     const Matrix rows = {x.row(m), x.dtype, std::min(step, x.rows - m), x.cols};
-    const Output to = {static_cast<char*>(out.data) + m * cols * size_of(out.dtype), out.dtype};
+    const Output to = {.data = out.at(m, 0, cols), .dtype = out.dtype, .stride = out.stride};
     multiply_rows<Format>(kernels, rows, w, grad_input, bias, to, parallel);
   }
 }

@@ -164,7 +164,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
       }
     }
     for (int64_t m = 0; m < rows_; ++m) {
-      char* target = static_cast<char*>(out.data) + (m * w.n + n_begin) * size_of(out.dtype);
+      void* target = out.at(m, n_begin, w.n);
       kernels_.elementwise.from_float(&y[m * count], count, out.dtype, target);
     }
   });

@@ -497,18 +497,17 @@ void multiply_panels(const MatmulShape& shape, int64_t rows, const PackedRows& a
                 multiply.add(panel, p, first, u, chunk_end, tile);
                 if (chunk_end < shape.units) continue;
                 const int64_t m0 = panel * shape.mr, n0 = c0 + p * shape.nr;
-                multiply.store(tile,
-                               {
-                                   .row_scales = &a.row_scales[m0],
-                                   .col_scales = &b.col_scales[p * shape.nr],
-                                   .bias = pack.bias(b, p),
-                                   .rows = static_cast<int>(std::min<int64_t>(shape.mr, rows - m0)),
-                                   .cols = static_cast<int>(std::min<int64_t>(shape.nr, shape.cols - n0)),
-                                   .out = static_cast<char*>(out.data) + (m0 * shape.cols + n0) * size_of(out.dtype),
-                                   .stride = shape.cols,
-                                   .dtype = out.dtype,
-                                   .nontemporal = out.nontemporal,
-                               });
+                multiply.store(tile, {
+                                         .row_scales = &a.row_scales[m0],
+                                         .col_scales = &b.col_scales[p * shape.nr],
+                                         .bias = pack.bias(b, p),
+                                         .rows = static_cast<int>(std::min<int64_t>(shape.mr, rows - m0)),
+                                         .cols = static_cast<int>(std::min<int64_t>(shape.nr, shape.cols - n0)),
+                                         .out = out.at(m0, n0, shape.cols),
+                                         .stride = out.row_stride(shape.cols),
+                                         .dtype = out.dtype,
+                                         .nontemporal = out.nontemporal,
+                                     });
               }
             }
           }

@@ -184,7 +184,7 @@ void store_columns(const Kernels& kernels, Buffer<float>& y, int64_t rows, int64
     if (bias != nullptr) {
       for (int64_t j = 0; j < count; ++j) row[j] = row[j] + bias[n0 + j];
     }
-    char* target = static_cast<char*>(out.data) + (m * n + n0) * size_of(out.dtype);
+    void* target = out.at(m, n0, n);
     kernels.elementwise.from_float(row, count, out.dtype, target);
   }
 }

@@ -57,6 +57,20 @@ void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t gr
   }
 }
 
+uint32_t absmax_bits(const Kernels& kernels, const Matrix& x, float* scratch) {
+  if (x.dtype == DType::bfloat16 && kernels.elementwise.absmax_bits_bf16 != nullptr)
+    return kernels.elementwise.absmax_bits_bf16(static_cast<const uint16_t*>(x.data), x.cols);
+  return kernels.elementwise.absmax_bits(float_row(kernels, x, 0, scratch), x.cols);
+}
+
+void quantize_values(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch) {
+  if (x.dtype == DType::bfloat16 && kernels.elementwise.quantize_bf16 != nullptr) {
+    kernels.elementwise.quantize_bf16(static_cast<const uint16_t*>(x.data), x.cols, inverse, q);
+  } else {
+    kernels.elementwise.quantize(float_row(kernels, x, 0, scratch), x.cols, inverse, q);
+  }
+}
+
 const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch) {
   if (x.dtype == DType::float32) return static_cast<const float*>(x.row(m));
   kernels.elementwise.to_float(x.row(m), x.dtype, x.cols, scratch);

@@ -18,6 +18,11 @@ void quantize_row(const Kernels& kernels, const float* x, int64_t k, int64_t gro
 void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t group, int8_t* q, float* scales,
                   float* scratch);
 
+// The largest bits of |x| in a matrix of one row, and its integers for a given inverse scale; `scratch` holds the row
+// as floats.
+uint32_t absmax_bits(const Kernels& kernels, const Matrix& x, float* scratch);
+void quantize_values(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch);
+
 // Row m of x as float: x itself, or a conversion into scratch[cols].
 const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch);
 

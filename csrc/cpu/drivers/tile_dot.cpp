@@ -100,8 +100,8 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
                                     .bias = bias != nullptr ? bias_block.get() : nullptr,
                                     .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
                                     .cols = static_cast<int>(valid),
-                                    .out = static_cast<char*>(out.data) + (m0 * w.n + n0) * size_of(out.dtype),
-                                    .stride = w.n,
+                                    .out = out.at(m0, n0, w.n),
+                                    .stride = out.row_stride(w.n),
                                     .dtype = out.dtype,
                                 });
       }

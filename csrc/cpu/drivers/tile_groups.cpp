@@ -94,8 +94,8 @@ class StoreTotals {
                                      .bias = bias_ != nullptr ? bias_block_ : nullptr,
                                      .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
                                      .cols = cols,
-                                     .out = static_cast<char*>(out_.data) + (m0 * w_.n + n0) * size_of(out_.dtype),
-                                     .stride = w_.n,
+                                     .out = out_.at(m0, n0, w_.n),
+                                     .stride = out_.row_stride(w_.n),
                                      .dtype = out_.dtype,
                                  });
     }

@@ -176,4 +176,4 @@ def test_terms_of_the_loss(target):
 def test_all_kernels_are_executed():
     """Every operator that Triton has is among the cases above."""
     assert {op for op, _ in CASES} | {"linear_cross_entropy"} == set(ops.PLANS)
-    assert set(ops.PLANS) == set(op_samples.SAMPLERS)
+    assert set(ops.PLANS) == set(op_samples.SAMPLERS) - set(dispatch.WITHOUT_GPU_KERNEL)
