@@ -26,6 +26,7 @@ _EXTENDED = {
     "transformers.modeling_utils": ("transformers", "transformers_saving"),
     "peft.peft_model": ("peft", "peft"),
     "torch.utils.flop_counter": ("torch", "flop_counter"),
+    "torch.onnx._internal.exporter._core": ("torch", "onnx"),
     "diffusers.quantizers.auto": ("diffusers", "diffusers"),
     "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
     "diffusers.loaders.lora_pipeline": ("diffusers", "diffusers_loading"),

@@ -1,0 +1,412 @@
+"""`torch.onnx.export(model, ..., dynamo=True)`: quantized layers in standard ONNX operators, with the same results.
+
+An `a8` scheme becomes rules 1 to 5 of docs/numerics.md around `MatMulInteger`; a `Scan` adds the sums of groups, because
+it says in which order. An `a16` scheme becomes `DequantizeLinear` and `MatMul`. The integers of a weight are stored: 8
+bits with zero point 128, for kernels of onnxruntime saturate products with signed bytes on CPUs without VNNI; 4 bits as
+uint4 from opset 21 on, and a byte each before.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import evaluator
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.onnx._internal.exporter import _core
+
+from ..formats.rules import TINY
+from ..formats.scheme import QuantScheme
+from ..formats.storage import StoredWeight
+from ..formats.weight_format import INT4
+
+_ops = torch.ops.qkernels
+_UINT4_OPSET = 21
+_OFFSET = 128  # of a signed byte, where it stands as an unsigned one
+_FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
+
+
+class _Graph:
+    """Nodes on their way into a graph.
+
+    Args:
+        prefix: of the names of the values, which must differ from those of any graph around this one.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """The output of a new node of the operator `op_type`; an input may be left out."""
+        output = ir.Value(name=f"{self.prefix}_{len(self.nodes)}")
+        attributes_ir = ir.convenience.convert_attributes(attributes)
+        self.nodes.append(ir.Node("", op_type, inputs, attributes_ir, outputs=[output]))
+        return output
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> ir.Value:
+        return self.add("Constant", value=ir.tensor(np.array(value, dtype=dtype)))
+
+    def integers(self, *values: int) -> ir.Value:
+        """A shape, or axes: int64 [n]."""
+        return self.constant(values, np.int64)
+
+    @functools.cached_property
+    def offset(self) -> ir.Value:
+        """What stands for 0 in unsigned bytes."""
+        return self.constant(_OFFSET, np.uint8)
+
+    def matmul_integer(
+        self, x: ir.Value, weight: ir.Value, zeros: ir.Value, offset: ir.Value | None = None
+    ) -> ir.Value:
+        """The exact product as floats: uint8 x [M, K], whose zero point is `offset`, and uint8 weight [K, N]."""
+        return self.cast(self.add("MatMulInteger", x, weight, offset or self.offset, zeros), _FLOAT)
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return x if x.dtype == dtype else self.add("Cast", x, to=int(dtype))
+
+    def pad_columns(self, x: ir.Value, columns: int, padded: int) -> ir.Value:
+        """A float matrix with zeros behind its `columns`, so that they are `padded`."""
+        missing = padded - columns
+        return x if missing == 0 else self.add("Pad", x, self.integers(0, 0, 0, missing), self.constant(0.0))
+
+    def quantize(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Rules 1 and 2 over the last axis: uint8 integers plus 128 of the shape of x, scales and faults [..., 1].
+
+        A fault is NaN where a value is Inf or NaN, and else 0. It is added to sums of products before they are
+        multiplied by the scale, which also keeps onnxruntime from a fused operator that rounds otherwise.
+        """
+        last = self.integers(-1)
+        absmax = self.add("ReduceMax", self.add("Abs", x), last, keepdims=1)
+        faults = self.add("ReduceSum", self.add("Mul", x, self.constant(0.0)), last, keepdims=1)
+        usable = self.add("GreaterOrEqual", absmax, self.constant(TINY))
+        one, levels = self.constant(1.0), self.constant(127.0)
+        safe = self.add("Where", usable, absmax, one)
+        scales = self.add("Where", usable, self.add("Div", safe, levels), one)
+        inverse = self.add("Where", usable, self.add("Div", levels, safe), self.constant(0.0))
+        rounded = self.add("Round", self.add("Mul", x, inverse))
+        clipped = self.add("Clip", rounded, self.constant(-127.0), levels)
+        return self.cast(self.add("Add", clipped, self.constant(_OFFSET)), _UINT8), scales, faults
+
+    def done(self, output: ir.Value) -> ir.Value:
+        """Hand the nodes to the exporter."""
+        evaluator.default().nodes.extend(self.nodes)
+        return output
+
+
+class _Translator:
+    """Translates our operators in one exported program, whose constants it knows.
+
+    Args:
+        program: after the decompositions of the exporter.
+        opset: the version of the operators that the file is to have.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram, opset: int) -> None:
+        signature = program.graph_signature
+        tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
+        targets = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        self._opset = opset
+        self._inputs = {name: (target, tensors[target]) for name, target in targets.items() if target in tensors}
+        self._folded: dict[int, tuple[ir.Value, Tensor]] = {}  # by the id of the value
+        self._stored: dict[tuple[Any, ...], ir.Value] = {}  # by the tensor that it is made of, and its kind
+        self._consumed: set[str] = set()
+        self._graphs = 0
+
+    def register(self, registry: Any) -> None:
+        """Let `registry` translate the operators of this program."""
+        for target, function in (
+            (torch.ops.aten.view.dtype, self.view),
+            (torch.ops.aten.alias.default, self.alias),
+            (torch.ops.aten.detach.default, self.alias),
+            (_ops.quantize_weight.default, self.quantize_weight),
+            (_ops.quantize_weight_scaled.default, self.quantize_weight_scaled),
+            (_ops.dequantize_weight.default, self.dequantize_weight),
+            (_ops.linear.default, self.linear),
+        ):
+            registry.register_op(target, function)
+
+    def add_initializers(self, graph: ir.Graph) -> None:
+        """Give `graph` the constants that its nodes read, and take out the stored weights that they were made of."""
+        for value in (*self._stored.values(), *(value for value, _ in self._folded.values())):
+            if value.uses():
+                graph.initializers[str(value.name)] = value
+        for name in self._consumed & set(graph.initializers):
+            if not graph.initializers[name].uses():
+                del graph.initializers[name]
+
+    # The translations take the arguments of the schemas: values of the graph, and numbers.
+
+    def view(self, x: ir.Value, dtype: int) -> ir.Value:
+        """Translate `aten.view.dtype` of a constant: the scales of a layer are stored as their bits."""
+        to = next(key for key, code in _core._TORCH_DTYPE_TO_ONNX.items() if code == dtype)
+        return self._fold(self._tensor(x, "what tensor.view(dtype) is called on").view(to))
+
+    def alias(self, x: ir.Value) -> ir.Value:
+        """Translate `aten.alias` and `aten.detach`."""
+        if id(x) in self._folded or x.name in self._inputs:
+            return self._fold(self._tensor(x, "x"))
+        graph = self._graph()
+        return graph.done(graph.add("Identity", x))
+
+    def quantize_weight(self, weight: ir.Value, scheme: int) -> list[ir.Value]:
+        """Translate the operator: of mode "qat"."""
+        return [self._fold(part) for part in _ops.quantize_weight(self._tensor(weight, "weight"), scheme)]
+
+    def quantize_weight_scaled(self, weight: ir.Value, scales: ir.Value, scheme: int) -> ir.Value:
+        """Translate the operator: of mode "qat" with learned scales."""
+        return self._fold(
+            _ops.quantize_weight_scaled(self._tensor(weight, "weight"), self._tensor(scales, "scales"), scheme)
+        )
+
+    def dequantize_weight(
+        self, qweight: ir.Value, scales: ir.Value, zeros: ir.Value | None, in_features: int, scheme: int
+    ) -> ir.Value:
+        """Translate the operator: of rows that an embedding looked up, say."""
+        parsed, graph = QuantScheme.from_code(scheme), self._graph()
+        zeros = None if parsed.symmetric else zeros
+        groups = None if parsed.group_size is None else graph.integers(*np.arange(in_features) // parsed.group_size)
+
+        def by_column(per_group: ir.Value) -> ir.Value:
+            return per_group if groups is None else graph.add("Gather", per_group, groups, axis=1)
+
+        if parsed.weight_format is INT4:
+            low = graph.add("BitwiseAnd", qweight, graph.constant(15, np.uint8))
+            high = graph.add("BitShift", qweight, graph.constant(4, np.uint8), direction="RIGHT")
+            last = graph.integers(-1)
+            pairs = graph.add("Concat", *(graph.add("Unsqueeze", part, last) for part in (low, high)), axis=-1)
+            nibbles = graph.add("Reshape", pairs, graph.integers(-1, 2 * parsed.packed_features(in_features)))
+            stored = graph.add("Slice", nibbles, graph.integers(0), graph.integers(in_features), last)
+            offset = graph.constant(8.0) if zeros is None else by_column(graph.cast(zeros, _FLOAT))
+            integers = graph.add("Sub", graph.cast(stored, _FLOAT), offset)
+        else:
+            integers = graph.cast(qweight, _FLOAT)
+        return graph.done(graph.add("Mul", integers, by_column(scales)))
+
+    def linear(
+        self,
+        x: ir.Value,
+        qweight: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        bias: ir.Value | None,
+        scheme: int,
+        out_dtype: int | None = None,
+    ) -> ir.Value:
+        """Translate the operator."""
+        parsed, graph = QuantScheme.from_code(scheme), self._graph()
+        stored_zeros = None if parsed.symmetric or zeros is None else self._tensor(zeros, "zeros")
+        weight = StoredWeight(
+            self._tensor(qweight, "qweight"), self._tensor(scales, "scales"), stored_zeros, int(x.shape[1]), parsed
+        )
+        if not parsed.int_activations:
+            product = self._float_product
+        else:
+            product = self._sum_of_groups if parsed.group_size or parsed.act_group_size else self._int_product
+        out = product(graph, graph.cast(x, _FLOAT), weight)
+        if bias is not None:
+            out = graph.add("Add", out, graph.cast(bias, _FLOAT))
+        dtype = x.dtype if out_dtype is None else ir.DataType(out_dtype)
+        return graph.done(out if dtype == _FLOAT else graph.add("Cast", out, to=int(dtype)))
+
+    def _float_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+        """`Gemm` with what `DequantizeLinear` makes of the groups, each a row: [N * groups, group].
+
+        Not in blocks of columns: those, with `MatMul`, onnxruntime fuses to a product of quantized activations.
+        """
+        group, is_int4 = weight.scheme.group_size or weight.in_features, weight.scheme.weight_format is INT4
+        columns = _round_up(weight.in_features, group)
+        stored = self._initializer(
+            weight, "weight", lambda: _padded(_unpacked(weight), columns).reshape(-1, group), uint4=is_int4
+        )
+        scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
+        parts = [stored, scales]
+        if is_int4:
+            zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+            parts.append(self._initializer(weight, "weight_zero_point", lambda: zeros.flatten(), uint4=True))
+        matrix = graph.add("DequantizeLinear", *parts, axis=0)
+        if columns != group:
+            matrix = graph.add("Reshape", matrix, graph.integers(weight.out_features, columns))
+        return graph.add("Gemm", graph.pad_columns(x, weight.in_features, columns), matrix, transB=1)
+
+    def _int_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+        """Rule 4 with one group a row."""
+        integers, x_scales, faults = graph.quantize(x)
+        stored = self._initializer(weight, "weight", lambda: _unsigned(weight).t(), uint4=weight.scheme.weight_bits == 4)
+        zeros = self._zero_points(graph, weight, torch.flatten)
+        sums = graph.add("Add", graph.matmul_integer(integers, graph.cast(stored, _UINT8), zeros), faults)
+        scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
+        return graph.add("Mul", sums, graph.add("Mul", x_scales, scales))
+
+    def _sum_of_groups(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+        """Rule 4 with groups: a `Scan` over them, in order."""
+        group, act_group = weight.scheme.group_size, weight.scheme.act_group_size
+        sizes = [size for size in (group, act_group) if size is not None]
+        step, columns = min(sizes), _round_up(weight.in_features, max(sizes))
+        steps = columns // step
+
+        def by_step(per_group: Tensor) -> Tensor:  # [N, groups] -> [steps, N]
+            whole = per_group.expand(-1, steps) if group is None else per_group.repeat_interleave(group // step, dim=1)
+            return _padded(whole, steps).t()
+
+        x = graph.pad_columns(x, weight.in_features, columns)
+        if act_group is not None:
+            x = graph.add("Reshape", x, graph.integers(0, columns // act_group, act_group))
+        integers, x_scales, faults = graph.quantize(x)
+        integers = graph.add("Reshape", integers, graph.integers(0, steps, step))
+        stored = self._initializer(
+            weight,
+            "weight",
+            lambda: _padded(_unsigned(weight), columns).t().reshape(steps, step, -1),
+            uint4=weight.scheme.weight_bits == 4,
+        )
+        zeros = self._zero_points(graph, weight, by_step)
+        # By name, what each step reads a slice of.
+        slices = {"x": graph.add("Transpose", integers, perm=[1, 0, 2]), "weight": graph.cast(stored, _UINT8)}
+        if weight.zeros is not None:
+            slices["zeros"] = zeros
+        if group is not None:
+            slices["scales"] = self._initializer(weight, "weight_scale", lambda: by_step(weight.scales))
+        if act_group is not None:
+            places = graph.integers(*np.arange(steps) // (act_group // step))
+            for name, per_group in (("x_scales", x_scales), ("faults", faults)):  # [M, groups, 1]
+                slices[name] = graph.add("Transpose", graph.add("Gather", per_group, places, axis=1), perm=[1, 0, 2])
+
+        body = _Graph(f"{graph.prefix}_step")
+        inputs = {name: ir.Value(name=f"{body.prefix}_{name}") for name in ("total", *slices)}
+        sums = body.matmul_integer(inputs["x"], inputs["weight"], inputs.get("zeros", zeros), graph.offset)
+        if "faults" in inputs:
+            sums = body.add("Add", sums, inputs["faults"])
+        scales = [inputs[name] for name in ("x_scales", "scales") if name in inputs]
+        scale = scales[0] if len(scales) == 1 else body.add("Mul", *scales)
+        total = body.add("Add", inputs["total"], body.add("Mul", sums, scale))
+        loop = ir.Graph([*inputs.values()], [total], nodes=body.nodes, name=body.prefix)
+        rows = graph.add("Shape", x, start=0, end=1)
+        shape = graph.add("Concat", rows, graph.integers(weight.out_features), axis=0)
+        zero = graph.add("Expand", graph.constant(0.0), shape)
+        out = graph.add("Scan", zero, *slices.values(), body=loop, num_scan_inputs=len(slices))
+        if group is None:
+            return graph.add("Mul", out, self._initializer(weight, "weight_scale", lambda: weight.scales.flatten()))
+        return out if act_group is not None else graph.add("Mul", graph.add("Add", out, faults), x_scales)
+
+    def _zero_points(
+        self, graph: _Graph, weight: StoredWeight, of_groups: Callable[[Tensor], Tensor]
+    ) -> ir.Value:
+        """The zero points of `_unsigned(weight)`: uint8, one for all, or what `of_groups` makes of [N, groups]."""
+        zeros = weight.zeros
+        if zeros is None:
+            return graph.constant(8 if weight.scheme.weight_format is INT4 else _OFFSET, np.uint8)
+        return self._initializer(weight, "weight_zero_point", lambda: of_groups(zeros))
+
+    def _initializer(
+        self, weight: StoredWeight, kind: str, make: Callable[[], Tensor], *, uint4: bool = False
+    ) -> ir.Value:
+        """The value of the tensor `make()`, one for all uses of a weight; nibbles share bytes where the opset allows."""
+        key = (weight.qweight.data_ptr(), weight.qweight.shape, weight.scheme, kind)
+        if key not in self._stored:
+            tensor = make().contiguous()
+            owner = next((target for target, t in self._inputs.values() if t.data_ptr() == key[0]), "quantized.qweight")
+            name = f"{owner.rpartition('.')[0]}.{kind}"
+            if any(value.name == name for value in self._stored.values()):
+                name += f"_{len(self._stored)}"
+            if uint4 and self._opset >= _UINT4_OPSET:
+                stored: Any = ir.tensor(tensor.numpy().astype(ml_dtypes.uint4), name=name)
+            else:
+                stored = _core.TorchTensor(tensor, name=name)
+            self._stored[key] = ir.Value(
+                name=name, const_value=stored, shape=ir.Shape(stored.shape), type=ir.TensorType(stored.dtype)
+            )
+        return self._stored[key]
+
+    def _graph(self) -> _Graph:
+        self._graphs += 1
+        return _Graph(f"quantized_{self._graphs}")
+
+    def _fold(self, tensor: Tensor) -> ir.Value:
+        """A value for a tensor that was computed from constants; the exporter names it, and tells its shape."""
+        value = ir.Value(const_value=_core.TorchTensor(tensor.contiguous()))
+        self._folded[id(value)] = (value, tensor)
+        return value
+
+    def _tensor(self, value: ir.Value, argument: str) -> Tensor:
+        """The tensor of a constant."""
+        if id(value) in self._folded:
+            return self._folded[id(value)][1]
+        if value.name not in self._inputs:
+            raise ValueError(
+                f"{argument} must be a parameter or buffer of the model, so that the ONNX file can store it; it is "
+                f"computed ({value.name}), or part of a branch or loop"
+            )
+        target, tensor = self._inputs[value.name]
+        self._consumed.add(target)
+        return tensor.detach()
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded(matrix: Tensor, columns: int) -> Tensor:
+    return pad(matrix, (0, columns - matrix.shape[1]))
+
+
+def _unpacked(weight: StoredWeight) -> Tensor:
+    """The stored integers [N, K]: int8, or uint8 of 0..15."""
+    return weight.scheme.weight_format.unpack(weight.qweight, weight.in_features)
+
+
+def _unsigned(weight: StoredWeight) -> Tensor:
+    """The stored integers as uint8 [N, K], those of 8 bits plus 128."""
+    return (_unpacked(weight).to(torch.int16) + (0 if weight.scheme.weight_format is INT4 else _OFFSET)).to(torch.uint8)
+
+
+def _without_saved_input(program: torch.export.ExportedProgram) -> None:
+    """Replace products that save their input for a gradient, in a graph where nothing reads that, by plain ones."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not _ops.linear_with_saved_input.default:
+            continue
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            plain = graph.call_function(_ops.linear.default, node.args, node.kwargs)
+        plain.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            user.replace_all_uses_with(plain)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _is_ours(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "qkernels"
+
+
+def _translating(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """The exporter's conversion of a program to ONNX, for which `_Translator` translates our operators."""
+
+    @functools.wraps(convert)
+    def converted(exported_program: torch.export.ExportedProgram, *, registry: Any, **options: Any) -> Any:
+        if not any(map(_is_ours, exported_program.graph.nodes)) or options.get("lower") == "none":
+            return convert(exported_program, registry=registry, **options)
+        _without_saved_input(exported_program)
+        translator = _Translator(exported_program, registry.opset_version)
+        translator.register(registry)
+        program = convert(exported_program, registry=registry, **options)
+        translator.add_initializers(program.model.graph)
+        return program
+
+    return converted
+
+
+_core._exported_program_to_onnx_program = _translating(_core._exported_program_to_onnx_program)
