@@ -27,6 +27,7 @@ _EXTENDED = {
     "peft.peft_model": ("peft", "peft"),
     "torch.utils.flop_counter": ("torch", "flop_counter"),
     "torch.onnx._internal.exporter._core": ("torch", "onnx"),
+    "torch.onnx._internal.torchscript_exporter.utils": ("torch", "onnx_torchscript"),
     "diffusers.quantizers.auto": ("diffusers", "diffusers"),
     "diffusers.models.modeling_utils": ("diffusers", "diffusers_saving"),
     "diffusers.loaders.lora_pipeline": ("diffusers", "diffusers_loading"),

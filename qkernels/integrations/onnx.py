@@ -1,9 +1,9 @@
 """`torch.onnx.export(model, ..., dynamo=True)`: quantized layers in standard ONNX operators, with the same results.
 
-An `a8` scheme becomes rules 1 to 5 of docs/numerics.md around `MatMulInteger`; a `Scan` adds the sums of groups, because
-it says in which order. An `a16` scheme becomes `DequantizeLinear` and `MatMul`. The integers of a weight are stored: 8
-bits with zero point 128, for kernels of onnxruntime saturate products with signed bytes on CPUs without VNNI; 4 bits as
-uint4 from opset 21 on, and a byte each before.
+An `a8` scheme becomes rules 1 to 5 of docs/numerics.md around `MatMulInteger`; a `Scan` adds the sums of groups, for it
+says in which order. An `a16` scheme becomes `DequantizeLinear` and `Gemm`. The integers of a weight are stored: 8 bits
+with zero point 128, because onnxruntime saturates products with signed bytes on CPUs without VNNI; 4 bits as uint4 from
+opset 21 on, and in a byte each before.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import evaluator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.onnx._internal.exporter import _core
 
+from ..autograd.int8_weight import Int8Weight
 from ..formats.rules import TINY
 from ..formats.scheme import QuantScheme
 from ..formats.storage import StoredWeight
@@ -117,7 +118,7 @@ class _Translator:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
-        self._opset = opset
+        self._opset, self._graph_of_inputs = opset, program.graph_module.graph
         self._inputs = {name: (target, tensors[target]) for name, target in targets.items() if target in tensors}
         self._folded: dict[int, tuple[ir.Value, Tensor]] = {}  # by the id of the value
         self._stored: dict[tuple[Any, ...], ir.Value] = {}  # by the tensor that it is made of, and its kind
@@ -155,7 +156,7 @@ class _Translator:
 
     def alias(self, x: ir.Value) -> ir.Value:
         """Translate `aten.alias` and `aten.detach`."""
-        if id(x) in self._folded or x.name in self._inputs:
+        if id(x) in self._folded or self._is_input(x):
             return self._fold(self._tensor(x, "x"))
         graph = self._graph()
         return graph.done(graph.add("Identity", x))
@@ -243,7 +244,9 @@ class _Translator:
     def _int_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """Rule 4 with one group a row."""
         integers, x_scales, faults = graph.quantize(x)
-        stored = self._initializer(weight, "weight", lambda: _unsigned(weight).t(), uint4=weight.scheme.weight_bits == 4)
+        stored = self._initializer(
+            weight, "weight", lambda: _unsigned(weight).t(), uint4=weight.scheme.weight_bits == 4
+        )
         zeros = self._zero_points(graph, weight, torch.flatten)
         sums = graph.add("Add", graph.matmul_integer(integers, graph.cast(stored, _UINT8), zeros), faults)
         scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
@@ -300,9 +303,7 @@ class _Translator:
             return graph.add("Mul", out, self._initializer(weight, "weight_scale", lambda: weight.scales.flatten()))
         return out if act_group is not None else graph.add("Mul", graph.add("Add", out, faults), x_scales)
 
-    def _zero_points(
-        self, graph: _Graph, weight: StoredWeight, of_groups: Callable[[Tensor], Tensor]
-    ) -> ir.Value:
+    def _zero_points(self, graph: _Graph, weight: StoredWeight, of_groups: Callable[[Tensor], Tensor]) -> ir.Value:
         """The zero points of `_unsigned(weight)`: uint8, one for all, or what `of_groups` makes of [N, groups]."""
         zeros = weight.zeros
         if zeros is None:
@@ -312,7 +313,7 @@ class _Translator:
     def _initializer(
         self, weight: StoredWeight, kind: str, make: Callable[[], Tensor], *, uint4: bool = False
     ) -> ir.Value:
-        """The value of the tensor `make()`, one for all uses of a weight; nibbles share bytes where the opset allows."""
+        """The value of the tensor `make()`, one for all uses of a weight; uint4 where the opset has it."""
         key = (weight.qweight.data_ptr(), weight.qweight.shape, weight.scheme, kind)
         if key not in self._stored:
             tensor = make().contiguous()
@@ -339,14 +340,19 @@ class _Translator:
         self._folded[id(value)] = (value, tensor)
         return value
 
+    def _is_input(self, value: ir.Value) -> bool:
+        """Whether it is a parameter or buffer, and not an input of a branch that has the same name."""
+        node = value.meta.get("node")
+        return value.name in self._inputs and node is not None and node.graph is self._graph_of_inputs
+
     def _tensor(self, value: ir.Value, argument: str) -> Tensor:
         """The tensor of a constant."""
         if id(value) in self._folded:
             return self._folded[id(value)][1]
-        if value.name not in self._inputs:
+        if not self._is_input(value):
             raise ValueError(
-                f"{argument} must be a parameter or buffer of the model, so that the ONNX file can store it; it is "
-                f"computed ({value.name}), or part of a branch or loop"
+                f"{argument} must be a parameter or buffer of the model, so that the ONNX file can store it, and not "
+                f"be computed or belong to a branch or loop (torch.cond): {value.name}"
             )
         target, tensor = self._inputs[value.name]
         self._consumed.add(target)
@@ -384,12 +390,16 @@ def _without_saved_input(program: torch.export.ExportedProgram) -> None:
         plain.meta = {**node.meta, "val": node.meta["val"][0]}
         for user in list(node.users):
             user.replace_all_uses_with(plain)
+            program.graph_signature.replace_all_uses(user.name, plain.name)
             graph.erase_node(user)
         graph.erase_node(node)
 
 
-def _is_ours(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "qkernels"
+def _has_quantized(program: torch.export.ExportedProgram) -> bool:
+    """Whether one of our operators is called, in a branch or loop too."""
+    graphs = (m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    targets = (node.target for graph in graphs for node in graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "qkernels" for target in targets)
 
 
 def _translating(convert: Callable[..., Any]) -> Callable[..., Any]:
@@ -397,7 +407,7 @@ def _translating(convert: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(convert)
     def converted(exported_program: torch.export.ExportedProgram, *, registry: Any, **options: Any) -> Any:
-        if not any(map(_is_ours, exported_program.graph.nodes)) or options.get("lower") == "none":
+        if options.get("lower") == "none" or not _has_quantized(exported_program):
             return convert(exported_program, registry=registry, **options)
         _without_saved_input(exported_program)
         translator = _Translator(exported_program, registry.opset_version)
@@ -409,4 +419,21 @@ def _translating(convert: Callable[..., Any]) -> Callable[..., Any]:
     return converted
 
 
+def _with_int8_weights(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """The exporter's decomposition of a program, which takes apart an `Int8Weight` only if it needs no gradient."""
+
+    @functools.wraps(prepare)
+    def prepared(exported_program: torch.export.ExportedProgram, **options: Any) -> Any:
+        state = exported_program.state_dict
+        trained = {name: tensor for name, tensor in state.items() if isinstance(tensor, Int8Weight)}
+        state.update({name: nn.Parameter(tensor.detach(), requires_grad=False) for name, tensor in trained.items()})
+        try:
+            return prepare(exported_program, **options)
+        finally:
+            state.update(trained)
+
+    return prepared
+
+
+_core._prepare_exported_program_for_export = _with_int8_weights(_core._prepare_exported_program_for_export)
 _core._exported_program_to_onnx_program = _translating(_core._exported_program_to_onnx_program)
