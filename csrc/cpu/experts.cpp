@@ -1,6 +1,7 @@
 // Products of fused experts: rows are sorted by their expert, and each expert multiplies its own with its own weight.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "cpu/api.h"
 #include "cpu/buffer.h"
@@ -19,6 +20,34 @@ char* row_of(const Output& out, int64_t row, int64_t cols) {
 // Zeros in the rows that belong to no expert.
 void clear_unused(const ExpertRows& rows, int64_t cols, const Output& out) {
   std::memset(row_of(out, rows.used(), cols), 0, row_of(out, rows.rows, cols) - row_of(out, rows.used(), cols));
+}
+
+// Calls f(e, inner) for each expert that has rows, which multiplies with a weight of `values` values, so that all
+// threads are busy: experts are shared among them, except those that hold more of the work than a part of a thread's
+// share, which one after the other have all threads (`inner`).
+template <class F>
+void for_each_expert(const ExpertRows& rows, int64_t values, const Parallel& parallel, const F& f) {
+  constexpr int64_t kRowsToRead = 8;  // reading a weight takes about as long as multiplying so many rows with it
+  constexpr int64_t kPerThread = 4;
+  const auto work = [&](int64_t e) { return rows.count(e) == 0 ? 0 : (rows.count(e) + kRowsToRead) * values; };
+  std::vector<int64_t> shared;
+  int64_t total = 0;
+  for (int64_t e = 0; e < rows.experts; ++e) total += work(e);
+  const Parallel limited = limited_to_work(parallel, total);
+  for (int64_t e = 0; e < rows.experts; ++e) {
+    if (rows.count(e) == 0) continue;
+    if (limited.num_threads > 1 && work(e) * kPerThread * limited.num_threads > total) {
+      f(e, parallel);
+    } else {
+      shared.push_back(e);
+    }
+  }
+  const auto count = static_cast<int64_t>(shared.size());
+  const Parallel among = {limited.num_threads, parallel.run, std::max<int64_t>(count, 1)};
+  const Parallel alone = {1, parallel.run};
+  among(count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(shared[i], alone);
+  });
 }
 
 // x of an a8 scheme, quantized once for all experts.
@@ -136,21 +165,20 @@ void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void*
   const QuantizedOnce quantized(kernels, integers ? args.x : none, w.scheme, parallel);
   const Output out = {data, out_dtype};
   clear_unused(rows, w.n, out);
-  for (int64_t e = 0; e < w.experts; ++e) {
+  for_each_expert(rows, w.n * w.k, parallel, [&](int64_t e, const Parallel& inner) {
     const int64_t begin = rows.begin(e), count = rows.count(e);
-    if (count == 0 || w.n == 0) continue;
     const Bias bias = {args.bias.data == nullptr
                            ? nullptr
                            : static_cast<const char*>(args.bias.data) + e * w.n * size_of(args.bias.dtype),
                        args.bias.dtype};
     const Output to = {row_of(out, begin, w.n), out_dtype};
     if (integers) {
-      linear(kernels, quantized.rows(begin, count, args.index), w[e], bias, to, parallel);
+      linear(kernels, quantized.rows(begin, count, args.index), w[e], bias, to, inner);
     } else {
       const Gathered x(args.x, begin, count, args.index);
-      linear(kernels, {x.get()}, w[e], bias, to, parallel);
+      linear(kernels, {x.get()}, w[e], bias, to, inner);
     }
-  }
+  });
 }
 
 void grouped_linear_grad_input(const GroupedGradient& grad, const ExpertWeights& w, const float* column_scales,
@@ -158,25 +186,23 @@ void grouped_linear_grad_input(const GroupedGradient& grad, const ExpertWeights&
   const Kernels& kernels = qk::kernels();
   const Output out = {data, out_dtype};
   clear_unused(grad.rows, w.k, out);
-  for (int64_t e = 0; e < w.experts; ++e) {
+  for_each_expert(grad.rows, w.n * w.k, parallel, [&](int64_t e, const Parallel& inner) {
     const int64_t begin = grad.rows.begin(e), count = grad.rows.count(e);
-    if (count == 0) continue;
     const Matrix grad_out = {grad.grad_out.row(begin), grad.grad_out.dtype, count, w.n};
     const Output to = {row_of(out, begin, w.k), out_dtype};
     if (grad.random == nullptr) {
-      float_matmul_grad_input(kernels, grad_out, w[e], to, limited_to_work(parallel, count * w.n * w.k));
-      continue;
+      float_matmul_grad_input(kernels, grad_out, w[e], to, limited_to_work(inner, count * w.n * w.k));
+      return;
     }
     Buffer<int8_t> q(count * w.n);
     Buffer<float> scales(count), factors(w.n);
     const bool folded = column_scales == nullptr;
     if (folded) row_factors(kernels, w[e], factors.get());
     const Random random = {grad.random->seed, grad.random->rng_stream, begin};
-    quantize_rows_stochastic(kernels, grad_out, folded ? factors.get() : nullptr, random, q.get(), scales.get(),
-                             parallel);
+    quantize_rows_stochastic(kernels, grad_out, folded ? factors.get() : nullptr, random, q.get(), scales.get(), inner);
     const float* columns = folded ? nullptr : column_scales + e * w.k;
-    int_product(kernels, {q.get(), scales.get(), count, w.n}, w[e], columns, to, parallel);
-  }
+    int_product(kernels, {q.get(), scales.get(), count, w.n}, w[e], columns, to, inner);
+  });
 }
 
 void grouped_linear_grad_weight(const GroupedGradient& grad, const QuantizedRows& x, const int64_t* index, void* data,
@@ -185,14 +211,14 @@ void grouped_linear_grad_weight(const GroupedGradient& grad, const QuantizedRows
   const Kernels& kernels = qk::kernels();
   const Output out = {data, out_dtype};
   const int64_t n = grad.grad_out.cols, k = x.cols;
+  if (n == 0) return;
   const DType dtype = grad.grad_out.dtype;
   for (int64_t e = 0; e < grad.rows.experts; ++e) {
+    if (grad.rows.count(e) == 0) std::memset(row_of(out, e * n, k), 0, n * k * size_of(out_dtype));
+  }
+  for_each_expert(grad.rows, n * k, parallel, [&](int64_t e, const Parallel& inner) {
     const int64_t begin = grad.rows.begin(e), count = grad.rows.count(e);
     const Output to = {row_of(out, e * n, k), out_dtype};
-    if (count == 0 || n == 0) {
-      std::memset(to.data, 0, n * k * size_of(out_dtype));
-      continue;
-    }
     const Matrix grad_out = {grad.grad_out.row(begin), dtype, count, n};
     const bool gathers = index != nullptr;
     Buffer<int8_t> picked(gathers ? count * k : 0);
@@ -205,20 +231,20 @@ void grouped_linear_grad_weight(const GroupedGradient& grad, const QuantizedRows
     const int8_t* const integers = gathers ? picked.get() : x.data + begin * k;
     if (grad.random == nullptr) {
       Buffer<char> transposed(n * count * static_cast<int64_t>(size_of(dtype)));
-      transpose(grad_out, transposed.get(), limited_to_work(parallel, n * count));
+      transpose(grad_out, transposed.get(), limited_to_work(inner, n * count));
       const Weight w(scheme, count, k, integers, scales.get(), nullptr);
       float_matmul_grad_input(kernels, {transposed.get(), dtype, n, count}, w, to,
-                              limited_to_work(parallel, count * n * k));
-      continue;
+                              limited_to_work(inner, count * n * k));
+      return;
     }
     Buffer<int8_t> q(n * count);
     Buffer<float> q_scales(n), ones(count);
     std::fill_n(ones.get(), count, 1.0f);
     const Random random = {grad.random->seed, grad.random->rng_stream, begin};
-    quantize_columns_stochastic(kernels, grad_out, scales.get(), random, q.get(), q_scales.get(), parallel);
+    quantize_columns_stochastic(kernels, grad_out, scales.get(), random, q.get(), q_scales.get(), inner);
     const Weight w(scheme, count, k, integers, ones.get(), nullptr);
-    int_product(kernels, {q.get(), q_scales.get(), n, count}, w, nullptr, to, parallel);
-  }
+    int_product(kernels, {q.get(), q_scales.get(), n, count}, w, nullptr, to, inner);
+  });
 }
 
 }  // namespace qk
