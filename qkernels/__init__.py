@@ -11,6 +11,7 @@ from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
 from .nn import expert_families as _expert_families  # noqa: F401  it registers them
 from .nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, register_adapter
+from .nn.attention import QuantMultiheadAttention
 from .nn.embedding import QuantEmbedding
 from .nn.experts import QuantExperts
 from .nn.grouped_linear import QuantGroupedLinear
@@ -28,6 +29,7 @@ __all__ = [
     "QuantExperts",
     "QuantGroupedLinear",
     "QuantLinear",
+    "QuantMultiheadAttention",
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",

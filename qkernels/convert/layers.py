@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +55,15 @@ class Split:
             for parent, key in self.slots:
                 setattr(parent, key, self.twin)
             self.in_place = True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let calls of the layer run the twin, whose layers can be watched; the model is not changed otherwise."""
+        self.layer.forward = self.twin.forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.layer.forward
 
 
 @dataclass
@@ -174,11 +184,17 @@ class Layer:
         return None if self.key is not None else find_pruning(self.module, self.adapter.key)
 
     def _note(self, mode: str) -> str | None:
-        """What the report says of a pruned layer."""
-        if (pruning := self.pruning()) is None:
-            return None
-        zeros = 100 * (1 - pruning.mask.count_nonzero().item() / max(pruning.mask.numel(), 1))
-        return f"pruned: {zeros:.1f} % zeros stay" + (", also in training" if mode != "frozen" else "")
+        """What the report says of a pruned layer, and of one whose parent had a fast path for float weights."""
+        notes = []
+        if (pruning := self.pruning()) is not None:
+            zeros = 100 * (1 - pruning.mask.count_nonzero().item() / max(pruning.mask.numel(), 1))
+            notes.append(f"pruned: {zeros:.1f} % zeros stay" + (", also in training" if mode != "frozen" else ""))
+        parents = [parent for parent, _ in self.slots + ([] if self.split is None else self.split.slots)]
+        for kind in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
+            if any(isinstance(parent, kind) for parent in parents):
+                notes.append(f"nn.{kind.__name__}'s fast path is off: it reads floats")
+                break
+        return "; ".join(notes) or None
 
     def replace(self, quantized: Storage) -> None:
         """Register `quantized` wherever the layer is, with the layer's hooks and instance attributes."""

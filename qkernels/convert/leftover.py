@@ -16,7 +16,6 @@ _RULES = "only linear layers and embeddings are quantized"
 _KINDS = (
     (nn.modules.conv._ConvNd, "convolution"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layer"),
-    (nn.MultiheadAttention, "nn.MultiheadAttention"),
     (nn.Bilinear, "nn.Bilinear"),
     (nn.EmbeddingBag, "nn.EmbeddingBag"),
 )

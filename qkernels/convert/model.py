@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def quantize_(
         _check_strict(layers, report.warnings)
     statistics: dict[int, InputStatistics] = {}
     if calibration is not None:
-        statistics = collect_input_statistics(model, [layer.module for layer in _measured(layers)], calibration, scheme)
+        statistics = _statistics(model, _measured(layers), calibration, scheme)
         report.warnings += _unseen_inputs(layers, statistics)
     report.warnings += unexpected_results(layers, report, embeddings)
     if mode != "frozen":
@@ -208,6 +209,22 @@ def _measured(layers: list[Layer]) -> list[Layer]:
         for layer in layers
         if layer.reason is None and not layer.tied and not layer.is_lookup and layer.adapter.measured
     ]
+
+
+def _statistics(
+    model: nn.Module,
+    layers: list[Layer],
+    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
+    scheme: QuantScheme,
+) -> dict[int, InputStatistics]:
+    """Statistics of the inputs of these layers, also of those that are part of a layer of several weights."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()  # it calls no layer
+    with ExitStack() as stack:
+        for split in {id(layer.split): layer.split for layer in layers if layer.split is not None}.values():
+            stack.enter_context(split.running())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        return collect_input_statistics(model, [layer.module for layer in layers], calibration, scheme)
 
 
 def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:

@@ -246,11 +246,12 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
         reasons.update((id(module), reason) for module in modules)
 
     for parent in model.modules():
-        if isinstance(parent, nn.MultiheadAttention):
-            mark(parent.modules(), "inside nn.MultiheadAttention, which reads the weight itself")
-        elif isinstance(parent, nn.TransformerEncoderLayer):
-            mark((parent.linear1, parent.linear2), "inside nn.TransformerEncoderLayer, which reads the weight itself")
-        if any(isinstance(child, SplitLayer) or find_composite(type(child)) for child in parent.children()):
+        if isinstance(parent, nn.MultiheadAttention) and not isinstance(parent, SplitLayer):
+            composite = find_composite(type(parent))
+            if composite is not None and (reason := composite.reason(parent)) is not None:
+                mark(parent.modules(), reason)
+        others = [child for child in parent.children() if not isinstance(child, nn.MultiheadAttention)]
+        if any(isinstance(child, SplitLayer) or find_composite(type(child)) for child in others):
             for key in ("router", "gate"):
                 if (child := parent._modules.get(key)) is not None:
                     mark(child.modules(), f"{ROUTER}: rounding it would change which experts are chosen")
