@@ -59,7 +59,7 @@ class Split:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let calls of the layer run the twin, whose layers can be watched; the model is not changed otherwise."""
-        self.layer.forward = self.twin.forward  # type: ignore[method-assign]
+        self.layer.forward = self.twin.forward
         try:
             yield
         finally:

@@ -90,7 +90,7 @@ class QuantizationReport:
         return {**asdict(self), **totals}
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "shape", "scheme", "before", "after", "error", "left because, or note")
+        header = ("layer", "kind", "shape", "scheme", "before", "after", "error", "left because / note")
         text = aligned([header, *(_cells(row) for row in self.rows)])
         text.append(self._total())
         return "\n".join(text + [f"warning: {warning}" for warning in self.warnings])

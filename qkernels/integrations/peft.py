@@ -29,6 +29,7 @@ from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..nn.adapters import adapter_of, float_twin, is_frozen
+from ..nn.attention import QuantMultiheadAttention
 from ..nn.linear import QuantLinear, relative_error
 from ..nn.storage import Storage
 
@@ -222,6 +223,11 @@ def _dispatch_first(dispatch_default):
     @functools.wraps(dispatch_default)
     def dispatch(target, adapter_name, config, parameter_name=None, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantMultiheadAttention):
+            raise ValueError(
+                "target_modules must name the projections of quantized attention, which are layers of their own: "
+                "in_proj (or q_proj, k_proj, v_proj) and out_proj, got the whole nn.MultiheadAttention"
+            )
         # The other modes have a weight to merge into.
         if parameter_name is not None or not is_frozen(base) or adapter_of(base).lookup:
             return dispatch_default(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)

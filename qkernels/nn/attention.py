@@ -39,8 +39,8 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
     """
 
     float_type = nn.MultiheadAttention
-    bias_k: nn.Parameter | None
-    bias_v: nn.Parameter | None
+    bias_k: nn.Parameter | None  # type: ignore[assignment]
+    bias_v: nn.Parameter | None  # type: ignore[assignment]
     out_proj: nn.Module  # type: ignore[assignment]
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:
@@ -56,8 +56,8 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
                 setattr(self, name, _linear(getattr(layer, f"{name}_weight")))
             self.register_parameter("qkv_bias", layer.in_proj_bias)
         self.out_proj = layer.out_proj
-        self.register_parameter("bias_k", layer.bias_k)
-        self.register_parameter("bias_v", layer.bias_v)
+        for name in ("bias_k", "bias_v"):
+            self.register_parameter(name, getattr(layer, name))
         self.training = layer.training
 
     @classmethod
@@ -200,10 +200,10 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
         return tuple(self._rows(x, part, part + 1)[0] for part, x in enumerate((query, key, value)))
 
     def _rows(self, x: Tensor, start: int, end: int) -> Sequence[Tensor]:
-        """Some of q, k and v computed from x: by these rows of `in_proj`, if it is a layer that has no more than those."""
+        """Some of q, k and v, computed from x by their rows of `in_proj`."""
         layer, size = self.in_proj, self.embed_dim
         if type(layer) not in (QuantLinear, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
-            return layer(x).chunk(3, dim=-1)[start:end]  # an adapter, a mask or an observer is in between
+            return layer(x).chunk(3, dim=-1)[start:end]  # an adapter, a mask or an observer has its part
         rows = slice(start * size, end * size)
         bias = None if layer.bias is None else layer.bias[rows]
         return F.linear(x, layer.weight[rows], bias).chunk(end - start, dim=-1)

@@ -91,6 +91,8 @@ def test_report_prints_a_table_and_is_plain_data():
         "error",
         "left",
         "because",
+        "/",
+        "note",
     ]
     assert len(text.splitlines()) == 1 + 6 + 1
     assert "head" in text and "tied to embed" in text and "skipped by pattern" in text
