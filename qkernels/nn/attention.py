@@ -39,8 +39,8 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
     """
 
     float_type = nn.MultiheadAttention
-    bias_k: nn.Parameter | None  # type: ignore[assignment]
-    bias_v: nn.Parameter | None  # type: ignore[assignment]
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
     out_proj: nn.Module  # type: ignore[assignment]
 
     def __init__(self, layer: nn.MultiheadAttention) -> None:

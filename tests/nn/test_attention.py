@@ -287,7 +287,7 @@ def test_an_adapter_of_a_projection_is_never_passed_over():
     peft = pytest.importorskip("peft")
     model, x = model_and_inputs()
     qk.quantize_(model, "w8a8")
-    with pytest.raises(ValueError, match="name the projections of quantized attention.*in_proj.*out_proj"):
+    with pytest.raises(ValueError, match=r"name the projections of quantized attention.*in_proj.*out_proj"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["self_attn"]))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False))
     model.eval()
