@@ -54,8 +54,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     layers = [layer for layer in find_layers(model, embeddings=True) if layer.is_quantized]
+    adapted = {  # whose experts have adapters
+        id(module._modules["base_layer"]) for module in model.modules() if "base_layer" in module._modules
+    }
     for layer in layers:
-        if any(key == "base_layer" for _, key in layer.slots):
+        holders = {id(module) for module, key in layer.slots}
+        if any(key == "base_layer" for _, key in layer.slots) or holders & adapted:
             raise ValueError(
                 f"{layer.name} has PEFT adapters: call merge_and_unload() or unload() first; nothing was changed"
             )

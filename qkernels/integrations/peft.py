@@ -202,7 +202,8 @@ def _adopt_layers(model: nn.Module) -> list[nn.Module]:
     """Give every PEFT layer over a frozen layer the merge of `Requantizing`; the list of them."""
     found = []
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and is_frozen(getattr(module, "base_layer", None)):
+        base = getattr(module, "base_layer", None)
+        if isinstance(module, BaseTunerLayer) and is_frozen(base) and not base.leading:  # experts: peft_experts.py
             if type(module) is LoraLinear:
                 module.__class__, module.fan_in_fan_out = QuantLoraLinear, False
             elif not isinstance(module, Requantizing):

@@ -102,7 +102,7 @@ class ExpertsAdapter(CompositeAdapter[Any]):
     def split(self, layer: Any) -> SplitLayer:
         owner, twin = layer.get_submodule(self.below), self.twin()
         for name, child in layer._modules.items():
-            twin.register_module(name, child)
+            twin.register_module(name, child if name != self.below else _Shell(child))
         for name in self.matrices:
             weight = owner._parameters.get(name)
             if weight is not None:
@@ -119,7 +119,7 @@ class ExpertsAdapter(CompositeAdapter[Any]):
         nn.Module.__init__(layer)
         for name, child in twin._modules.items():
             if name not in self.matrices:
-                layer.register_module(name, child)
+                layer.register_module(name, child.restored() if isinstance(child, _Shell) else child)
         owner = layer.get_submodule(self.below)
         for name in self.matrices:
             linear: Any = twin._modules.get(name)
@@ -128,6 +128,24 @@ class ExpertsAdapter(CompositeAdapter[Any]):
                 if linear.bias is not None:
                     owner.register_parameter(f"{name}_bias", linear.bias)
         return layer
+
+
+class _Shell(nn.Module):
+    """What is left of a submodule, its own submodules and attributes, when its matrices are layers elsewhere."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.float_type = type(module)
+        self._modules.update(module._modules)
+        vars(self).update({key: value for key, value in vars(module).items() if key not in vars(self)})
+
+    def restored(self) -> nn.Module:
+        """The submodule again, without its matrices."""
+        module: nn.Module = self.float_type.__new__(self.float_type)
+        nn.Module.__init__(module)
+        module._modules.update(self._modules)
+        vars(module).update({k: v for k, v in vars(self).items() if k not in vars(module) and k != "float_type"})
+        return module
 
 
 def is_fused_experts(layer_type: type[nn.Module]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,53 @@ from .matrix_layer import MatrixLayer
 from .storage import Storage
 
 
+class GroupedLowRank(NamedTuple):
+    """Adapters beside the matrices of E experts: each adds `(x @ down.T * scaling) @ up.T` to the output of its expert.
+
+    Attributes:
+        down: float [E, r, K].
+        up: float [E, N, r].
+        scaling: a number.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+def float_products(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[M, N]: the products of rows that are sorted by expert, in float; 0 in rows of no expert.
+
+    Args:
+        x: float [M, K].
+        weight: float [E, N, K].
+        offsets: int64 [E], where the rows of each expert end.
+        bias: float [E, N] or None.
+    """
+    ends = offsets.tolist()
+    sizes = [end - begin for begin, end in pairwise([0, *ends])]
+    *parts, rest = x.split([*sizes, len(x) - sum(sizes)])
+    biases = [None] * len(sizes) if bias is None else bias.unbind()
+    done = [
+        F.linear(part, matrix, own)
+        for part, matrix, own in zip(parts, weight.unbind(), biases, strict=True)
+        if len(part)
+    ]
+    return torch.cat([*done, x.new_zeros(len(rest), weight.shape[1], dtype=weight.dtype)])
+
+
+def add_low_rank(
+    out: Tensor, x: Tensor, offsets: Tensor, rows: Tensor | None, adapters: tuple[GroupedLowRank, ...]
+) -> Tensor:
+    """The output [M, N] of grouped products with what adapters add to it, multiplied in its dtype."""
+    if adapters:
+        x = (x if rows is None else x[rows]).to(out.dtype)
+    for down, up, scaling in adapters:
+        middle = float_products(x, down.to(out.dtype), offsets) * scaling
+        out = out + float_products(middle, up.to(out.dtype), offsets)
+    return out
+
+
 class GroupedLinear(nn.Module):
     """The matrices of E experts in float, as a transformers model holds them in one parameter.
 
@@ -31,8 +78,10 @@ class GroupedLinear(nn.Module):
         num_experts: E.
         transposed: each matrix is held as [K, N].
         flat: the parameter is a matrix.
+        low_rank: adapters that add to the output.
     """
 
+    low_rank: tuple[GroupedLowRank, ...] = ()
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -58,12 +107,11 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         """Like `QuantGroupedLinear.forward`."""
-        x, matrices = x if rows is None else x[rows], self.matrices()
-        parts = [
-            F.linear(x[begin:end], matrices[expert], None if self.bias is None else self.bias[expert])
-            for expert, (begin, end) in enumerate(pairwise([0, *offsets.tolist()]))
-        ]
-        return F.pad(torch.cat(parts), (0, 0, 0, len(x) - int(offsets[-1])))
+        dtype = autocast_dtype(x.device.type) or self.weight.dtype
+        own = (x if rows is None else x[rows]).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        out = float_products(own, self.matrices().to(dtype), offsets, bias)
+        return add_low_rank(out, x, offsets, rows, self.low_rank)
 
     def extra_repr(self) -> str:
         experts, out_features, in_features = self.matrices().shape
@@ -99,6 +147,7 @@ class QuantGroupedLinear(MatrixLayer):
     """
 
     float_type: type[nn.Module] = GroupedLinear
+    low_rank: tuple[GroupedLowRank, ...] = ()  # adapters that add to the output
 
     def __init__(
         self,
@@ -189,7 +238,7 @@ class QuantGroupedLinear(MatrixLayer):
             quantized.reset_scales()
         else:
             with torch.inference_mode(False):
-                quantized._take(_stack([quantize_weight(matrix, quantized.scheme) for matrix in matrices]))
+                quantized._take(stack_experts([quantize_weight(matrix, quantized.scheme) for matrix in matrices]))
         quantized.register_parameter("bias", layer.bias)
         quantized.float_type = type(layer)
         return quantized.train(layer.training)
@@ -198,11 +247,13 @@ class QuantGroupedLinear(MatrixLayer):
         check_input(x, self.in_features)
         options: Any = {"out_dtype": autocast_dtype(x.device.type), "grad_dtype": self.grad_dtype}
         if self.mode == "frozen":
-            return grouped_linear(x, rows, offsets, self._frozen_weight(), self.bias, self.scheme, **options)
-        weight, scales = self._trained_weight(), self._parameters.get("scales")
-        if self.mode == "int8":
-            weight = self._masked(weight)
-        return trained_grouped_linear(x, rows, offsets, weight, self.bias, self.scheme, scales=scales, **options)
+            out = grouped_linear(x, rows, offsets, self._frozen_weight(), self.bias, self.scheme, **options)
+        else:
+            weight, scales = self._trained_weight(), self._parameters.get("scales")
+            if self.mode == "int8":
+                weight = self._masked(weight)
+            out = trained_grouped_linear(x, rows, offsets, weight, self.bias, self.scheme, scales=scales, **options)
+        return add_low_rank(out, x, offsets, rows, self.low_rank)
 
     def extra_repr(self) -> str:
         return (
@@ -217,7 +268,7 @@ class QuantGroupedLinear(MatrixLayer):
         super()._load_int8({**state_dict, **rows}, prefix, *args)
 
 
-def _stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
+def stack_experts(weights: list[QuantizedWeight]) -> QuantizedWeight:
     """The weights [N, K] of E experts as one [E, N, K]."""
     qweights, scales, zeros = zip(*weights, strict=True)
     return QuantizedWeight(torch.stack(qweights), torch.stack(scales), None if zeros[0] is None else torch.stack(zeros))
