@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..bench.candidate import FORWARD, WARM
+from ..bench.experts import ExpertsPlan
 from ..bench.suite import Plan
 from ..bench.training.cases import NAMES
 from ..bench.training.run import TrainPlan
@@ -102,6 +103,50 @@ def linear(
     paths = [*results.save(output), *save_plots(results, output)]
     _print_rooflines(results.rooflines)
     _print_rows(results)
+    print(f"written to {output}: {', '.join(path.name for path in paths)}")
+
+
+@bench.command()
+@one_line_errors
+def experts(
+    tokens: Annotated[str, typer.Option(help="Time these numbers of tokens (separate by commas).")] = "512,16,1",
+    count: Annotated[int, typer.Option("--experts", help="Take layers of so many experts.")] = ExpertsPlan.experts,
+    taken: Annotated[int, typer.Option(help="Give each token so many of them.")] = ExpertsPlan.taken,
+    hidden: Annotated[int, typer.Option(help="Take hidden states of this size.")] = ExpertsPlan.hidden,
+    intermediate: Annotated[int, typer.Option(help="Take experts of this size.")] = ExpertsPlan.intermediate,
+    schemes: Schemes = "w8a8,w4a8-g32",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="Time each row this long.")] = ExpertsPlan.seconds,
+    only: Only = None,
+    output: Annotated[Path, typer.Option(help="Write experts.json to this folder.")] = Path("bench"),
+) -> None:
+    """Time the fused experts of a mixture, whole forwards: ours beside transformers' grouped_mm, in turn."""
+    import torch
+    from rich.console import Console
+
+    from ..bench.experts import run
+    from ..finetune import InputError
+    from ..finetune.models import check_scheme
+
+    try:
+        plan = ExpertsPlan(
+            tokens=numbers("tokens", tokens),
+            experts=count,
+            taken=taken,
+            hidden=hidden,
+            intermediate=intermediate,
+            schemes=tuple(map(check_scheme, schemes.split(","))),
+            threads=numbers("threads", threads) if threads else (torch.get_num_threads(),),
+            seconds=seconds,
+            only=tuple(only.split(",")) if only else (),
+        )
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    with Console(stderr=True).status("measuring the limits") as status:
+        results = run(plan, status.update)
+    paths = results.save(output, "experts")
+    _print_rows(results, "transformers grouped_mm bfloat16")
     print(f"written to {output}: {', '.join(path.name for path in paths)}")
 
 
@@ -223,8 +268,8 @@ def _print_rooflines(rooflines: Sequence[Any]) -> None:
     Console().print(table)
 
 
-def _print_rows(results: Any) -> None:
-    """A table for each case, the limit in its title."""
+def _print_rows(results: Any, base_name: str = "torch float32") -> None:
+    """A table for each case, the limit in its title; `base_name` names the row that the others are compared with."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -234,8 +279,9 @@ def _print_rows(results: Any) -> None:
     for _, cell in groupby(results.rows, key=lambda row: row.cell):
         rows = list(cell)
         first = rows[0]
-        table = Table("", "ms", "quartiles", "Gop/s", "of limit", "x float32", "error", box=None, pad_edge=False)
-        base = next((row.median for row in rows if row.name == "torch float32"), None)
+        ratio = f"x {base_name.split()[-1]}"
+        table = Table("", "ms", "quartiles", "Gop/s", "of limit", ratio, "error", box=None, pad_edge=False)
+        base = next((row.median for row in rows if row.name == base_name), None)
         for row in rows:
             table.add_row(
                 Text(row.name, style="bold" if row.ours else ""),
