@@ -19,6 +19,7 @@ from helpers import assert_same_bits
 from launch_checks import check, plan
 
 from qkernels import QuantScheme, quantize_weight
+from qkernels.kernels import dispatch
 from qkernels.kernels.triton import matmul_kernels, ops
 from qkernels.kernels.triton.launch import Launch
 from qkernels.kernels.triton.target import Target
