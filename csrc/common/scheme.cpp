@@ -49,12 +49,14 @@ Scheme parse_scheme(std::string_view name) {
   for (const int bits : {8, 16}) {
     if (take(rest, "a" + std::to_string(bits))) scheme.act_bits = bits;
   }
+  scheme.static_activations = scheme.act_bits == 8 && take(rest, "s");
   if (scheme.weight == nullptr || scheme.act_bits == 0) throw invalid();
   if (take(rest, "-g") && (scheme.group_size = take_group(rest)) == 0) throw invalid();
   scheme.symmetric = !take(rest, "-asym");
   if (!scheme.symmetric && !scheme.weight->has_zeros) throw invalid();
   if (take(rest, "-ag")) {
-    if (scheme.act_bits != 8 || (scheme.act_group_size = take_group(rest)) == 0) throw invalid();
+    if (scheme.act_bits != 8 || scheme.static_activations) throw invalid();
+    if ((scheme.act_group_size = take_group(rest)) == 0) throw invalid();
   }
   if (!rest.empty()) throw invalid();
   return scheme;
@@ -62,17 +64,19 @@ Scheme parse_scheme(std::string_view name) {
 
 Scheme scheme_of(int64_t code) {
   const auto invalid = [&] { return std::invalid_argument("unknown scheme code " + std::to_string(code)); };
-  if (code < 0 || code / 10'000'000'000 != 0) throw invalid();
+  if (code < 0 || code / 10'000'000'000 > 1) throw invalid();
   const int64_t asymmetric = code / 1000 % 10;
-  const Scheme scheme{.weight = format_of(code / 1'000'000'000),
+  const Scheme scheme{.weight = format_of(code / 1'000'000'000 % 10),
                       .act_bits = static_cast<int>(code / 10'000'000 % 100),
                       .group_size = code / 10'000 % 1000,
                       .act_group_size = code % 1000,
-                      .symmetric = asymmetric == 0};
+                      .symmetric = asymmetric == 0,
+                      .static_activations = code / 10'000'000'000 == 1};
   const bool valid = scheme.weight != nullptr && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
                      is_group(scheme.group_size) && is_group(scheme.act_group_size) && asymmetric <= 1 &&
                      (scheme.symmetric || scheme.weight->has_zeros) &&
-                     (scheme.act_group_size == 0 || scheme.act_bits == 8);
+                     (scheme.act_group_size == 0 || (scheme.act_bits == 8 && !scheme.static_activations)) &&
+                     (!scheme.static_activations || scheme.act_bits == 8);
   if (!valid) throw invalid();
   return scheme;
 }
@@ -80,7 +84,8 @@ Scheme scheme_of(int64_t code) {
 std::string name_of(const Scheme& scheme) {
   const auto group = [](const char* prefix, int64_t size) { return size == 0 ? "" : prefix + std::to_string(size); };
   return "w" + std::to_string(scheme.weight->bits) + "a" + std::to_string(scheme.act_bits) +
-         group("-g", scheme.group_size) + (scheme.symmetric ? "" : "-asym") + group("-ag", scheme.act_group_size);
+         (scheme.static_activations ? "s" : "") + group("-g", scheme.group_size) + (scheme.symmetric ? "" : "-asym") +
+         group("-ag", scheme.act_group_size);
 }
 
 }  // namespace qk

@@ -45,6 +45,7 @@ struct Scheme {
   int64_t group_size;
   int64_t act_group_size;
   bool symmetric;
+  bool static_activations = false;  // one calibrated scale for all activations (a8s)
 
   bool int_activations() const { return act_bits == 8; }
   bool grouped() const { return group_size != 0 || act_group_size != 0; }
@@ -121,9 +122,10 @@ struct Weight {
   int64_t n, k;
   int64_t group, groups;  // along k
   int64_t row_bytes;
-  const uint8_t* qweight;  // int8 [n, k], or nibbles [n, ceil(k / 2)] with even k in the low one
-  const float* scales;     // [n, groups]
-  const uint8_t* zeros;    // [n, groups], or null: symmetric
+  const uint8_t* qweight;          // int8 [n, k], or nibbles [n, ceil(k / 2)] with even k in the low one
+  const float* scales;             // [n, groups]
+  const uint8_t* zeros;            // [n, groups], or null: symmetric
+  const float* x_scale = nullptr;  // [1], of the activations of a8s schemes where they are read; else null
 };
 
 // The weights [experts, n, k] of a fused layer of experts: the storages of all, one after the other.
@@ -143,6 +145,7 @@ struct ExpertWeights {
   const uint8_t* qweight;
   const float* scales;
   const uint8_t* zeros;
+  const float* x_scale = nullptr;  // as of a Weight
 };
 
 // `rows` rows that are sorted by their expert: those of expert e end before row ends[e], and begin where those of the

@@ -56,19 +56,24 @@ void ungroup(const Kernels& kernels, const QuantizedRows& x, int64_t group, int8
 
 }  // namespace
 
-void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
-                         const Parallel& parallel) {
+void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const float* x_scale, int8_t* q,
+                         float* scales, const Parallel& parallel) {
   const int64_t groups = scheme.act_groups(x.cols);
   limited_to_work(parallel, x.rows * x.cols)(x.rows, [&](int64_t begin, int64_t end) {
     Buffer<float> floats(x.cols);
     for (int64_t m = begin; m < end; ++m) {
-      quantize_row(kernels, x, m, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups, floats.get());
+      if (x_scale != nullptr) {
+        quantize_row_static(kernels, x, m, *x_scale, q + m * x.cols, scales + m, floats.get());
+      } else {
+        quantize_row(kernels, x, m, scheme.act_group(x.cols), q + m * x.cols, scales + m * groups, floats.get());
+      }
     }
   });
 }
 
-void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales, const Parallel& parallel) {
-  quantize_activation(kernels(), x, scheme, q, scales, parallel);
+void quantize_activation(const Matrix& x, const Scheme& scheme, const float* x_scale, int8_t* q, float* scales,
+                         const Parallel& parallel) {
+  quantize_activation(kernels(), x, scheme, x_scale, q, scales, parallel);
 }
 
 void dequantize_weight(const Weight& w, float* out, const Parallel& parallel) {
@@ -107,7 +112,7 @@ void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const
 }
 
 void linear(const Matrix& x, const Weight& w, Bias bias, void* out, DType out_dtype, const Parallel& parallel) {
-  linear(kernels(), {x}, w, bias, {out, out_dtype}, parallel);
+  linear(kernels(), {.x = x, .x_scale = w.x_scale}, w, bias, {out, out_dtype}, parallel);
 }
 
 void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias,
@@ -115,7 +120,7 @@ void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weig
   const int64_t group = w.scheme.act_group_size, groups = w.scheme.act_groups(x.cols);
   Buffer<float> group_scales(group != 0 ? x.rows * groups : 0);
   float* const scales = group != 0 ? group_scales.get() : x_scales;
-  quantize_activation(kernels, x, w.scheme, qx, scales, parallel);
+  quantize_activation(kernels, x, w.scheme, w.x_scale, qx, scales, parallel);
   linear(kernels, {x, qx, scales}, w, bias, out, parallel);
   if (group != 0) ungroup(kernels, {qx, scales, x.rows, x.cols}, group, qx, x_scales, parallel);
 }

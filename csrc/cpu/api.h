@@ -6,8 +6,8 @@
 
 namespace qk {
 
-// q: int8 [rows, cols]; scales: float32 [rows, act_groups]. a8 schemes.
-QK_API void quantize_activation(const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
+// q: int8 [rows, cols]; scales: float32 [rows, act_groups]. a8 schemes. x_scale: [1] for a8s schemes, else null.
+QK_API void quantize_activation(const Matrix& x, const Scheme& scheme, const float* x_scale, int8_t* q, float* scales,
                                 const Parallel& parallel);
 
 // out: float32 [n, k].

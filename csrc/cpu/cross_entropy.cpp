@@ -44,12 +44,10 @@ double natural_log(double x) {
 }
 
 Weight rows_of(const Weight& w, int64_t begin, int64_t count) {
-  return {w.scheme,
-          count,
-          w.k,
-          w.row(begin),
-          w.scales + begin * w.groups,
-          w.zeros != nullptr ? w.zeros + begin * w.groups : nullptr};
+  Weight rows(w.scheme, count, w.k, w.row(begin), w.scales + begin * w.groups,
+              w.zeros != nullptr ? w.zeros + begin * w.groups : nullptr);
+  rows.x_scale = w.x_scale;
+  return rows;
 }
 
 const Parallel kSerial{1, nullptr};
@@ -184,7 +182,8 @@ class CrossEntropy {
     const int64_t first = range * chunks_ / kRanges, last = (range + 1) * chunks_ / kRanges;
     if (first == last) return;
     const LinearDriver& driver = choose_driver(kernels_, w_.scheme, rows);
-    const auto operand = driver.prepare(kernels_, {x}, chunk(first), kSerial);  // for all chunks
+    const auto operand =
+        driver.prepare(kernels_, {.x = x, .x_scale = w_.x_scale}, chunk(first), kSerial);  // for all chunks
     for (int64_t c = first; c < last; ++c) {
       const Weight w = chunk(c);
       const int64_t n0 = c * kChunkColumns;

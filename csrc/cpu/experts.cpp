@@ -53,9 +53,10 @@ void for_each_expert(const ExpertRows& rows, int64_t values, const Parallel& par
 // x of an a8 scheme, quantized once for all experts.
 class QuantizedOnce {
  public:
-  QuantizedOnce(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const Parallel& parallel)
+  QuantizedOnce(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const float* x_scale,
+                const Parallel& parallel)
       : x_(x), groups_(scheme.act_groups(x.cols)), q_(x.rows * x.cols), scales_(x.rows * groups_) {
-    quantize_activation(kernels, x, scheme, q_.get(), scales_.get(), parallel);
+    quantize_activation(kernels, x, scheme, x_scale, q_.get(), scales_.get(), parallel);
   }
 
   // `count` rows: those of the index, or from row `begin` on.
@@ -162,7 +163,7 @@ void grouped_linear(const GroupedLinearArgs& args, const ExpertWeights& w, void*
   const ExpertRows& rows = args.rows;
   const bool integers = w.scheme.int_activations();
   const Matrix none = {args.x.data, args.x.dtype, 0, args.x.cols};
-  const QuantizedOnce quantized(kernels, integers ? args.x : none, w.scheme, parallel);
+  const QuantizedOnce quantized(kernels, integers ? args.x : none, w.scheme, w.x_scale, parallel);
   const Output out = {data, out_dtype};
   clear_unused(rows, w.n, out);
   for_each_expert(rows, w.n * w.k, parallel, [&](int64_t e, const Parallel& inner) {

@@ -46,9 +46,6 @@ struct Int4Group {
   }
 };
 
-// What a weight is multiplied with to be rounded to a given scale; 0 where the scale counts as 0.
-float inverse_of(float scale) { return std::fabs(scale) >= kTinyRange ? 1.0f / scale : 0.0f; }
-
 }  // namespace
 
 bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,

@@ -94,17 +94,30 @@ void without_gil(const F& f) {
   f();
 }
 
-py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_name, int num_threads) {
+// The scale of static activations: [1] for a8s schemes, else none.
+const float* activation_scale(const std::optional<Array<float>>& x_scale, const qk::Scheme& scheme) {
+  if (x_scale.has_value() != scheme.static_activations) {
+    throw std::invalid_argument(std::string("x_scale ") + (scheme.static_activations ? "is required" : "must be None") +
+                                " for scheme " + qk::name_of(scheme));
+  }
+  if (!x_scale.has_value()) return nullptr;
+  expect_shape("x_scale", *x_scale, {1});
+  return x_scale->data();
+}
+
+py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_name, int num_threads,
+                              const std::optional<Array<float>>& x_scale) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   if (!scheme.int_activations()) throw std::invalid_argument("scheme must be an a8 scheme, got " + scheme_name);
   const qk::Matrix view = matrix("x", x);
   if (view.cols < 1) throw std::invalid_argument("x must have at least one column, got shape " + shape_of(x));
+  const float* const static_scale = activation_scale(x_scale, scheme);
   Array<int8_t> q({view.rows, view.cols});
   Array<float> scales({view.rows, scheme.act_groups(view.cols)});
   const qk::Parallel parallel = threads(num_threads);
   auto* const q_data = q.mutable_data();
   auto* const scale_data = scales.mutable_data();
-  without_gil([&] { qk::quantize_activation(view, scheme, q_data, scale_data, parallel); });
+  without_gil([&] { qk::quantize_activation(view, scheme, static_scale, q_data, scale_data, parallel); });
   return py::make_tuple(q, scales);
 }
 
@@ -121,9 +134,10 @@ Array<float> dequantize_weight(const py::array& qweight, const Array<float>& sca
 
 Array<float> linear(const Array<float>& x, const py::array& qweight, const Array<float>& scales,
                     const std::optional<Array<uint8_t>>& zeros, const std::optional<Array<float>>& bias,
-                    const std::string& scheme, int num_threads) {
+                    const std::string& scheme, int num_threads, const std::optional<Array<float>>& x_scale) {
   const qk::Matrix view = matrix("x", x);
-  const qk::Weight w = weight(qweight, scales, zeros, view.cols, scheme);
+  qk::Weight w = weight(qweight, scales, zeros, view.cols, scheme);
+  w.x_scale = activation_scale(x_scale, w.scheme);
   if (bias) expect_shape("bias", *bias, {w.n});
   Array<float> out({view.rows, w.n});
   const qk::Parallel parallel = threads(num_threads);
@@ -215,11 +229,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("force_isa", &qk::force_isa, py::arg("name"), "Use an ISA from now on, in all threads.");
   m.def("build_info", &build_info, "Compiler, language standard and ISAs of this build.");
   m.def("quantize_activation", &quantize_activation, py::arg("x"), py::arg("scheme"), py::arg("threads") = 1,
-        "float32 [M, K] -> (int8 [M, K], float32 scales [M, groups]).");
+        py::arg("x_scale").none(true) = py::none(), "float32 [M, K] -> (int8 [M, K], float32 scales [M, groups]).");
   m.def("dequantize_weight", &dequantize_weight, py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
         py::arg("in_features"), py::arg("scheme"), py::arg("threads") = 1, "float32 [N, K].");
   m.def("linear", &linear, py::arg("x"), py::arg("qweight"), py::arg("scales"), py::arg("zeros").none(true),
-        py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1, "float32 [M, K] -> float32 [M, N].");
+        py::arg("bias").none(true), py::arg("scheme"), py::arg("threads") = 1,
+        py::arg("x_scale").none(true) = py::none(), "float32 [M, K] -> float32 [M, N]; x_scale [1] for a8s schemes.");
   m.def("choose_linear", &choose_linear, py::arg("scheme"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("threads") = 1, "How `linear` computes a product: the driver, the reason for it, and the threads.");
   m.def("linear_grad_input", &linear_grad_input, py::arg("grad_out"), py::arg("qweight"), py::arg("scales"),

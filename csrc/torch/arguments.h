@@ -165,6 +165,23 @@ inline ScalarType storage_type(const qk::Scheme& scheme) {
   return scheme.weight->in_place() ? ScalarType::Char : ScalarType::Byte;
 }
 
+// The scale of static activations: float32 [1] for a8s schemes, else none; keeps the tensor alive.
+class ActivationScale {
+ public:
+  ActivationScale(const std::optional<Tensor>& x_scale, const Scheme& scheme) {
+    require(x_scale.has_value() == scheme.static_activations, "x_scale ",
+            scheme.static_activations ? "is required" : "must be None", " for scheme ", scheme);
+    if (!x_scale.has_value()) return;
+    check_vector("x_scale", *x_scale, 1);
+    tensor_ = readable("x_scale", *x_scale);
+  }
+
+  const float* get() const { return tensor_ ? static_cast<const float*>(tensor_->const_data_ptr()) : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
 // The stored tensors of a weight, or of experts' weights, checked and contiguous; keeps them alive.
 class CanonicalStorage {
  public:
@@ -210,6 +227,13 @@ class CanonicalWeight {
 
   const Weight& get() const { return weight_; }
 
+  // The weight together with the scale of the activations that are multiplied with it.
+  Weight with(const ActivationScale& x_scale) const {
+    Weight weight = weight_;
+    weight.x_scale = x_scale.get();
+    return weight;
+  }
+
  private:
   CanonicalStorage storage_;
   Weight weight_;
@@ -221,9 +245,17 @@ class CanonicalExperts {
   CanonicalExperts(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t k,
                    const Scheme& scheme)
       : storage_(qweight, scales, zeros, k, scheme, true),
-        weights_{scheme, storage_.experts, storage_.n, k, storage_.qweight(), storage_.scales(), storage_.zeros()} {}
+        weights_{scheme,           storage_.experts, storage_.n, k, storage_.qweight(), storage_.scales(),
+                 storage_.zeros(), nullptr} {}
 
   const ExpertWeights& get() const { return weights_; }
+
+  // The weights together with the scale of the activations that are multiplied with them.
+  ExpertWeights with(const ActivationScale& x_scale) const {
+    ExpertWeights weights = weights_;
+    weights.x_scale = x_scale.get();
+    return weights;
+  }
 
  private:
   CanonicalStorage storage_;

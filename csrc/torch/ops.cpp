@@ -28,13 +28,15 @@ qk::Parallel parallel() {
   return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code,
+                                               std::optional<Tensor> x_scale_arg) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
   FloatMatrix x("x", x_arg);
+  const ActivationScale x_scale(x_scale_arg, scheme);
   Tensor q = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor scales = new_tensor(x_arg, {x.rows, scheme.act_groups(x.cols)}, ScalarType::Float);
-  qk::quantize_activation(x.read(), scheme, static_cast<int8_t*>(q.mutable_data_ptr()),
+  qk::quantize_activation(x.read(), scheme, x_scale.get(), static_cast<int8_t*>(q.mutable_data_ptr()),
                           static_cast<float*>(scales.mutable_data_ptr()), parallel());
   return {q, scales};
 }
@@ -48,31 +50,35 @@ Tensor dequantize_weight(const Tensor& qweight, const Tensor& scales, std::optio
 }
 
 Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
-              std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
+              std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype,
+              std::optional<Tensor> x_scale_arg) {
   FloatMatrix x("x", x_arg);
   const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
+  const ActivationScale x_scale(x_scale_arg, weight.get().scheme);
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
   Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
-  qk::linear(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
+  qk::linear(x.read(), weight.with(x_scale), bias.get(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_with_saved_input(const Tensor& x_arg, const Tensor& qweight,
                                                            const Tensor& scales, std::optional<Tensor> zeros,
                                                            std::optional<Tensor> bias_arg, int64_t scheme_code,
-                                                           std::optional<ScalarType> out_dtype) {
+                                                           std::optional<ScalarType> out_dtype,
+                                                           std::optional<Tensor> x_scale_arg) {
   FloatMatrix x("x", x_arg);
   const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
   require(weight.get().scheme.int_activations(), "scheme must be an a8 scheme, got ", weight.get().scheme);
+  const ActivationScale x_scale(x_scale_arg, weight.get().scheme);
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, weight.get().n);
   Tensor out = new_tensor(x_arg, {x.rows, weight.get().n}, dtype);
   Tensor qx = new_tensor(x_arg, {x.rows, x.cols}, ScalarType::Char);
   Tensor x_scales = new_tensor(x_arg, {x.rows}, ScalarType::Float);
-  qk::linear_with_saved_input(x.read(), weight.get(), bias.get(), out.mutable_data_ptr(), out_type,
+  qk::linear_with_saved_input(x.read(), weight.with(x_scale), bias.get(), out.mutable_data_ptr(), out_type,
                               static_cast<int8_t*>(qx.mutable_data_ptr()),
                               static_cast<float*>(x_scales.mutable_data_ptr()), parallel());
   return {out, qx, x_scales};
@@ -115,10 +121,12 @@ constexpr int64_t kGradInputStream = 0, kGradWeightStream = 1;
 
 Tensor grouped_linear(const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& qweight, const Tensor& scales,
                       std::optional<Tensor> zeros, std::optional<Tensor> bias_arg, int64_t scheme_code,
-                      std::optional<ScalarType> out_dtype, std::optional<Tensor> rows_arg) {
+                      std::optional<ScalarType> out_dtype, std::optional<Tensor> rows_arg,
+                      std::optional<Tensor> x_scale_arg) {
   FloatMatrix x("x", x_arg);
   const CanonicalExperts weights(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
-  const qk::ExpertWeights& w = weights.get();
+  const ActivationScale x_scale(x_scale_arg, weights.get().scheme);
+  const qk::ExpertWeights w = weights.with(x_scale);
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   const BiasVector bias(bias_arg, w.n, w.experts);
@@ -185,11 +193,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
                                                         const Tensor& qweight, const Tensor& scales,
                                                         std::optional<Tensor> zeros, std::optional<Tensor> bias_arg,
                                                         int64_t scheme_code, std::optional<Tensor> dither_arg,
-                                                        double softcap, double z_loss, double label_smoothing,
-                                                        int64_t ignore_index) {
+                                                        std::optional<Tensor> x_scale_arg, double softcap,
+                                                        double z_loss, double label_smoothing, int64_t ignore_index) {
   FloatMatrix hidden("hidden", hidden_arg);
   const int64_t rows = hidden.rows;
   const CanonicalWeight weight(qweight, scales, zeros, hidden.cols, qk::scheme_of(scheme_code));
+  const ActivationScale x_scale(x_scale_arg, weight.get().scheme);
   const int64_t n = weight.get().n;
   require(softcap == 0 || label_smoothing == 0, "softcap must be 0 with label_smoothing, got ", softcap, " and ",
           label_smoothing);
@@ -218,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden_arg
   Tensor lse = new_tensor(hidden_arg, {rows}, ScalarType::Float);
   Tensor grad = new_tensor(hidden_arg, {gradient ? rows : 0, hidden.cols}, ScalarType::Float);
   const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  qk::linear_cross_entropy(args, weight.get(), {floats(loss), floats(lse), gradient ? floats(grad) : nullptr},
+  qk::linear_cross_entropy(args, weight.with(x_scale), {floats(loss), floats(lse), gradient ? floats(grad) : nullptr},
                            parallel());
   return {loss, lse, grad};
 }
@@ -264,6 +273,7 @@ Tensor conv(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, st
   require(x_arg.dim() == 4, "x must be images [N, H, W, C], got shape ", shape_of(x_arg));
   const qk::ConvGeometry geometry = geometry_of(x_arg, geometry_arg);
   require(scheme.act_group_size == 0, "scheme must have no activation groups for a convolution, got ", scheme);
+  require(!scheme.static_activations, "scheme must have no static activations for a convolution, got ", scheme);
   const int64_t patch = geometry.kernel_height * geometry.kernel_width * (x_arg.size(3) / geometry.groups);
   const CanonicalWeight weight(qweight, scales, zeros, patch, scheme);
   require(weight.get().n % geometry.groups == 0, "qweight must have a multiple of groups = ", geometry.groups,
@@ -371,17 +381,17 @@ std::tuple<Tensor, Tensor> quantize_columns_stochastic(const Tensor& x_arg, std:
 }
 
 STABLE_TORCH_LIBRARY(qkernels, m) {
-  m.def("quantize_activation(Tensor x, int scheme) -> (Tensor, Tensor)");
+  m.def("quantize_activation(Tensor x, int scheme, Tensor? x_scale=None) -> (Tensor, Tensor)");
   m.def("dequantize_weight(Tensor qweight, Tensor scales, Tensor? zeros, int in_features, int scheme) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "ScalarType? out_dtype=None, Tensor? x_scale=None) -> Tensor");
   m.def(
       "linear_with_saved_input(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, "
-      "ScalarType? out_dtype=None) -> (Tensor, Tensor, Tensor)");
+      "ScalarType? out_dtype=None, Tensor? x_scale=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "grouped_linear(Tensor x, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
-      "int scheme, ScalarType? out_dtype=None, Tensor? rows=None) -> Tensor");
+      "int scheme, ScalarType? out_dtype=None, Tensor? rows=None, Tensor? x_scale=None) -> Tensor");
   m.def(
       "grouped_linear_grad_input(Tensor grad_out, Tensor offsets, Tensor qweight, Tensor scales, Tensor? zeros, "
       "int in_features, int scheme, Tensor? seed=None, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> "
@@ -408,7 +418,8 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "int in_features, int scheme, Tensor? column_scales=None, *, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor target, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, "
-      "int scheme, Tensor? dither=None, *, float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, "
+      "int scheme, Tensor? dither=None, Tensor? x_scale=None, *, float softcap=0.0, float z_loss=0.0, float "
+      "label_smoothing=0.0, "
       "int ignore_index=-100) -> (Tensor loss, Tensor lse, Tensor grad_hidden)");
 }
 

@@ -16,7 +16,6 @@ from .functions import (
     anchors,
     differentiable,
     needs_gradient,
-    of_float_activations,
     once_differentiable,
     save,
     total_tangent,
@@ -70,7 +69,7 @@ def _tangents(
     rows, offsets = ctx.saved_tensors[:2]
     parts: list[Tensor | None] = []
     if x is not None:
-        floats = of_float_activations(scheme)
+        floats = QuantScheme.parse(scheme).of_floats
         parts.append(ops.grouped_linear(x, offsets, *weight, None, floats, ctx.out_dtype, rows=rows))
     if bias is not None:
         owners = _experts_of_rows(offsets, ctx.shape[0])

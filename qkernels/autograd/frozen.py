@@ -46,12 +46,13 @@ class _FrozenLinear(torch.autograd.Function):
         out_dtype: torch.dtype | None,
         seed: Tensor | None,
         column_scales: Tensor | None,
+        x_scale: Tensor | None,
     ) -> Tensor:
-        return ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+        return ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype, x_scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, qweight, scales, zeros, bias, ctx.scheme, _, seed, column_scales = inputs
+        x, qweight, scales, zeros, bias, ctx.scheme, _, seed, column_scales, _ = inputs
         save(ctx, qweight, scales, zeros, seed, column_scales)
         ctx.in_features, ctx.x_dtype, ctx.out_dtype, ctx.shape = x.shape[1], x.dtype, output.dtype, output.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -66,7 +67,7 @@ class _FrozenLinear(torch.autograd.Function):
             grad_x = input_gradient(grad_out, weight, seed, ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = bias_gradient(grad_out, ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None, None, None
+        return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
     @staticmethod
     def tangent(
@@ -111,12 +112,13 @@ class _AdaptedLinear(torch.autograd.Function):
         out_dtype: torch.dtype | None,
         seed: Tensor | None,
         column_scales: Tensor | None,
+        x_scale: Tensor | None,
         down: Tensor,
         up: Tensor,
         scaling: float,
         anchor: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        out = ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype)
+        out = ops.linear(x, qweight, scales, zeros, bias, scheme, out_dtype, x_scale)
         cast = x.to(out.dtype)
         middle = (cast @ down.to(out.dtype).t()).mul_(scaling)
         out.addmm_(middle, up.to(out.dtype).t())
@@ -124,7 +126,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, *weight, bias, ctx.scheme, _, seed, column_scales, down, up, ctx.scaling, anchor = inputs
+        x, *weight, bias, ctx.scheme, _, seed, column_scales, _, down, up, ctx.scaling, anchor = inputs
         out, middle, cast = output
         ctx.mark_non_differentiable(middle, *([] if cast is None else [cast]))
         factor = x if cast is None else cast
@@ -136,7 +138,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         *stored, seed, column_scales, factor, middle, down, up, _ = ctx.saved_tensors
-        needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 9, 10))
+        needs_x, needs_bias, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, 4, 10, 11))
         grad_x = grad_bias = grad_down = grad_up = None
         if needs_x or needs_down:
             grad_middle = (grad_out @ up.to(grad_out.dtype)).mul_(ctx.scaling)
@@ -150,11 +152,11 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_down = (grad_middle.t() @ factor).to(down.dtype)
         if needs_up:
             grad_up = (grad_out.t() @ middle).to(up.dtype)
-        return grad_x, None, None, None, grad_bias, None, None, None, None, grad_down, grad_up, None, None
+        return grad_x, None, None, None, grad_bias, *(None,) * 5, grad_down, grad_up, None, None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
-        x, _, _, _, bias, _, _, _, _, down_tangent, up_tangent, *_ = tangents
+        x, bias, down_tangent, up_tangent = (tangents[i] for i in (0, 4, 10, 11))
         *weight, _, _, factor, middle, down, up = ctx.saved_tensors[:9]
         dtype = ctx.out_dtype
         parts = [tangent_product(x, QuantizedWeight(*weight), ctx.scheme, dtype), bias]
@@ -178,13 +180,14 @@ def quant_linear(
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
     column_scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.linear` over any leading dimensions, with straight-through gradients to x and bias.
 
     Args:
         x: float [..., K].
         weight: the canonical storage of a weight [N, K].
-        bias, scheme, out_dtype: as in `ops.linear`.
+        bias, scheme, out_dtype, x_scale: as in `ops.linear`.
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for the product with the weight.
         column_scales: `ops.column_scales` of the weight, for that and `-g` schemes.
 
@@ -194,9 +197,9 @@ def quant_linear(
     out_features = weight.qweight.shape[0]
     needs_x, needs_bias = needs_gradient(x, bias)
     if not (needs_x or needs_bias):
-        return over_leading_dimensions(ops.linear, x, out_features, *weight, bias, scheme, out_dtype)
+        return over_leading_dimensions(ops.linear, x, out_features, *weight, bias, scheme, out_dtype, x_scale)
     seed = draw_seed() if grad_dtype == "int8" and needs_x else None
-    args = (*weight, bias, scheme, out_dtype, seed, column_scales)
+    args = (*weight, bias, scheme, out_dtype, seed, column_scales, x_scale)
     return over_leading_dimensions(_frozen_linear, x, out_features, *args)
 
 
@@ -209,11 +212,13 @@ def adapted_linear(
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
     column_scales: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`quant_linear` plus a low-rank product, with gradients to both of its matrices too.
 
     Args:
-        x, weight, bias, scheme, out_dtype, grad_dtype, column_scales: as in `quant_linear`.
+        x, weight, bias, scheme, out_dtype, grad_dtype, column_scales, x_scale: as in `quant_linear`.
         adapter: what is added, multiplied in the dtype of the output.
 
     Returns:
@@ -222,12 +227,12 @@ def adapted_linear(
     needs = needs_gradient(x, bias, adapter.down, adapter.up)
     if not any(needs):
         return over_leading_dimensions(
-            _adapted_without_gradient, x, weight.qweight.shape[0], weight, bias, scheme, out_dtype, adapter
+            _adapted_without_gradient, x, weight.qweight.shape[0], weight, bias, scheme, out_dtype, adapter, x_scale
         )
     seed = draw_seed() if grad_dtype == "int8" and needs[0] else None
     output_dtype = out_dtype or x.dtype
     anchor = anchors(x if needs[0] and x.dtype != output_dtype else None)
-    args = (*weight, bias, scheme, out_dtype, seed, column_scales, *adapter, *anchor)
+    args = (*weight, bias, scheme, out_dtype, seed, column_scales, x_scale, *adapter, *anchor)
     return over_leading_dimensions(_adapted_linear, x, weight.qweight.shape[0], *args)
 
 
@@ -238,5 +243,6 @@ def _adapted_without_gradient(
     scheme: str,
     out_dtype: torch.dtype | None,
     adapter: LowRank,
+    x_scale: Tensor | None,
 ) -> Tensor:
-    return _AdaptedLinear.forward(x, *weight, bias, scheme, out_dtype, None, None, *adapter, None)[0]
+    return _AdaptedLinear.forward(x, *weight, bias, scheme, out_dtype, None, None, x_scale, *adapter, None)[0]

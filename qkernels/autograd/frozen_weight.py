@@ -40,7 +40,7 @@ class FrozenWeight(ReadOnly):
 
     Attributes:
         stored: the canonical storage of [N, K]; None: `floats` are held instead (a view, or a copy written to).
-        scheme, in_features, column_scales: as in `quant_linear`.
+        scheme, in_features, column_scales, x_scale: as in `quant_linear`.
         grad_mode: its `grad_dtype`, a name that means something else on tensors.
         transposed: True if the shape is [K, N].
         floats: a plain tensor, in place of the stored weight.
@@ -63,6 +63,8 @@ class FrozenWeight(ReadOnly):
         transposed: bool = False,
         floats: Tensor | None = None,
         writable: bool = False,
+        *,
+        x_scale: Tensor | None = None,
     ) -> FrozenWeight:
         shape: tuple[int, ...]
         strides: tuple[int, ...]
@@ -77,14 +79,14 @@ class FrozenWeight(ReadOnly):
         weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         weight.stored, weight.scheme, weight.in_features, weight.grad_mode = stored, scheme, in_features, grad_dtype
         weight.column_scales, weight.transposed, weight.floats = column_scales, transposed, floats
-        weight.writable = writable
+        weight.writable, weight.x_scale = writable, x_scale
         return weight
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        tensors = {"column_scales": self.column_scales, "floats": self.floats}
+        tensors = {"column_scales": self.column_scales, "floats": self.floats, "x_scale": self.x_scale}
         if self.stored is not None:
             for name, tensor in self.stored._asdict().items():
                 tensors[name] = tensor
@@ -101,7 +103,8 @@ class FrozenWeight(ReadOnly):
         if "qweight" in inner:
             stored = QuantizedWeight(inner["qweight"], inner["scales"], inner.get("zeros"))
         scales, floats = inner.get("column_scales"), inner.get("floats")
-        return cls(stored, scheme, in_features, dtype, grad_dtype, scales, transposed, floats, writable)
+        rest = (scales, transposed, floats, writable)
+        return cls(stored, scheme, in_features, dtype, grad_dtype, *rest, x_scale=inner.get("x_scale"))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -144,6 +147,7 @@ class FrozenWeight(ReadOnly):
             "transposed": self.transposed,
             "floats": self.floats,
             "writable": self.writable,
+            "x_scale": self.x_scale,
         }
         return FrozenWeight(**{**given, **changes})
 
@@ -182,8 +186,8 @@ def _on_storage(func: Any, weight: FrozenWeight, args: tuple[Any, ...], kwargs: 
         if torch.device(device).type == weight.device.type or weight.is_meta:
             return weight.like(dtype=dtype, writable=True)
         stored = weight.stored.map(lambda tensor: tensor.detach().to(device))
-        scales = None if weight.column_scales is None else weight.column_scales.to(device)
-        return weight.like(stored=stored, column_scales=scales, dtype=dtype, writable=True)
+        scales, x_scale = (None if t is None else t.to(device) for t in (weight.column_scales, weight.x_scale))
+        return weight.like(stored=stored, column_scales=scales, x_scale=x_scale, dtype=dtype, writable=True)
     swaps = (
         func is _aten.t.default
         or (func is _aten.transpose.int and {axis % 2 for axis in args} == {0, 1})
@@ -227,8 +231,8 @@ def _product_without_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str
     if isinstance(x, FrozenWeight) or isinstance(bias, FrozenWeight) or kwargs or x.dtype not in FLOAT_DTYPES:
         return None
     if bias is None or bias.shape == weight.shape[1:]:
-        return ops.linear(x, *stored, bias, weight.scheme)
-    return ops.linear(x, *stored, None, weight.scheme) + bias
+        return ops.linear(x, *stored, bias, weight.scheme, x_scale=weight.x_scale)
+    return ops.linear(x, *stored, None, weight.scheme, x_scale=weight.x_scale) + bias
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

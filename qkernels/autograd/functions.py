@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -136,12 +135,7 @@ def tangent_product(
     """How the output changes with x, straight through the rounding of that."""
     if tangent is None:
         return None
-    return ops.linear(tangent, *weight, None, of_float_activations(scheme), out_dtype)
-
-
-def of_float_activations(scheme: str | QuantScheme) -> str:
-    """The name of the scheme of the same weights whose activations stay floats."""
-    return dataclasses.replace(QuantScheme.parse(scheme), act_bits=16, act_group_size=None).name
+    return ops.linear(tangent, *weight, None, QuantScheme.parse(scheme).of_floats, out_dtype)
 
 
 def total_tangent(shape: torch.Size, dtype: torch.dtype, *parts: Tensor | None) -> Tensor | None:

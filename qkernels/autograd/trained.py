@@ -31,8 +31,9 @@ class _TrainedLinear(torch.autograd.Function):
 
     With x^ and w^ for what is multiplied, grad_x = grad_out @ w^ and grad_w = grad_out.T @ x^, the latter 0 where
     clamping changed an integer. Scales are chosen by the range of the weight or, if they are given, trained with it
-    (learned step size, Esser et al. 2020, arXiv:1902.08153). Saved are, as far as their gradient is asked for: x as
-    int8 (`a16` schemes: x itself) and the quantized weight. With a seed, `grad_out` is rounded to int8 for both
+    (learned step size, Esser et al. 2020, arXiv:1902.08153). So is the scale of static activations then, and the
+    gradient of x is 0 where x was clamped. Saved are, as far as their gradient is asked for: x as int8 (`a16` schemes,
+    and for a learned scale: x itself) and the quantized weight. With a seed, `grad_out` is rounded to int8 for both
     products, except for the gradient of the weight under `a16`, whose x is a float.
     """
 
@@ -49,19 +50,22 @@ class _TrainedLinear(torch.autograd.Function):
         seed: Tensor | None,
         needs_x: bool,
         needs_weight: bool,
+        x_scale: Tensor | None,
+        needs_x_scale: bool,
         *graphs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         quantized = quantized_weight(weight, scales, scheme)
+        needs_x = needs_x or needs_x_scale
         kept: tuple[Tensor | None, ...] = quantized if needs_x else (None, None, None)
         if needs_x and scales is not None:
             kept = (quantized.qweight, None, quantized.zeros)  # the scales are an input
         if needs_weight and scheme.int_activations:
-            return *ops.linear_with_saved_input(x, *quantized, bias, scheme.name, out_dtype), *kept
-        return ops.linear(x, *quantized, bias, scheme.name, out_dtype), None, None, *kept
+            return *ops.linear_with_saved_input(x, *quantized, bias, scheme.name, out_dtype, x_scale), *kept
+        return ops.linear(x, *quantized, bias, scheme.name, out_dtype, x_scale), None, None, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, *graphs = inputs
+        x, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, x_scale, needs_x_scale, *graphs = inputs
         out, saved_x, x_scales, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         if needs_weight and saved_x is None:
@@ -70,7 +74,8 @@ class _TrainedLinear(torch.autograd.Function):
             kept[1] = scales
         clips = ctx.scheme.weight_bits == 4 or scales is not None
         master, learned = (weight, scales) if needs_weight and clips else (None, None)
-        save(ctx, *kept, saved_x, x_scales, master, learned, seed, *graphs)
+        clamped = (x, x_scale) if needs_x_scale else (None, None)
+        save(ctx, *kept, saved_x, x_scales, master, learned, seed, *clamped, *graphs)
         ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[1], x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.out_dtype, ctx.shape = out.dtype, out.shape
@@ -78,22 +83,25 @@ class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        qweight, scales, zeros, saved_x, x_scales, master, learned, seed, _, _ = ctx.saved_tensors
+        qweight, scales, zeros, saved_x, x_scales, master, learned, seed, x, x_scale, _, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         name, in_features = ctx.scheme.name, ctx.in_features
-        grad_x = grad_weight = grad_scales = grad_bias = None
-        if needs_x:
+        grad_x = grad_weight = grad_scales = grad_bias = grad_x_scale = None
+        if needs_x or x_scale is not None:
             grouped = seed is not None and ctx.scheme.group_size
             stored = QuantizedWeight(qweight, scales, zeros)
             column_scales = ops.column_scales(*stored, in_features, name) if grouped else None
             weight = LinearWeight(stored, in_features, name, column_scales)
             grad_x = input_gradient(grad_out, weight, seed, ctx.x_dtype)
+        if x_scale is not None:
+            assert grad_x is not None
+            grad_x, grad_x_scale = _x_scale_gradient(grad_x, x, x_scale)
         if needs_weight or needs_scales:
             if x_scales is None:
                 grad_weight = (grad_out.t().to(saved_x.dtype) @ saved_x).to(ctx.weight_dtype)
             elif seed is None:
-                x = (saved_x, x_scales.unsqueeze(1), None)
-                grad_weight = ops.linear_grad_input(grad_out.t(), *x, in_features, "w8a16", ctx.weight_dtype)
+                factor = (saved_x, x_scales.unsqueeze(1), None)
+                grad_weight = ops.linear_grad_input(grad_out.t(), *factor, in_features, "w8a16", ctx.weight_dtype)
             else:
                 grad_weight = int8_weight_gradient(grad_out, saved_x, x_scales, seed, ctx.weight_dtype)
             if learned is not None:
@@ -102,14 +110,14 @@ class _TrainedLinear(torch.autograd.Function):
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
         if needs_bias:
             grad_bias = bias_gradient(grad_out, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, grad_bias, None, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_scales, grad_bias, *(None,) * 5, grad_x_scale, None, None, None
 
     @staticmethod
     def tangent(
-        ctx: Any, x: Tensor | None, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None, *_: None
+        ctx: Any, x: Tensor | None, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, ...]:
         *kept, saved_x, x_scales, master, learned = ctx.saved_tensors[:7]
-        if scales is not None:
+        if scales is not None or rest[5] is not None:
             raise NotImplementedError("forward-mode derivatives with respect to learned scales are not implemented")
         parts = [tangent_product(x, QuantizedWeight(*kept), ctx.scheme, ctx.out_dtype), bias]
         if weight is not None:
@@ -120,6 +128,12 @@ class _TrainedLinear(torch.autograd.Function):
             inputs = saved_x if x_scales is None else saved_x * x_scales.unsqueeze(1)
             parts.append(inputs.to(torch.float32) @ weight.to(torch.float32).t())
         return total_tangent(ctx.shape, ctx.out_dtype, *parts), None, None, None, None, None
+
+
+def _x_scale_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What the gradient [M, K] of quantized activations is for x, and for their scale [1] (rule 11, on rows of x)."""
+    grad_x, grad_scales = ops.scale_gradient(grad, x, x_scale.expand(len(x), 1), "w8a8")
+    return grad_x, grad_scales.sum(dim=0)
 
 
 def quantized_weight(weight: Tensor, scales: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
@@ -142,6 +156,7 @@ def trained_linear(
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
     scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`quant_linear` with a weight that is trained: it is quantized in each call, and gets a gradient.
 
@@ -152,24 +167,26 @@ def trained_linear(
         scheme: the format and the activations.
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for both products.
         scales: float32 [N, groups] that a float weight is rounded to, and that are trained; None: those of its range.
+        x_scale: float32 [1], the scale of the activations of `a8s` schemes, which is trained if there are `scales`.
 
     Returns:
         [..., N] of `out_dtype` or x.dtype.
     """
-    needs_x, needs_weight, needs_scales, needs_bias = needs_gradient(x, weight, scales, bias)
+    learned = (scales, x_scale) if scales is not None else (None, None)
+    needs_x, needs_weight, needs_bias, needs_scales, needs_x_scale = needs_gradient(x, weight, bias, *learned)
     if torch.jit.is_tracing() and isinstance(weight, Int8Weight):  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace cannot hold a layer of mode 'int8'; qkernels.freeze_(model) makes it frozen, with the "
             "same outputs, and that can be traced"
         )
-    if not (needs_x or needs_weight or needs_scales or needs_bias):
+    if not (needs_x or needs_weight or needs_scales or needs_bias or needs_x_scale):
         return over_leading_dimensions(
-            _trained_without_gradient, x, weight.shape[0], weight, scales, bias, scheme, out_dtype
+            _trained_without_gradient, x, weight.shape[0], weight, scales, bias, scheme, out_dtype, x_scale
         )
     needs_weight = needs_weight or needs_scales
-    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight) else None
+    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight or needs_x_scale) else None
     graphs = anchors(x if needs_x else None, weight if needs_weight else None)
-    args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *graphs)
+    args = (weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, x_scale, needs_x_scale, *graphs)
     return over_leading_dimensions(_trained_linear, x, weight.shape[0], *args)
 
 
@@ -180,5 +197,6 @@ def _trained_without_gradient(
     bias: Tensor | None,
     scheme: QuantScheme,
     out_dtype: torch.dtype | None,
+    x_scale: Tensor | None,
 ) -> Tensor:
-    return ops.linear(x, *quantized_weight(weight, scales, scheme), bias, scheme.name, out_dtype)
+    return ops.linear(x, *quantized_weight(weight, scales, scheme), bias, scheme.name, out_dtype, x_scale)

@@ -99,6 +99,7 @@ class ReadOnly(Operand):
     in_features: int
     grad_mode: str
     column_scales: Tensor | None
+    x_scale: Tensor | None
 
 
 class TrainedLayer(Protocol):
@@ -107,6 +108,8 @@ class TrainedLayer(Protocol):
     scheme: QuantScheme
     grad_dtype: str
     _parameters: dict[str, nn.Parameter | None]
+
+    def _activation_scale(self) -> Tensor | None: ...
 
 
 class _Product(NamedTuple):
@@ -234,12 +237,15 @@ def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, ReadOnly):
         assert weight.stored is not None
         check_input(x, weight.in_features)
-        return quant_linear(x, weight.stored, bias, weight.scheme, dtype, weight.grad_mode, weight.column_scales)
+        args = (weight.scheme, dtype, weight.grad_mode, weight.column_scales, weight.x_scale)
+        return quant_linear(x, weight.stored, bias, *args)
     assert isinstance(weight, _Trained) and weight.product is not None
-    scheme, grad_dtype, scales, _ = weight.product
+    scheme, grad_dtype, scales, layer = weight.product
     rows = weight.t() if weight.transposed else weight
     check_input(x, rows.shape[1])
-    return trained_linear(x, rows, bias, scheme, dtype, grad_dtype, scales)
+    owner = layer()
+    x_scale = None if owner is None or not scheme.static_activations else owner._activation_scale()
+    return trained_linear(x, rows, bias, scheme, dtype, grad_dtype, scales, x_scale)
 
 
 def _is_operand(value: Any) -> TypeGuard[Operand]:

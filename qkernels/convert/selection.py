@@ -138,7 +138,8 @@ def select_layers(
     by_parameter = {(id(module), key): layer for layer in layers for module, key in [layer.parameter()]}
     for group in groups:
         _settle_tied(group, by_parameter, bool(embeddings))
-    embedding_scheme = scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)
+    # An embedding has no activations; a head on its storage finds their scales in each call.
+    embedding_scheme = (scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)).of_dynamic
     for layer in layers:
         looked_up = any(member.is_lookup for member in (layer, *layer.tied))
         layer.scheme = embedding_scheme if looked_up else scheme

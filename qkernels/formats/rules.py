@@ -62,25 +62,45 @@ def int8_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.round().clamp(-127, 127).to(torch.int8), scales
 
 
-def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
-    """Quantize activations per token, or per group of K (rules 1 and 2).
+def quantize_activation(x: Tensor, scheme: str | QuantScheme, x_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token, or per group of K (rules 1 and 2), or with a given scale (rule 13).
 
     Args:
         x: float [M, K].
         scheme: an `a8` scheme.
+        x_scale: float32 [1], for `a8s` schemes only: the scale of all rows. What is larger than 127 of it is clamped.
 
     Returns:
         int8 [M, K] and float32 scales [M, groups]. A group that holds Inf or NaN has q = 0 and scale NaN.
 
     Raises:
-        ValueError: if x is not a float matrix with K >= 1, or the scheme leaves activations in float.
+        ValueError: if x is not a float matrix with K >= 1, the scheme leaves activations in float, or x_scale is
+            missing or not wanted.
     """
     scheme = QuantScheme.parse(scheme)
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
     check_float_matrix("x", x)
+    if scheme.static_activations != (x_scale is not None):
+        wanted = "is required" if scheme.static_activations else "must be None"
+        raise ValueError(f"x_scale {wanted} for scheme {scheme}")
+    if x_scale is not None:
+        return int8_static(x.to(torch.float32), x_scale)
     q, scales = int8_groups(grouped(x.to(torch.float32), scheme.act_group_size))
     return q.flatten(-2)[:, : x.shape[-1]].contiguous(), scales
+
+
+def inverse_of(scale: Tensor) -> Tensor:
+    """What values are multiplied with to be rounded to a given float32 scale: 0 where that counts as 0 (rule 11)."""
+    usable = scale.abs() >= TINY
+    return torch.where(usable, divide(1.0, torch.where(usable, scale, 1.0)), 0.0)
+
+
+def int8_static(x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rule 13: float32 [M, K] and a scale [1] for all of it -> int8 of that shape and float32 scales [M, 1]."""
+    finite = x.isfinite().all(dim=-1, keepdim=True)
+    q = (torch.where(finite, x, 0.0) * inverse_of(x_scale)).round().clamp(-127, 127).to(torch.int8)
+    return q, torch.where(finite, x_scale, torch.nan)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:

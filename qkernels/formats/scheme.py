@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .weight_format import WEIGHT_FORMATS, WeightFormat
 
@@ -21,8 +21,9 @@ class QuantScheme:
         group_size: weight elements along K that share a scale; None: one scale per output channel.
         symmetric: False: 4-bit weights carry a zero point per group.
         act_group_size: activation elements along K that share a scale; None: one scale per token.
+        static_activations: one scale for all activations of a layer, which calibration chose (`x_scale`).
 
-    The canonical name is ``w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}]``.
+    The canonical name is ``w{4,8}a{8,8s,16}[-g{32,64,128}][-asym][-ag{32,64,128}]``.
     """
 
     weight_bits: int
@@ -30,6 +31,7 @@ class QuantScheme:
     group_size: int | None = None
     symmetric: bool = True
     act_group_size: int | None = None
+    static_activations: bool = False
 
     def __post_init__(self) -> None:
         def expect(ok: bool, field: str, what: str) -> None:
@@ -42,6 +44,9 @@ class QuantScheme:
         expect(self.act_group_size in (None, *GROUP_SIZES), "act_group_size", f"None or one of {GROUP_SIZES}")
         expect(self.symmetric or self.weight_format.has_zeros, "symmetric", "True for 8-bit weights")
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
+        expect(not self.static_activations or self.act_bits == 8, "static_activations", "False for float activations")
+        one_scale = self.act_group_size is None or not self.static_activations
+        expect(one_scale, "act_group_size", "None for static activations")
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -68,7 +73,7 @@ class QuantScheme:
         if scheme not in _BY_NAME:
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {_nearest(scheme)!r}? "
-                "Schemes are named w{4,8}a{8,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
+                "Schemes are named w{4,8}a{8,8s,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
                 "(-asym for w4, -ag for a8 only)."
             )
         return _BY_NAME[scheme]
@@ -76,7 +81,7 @@ class QuantScheme:
     @property
     def name(self) -> str:
         return (
-            f"w{self.weight_bits}a{self.act_bits}"
+            f"w{self.weight_bits}a{self.act_bits}{'s' if self.static_activations else ''}"
             + (f"-g{self.group_size}" if self.group_size else "")
             + ("" if self.symmetric else "-asym")
             + (f"-ag{self.act_group_size}" if self.act_group_size else "")
@@ -91,11 +96,12 @@ class QuantScheme:
 
         Its decimal digits are the name in order: one of the bits of the weight, two of the bits of the activations,
         three of the group size, one that is 1 for `-asym`, three of the activation group size; 0 where there is none.
+        A 1 before them all means `a8s`.
 
         >>> QuantScheme.parse("w4a8-g32-asym-ag64").code
         4080321064
         """
-        bits = self.weight_bits * 10**9 + self.act_bits * 10**7
+        bits = self.static_activations * 10**10 + self.weight_bits * 10**9 + self.act_bits * 10**7
         groups = (self.group_size or 0) * 10**4 + (self.act_group_size or 0)
         return bits + groups + (0 if self.symmetric else 1000)
 
@@ -114,6 +120,16 @@ class QuantScheme:
     @property
     def int_activations(self) -> bool:
         return self.act_bits == 8
+
+    @property
+    def of_dynamic(self) -> QuantScheme:
+        """The scheme with the scales of activations found in every call, in the place of static ones."""
+        return replace(self, static_activations=False)
+
+    @property
+    def of_floats(self) -> QuantScheme:
+        """The scheme of the same weight with float activations."""
+        return replace(self, act_bits=16, act_group_size=None, static_activations=False)
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -151,6 +167,8 @@ class QuantScheme:
 def _nearest(scheme: str) -> str:
     """The name of a valid scheme that is most like `scheme`, in number of bits rather than in letters."""
     name = re.sub(r"[\s_]+", "-", scheme.strip().lower())
+    static = next((mark for mark in ("-static", "sa8") if mark in name), None)  # "w8a8-static", "w8sa8"
+    name = name if static is None else name.replace(static, "" if static == "-static" else "a8").replace("a8", "a8s", 1)
     if bits := re.match(r"w(\d+)-?a(\d+)", name):
         weight, act = (int(number) for number in bits.groups())
         name = f"w{4 if weight < 6 else 8}a{8 if act < 12 else 16}{name[bits.end() :]}"
@@ -162,12 +180,12 @@ def _nearest(scheme: str) -> str:
 def _all_schemes() -> list[QuantScheme]:
     groups = (None, *GROUP_SIZES)
     return [
-        QuantScheme(bits, act_bits, group, symmetric, act_group)
+        QuantScheme(bits, act_bits, group, symmetric, act_group, static)
         for bits in WEIGHT_FORMATS
-        for act_bits in (8, 16)
+        for act_bits, static in ((8, False), (16, False), (8, True))
         for group in groups
         for symmetric in ((True, False) if WEIGHT_FORMATS[bits].has_zeros else (True,))
-        for act_group in (groups if act_bits == 8 else (None,))
+        for act_group in (groups if act_bits == 8 and not static else (None,))
     ]
 
 

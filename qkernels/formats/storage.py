@@ -75,6 +75,10 @@ class StoredWeight(NamedTuple):
     """A weight [N, K] as an operator reads it: its canonical storage, K and the scheme.
 
     The weights of E experts are one, too: its tensors begin with a dimension of E, and `expert` gives each.
+
+    Attributes:
+        x_scale: float32 [1], the scale of the activations that are multiplied with it, where an operator of an `a8s`
+            scheme reads these; else None.
     """
 
     qweight: Tensor
@@ -82,6 +86,7 @@ class StoredWeight(NamedTuple):
     zeros: Tensor | None
     in_features: int
     scheme: QuantScheme
+    x_scale: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -110,4 +115,4 @@ class StoredWeight(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """`dequantize_weight`: float32 [N, K]."""
-        return dequantize_weight(*self)
+        return dequantize_weight(self.qweight, self.scales, self.zeros, self.in_features, self.scheme)

@@ -67,6 +67,16 @@ def tensor_problem(
     return None
 
 
+def x_scale_problem(x_scale: object, scheme: QuantScheme, *, values: bool = True) -> str | None:
+    """Why `x_scale` is not the scale of static activations under `scheme`; None: it is, or neither exists."""
+    if not scheme.static_activations:
+        return None if x_scale is None else f"is given, but {scheme} has no static activations"
+    problem = tensor_problem(x_scale, (1,), torch.float32, scheme)
+    if problem is None and isinstance(x_scale, Tensor) and values:
+        problem = value_problem("x_scale", x_scale)
+    return problem
+
+
 def value_problem(name: str, tensor: Tensor) -> str | None:
     """Why the values of a stored tensor are none; a tensor on the meta device has no values."""
     if tensor.is_meta or tensor.numel() == 0:
@@ -76,6 +86,8 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
         return None
     if name == "scales" and not bool(local.isfinite().all()):
         return "must be finite, got NaN or Inf"
+    if name == "x_scale" and not bool((local.isfinite() & (local.abs() >= 2.0**-96)).all()):
+        return f"must be finite and at least 2^-96, got {local.tolist()}"
     if name == "zeros" and (most := local.max().item()) > 15:
         return f"must be at most 15, got {most}"
     if name == "qweight" and local.dtype == torch.int8 and local.min().item() == -128:

@@ -1,8 +1,8 @@
 """Arguments of the operators' schemas, bundled for the functions that are written in Python.
 
-A schema takes a weight as several arguments: `qweight`, `scales`, `zeros`, the scheme's code, and `in_features` where x
-does not tell it. Checks, fake kernels, the reference and Triton's plans take one `StoredWeight` in their place, and one
-`QuantizedRows` in the place of a quantized gradient and its scales.
+A schema takes a weight as several arguments: `qweight`, `scales`, `zeros`, the scheme's code, `in_features` where x
+does not tell it, and `x_scale` of static activations. Checks, fake kernels, the reference and Triton's plans take one
+`StoredWeight` in their place, and one `QuantizedRows` in the place of a quantized gradient and its scales.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ def bundle(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # A matrix x has K columns, and images [N, H, W, C] have C channels; a check tells if it is neither.
     in_features = args[places["in_features"]] if "in_features" in places else (args[0].shape or (0,))[-1]
     qweight, scales, zeros = args[weight : weight + 3]
-    dropped = {places["scheme"], places.get("in_features")}
+    dropped = {places["scheme"], places.get("in_features"), places.get("x_scale")}
     rest = [value for place, value in enumerate(args) if place >= weight + 3 and place not in dropped]
     if "geometry" in places:  # after bias
         rest[1] = ConvGeometry(*rest[1])
         in_features = rest[1].in_features(in_features)
     before = (QuantizedRows(*args[:2]), *args[2:weight]) if "q_grad" in places else args[:weight]
-    return *before, StoredWeight(qweight, scales, zeros, in_features, scheme), *rest
+    x_scale = args[places["x_scale"]] if places.get("x_scale", len(args)) < len(args) else None
+    return *before, StoredWeight(qweight, scales, zeros, in_features, scheme, x_scale), *rest
 
 
 class ConvGeometry(NamedTuple):

@@ -24,7 +24,7 @@ def check_weight(weight: StoredWeight, of_experts: bool = False) -> None:
     Args:
         weight: one weight, or with `of_experts` one for each expert.
     """
-    qweight, scales, zeros, in_features, scheme = weight
+    qweight, scales, zeros, in_features, scheme, _ = weight
     if in_features < 1:
         raise RuntimeError(f"in_features must be at least 1, got {in_features}")
     if qweight.dim() != (3 if of_experts else 2):
@@ -98,9 +98,18 @@ def _check_int_activations(scheme: QuantScheme) -> None:
         raise RuntimeError(f"scheme must be an a8 scheme, got {scheme}")
 
 
-def quantize_activation(x: Tensor, scheme: QuantScheme) -> None:
+def _check_x_scale(x_scale: Tensor | None, scheme: QuantScheme, device: torch.device) -> None:
+    if scheme.static_activations != (x_scale is not None):
+        wanted = "is required" if scheme.static_activations else "must be None"
+        raise RuntimeError(f"x_scale {wanted} for scheme {scheme}")
+    if x_scale is not None:
+        _check_shaped("x_scale", x_scale, torch.float32, (1,), device)
+
+
+def quantize_activation(x: Tensor, scheme: QuantScheme, x_scale: Tensor | None = None) -> None:
     _check_int_activations(scheme)
     _check_matrix("x", x)
+    _check_x_scale(x_scale, scheme, x.device)
 
 
 dequantize_weight = column_scales = check_weight
@@ -115,6 +124,7 @@ def _check_product(name: str, x: Tensor, weight: StoredWeight, bias: Tensor | No
     _check_matrix(name, x)
     check_weight(weight, of_experts)
     _check_device("qweight", weight.qweight, x.device)
+    _check_x_scale(weight.x_scale, weight.scheme, x.device)
     if weight.scheme.int_activations and x.shape[1] > MAX_REDUCTION:
         raise RuntimeError(f"in_features must be at most {MAX_REDUCTION} for exact int32 sums, got {x.shape[1]}")
     _check_bias(bias, weight, x.device, of_experts)
@@ -149,6 +159,8 @@ def conv(
         )
     if scheme.act_group_size is not None:
         raise RuntimeError(f"scheme must have no activation groups for a convolution, got {scheme}")
+    if scheme.static_activations:
+        raise RuntimeError(f"scheme must have no static activations for a convolution, got {scheme}")
     check_weight(weight)
     _check_device("qweight", weight.qweight, x.device)
     if weight.out_features % groups:

@@ -96,6 +96,9 @@ def _dotted(version: int) -> str:
 
 def supports(call: Call) -> bool:
     """True if `qkernels_cuda` has a kernel for this call; a pure function."""
+    reads_activations = call.operator in ("quantize_activation", "linear", "linear_with_saved_input")
+    if call.scheme is not None and call.scheme.static_activations and reads_activations:
+        return False
     if call.scheme is not None and call.operator == "linear":
         return call.scheme.int_activations or call.dtype != torch.float32
     if call.scheme is not None and call.operator == "linear_with_saved_input":

@@ -33,12 +33,12 @@ def _call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
-def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
-    """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups].
+def quantize_activation(x: Tensor, scheme: str | QuantScheme, x_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize float x [M, K] to int8 [M, K] with float32 scales [M, groups]; `x_scale` [1] is for `a8s` schemes.
 
     `formats.rules.quantize_activation` is the definition.
     """
-    return _call(_ops.quantize_activation.default, x, scheme_code(scheme))
+    return _call(_ops.quantize_activation.default, x, scheme_code(scheme), x_scale)
 
 
 def dequantize_weight(
@@ -56,6 +56,7 @@ def linear(
     bias: Tensor | None,
     scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` on the quantized weight, without a gradient (see `autograd.quant_linear`).
 
@@ -66,6 +67,7 @@ def linear(
         bias: float [N] or None.
         scheme: the scheme or its canonical name.
         out_dtype: dtype of the result; None: x.dtype.
+        x_scale: float32 [1], the scale of the activations, for `a8s` schemes only.
 
     Returns:
         [M, N].
@@ -74,7 +76,7 @@ def linear(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _call(_ops.linear.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
+    return _call(_ops.linear.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype, x_scale)
 
 
 def linear_with_saved_input(
@@ -85,6 +87,7 @@ def linear_with_saved_input(
     bias: Tensor | None,
     scheme: str | QuantScheme,
     out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear` of an `a8` scheme, and x as the gradient of the weight needs it.
 
@@ -99,7 +102,8 @@ def linear_with_saved_input(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _call(_ops.linear_with_saved_input.default, x, qweight, scales, zeros, bias, scheme_code(scheme), out_dtype)
+    args = (qweight, scales, zeros, bias, scheme_code(scheme), out_dtype, x_scale)
+    return _call(_ops.linear_with_saved_input.default, x, *args)
 
 
 def grouped_linear(
@@ -113,6 +117,7 @@ def grouped_linear(
     out_dtype: torch.dtype | None = None,
     *,
     rows: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """The products of E fused experts, each of which multiplies its own rows as `linear` would, without a gradient.
 
@@ -132,6 +137,7 @@ def grouped_linear(
         out_dtype: dtype of the result; None: x.dtype.
         rows: int64 [M] in [0, T): the row of x that each row of the result multiplies, those of no expert included.
             None: the rows of x as they are, M = T.
+        x_scale: float32 [1], the scale of the activations, for `a8s` schemes only.
 
     Returns:
         [M, N].
@@ -140,8 +146,8 @@ def grouped_linear(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    code = scheme_code(scheme)
-    return _call(_ops.grouped_linear.default, x, offsets, qweight, scales, zeros, bias, code, out_dtype, rows)
+    args = (qweight, scales, zeros, bias, scheme_code(scheme), out_dtype, rows, x_scale)
+    return _call(_ops.grouped_linear.default, x, offsets, *args)
 
 
 def grouped_linear_grad_input(
@@ -389,6 +395,7 @@ def linear_cross_entropy(
     scheme: str | QuantScheme,
     dither: Tensor | None = None,
     *,
+    x_scale: Tensor | None = None,
     softcap: float = 0.0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
@@ -404,6 +411,7 @@ def linear_cross_entropy(
         scheme: the scheme or its canonical name.
         dither: int64 [M], taken modulo 2^32, where the gradient's rounding starts in each row (docs/numerics.md,
             rule 7); uniform random numbers make the rounding unbiased. None: no gradient.
+        x_scale: float32 [1], the scale of the hidden states, for `a8s` schemes only.
         softcap: c of `c * tanh(logit / c)`, at least 2^-126; it is rounded to float32. 0 and what rounds to infinity:
             none. Not together with `label_smoothing`.
         z_loss: weight of the squared log-sum-exp.
@@ -429,6 +437,7 @@ def linear_cross_entropy(
         bias,
         scheme_code(scheme),
         dither,
+        x_scale,
         **options,
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats import rules
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
-from ..formats.validate import storage_problems
+from ..formats.validate import storage_problems, x_scale_problem
 from . import ops
 
 
@@ -21,24 +21,32 @@ def _float_matrix(name: str, x: Tensor) -> Tensor:
     return x if x.dtype in FLOAT_DTYPES else x.to(torch.float32)
 
 
-def quantize_activation(x: Tensor, scheme: str | QuantScheme) -> tuple[Tensor, Tensor]:
-    """Quantize activations per token, or per group of K (rules 1 and 2 of docs/numerics.md).
+def quantize_activation(x: Tensor, scheme: str | QuantScheme, x_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token, or per group of K, or with a given scale (docs/numerics.md, rules 1, 2 and 13).
 
     Args:
         x: float [M, K].
         scheme: an `a8` scheme.
+        x_scale: float32 [1], the scale of all rows, for `a8s` schemes only. What is larger than 127 of it is clamped.
 
     Returns:
         int8 [M, K] and float32 scales [M, groups]. A group that holds Inf or NaN has q = 0 and scale NaN.
 
     Raises:
         TypeError: if x is not a tensor.
-        ValueError: if x is not a float matrix with K >= 1, or the scheme leaves activations in float.
+        ValueError: if x is not a float matrix with K >= 1, the scheme leaves activations in float, or x_scale does not
+            fit the scheme.
+
+    Example:
+        >>> qk.quantize_activation(torch.tensor([[0.5, 3.0]]), "w8a8s", x_scale=torch.tensor([0.01]))[0]
+        tensor([[ 50, 127]], dtype=torch.int8)
     """
     scheme = QuantScheme.parse(scheme)
     if not scheme.int_activations:
         raise ValueError(f"scheme must be an a8 scheme, got {scheme}")
-    return ops.quantize_activation(_float_matrix("x", x), scheme)
+    if (problem := x_scale_problem(x_scale, scheme, values=False)) is not None:
+        raise ValueError(f"x_scale {problem}")
+    return ops.quantize_activation(_float_matrix("x", x), scheme, x_scale)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:

@@ -21,8 +21,8 @@ from ..formats.storage import QuantizedRows, StoredWeight
 from .arguments import ConvGeometry, LossOptions
 
 
-def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    return rules.quantize_activation(x, scheme)
+def quantize_activation(x: Tensor, scheme: QuantScheme, x_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return rules.quantize_activation(x, scheme, x_scale)
 
 
 def dequantize_weight(weight: StoredWeight) -> Tensor:
@@ -83,7 +83,7 @@ def _exact_sum(a: Tensor, b: Tensor) -> Tensor:
 
 def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
     """Rule 4, of float `x [M, K]`."""
-    return _scaled_sums(*rules.quantize_activation(x, weight.scheme), weight)
+    return _scaled_sums(*rules.quantize_activation(x, weight.scheme, weight.x_scale), weight)
 
 
 def _scaled_sums(qx: Tensor, x_scales: Tensor, weight: StoredWeight) -> Tensor:
@@ -218,7 +218,7 @@ def linear_with_saved_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear`, and x quantized with one scale a row (rule 9): `[M, N]`, int8 `[M, K]`, float32 `[M]`."""
     scheme = weight.scheme
-    qx, x_scales = rules.quantize_activation(x, scheme)
+    qx, x_scales = rules.quantize_activation(x, scheme, weight.x_scale)
     out = linear(x, weight, bias, out_dtype)
     if scheme.act_group_size is None:
         return out, qx, x_scales.flatten()
@@ -248,9 +248,7 @@ def mask_clipped(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> Tensor:
 
 def _in_scales(weight: Tensor, scales: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """float32 [N, groups, G]: the weight divided by its scale, and that rounded and clamped (rule 11)."""
-    usable = scales.abs() >= rules.TINY
-    inverse = torch.where(usable, rules.divide(1.0, torch.where(usable, scales, 1.0)), 0.0)
-    values = rules.grouped(weight.to(torch.float32), scheme.group_size) * inverse.unsqueeze(-1)
+    values = rules.grouped(weight.to(torch.float32), scheme.group_size) * rules.inverse_of(scales).unsqueeze(-1)
     return values, values.round().clamp(scheme.weight_format.least, scheme.weight_format.greatest)
 
 

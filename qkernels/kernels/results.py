@@ -15,7 +15,7 @@ from ..formats.storage import QuantizedRows, StoredWeight
 from .arguments import ConvGeometry
 
 
-def quantize_activation(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, scheme: QuantScheme, x_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     scales = x.new_empty((x.shape[0], scheme.act_groups(x.shape[1])), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scales
 

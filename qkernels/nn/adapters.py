@@ -42,12 +42,14 @@ class LayerAdapter(ABC, Generic[_L]):
         transposed: the parameter holds the weight as [K, N].
         lookup: the layer looks up rows of the weight (an embedding) and multiplies nothing.
         measured: `forward(x)` takes one input [..., K] alone, so that it can be timed, and calibrated by its inputs.
+        static_activations: `quantize` takes `x_scale`, the scale of the layer's input under `a8s` schemes.
     """
 
     key: str = "weight"
     transposed: bool = False
     lookup: bool = False
     measured: bool = True
+    static_activations: bool = False
 
     def weight(self, layer: _L) -> Tensor:
         """The weight, detached: float [N, K], or [E, N, K] of E experts, a view of the parameter where that can be.
@@ -103,16 +105,18 @@ class LayerAdapter(ABC, Generic[_L]):
                 "quantize the model before it is sharded" if name == "DTensor" else "only plain tensors are quantized"
             )
         in_features = self.shape(layer)[-1]
+        if scheme.static_activations and not self.static_activations:
+            return f"no static activations (a8s) in a {type(layer).__name__}: use {scheme.of_dynamic}"
         if in_features == 0 or (scheme.int_activations and in_features > MAX_REDUCTION):
             return f"in_features {in_features} is not in 1..{MAX_REDUCTION}"
         return None
 
     @abstractmethod
-    def quantize(self, layer: _L, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: _L, scheme: str | QuantScheme, **layer_options: Any) -> Storage:
         """The quantized twin of a float layer, which shares its bias.
 
         Args:
-            layer_options: mode, grad_dtype and weight_scale, as in `QuantLinear`.
+            layer_options: mode, grad_dtype and weight_scale, as in `QuantLinear`, and x_scale under `a8s` schemes.
 
         Raises:
             ValueError: if the weight holds NaN or Inf, or the scheme does not fit.

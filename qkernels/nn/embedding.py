@@ -37,7 +37,7 @@ class QuantEmbedding(Storage, nn.Embedding):
         device, dtype: of the parameters, and the `compute_dtype`. The scales are float32 always.
 
     Raises:
-        ValueError: for an unknown scheme.
+        ValueError: for an unknown scheme, or one of static activations.
     """
 
     COMPUTE_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -56,6 +56,8 @@ class QuantEmbedding(Storage, nn.Embedding):
     ) -> None:
         nn.Module.__init__(self)
         self.scheme = QuantScheme.parse(scheme)
+        if self.scheme.static_activations:
+            raise ValueError(f"scheme must be {self.scheme.of_dynamic}: an embedding has no activations, got {scheme}")
         self.mode = "frozen"
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False

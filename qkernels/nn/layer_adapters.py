@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class LinearAdapter(LayerAdapter[nn.Module]):
     """
 
     features: tuple[str, str] = ("out_features", "in_features")
+    static_activations = True
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         weight = layer._parameters.get(self.key)
@@ -34,7 +35,7 @@ class LinearAdapter(LayerAdapter[nn.Module]):
             return tuple(getattr(layer, name, 0) for name in self.features)
         return super().shape(layer)
 
-    def quantize(self, layer: nn.Module, scheme: str | QuantScheme, **layer_options: str) -> QuantLinear:
+    def quantize(self, layer: nn.Module, scheme: str | QuantScheme, **layer_options: Any) -> QuantLinear:
         return QuantLinear.from_float(layer, scheme, **layer_options)
 
     def empty(
@@ -84,7 +85,7 @@ class EmbeddingAdapter(LayerAdapter[nn.Embedding]):
             return f"{layer.weight.dtype} weight"
         return "no columns" if layer.embedding_dim == 0 else None
 
-    def quantize(self, layer: nn.Embedding, scheme: str | QuantScheme, **layer_options: str) -> QuantEmbedding:
+    def quantize(self, layer: nn.Embedding, scheme: str | QuantScheme, **layer_options: Any) -> QuantEmbedding:
         return QuantEmbedding.from_float(layer, scheme)
 
     def empty(
@@ -127,7 +128,7 @@ class QuantizedAdapter(LayerAdapter[Storage]):
     def reason(self, layer: Storage, scheme: QuantScheme) -> str | None:
         return f"{QUANTIZED} ({layer.scheme}, {layer.mode})"
 
-    def quantize(self, layer: Storage, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: Storage, scheme: str | QuantScheme, **layer_options: Any) -> Storage:
         raise TypeError(f"layer is quantized already: {layer}")
 
     def empty(

@@ -15,6 +15,7 @@ from ..autograd.trained import trained_linear
 from ..autograd.weight_products import autocast_dtype, check_input, traced
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
+from ..formats.validate import x_scale_problem
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
@@ -43,6 +44,10 @@ class QuantLinear(MatrixLayer, nn.Linear):
     - "int8": a `weight` that is int8 itself (see `Int8Weight`) and is updated with stochastic rounding, for schemes
       with 8-bit weights of one scale a row. The state dict is that of the frozen layer.
 
+    Under static activations (`a8s` schemes) each mode also holds `x_scale`, float32 [1], which calibration has chosen
+    (`quantize_(..., calibration=...)` or `prepare_` and `convert_`); a new layer has 1. What lies outside of 127 scales
+    is clamped. Gradients pass straight through that too, but for learned scales.
+
     Shape: input float32, bfloat16 or float16 [..., in_features]; output [..., out_features] of the input's dtype, or
     of the autocast dtype under autocast. Any leading shape, also empty.
 
@@ -56,6 +61,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
             stochastically to int8, with a seed from torch's default CPU generator, and multiplied in integers.
         weight_scale: how mode "qat" chooses the scales of the weight. "absmax": by its range, in each forward.
             "learned": they are trained (learned step size), for symmetric schemes, and begin with those of the range.
+            So is `x_scale` of static activations then, which begins with the calibrated one; `x` gets no gradient
+            where it was clamped.
         device, dtype: of the parameters; `dtype` applies to the bias and is the layer's `compute_dtype`. The scales
             are float32 always.
 
@@ -95,6 +102,7 @@ class QuantLinear(MatrixLayer, nn.Linear):
         mode: str = "frozen",
         grad_dtype: str = "float",
         weight_scale: str = "absmax",
+        x_scale: Tensor | None = None,
     ) -> QuantLinear:
         """Quantize a float linear layer; the bias parameter is shared with `layer`.
 
@@ -102,10 +110,12 @@ class QuantLinear(MatrixLayer, nn.Linear):
 
         Args:
             layer: an `nn.Linear`, a transformers `Conv1D`, or a layer that `register_adapter` has made known.
+            x_scale: float32 [1], the scale of the activations, for `a8s` schemes only; an observer
+                (`qkernels.ptq.observers`) finds it.
 
         Raises:
             TypeError: for another kind of module.
-            ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
+            ValueError: if the weight holds NaN or Inf, the scheme does not fit, or `x_scale` does not fit the scheme.
         """
         adapter = find_adapter(layer)
         if adapter is None or adapter.lookup or is_frozen(layer):
@@ -113,6 +123,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
                 "layer must be an nn.Linear, a transformers Conv1D or a layer with an adapter, "
                 f"got {type(layer).__name__}"
             )
+        if (problem := x_scale_problem(x_scale, QuantScheme.parse(scheme))) is not None:
+            raise ValueError(f"x_scale {problem}; quantize_(model, scheme, calibration=...) finds it from inputs")
         weight = layer.weight.detach() if isinstance(layer, QuantLinear) else adapter.weight(layer)
         out_features, in_features = weight.shape
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
@@ -130,6 +142,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
                 quantized._take(quantize_weight(weight, quantized.scheme))
             if mode == "int8" and pruning is not None:
                 quantized.keep_zeros(pruning.mask.t() if adapter.transposed else pruning.mask)
+        if x_scale is not None:
+            quantized.set_x_scale(x_scale)
         quantized.register_parameter("bias", adapter.bias(layer))
         # What `dequantize_` makes of it again.
         quantized.float_type = getattr(layer, "float_type", parametrize.type_before_parametrizations(layer))
@@ -145,17 +159,19 @@ class QuantLinear(MatrixLayer, nn.Linear):
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":
             args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad_dtype)
-            return quant_linear(input, *args, self._column_scales_for(input) if self.grad_dtype == "int8" else None)
+            column_scales = self._column_scales_for(input) if self.grad_dtype == "int8" else None
+            return quant_linear(input, *args, column_scales, self._activation_scale())
         weight, scales = self._trained_weight(), self._parameters.get("scales")
         if self.mode == "int8" and "weight_mask" in self._buffers:
             weight = self._masked(weight)
-        return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad_dtype, scales)
+        x_scale = self._activation_scale()
+        return trained_linear(input, weight, self.bias, self.scheme, dtype, self.grad_dtype, scales, x_scale)
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
         check_input(x, self.in_features)
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
-        return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x))
+        return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x), x_scale=self._activation_scale())
 
     def extra_repr(self) -> str:
         return (

@@ -135,7 +135,8 @@ def _quantized_losses(
     # Where the rounding of each row starts: uniform numbers make it unbiased.
     dither = torch.randint(2**32, target.shape).to(hidden.device) if wanted else None
     scheme = head.scheme.name
-    return _QuantizedCrossEntropy.apply(hidden, bias, target, *head.quantized_weight(), scheme, dither, terms)
+    weight, x_scale = head.quantized_weight(), head._activation_scale()
+    return _QuantizedCrossEntropy.apply(hidden, bias, target, *weight, scheme, dither, x_scale, terms)
 
 
 def _float_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: LossOptions) -> Tensor:
@@ -203,13 +204,15 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
         zeros: Tensor | None,
         scheme: str,
         dither: Tensor | None,
+        x_scale: Tensor | None,
         terms: LossOptions,
     ) -> Tensor:
         options = terms._asdict()
         arguments = (hidden, target, qweight, scales, zeros, bias, scheme, dither)
-        losses, lse, grad = ops.linear_cross_entropy(*arguments, **options)
+        losses, lse, grad = ops.linear_cross_entropy(*arguments, x_scale=x_scale, **options)
         ctx.terms, ctx.scheme, ctx.dtype = terms, scheme, hidden.dtype
         kept = (hidden, bias, target, qweight, scales, zeros, lse) if ctx.needs_input_grad[1] else (None,) * 7
+        ctx.x_scale = x_scale
         ctx.save_for_backward(grad if ctx.needs_input_grad[0] else None, *kept)
         return losses
 
@@ -225,9 +228,9 @@ class _QuantizedCrossEntropy(torch.autograd.Function):
             grad_bias = torch.empty_like(bias)
             for chunk in _chunks(len(target), len(bias)):
                 part = QuantizedWeight(*weight).map(itemgetter(chunk))
-                logits = ops.linear(hidden, *part, bias[chunk], ctx.scheme, torch.float32)
+                logits = ops.linear(hidden, *part, bias[chunk], ctx.scheme, torch.float32, ctx.x_scale)
                 grad_bias[chunk] = factors @ _grad_logits(logits, chunk, target, lse, len(bias), ctx.terms)
-        return grad_hidden, grad_bias, *(None,) * 7
+        return grad_hidden, grad_bias, *(None,) * 8
 
 
 class _FloatCrossEntropy(torch.autograd.Function):

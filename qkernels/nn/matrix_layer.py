@@ -16,7 +16,7 @@ from ..autograd.masked import mask_gradient
 from ..autograd.weight_products import follow, refuse_script, refuse_write
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
-from ..formats.validate import STORAGE
+from ..formats.validate import STORAGE, x_scale_problem
 from ..kernels import ops
 from . import masks
 from .int8_state import StateScales, load_parts, state_parts
@@ -114,6 +114,7 @@ class MatrixLayer(Storage):
             weight = nn.Parameter(Int8Weight(qweight, scales, dtype))
         if weight is not None:
             self.register_parameter("weight", weight)
+        self._allocate_x_scale(device)
         self._allocate_column_scales(device)
         self.register_parameter("bias", own_bias)
         self.reset_parameters()
@@ -176,7 +177,12 @@ class MatrixLayer(Storage):
             self.compute_dtype,
             self.grad_dtype,
             self._current_column_scales(),
+            x_scale=self._activation_scale(),
         )
+
+    @property
+    def _learns_x_scale(self) -> bool:
+        return self.mode == "qat" and self.weight_scale == "learned"
 
     def _trained_view(self) -> Tensor:
         """The `weight` of a layer that trains it."""
@@ -259,10 +265,14 @@ class MatrixLayer(Storage):
         The mask of a pruned layer is dropped. The integers that it made 0 stay 0.
 
         Raises:
-            RuntimeError: if the weight is computed by something else than a mask, or holds NaN or Inf.
+            RuntimeError: if the weight is computed by something else than a mask, or it, or a learned scale of
+                activations, holds NaN or Inf.
         """
         if self.mode == "frozen":
             return self
+        x_scale = self.x_scale
+        if (problem := x_scale_problem(x_scale, self.scheme)) is not None:
+            raise RuntimeError(f"x_scale {problem}")
         if "weight" not in self._parameters and masks.find_pruning(self) is None:
             raise RuntimeError(
                 "the weight is computed by a hook or a parametrization that is no mask; make it permanent before "
@@ -276,6 +286,8 @@ class MatrixLayer(Storage):
         self._allocate_column_scales(weight.scales.device)
         with torch.inference_mode(False):
             self._take(weight.map(Tensor.detach))
+        if x_scale is not None:
+            self.set_x_scale(x_scale)
         return self
 
     def thaw_int8_(self) -> Self:
@@ -422,7 +434,11 @@ class MatrixLayer(Storage):
         """Check the whole layer before anything is copied, so that a bad tensor leaves the layer as it was."""
         args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.mode == "qat":
-            super()._load_from_state_dict(*args)
+            x_scale = state_dict.get(prefix + "x_scale")
+            if x_scale is not None and (problem := x_scale_problem(x_scale, self.scheme)) is not None:
+                error_msgs.append(f"{prefix}x_scale {problem}")
+            else:
+                super()._load_from_state_dict(*args)
             return
         errors = self._storage_errors(state_dict, prefix)
         if (problem := self._bias_problem(state_dict.get(prefix + "bias"))) is not None:

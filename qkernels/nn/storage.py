@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, storage_dtypes
-from ..formats.validate import STORAGE, storage_problems
+from ..formats.validate import STORAGE, storage_problems, x_scale_problem
 from ..kernels import ops
 from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 
@@ -64,9 +64,48 @@ class Storage(nn.Module):
         # FSDP, whose parameter is of another class, must find here what is registered.
         return ScalesView.of(scales) if isinstance(scales, StoredParameter) else scales
 
+    @property
+    def x_scale(self) -> Tensor | None:
+        """Float32 [1]: the scale of static activations (`a8s` schemes), which calibration chose; None for others.
+
+        It is a view, through which it can be changed in place; of a layer that learns its scales, the parameter.
+        """
+        x_scale = self._parameters.get("x_scale")
+        return ScalesView.of(x_scale) if isinstance(x_scale, StoredParameter) else x_scale
+
+    def set_x_scale(self, x_scale: Tensor) -> None:
+        """Replace the scale of static activations by a float32 [1], which is copied.
+
+        Raises:
+            ValueError: if it does not fit, or the scheme has none.
+        """
+        if (problem := x_scale_problem(x_scale, self.scheme)) is not None:
+            raise ValueError(f"x_scale {problem}")
+        if self.scheme.static_activations:
+            device = next(tensor for tensor in self._parameters.values() if tensor is not None).device
+            with torch.inference_mode(False):
+                own = nn.Parameter(x_scale.detach().to(device).clone(), requires_grad=self._learns_x_scale)
+            self.register_parameter("x_scale", own)
+
+    @property
+    def _learns_x_scale(self) -> bool:
+        """Whether `x_scale` is trained, and a float parameter; else it is stored as `scales` of a frozen weight."""
+        return False
+
+    def _activation_scale(self) -> Tensor | None:
+        """`x_scale` as the kernels read it."""
+        own = self._parameters.get("x_scale")
+        return float_scales(own) if own is not None and own.dtype == torch.int32 else own
+
+    def _is_stored(self, name: str) -> bool:
+        """Whether the parameter of this name is a constant, which is held as integers."""
+        return self.mode == "frozen" if name in STORAGE else name == "x_scale" and not self._learns_x_scale
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and name in STORAGE and self.mode == "frozen":
+        if param is not None and self._is_stored(name):
             param = store(param)
+        if name == "x_scale":  # torch refuses the name of an attribute that is there, unless it is a parameter's
+            self._parameters.setdefault(name, None)
         super().register_parameter(name, param)
 
     def _allocate(self, device: torch.device | str | None) -> None:
@@ -77,6 +116,12 @@ class Storage(nn.Module):
             shape = (*self.leading, *shapes.get(name, ()))
             tensor = torch.empty(shape, dtype=dtypes[name], device=device) if name in shapes else None
             self.register_parameter(name, None if tensor is None else store(tensor))
+
+    def _allocate_x_scale(self, device: torch.device | str | None) -> None:
+        """Register the scale of static activations, if the scheme has one, as 1."""
+        if self.scheme.static_activations:
+            x_scale = torch.ones(1, dtype=torch.float32, device=device)
+            self.register_parameter("x_scale", nn.Parameter(x_scale, requires_grad=self._learns_x_scale))
 
     @torch.no_grad()
     def _set_to_zero(self) -> None:
@@ -102,16 +147,19 @@ class Storage(nn.Module):
         )
 
     def storage_problems(self) -> dict[str, str]:
-        """By the name of each tensor of a frozen weight that does not fit its scheme: why (see `validate.py`)."""
-        return self._problems(self.quantized_weight()._asdict())
+        """By the name of each tensor of a frozen layer that does not fit its scheme: why (see `validate.py`)."""
+        return self._problems({**self.quantized_weight()._asdict(), "x_scale": self._activation_scale()})
 
     def _problems(self, tensors: Mapping[str, object]) -> dict[str, str]:
-        return storage_problems(tensors, self.in_features, self.out_features, self.scheme, leading=self.leading)
+        """Why the tensors of the weight, and `x_scale`, are not those of this layer."""
+        problems = storage_problems(tensors, self.in_features, self.out_features, self.scheme, leading=self.leading)
+        x_scale = x_scale_problem(tensors.get("x_scale"), self.scheme)
+        return problems if x_scale is None else {**problems, "x_scale": x_scale}
 
     def _check_weight(self, weight: QuantizedWeight) -> None:
         """Raise ValueError, naming the tensor, unless `weight` is the canonical storage of this scheme and shape."""
         tensors = weight._asdict()
-        for name, problem in self._problems(tensors).items():
+        for name, problem in self._problems({**tensors, "x_scale": self._activation_scale()}).items():
             raise ValueError(f"{name} {problem}")
         for name, tensor in tensors.items():
             if tensor is not None and tensor.device != weight.qweight.device:
@@ -151,8 +199,9 @@ class Storage(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Storage:
         """Move everything, but cast neither integers nor scales (`.half()`, `.to(torch.bfloat16)`, `.type(dtype)`)."""
-        scales = self._parameters.get("scales")
-        exact = {id(self._buffers.get("column_scales"))} | (set() if scales is None else {id(scales), id(scales.grad)})
+        scales = (self._parameters.get("scales"), self._parameters.get("x_scale"))
+        exact = {id(tensor) for s in scales if s is not None for tensor in (s, s.grad)}
+        exact.add(id(self._buffers.get("column_scales")))
         device = next(tensor for tensor in self._parameters.values() if tensor is not None).device
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         if not dtype.is_floating_point:
@@ -179,14 +228,20 @@ class Storage(nn.Module):
             return (tensor if wanted == tensor.dtype else moved).to(device=moved.device, dtype=wanted)
 
         super()._apply(move, recurse)
-        for name in STORAGE:  # torch may have made new parameters
-            if self.mode == "frozen" and type(parameter := self._parameters[name]) is nn.Parameter:
+        for name in (*STORAGE, "x_scale"):  # torch may have made new parameters
+            parameter = self._parameters.get(name)
+            if type(parameter) is nn.Parameter and self._is_stored(name):
                 self._parameters[name] = store(parameter)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The state dict holds the canonical storage."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (x_scale := self._parameters.get("x_scale")) is not None and not self._learns_x_scale:
+            keep = keep_vars and isinstance(x_scale, StoredParameter)
+            destination[prefix + "x_scale"] = (
+                self.x_scale if keep else plain(reinterpret(x_scale, torch.float32)).detach()
+            )
         if self.mode != "frozen":
             return
         self._refuse_truncated()
@@ -215,18 +270,21 @@ class Storage(nn.Module):
 
     def _storage_errors(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Why the tensors of a state dict cannot be this layer's weight; none at all are no error."""
-        given = {name: state_dict.get(prefix + name) for name in STORAGE}
+        given = {name: state_dict.get(prefix + name) for name in (*STORAGE, "x_scale")}
         if all(tensor is None for tensor in given.values()):
             return []
-        if isinstance(given["scales"], Tensor) and given["scales"].dtype == torch.int32:  # a parameter
-            given["scales"] = reinterpret(given["scales"].detach(), torch.float32)
+        for name in ("scales", "x_scale"):
+            tensor = given[name]
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.int32:  # a parameter
+                given[name] = reinterpret(tensor.detach(), torch.float32)
         problems = self._problems(given)
         return [f"{prefix}{name} {problem}" for name, problem in problems.items()]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict whose storage has been checked."""
         self._sample = None
-        scales = state_dict.get(prefix + "scales")
-        if self.mode == "frozen" and scales is not None and scales.dtype != torch.int32:
-            state_dict = {**state_dict, prefix + "scales": reinterpret(scales.detach(), torch.int32)}
+        for name in ("scales", "x_scale"):
+            scales = state_dict.get(prefix + name)
+            if self._is_stored(name) and scales is not None and scales.dtype != torch.int32:
+                state_dict = {**state_dict, prefix + name: reinterpret(scales.detach(), torch.int32)}
         super()._load_from_state_dict(state_dict, prefix, *args)

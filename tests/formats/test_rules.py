@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkernels import QuantScheme, dequantize_weight, quantize_activation, quantize_weight
+from qkernels.formats import rules as rules_of_package
 from qkernels.formats.storage import weight_integers
 from qkernels.formats.weight_format import INT4
 
 SCHEMES = [QuantScheme.parse(name) for name in QuantScheme.names()]
 WEIGHT_SCHEMES = [s for s in SCHEMES if s.act_bits == 16]  # one of each weight format
 ACT_SCHEMES = [s for s in SCHEMES if s.int_activations and s.weight_bits == 8 and s.group_size is None]
+ACT_SCHEMES = [s for s in ACT_SCHEMES if not s.static_activations]
 WIDTHS = [1, 2, 31, 32, 33, 63, 65, 127, 128, 129, 257]
 
 # |w / scale - (q - zero)| <= 1/2 in exact arithmetic. The rounded reciprocal, product and scale move w * inverse by at
@@ -111,6 +113,38 @@ def test_activations_of_any_values(scheme, values):
     expected_q, expected_scales = rules.quantize_activation(x, scheme.act_group_size)
     assert_same_bits(q, torch.from_numpy(expected_q))
     assert_same_bits(scales, torch.from_numpy(expected_scales))
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=70),
+    st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(2.0**-96, 2.0, width=32)),
+)
+def test_static_activations_of_any_values(values, scale):
+    x, x_scale = np.array([values], np.float32), np.array([scale], np.float32)
+    got = quantize_activation(torch.from_numpy(x), "w8a8s", torch.from_numpy(x_scale))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = rules.quantize_static(x, x_scale)
+    for actual, array in zip(got, expected, strict=True):
+        assert_same_bits(actual, torch.from_numpy(array))
+
+
+def test_static_activations_saturate_and_pass_nan_on():
+    x = torch.tensor([[0.0, 1.26, 1.27, 1.28, -300.0, -0.005], [0.0, torch.nan, 1.0, 1.0, 1.0, 1.0]])
+    q, scales = quantize_activation(x, "w8a8s", torch.tensor([0.01]))
+    assert q.tolist() == [[0, 126, 127, 127, -127, 0], [0] * 6]
+    assert scales[0] == torch.tensor(0.01) and scales[1].isnan()
+
+
+def test_a_static_scale_is_given_where_it_belongs():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="x_scale is required for scheme w8a8s"):
+        rules_of_package.quantize_activation(x, "w8a8s")
+    with pytest.raises(ValueError, match="x_scale must be None for scheme w8a8"):
+        rules_of_package.quantize_activation(x, "w8a8", torch.ones(1))
+    with pytest.raises(ValueError, match="x_scale is missing for w8a8s"):
+        quantize_activation(x, "w8a8s")
+    with pytest.raises(ValueError, match=r"x_scale must be torch.float32 of shape \[1\] for w8a8s"):
+        quantize_activation(x, "w8a8s", torch.ones(()))
 
 
 @by_name(WEIGHT_SCHEMES)

@@ -16,8 +16,8 @@ NAMES = QuantScheme.names()
 
 
 def test_names_are_all_combinations_once():
-    assert len(NAMES) == len(set(NAMES)) == 60  # (w8: 4, w4: 4 * 2) groupings x (a8: 4, a16: 1)
-    for name in ("w8a8", "w8a16", "w8a8-ag128", "w4a8-g32", "w4a16-g128-asym", "w4a8-g32-asym-ag64", "w4a8-asym"):
+    assert len(NAMES) == len(set(NAMES)) == 72  # (w8: 4, w4: 4 * 2) groupings x (a8: 4, a16: 1, a8s: 1)
+    for name in ("w8a8", "w8a16", "w8a8-ag128", "w4a8-g32", "w4a16-g128-asym", "w4a8-g32-asym-ag64", "w4a8s-g32"):
         assert name in NAMES
 
 
@@ -41,11 +41,15 @@ def test_code_is_read_back(name):
 def test_codes_are_the_digits_of_the_name():
     """Exported graphs hold them: they never change."""
     codes = {"w8a8": 8080000000, "w8a16-g128": 8161280000, "w4a8-ag128": 4080000128, "w4a8-g32-asym-ag64": 4080321064}
+    codes |= {"w8a8s": 18080000000, "w4a8s-g32-asym": 14080321000}
     assert {name: QuantScheme.parse(name).code for name in codes} == codes
     assert len({QuantScheme.parse(name).code for name in NAMES}) == len(NAMES)
 
 
-@pytest.mark.parametrize("code", [0, -1, 8, 8080000001, 8081000000, 2080000000, 8160000032, 48080000000, 2**62, "w8a8"])
+@pytest.mark.parametrize(
+    "code",
+    [0, -1, 8, 8080000001, 8081000000, 2080000000, 8160000032, 48080000000, 18160000000, 18080000032, 2**62, "w8a8"],
+)
 def test_other_codes_are_refused(code):
     with pytest.raises(ValueError, match=f"unknown scheme code {code!r}; "):
         QuantScheme.from_code(code)
@@ -67,7 +71,10 @@ def test_schemes_are_distinct_and_frozen():
         ("w4a8-ag128-g32", "w4a8-g32-ag128"),
         ("w4a8g32", "w4a8-g32"),
         ("w8a8-asym", "w4a8-asym"),
-        ("w8a8s", "w8a8"),
+        ("w8a8-static", "w8a8s"),
+        ("w8sa8", "w8a8s"),
+        ("w4a8-g32-static", "w4a8s-g32"),
+        ("w8a8s-ag32", "w8a8s-g32"),
         ("W8A8", "w8a8"),
         ("w8a8-g12", "w8a8-g128"),
         ("w4a16-g32-ag32", "w4a8-g32-ag32"),

@@ -11,7 +11,17 @@ from qkernels import QuantScheme
 from qkernels.kernels import ops
 
 # One of each class of grouping.
-CLASSES = ["w8a8", "w8a8-g32", "w8a8-ag128", "w8a8-g64-ag32", "w4a8", "w4a8-asym", "w4a8-g32-asym", "w4a8-g128-ag64"]
+CLASSES = [
+    "w8a8",
+    "w8a8-g32",
+    "w8a8-ag128",
+    "w8a8-g64-ag32",
+    "w4a8",
+    "w4a8-asym",
+    "w4a8-g32-asym",
+    "w4a8-g128-ag64",
+    "w8a8s",
+]
 
 
 def arguments(scheme: str, rows: int, out_features: int, in_features: int):
@@ -20,15 +30,19 @@ def arguments(scheme: str, rows: int, out_features: int, in_features: int):
     return x, draw.weight(out_features, in_features, QuantScheme.parse(scheme)), draw.floats(out_features)
 
 
+def linear(x: torch.Tensor, weight, bias: torch.Tensor, scheme: str) -> torch.Tensor:
+    return ops.linear(x, *weight, bias, scheme, None, op_samples.x_scale_of(scheme))
+
+
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_batch_invariance(each_isa, scheme):
     """Row i does not depend on its companions; the counts reach every kernel for few, some and many rows."""
     x, weight, bias = arguments(scheme, 150, 37, 161)
     x[3], x[77] = torch.nan, torch.inf
-    whole = ops.linear(x, *weight, bias, scheme)
+    whole = linear(x, weight, bias, scheme)
     for count in (1, 2, 5, 6, 8, 9, 13, 64, 65, 149):
         for start in {0, 3, 150 - count}:
-            part = ops.linear(x[start : start + count], *weight, bias, scheme)
+            part = linear(x[start : start + count], weight, bias, scheme)
             assert_same_bits(part, whole[start : start + count], f"{each_isa} {scheme}: rows {start} + {count}")
 
 
@@ -37,9 +51,10 @@ def test_batch_invariance(each_isa, scheme):
 def test_thread_count_invariance(each_isa, scheme, shape):
     x, weight, bias = arguments(scheme, *shape)
     results = []
+    x_scale = op_samples.x_scale_of(scheme)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((ops.linear(x, *weight, bias, scheme), *ops.quantize_activation(x, scheme)))
+        results.append((linear(x, weight, bias, scheme), *ops.quantize_activation(x, scheme, x_scale)))
     for other in results[1:]:
         for one, more in zip(results[0], other, strict=True):
             assert_same_bits(more, one, f"{each_isa} {scheme} {shape}")
@@ -50,11 +65,11 @@ def test_threads_share_large_products(scheme):
     """Large enough for each thread's share to be cut into pieces, which others may take (NOTE [shares])."""
     x, weight, bias = arguments(scheme, 150, 1210, 515)
     torch.set_num_threads(1)
-    expected = ops.linear(x, *weight, bias, scheme)
+    expected = linear(x, weight, bias, scheme)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         for _ in range(3):
-            assert_same_bits(ops.linear(x, *weight, bias, scheme), expected, f"{scheme} {threads}")
+            assert_same_bits(linear(x, weight, bias, scheme), expected, f"{scheme} {threads}")
 
 
 @pytest.mark.parametrize("scheme", CLASSES)
@@ -83,7 +98,7 @@ def test_float_products_repeat_on_the_same_threads(each_isa, scheme, rows):
     x, weight, bias = arguments(scheme, rows, 130, 150)
     grad_out = torch.randn(rows, 130)
     for call in (
-        lambda: ops.linear(x, *weight, bias, scheme),
+        lambda: linear(x, weight, bias, scheme),
         lambda: ops.linear_grad_input(grad_out, *weight, 150, scheme),
     ):
         first = call()
@@ -103,7 +118,7 @@ def test_pad_nibble_is_ignored(each_isa, scheme, in_features):
             weight = (qweight, scales, zeros)
             results.append(
                 (
-                    ops.linear(x, *weight, bias, scheme),
+                    linear(x, weight, bias, scheme),
                     ops.linear_grad_input(grad_out, *weight, in_features, scheme),
                     ops.dequantize_weight(*weight, in_features, scheme),
                 )
@@ -117,11 +132,11 @@ def test_pad_nibble_is_ignored(each_isa, scheme, in_features):
 def test_non_finite_rows_stay_alone(each_isa, scheme):
     for rows in (1, 6, 40, 100):
         x, weight, bias = arguments(scheme, rows, 33, 200)
-        clean = ops.linear(x, *weight, bias, scheme)
+        clean = linear(x, weight, bias, scheme)
         for column, value in ((0, torch.nan), (100, torch.inf), (199, -torch.inf)):
             broken = x.clone()
             broken[rows // 2, column] = value
-            out = ops.linear(broken, *weight, bias, scheme)
+            out = linear(broken, weight, bias, scheme)
             assert out[rows // 2].isnan().all(), f"{each_isa} {scheme} {rows}"
             keep = torch.arange(rows) != rows // 2
             assert_same_bits(out[keep], clean[keep], f"{each_isa} {scheme} {rows}")
@@ -131,8 +146,8 @@ def test_non_finite_rows_stay_alone(each_isa, scheme):
 def test_empty_shapes(each_isa, scheme):
     for rows, out_features in ((0, 7), (5, 0), (0, 0)):
         x, weight, bias = arguments(scheme, rows, out_features, 40)
-        assert ops.linear(x, *weight, bias, scheme).shape == (rows, out_features)
+        assert linear(x, weight, bias, scheme).shape == (rows, out_features)
         gradient = ops.linear_grad_input(torch.ones(rows, out_features), *weight, 40, scheme)
         assert_same_bits(gradient, torch.zeros(rows, 40))
         assert ops.dequantize_weight(*weight, 40, scheme).shape == (out_features, 40)
-        assert ops.quantize_activation(x, scheme)[0].shape == (rows, 40)
+        assert ops.quantize_activation(x, scheme, op_samples.x_scale_of(scheme))[0].shape == (rows, 40)

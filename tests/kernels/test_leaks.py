@@ -28,14 +28,13 @@ def used():
 torch.set_num_threads(1)
 for op in op_samples.SAMPLERS:
     samples = [args for args, _ in op_samples.samples(op, op_samples.OP_SCHEMES[op][-1], 8) if args[0].numel() < 20_000]
-    call = getattr(ops, op)
     for _ in range(20):
         for args in samples:
-            call(*args)
+            op_samples.call(op, args)
     before, calls = used(), 0
     while calls < 1000:
         for args in samples:
-            call(*args)
+            op_samples.call(op, args)
             calls += 1
     print(op, (used() - before) / calls)
 """

@@ -30,6 +30,23 @@ def test_gradient_from_integers(scheme):
         assert_same_bits(torch.from_numpy(out), expected)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8s", "w4a8s-g32-asym"])
+def test_static_activations(scheme):
+    draw = op_samples.Draw(f"native {scheme}")
+    weight, x, x_scale = draw.weight(33, 130, QuantScheme.parse(scheme)), draw.floats(9, 130), torch.tensor([0.02])
+    arrays = (x.numpy(), *(to_numpy(None if t is None else t.contiguous()) for t in weight), None, scheme)
+    out = _native.linear(*arrays, threads=2, x_scale=x_scale.numpy())
+    assert_same_bits(torch.from_numpy(out), reference_ops.linear(x, *weight, None, scheme, None, x_scale))
+    q, _ = _native.quantize_activation(x.numpy(), scheme, x_scale=x_scale.numpy())
+    assert_same_bits(torch.from_numpy(q), reference_ops.quantize_activation(x, scheme, x_scale)[0])
+    with pytest.raises(ValueError, match=f"x_scale is required for scheme {scheme}"):
+        _native.linear(*arrays)
+    with pytest.raises(ValueError, match=r"x_scale must have shape \[1\], got \[2\]"):
+        _native.linear(*arrays, x_scale=np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="x_scale must be None for scheme w8a8"):
+        _native.quantize_activation(x.numpy(), "w8a8", x_scale=x_scale.numpy())
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

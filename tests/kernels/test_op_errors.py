@@ -1,11 +1,12 @@
 """Wrong arguments: a RuntimeError that names the argument, from the kernels and from the fake kernels alike."""
 
+import op_samples
 import pytest
 import torch
 
 from qkernels import QuantScheme
 from qkernels.kernels import ops
-from qkernels.kernels.arguments import ConvGeometry
+from qkernels.kernels.arguments import ConvGeometry, names
 
 OPS = torch.ops.qkernels
 ROWS, N, K, EXPERTS = 3, 6, 40, 2
@@ -148,7 +149,7 @@ WEIGHT_OPS = [
     "int_grad_input",
 ]
 SCHEME_NAMES = ["w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"]
-SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8s")]
+SCHEMES = [("scheme", "w4a8-asym-g32"), ("scheme", ""), ("scheme", "w8a8u")]
 IN_FEATURES = [("in_features", 0), ("in_features", -40), ("in_features", 42)]
 OUT_DTYPES = [("out_dtype", torch.float64), ("out_dtype", torch.int8), ("out_dtype", torch.complex64)]
 
@@ -173,6 +174,9 @@ GIVEN_SCALES = [
     ("scales", torch.ones(N, 2, dtype=torch.bfloat16)),
     *(("scales", torch.ones(shape)) for shape in ((N, 1), (N - 1, 2), (2 * N,))),
 ]
+
+# Of the scheme of the calls, whose activations are not static.
+X_SCALE = [("x_scale", torch.ones(1))]
 
 CASES = {
     "grouped_linear": [
@@ -220,7 +224,7 @@ CASES = {
         ("offsets", torch.tensor([1, 3], dtype=torch.int32)),
         ("rows", torch.arange(ROWS + 1)),
     ],
-    "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16")],
+    "quantize_activation": [*matrix("x", K), *SCHEMES, ("x", torch.ones(3, 0)), ("scheme", "w8a16"), *X_SCALE],
     "dequantize_weight": [*WEIGHT, *SCHEMES, *IN_FEATURES],
     "linear": [
         *matrix("x", K),
@@ -232,6 +236,7 @@ CASES = {
         ("bias", torch.ones(())),
         ("bias", torch.ones(N, dtype=torch.float64)),
         ("bias", torch.ones(N, dtype=torch.int32)),
+        *X_SCALE,
     ],
     "linear_grad_input": [
         *matrix("grad_out", N),
@@ -257,6 +262,7 @@ CASES = {
         *SCHEMES,
         ("scheme", "w4a16-g32-asym"),
         ("bias", torch.ones(N + 1)),
+        *X_SCALE,
     ],
     "quantize_weight": [*matrix("weight", K), *SCHEMES, ("weight", torch.ones(3, 0))],
     "mask_clipped": [
@@ -300,6 +306,17 @@ CASES = {
 
 def describe(value) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", [op for op in op_samples.SAMPLERS if "x_scale" in names(op)])
+@pytest.mark.parametrize("wrong", [None, torch.ones(()), torch.ones(2), torch.ones(1, dtype=torch.float64)], ids=str)
+def test_wrong_static_scale_is_named(op, wrong, device):
+    (args, _), *_ = op_samples.samples(op, "w8a8s", 1)
+    moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in (*args[:-1], wrong)]
+    expected = "is required for scheme w8a8s" if wrong is None else r"must be torch.float32 of shape \[1\], got"
+    with pytest.raises(RuntimeError, match=f"x_scale {expected}"):
+        op_samples.call(op, tuple(moved))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

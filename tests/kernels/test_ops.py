@@ -47,7 +47,7 @@ def test_op_has_reference_fake_and_samples(op):
     schema = [argument.name for argument in getattr(OPS, op).default._schema.arguments]
     bundled = schema
     if "qweight" in schema:
-        parts = ("scales", "zeros", "in_features", "scheme")
+        parts = ("scales", "zeros", "in_features", "scheme", "x_scale")
         bundled = ["weight" if name == "qweight" else name for name in schema if name not in parts]
     if op == "int_grad_input":
         bundled = ["grad", *bundled[2:]]

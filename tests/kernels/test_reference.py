@@ -23,18 +23,18 @@ def to_numpy(tensor):
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_linear_follows_the_rules(scheme):
     torch.set_num_threads(1)
-    for (x, qweight, scales, zeros, bias, name, _), label in [*op_samples.samples("linear", scheme, 6)][:-1]:
+    for (x, qweight, scales, zeros, bias, name, _, *x_scale), label in [*op_samples.samples("linear", scheme, 6)][:-1]:
         arrays = [None if t is None else to_numpy(t).numpy() for t in (x, qweight, scales, zeros, bias)]
         arrays[0] = np.ascontiguousarray(arrays[0])
         with np.errstate(over="ignore", invalid="ignore"):
-            expected = rules.linear(*arrays, QuantScheme.parse(name))
+            expected = rules.linear(*arrays, QuantScheme.parse(name), *(scale.numpy() for scale in x_scale))
         args = (x, qweight, scales, zeros, bias, name)
-        assert_same_bits(reference_ops.linear(*args, torch.float32), torch.from_numpy(expected), label)
+        assert_same_bits(reference_ops.linear(*args, torch.float32, *x_scale), torch.from_numpy(expected), label)
         bits = torch.from_numpy(rules.bfloat16_bits(expected).view(np.int16)).view(torch.bfloat16)
-        assert_same_bits(reference_ops.linear(*args, torch.bfloat16), bits, label)
+        assert_same_bits(reference_ops.linear(*args, torch.bfloat16, *x_scale), bits, label)
         with np.errstate(over="ignore"):
             half = torch.from_numpy(expected.astype(np.float16))
-        assert_same_bits(reference_ops.linear(*args, torch.float16), half, label)
+        assert_same_bits(reference_ops.linear(*args, torch.float16, *x_scale), half, label)
 
 
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))

@@ -47,7 +47,7 @@ for scheme in ("w8a8", "w4a8-g32-asym", "w8a16", "w4a16-g32", "w4a8-ag128"):
 assert (most > 1) == (limit > 1), most
 for op in op_samples.SAMPLERS:
     scheme = op_samples.OP_SCHEMES[op][-1]
-    most = max(threads_of(lambda: getattr(ops, op)(*args)) for args, _ in op_samples.samples(op, scheme, 4))
+    most = max(threads_of(lambda: op_samples.call(op, args)) for args, _ in op_samples.samples(op, scheme, 4))
     assert most <= limit, (op, most)
 print("counted")
 """

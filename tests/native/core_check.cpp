@@ -174,7 +174,7 @@ void check_activations(Checker& checker, const std::string& scheme_name, const S
   checker.exact(label, groups + integers, DType::float32, [&](void* out) {
     Guarded<int8_t> q(integers);
     auto* floats = static_cast<float*>(out);
-    qk::quantize_activation(x.matrix(), scheme, q.get(), floats, threads);
+    qk::quantize_activation(x.matrix(), scheme, nullptr, q.get(), floats, threads);
     for (int64_t i = 0; i < integers; ++i) floats[groups + i] = q[i];
   });
 }

@@ -7,7 +7,7 @@ import pytest
 import reference_ops
 import torch
 from helpers import UNIT_ROUNDOFF, assert_same_bits, assert_within_float_bound, gamma
-from op_samples import FLOAT_SCHEMES, SCHEMES
+from op_samples import FLOAT_SCHEMES, SCHEMES, x_scale_of
 from tiers import tiered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,20 +18,20 @@ from qkernels.nn.linear import relative_error
 
 K, N = 70, 19
 # One of each class: weight bits x grouping x activations.
-CLASSES = ["w8a8", "w8a16-g32", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w4a16-asym", "w4a8-asym-ag64"]
+CLASSES = ["w8a8", "w8a16-g32", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w4a16-asym", "w4a8-asym-ag64", "w8a8s"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def layer_of(scheme: str, in_features: int = K, out_features: int = N, bias: bool = True, dtype=torch.float32):
     torch.manual_seed(1)
-    return QuantLinear.from_float(nn.Linear(in_features, out_features, bias, dtype=dtype), scheme)
+    linear = nn.Linear(in_features, out_features, bias, dtype=dtype)
+    return QuantLinear.from_float(linear, scheme, x_scale=x_scale_of(scheme))
 
 
 def reference_output(layer: QuantLinear, x: torch.Tensor, out_dtype=None) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    out = reference_ops.linear(
-        flat, layer.qweight, layer.scales, layer.zeros, layer.bias, layer.scheme.name, out_dtype or x.dtype
-    )
+    weight = (layer.qweight, layer.scales, layer.zeros, layer.bias)
+    out = reference_ops.linear(flat, *weight, layer.scheme.name, out_dtype or x.dtype, layer.x_scale)
     return out.reshape(*x.shape[:-1], layer.out_features)
 
 
@@ -57,7 +57,7 @@ def assert_gradient(layer: QuantLinear, gradient: torch.Tensor, grad_out: torch.
 @pytest.mark.parametrize("scheme", tiered(SCHEMES))
 def test_from_float(scheme):
     linear = nn.Linear(K, N).eval()
-    layer = QuantLinear.from_float(linear, scheme)
+    layer = QuantLinear.from_float(linear, scheme, x_scale=x_scale_of(scheme))
     assert isinstance(layer, nn.Linear) and "weight" not in layer._parameters and not layer.training
     assert layer.bias is linear.bias and layer.bias.requires_grad
     assert (layer.in_features, layer.out_features, layer.compute_dtype) == (K, N, torch.float32)
@@ -67,7 +67,8 @@ def test_from_float(scheme):
         if tensor is not None:
             assert_same_bits(stored, tensor)
             assert isinstance(stored, nn.Parameter) and not stored.requires_grad and type(stored.data) is torch.Tensor
-    assert layer.storage_bytes() == sum(getattr(layer, n).nbytes for n in layer.state_dict() if n != "bias")
+    stored = [name for name in layer.state_dict() if name not in ("bias", "x_scale")]
+    assert layer.storage_bytes() == sum(getattr(layer, name).nbytes for name in stored)
     x = torch.randn(5, K)
     assert_output(layer, layer(x), x)
 
@@ -431,7 +432,7 @@ def test_from_float_refuses_non_finite_weights(scheme, value):
         linear.weight[3, 4] = value
     before = linear.weight.detach().clone()
     with pytest.raises(ValueError, match="weight must be finite"):
-        QuantLinear.from_float(linear, scheme)
+        QuantLinear.from_float(linear, scheme, x_scale=x_scale_of(scheme))
     assert_same_bits(linear.weight.detach(), before)
 
 

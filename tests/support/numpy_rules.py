@@ -53,6 +53,18 @@ def quantize_activation(x: np.ndarray, group_size: int | None) -> tuple[np.ndarr
     return q, scales
 
 
+def quantize_static(x: np.ndarray, x_scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rule 13: int8 [M, K], and the scales [M, 1] of the rows."""
+    q, scales = np.zeros(x.shape, np.int8), np.full((len(x), 1), x_scale[0], F)
+    inverse = F(1) / x_scale[0] if abs(x_scale[0]) >= TINY else F(0)
+    for r, row in enumerate(x):
+        if np.isfinite(row).all():
+            q[r] = np.clip(np.rint(row * inverse), -127, 127)
+        else:
+            scales[r] = np.nan
+    return q, scales
+
+
 def quantize_weight(weight: np.ndarray, scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The canonical storage of `scheme`."""
     if scheme.weight_bits == 8:
@@ -84,10 +96,10 @@ def weight_integers(qweight, zeros, columns: int, scheme) -> np.ndarray:
     return nibbles
 
 
-def linear(x, qweight, scales, zeros, bias, scheme) -> np.ndarray:
+def linear(x, qweight, scales, zeros, bias, scheme, x_scale=None) -> np.ndarray:
     """Rules 4 and 5 up to the last rounding: float32 [M, N]."""
     columns = x.shape[1]
-    qx, x_scales = quantize_activation(x, scheme.act_group_size)
+    qx, x_scales = quantize_activation(x, scheme.act_group_size) if x_scale is None else quantize_static(x, x_scale)
     qx, qw = qx.astype(np.int64), weight_integers(qweight, zeros, columns, scheme)
     w_size, x_size = scheme.group_size, scheme.act_group_size
     if w_size is None and x_size is None:

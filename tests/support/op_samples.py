@@ -40,6 +40,11 @@ class Sample(NamedTuple):
     label: str
 
 
+def x_scale_of(scheme: str) -> Tensor | None:
+    """A scale of static activations that clamps a few of normal ones; None: the scheme has none."""
+    return torch.tensor([0.02]) if QuantScheme.parse(scheme).static_activations else None
+
+
 def relayout(matrix: Tensor, layout: str) -> Tensor:
     """The same values with other strides or another alignment."""
     if layout == "transposed":
@@ -112,6 +117,12 @@ class Draw:
         bias = self.floats(out_features).to(self.dtype())
         return bias.repeat_interleave(2)[::2] if self.choose.random() < 0.2 else bias
 
+    def x_scale(self, scheme: QuantScheme) -> tuple[Tensor, ...]:
+        """The scale of static activations, if the scheme has one: most clamp something, few count as 0."""
+        if not scheme.static_activations:
+            return ()
+        return (torch.tensor([self.choose.choice((0.02, 0.005, 1.0, 3.7e-4, -0.1, 2.0**-96, 2.0**-97, 1e30))]),)
+
     def out_dtype(self) -> torch.dtype | None:
         return self.choose.choice((None, *FLOAT_DTYPES))
 
@@ -135,7 +146,8 @@ def linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
         if x.dtype != torch.float16:  # float16 in, float16 out: anything else may overflow the output
             out_dtype = draw.out_dtype()
         label = f"x {words}, N {out_features}, bias {None if bias is None else bias.dtype}, out {out_dtype}"
-        yield Sample((x, *weight, bias, scheme.name, out_dtype), label + (", tiny scales" if tiny else ""))
+        args = (x, *weight, bias, scheme.name, out_dtype, *draw.x_scale(scheme))
+        yield Sample(args, label + (", tiny scales" if tiny else ""))
 
 
 def expert_offsets(draw: Draw, experts: int, rows: int) -> Tensor:
@@ -167,7 +179,7 @@ def grouped_linear(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
         offsets = expert_offsets(draw, experts, rows if index is None else len(index))
         label = f"x {words}, N {out_features}, offsets {offsets.tolist()}, bias {None if bias is None else bias.dtype}"
         label += f", {'no index' if index is None else f'{len(index)} rows'}, out {out_dtype}"
-        yield Sample((x, offsets, *weight, bias, scheme.name, out_dtype, index), label)
+        yield Sample((x, offsets, *weight, bias, scheme.name, out_dtype, index, *draw.x_scale(scheme)), label)
 
 
 def grouped_linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
@@ -259,7 +271,8 @@ def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[S
 def quantize_activation(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
     for rows, _, columns in draw.shapes(count):
         x, words = draw.matrix(rows, columns, draw.kind(scheme))
-        yield Sample((x, scheme.name), f"x {words}")
+        x_scale = draw.x_scale(scheme)
+        yield Sample((x, scheme.name, *x_scale), f"x {words}, scale {[scale.item() for scale in x_scale]}")
 
 
 def dequantize_weight(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
@@ -303,7 +316,7 @@ def linear_cross_entropy(draw: Draw, scheme: QuantScheme, count: int) -> Iterato
         target[: rows // 4] = -100
         dither = torch.randint(2**32, (rows,), generator=draw.generator) if draw.choose.random() < 0.8 else None
         label = f"hidden {words}, N {out_features}, bias {bias is not None}, dither {dither is not None}"
-        yield Sample((hidden, target, *weight, bias, scheme.name, dither), label)
+        yield Sample((hidden, target, *weight, bias, scheme.name, dither, *draw.x_scale(scheme)), label)
 
 
 def float_weight(draw: Draw, out_features: int, in_features: int) -> tuple[Tensor, str]:
@@ -397,10 +410,10 @@ SAMPLERS: dict[str, Callable[[Draw, QuantScheme, int], Iterator[Sample]]] = {
 }
 # What activations become does not depend on the weight format.
 OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
-    "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128")
+    "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128", "w8a8s")
 }
 OP_SCHEMES["linear_with_saved_input"] = INT_SCHEMES
-OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name]
+OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name and "a8s" not in name]
 OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
 # Scales that are given have no zero points.
 for _op in ("quantize_weight_scaled", "scale_gradient"):
@@ -423,9 +436,14 @@ def schema_args(args: tuple) -> tuple:
     return tuple(QuantScheme.parse(value).code if isinstance(value, str) else value for value in args)
 
 
+def call(op: str, args: tuple) -> Tensor | tuple[Tensor, ...]:
+    """`ops.<op>` of the arguments of its schema, by their names: a wrapper takes few by position."""
+    return getattr(ops, op)(**dict(zip(arguments.names(op), args, strict=False)))
+
+
 def results(op: str, args: tuple) -> tuple[Tensor, ...]:
     """What `ops` computes, as the operator returns it: zero points that are None are a tensor of no columns."""
-    out = getattr(ops, op)(**dict(zip(arguments.names(op), args, strict=False)))
+    out = call(op, args)
     out = out if isinstance(out, tuple) else (out,)
     return tuple(out[0].new_empty((len(out[0]), 0), dtype=torch.uint8) if tensor is None else tensor for tensor in out)
 

@@ -35,7 +35,11 @@ class IntRows {
       *scales = input_.patches->scale(m);
       return reinterpret_cast<const int8_t*>(input_.patches->row(m, reinterpret_cast<char*>(integers_.get())));
     }
-    quantize_row(kernels_, input_.x, m, group_, integers_.get(), scales, floats_.get());
+    if (input_.x_scale != nullptr) {
+      quantize_row_static(kernels_, input_.x, m, *input_.x_scale, integers_.get(), scales, floats_.get());
+    } else {
+      quantize_row(kernels_, input_.x, m, group_, integers_.get(), scales, floats_.get());
+    }
     return integers_.get();
   }
 

@@ -33,13 +33,15 @@ struct Patches;  // cpu/drivers/patches.h
 
 // x [M, k] of a forward product. If it has been quantized before, as quantize_activation does it, its integers and
 // scales [M, act_groups] are given too; drivers of a8 schemes then read these. With an index (of a8 schemes only) row m
-// is row index[m] of what is given. Patches are rows of integers, too.
+// is row index[m] of what is given. Patches are rows of integers, too. x_scale: of a8s
+// schemes, else null.
 struct LinearInput {
   Matrix x;
   const int8_t* q = nullptr;
   const float* scales = nullptr;
   const int64_t* index = nullptr;
   const Patches* patches = nullptr;
+  const float* x_scale = nullptr;
 };
 
 // x as one driver reads it, for products with weights of one scheme and one k.
@@ -100,8 +102,8 @@ class BiasFloats {
 };
 
 // The functions of these names in cpu/api.h, with a given table.
-void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, int8_t* q, float* scales,
-                         const Parallel& parallel);
+void quantize_activation(const Kernels& kernels, const Matrix& x, const Scheme& scheme, const float* x_scale, int8_t* q,
+                         float* scales, const Parallel& parallel);
 void linear(const Kernels& kernels, const LinearInput& x, const Weight& w, const Bias& bias, const Output& out,
             const Parallel& parallel);
 void linear_with_saved_input(const Kernels& kernels, const Matrix& x, const Weight& w, const Bias& bias,

@@ -23,6 +23,14 @@ void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t gr
 uint32_t absmax_bits(const Kernels& kernels, const Matrix& x, float* scratch);
 void quantize_values(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch);
 
+// Quantizes row m of x with a scale given for all rows (rule 13): int8 q[cols], and the row's scale, which is NaN
+// instead if the row holds NaN or Inf. `scratch` holds a row of floats.
+void quantize_row_static(const Kernels& kernels, const Matrix& x, int64_t m, float x_scale, int8_t* q, float* scale,
+                         float* scratch);
+
+// What values are multiplied with to be rounded to a given scale; 0 where the scale counts as 0 (rule 11).
+float inverse_of(float scale);
+
 // Row m of x as float: x itself, or a conversion into scratch[cols].
 const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float* scratch);
 

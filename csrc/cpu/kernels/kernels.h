@@ -249,8 +249,9 @@ struct ElementwiseKernels {
   void (*pack_int4)(const uint8_t* nibbles, int64_t n, uint8_t* packed);
   // The gradient of what that gives: 0 where clamping changed it.
   void (*mask_clipped)(const float* w, int64_t n, float inverse, int zero, float* grad);
-  // Of a given scale: clamp(rne(w * inverse), -127, 127).
-  void (*quantize_clamped)(const float* w, int64_t n, float inverse, int8_t* q);
+  // Of a given scale: clamp(rne(x * inverse), -127, 127), where NaN becomes -127. Returns the max of the bits of |x|.
+  uint32_t (*quantize_clamped)(const float* x, int64_t n, float inverse, int8_t* q);
+  uint32_t (*quantize_clamped_bf16)(const uint16_t* x, int64_t n, float inverse, int8_t* q) = nullptr;  // or null
   // The gradient of that scale (rule 11): the sum of grad * (rounded - v), or of grad * the bound where v = w * inverse
   // is rounded to more than low or high; there grad becomes 0.
   float (*scale_gradient)(const float* w, int64_t n, float inverse, int low, int high, float* grad);

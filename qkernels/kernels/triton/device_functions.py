@@ -35,6 +35,13 @@ def int8_parameters(bits):
 
 
 @triton.jit
+def inverse_of(scale):
+    """Rule 11: what values are multiplied with to be rounded to a given scale; 0 where that counts as 0."""
+    usable = tl.abs(scale) >= 2.0**-96
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+
+
+@triton.jit
 def floor_of(v):
     """floor(v) of float32 |v| < 2^22."""
     nearest = round_half_even(v)

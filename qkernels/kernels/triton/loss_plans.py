@@ -135,7 +135,8 @@ def _of_rows(
     activation: tuple[Tensor, ...] = (hidden,)
     launches: list[Launch] = []
     if head.weight.scheme.int_activations:
-        activation, launches = quantize_activation(hidden, head.weight.scheme, device=device)
+        scheme, x_scale = head.weight.scheme, head.weight.x_scale
+        activation, launches = quantize_activation(hidden, scheme, x_scale, device=device)
     state = None
     for begin, end in pairwise(i * chunks // _RANGES for i in range(_RANGES + 1)):
         if begin == end:

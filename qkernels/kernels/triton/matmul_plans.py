@@ -46,21 +46,29 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def quantize_activation(x: Tensor, scheme: QuantScheme, *, device: Target) -> Plan:
+def quantize_activation(x: Tensor, scheme: QuantScheme, x_scale: Tensor | None = None, *, device: Target) -> Plan:
     """int8 [M, K] and float32 scales [M, groups]."""
-    return quantize_int8(x, scheme.act_group_size)
+    return quantize_int8(x, scheme.act_group_size, x_scale)
 
 
-def quantize_int8(x: Tensor, group: int | None) -> Plan:
-    """int8 [M, K] and float32 scales [M, groups] of float x [M, K], whose groups are `group` columns or a row."""
+def quantize_int8(x: Tensor, group: int | None, x_scale: Tensor | None = None) -> Plan:
+    """int8 [M, K] and float32 scales [M, groups] of float x [M, K], whose groups are `group` columns or a row.
+
+    With `x_scale` [1] that is the scale of all rows.
+    """
     x = row_major(x)
     m, k = x.shape
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scales = torch.empty((m, -(-k // group) if group else 1), dtype=torch.float32, device=x.device)
     if group is None:
         block = min(power_of_two(k), 4096)
-        reason = "a row a program: read twice, the second time from the cache"
         constants, warps = {"BLOCK": block}, 8 if block > 2048 else 4
+        if x_scale is not None:
+            static_args = (x, x_scale.contiguous(), q, scales, k, x.stride(0))
+            reason = "a row a program: read once, for the scale is given"
+            launch = Launch(row_kernels.quantize_rows_static_kernel, (m,), static_args, constants, warps, 1, reason)
+            return Plan((q, scales), [launch])
+        reason = "a row a program: read twice, the second time from the cache"
         row_args = (x, q, scales, k, x.stride(0))
         launch = Launch(row_kernels.quantize_rows_kernel, (m,), row_args, constants, warps, 1, reason)
         return Plan((q, scales), [launch])
@@ -121,7 +129,7 @@ def linear(
     activation: tuple[Tensor, ...] = (x,)
     launches: list[Launch] = []
     if weight.scheme.int_activations:
-        activation, launches = quantize_activation(x, weight.scheme, device=device)
+        activation, launches = quantize_activation(x, weight.scheme, weight.x_scale, device=device)
     return Plan((out,), launches + product(activation, contiguous(weight), bias, out, device))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import int8_parameters, load_weight, magnitude_bits, round_half_even
+from .device_functions import INF_BITS, int8_parameters, inverse_of, load_weight, magnitude_bits, round_half_even
 
 
 @triton.jit
@@ -25,6 +25,28 @@ def quantize_rows_kernel(x, q, scales, K, stride_x, BLOCK: tl.constexpr):
         # |value * inverse| <= 127 * (1 + 2^-24)^2, so that the clamp of rule 2 never acts.
         rounded = round_half_even(tl.where(usable, value, 0.0) * inverse)
         tl.store(q + row * K + columns, rounded.to(tl.int8), mask=columns < K)
+
+
+@triton.jit
+def quantize_rows_static_kernel(x, x_scale, q, scales, K, stride_x, BLOCK: tl.constexpr):
+    """Rule 13, one row a program: int8 q [M, K] and float32 scales [M] of x [M, K] with the scale x_scale [1]."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(x_scale)
+    inverse = inverse_of(scale)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, K, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        value = tl.load(x + row * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        bits = magnitude_bits(value)
+        largest = tl.maximum(largest, bits)
+        scaled = tl.where(bits < INF_BITS, value, 0.0) * inverse
+        rounded = round_half_even(tl.minimum(tl.maximum(scaled, -127.0), 127.0))
+        tl.store(q + row * K + columns, rounded.to(tl.int8), mask=columns < K)
+    broken = tl.max(largest) >= INF_BITS
+    tl.store(scales + row, tl.where(broken, float("nan"), scale))
+    for first in range(0, K, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        tl.store(q + row * K + columns, tl.zeros((BLOCK,), tl.int8), mask=(columns < K) & broken)
 
 
 @triton.jit

@@ -98,7 +98,7 @@ def linear_with_saved_input(
 ) -> Plan:
     """[M, N], int8 [M, K] and float32 [M]."""
     scheme, (m, k) = weight.scheme, x.shape
-    activation, launches = quantize_activation(x, scheme, device=device)
+    activation, launches = quantize_activation(x, scheme, weight.x_scale, device=device)
     saved, row_scales = activation[0], activation[1].squeeze(1)
     if scheme.act_group_size is not None:
         saved = torch.empty_like(saved)
