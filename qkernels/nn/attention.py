@@ -62,7 +62,7 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
 
     @classmethod
     def from_float(
-        cls, layer: nn.MultiheadAttention, scheme: str | QuantScheme, **layer_options: str
+        cls, layer: nn.MultiheadAttention, scheme: str | QuantScheme, **layer_options: Any
     ) -> QuantMultiheadAttention:
         """Quantize all projections of a float layer; biases are shared with it.
 
