@@ -6,7 +6,6 @@ the student 100 of these. Run: python examples/distillation.py --seeds 20
 """
 
 import argparse
-import itertools
 import statistics
 
 import torch
@@ -16,13 +15,10 @@ from torch.nn import functional as F
 
 import qkernels as qk
 
-
-def network(*widths: int) -> nn.Sequential:
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+TEMPERATURE, SHARE = 4.0, 0.9
 
 
-def train(model, images, labels, steps: int, soft=None, temperature: float = 4.0, share: float = 0.9) -> nn.Module:
+def train(model, images, labels, steps: int, soft=None) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -30,9 +26,9 @@ def train(model, images, labels, steps: int, soft=None, temperature: float = 4.0
         logits = model(images[batch])
         loss = F.cross_entropy(logits, labels[batch])
         if soft is not None:
-            student, teacher = (F.log_softmax(x / temperature, dim=-1) for x in (logits, soft[batch]))
-            divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-            loss = (1 - share) * loss + share * divergence
+            student, teacher = (F.log_softmax(x / TEMPERATURE, dim=-1) for x in (logits, soft[batch]))
+            divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * TEMPERATURE**2
+            loss = (1 - SHARE) * loss + SHARE * divergence
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -50,17 +46,15 @@ if __name__ == "__main__":
     images, accuracies = (images / 16 - 0.3).float(), {"teacher": [], "student alone": [], "student distilled": []}
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        order = torch.randperm(len(images))
-        few, known, held_out = order[:100], order[:1200], order[1200:]
-        models = {"teacher": train(network(64, 256, 256, 10), images[known], labels[known], options.steps)}
-        for name, soft in (("student alone", None), ("student distilled", models["teacher"](images[few]).detach())):
+        few, known, held_out = (order := torch.randperm(len(images)))[:100], order[:1200], order[1200:]
+        teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        models = {"teacher": train(teacher, images[known], labels[known], options.steps)}
+        for name, soft in (("student alone", None), ("student distilled", teacher(images[few]).detach())):
             torch.manual_seed(seed)  # the same student, and the same batches
-            models[name] = network(64, 32, 10)
+            models[name] = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
             qk.quantize_(models[name], options.scheme, mode="qat")
             qk.freeze_(train(models[name], images[few], labels[few], options.steps, soft))
         for name, model in models.items():
             accuracies[name].append((model(images[held_out]).argmax(-1) == labels[held_out]).float().mean().item())
     for name, values in accuracies.items():
         print(f"{name}: {statistics.mean(values):.3f} (over seeds: {statistics.pstdev(values):.3f})")
-    pairs = zip(accuracies["student alone"], accuracies["student distilled"], strict=True)
-    print(f"distilled is better in {sum(b > a for a, b in pairs)} of {options.seeds} seeds")

@@ -47,6 +47,13 @@ def test_bert_sentiment():
         assert 0 <= number(out, f"accuracy {when}") <= 1
 
 
+def test_distillation():
+    pytest.importorskip("sklearn")
+    out = run("distillation.py", "--steps", "500", "--seeds", "1")
+    alone, distilled = (number(out, f"student {how}") for how in ("alone", "distilled"))
+    assert 0.5 < alone < distilled < number(out, "teacher") <= 1
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_example_is_short(script):
     assert len((EXAMPLES / script).read_text().splitlines()) < 80
