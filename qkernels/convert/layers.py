@@ -90,6 +90,11 @@ class Layer:
         return self.names[0]
 
     @property
+    def all_names(self) -> list[str]:
+        """The names by which patterns find it."""
+        return [*self.names, *self.aliases]
+
+    @property
     def owner(self) -> nn.Module:
         """The module of the model that holds the weight."""
         return self.module if self.split is None or self.split.in_place else self.split.layer

@@ -17,13 +17,14 @@ from ..nn.layer_adapters import QUANTIZED
 from ..nn.linear import QuantLinear
 from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
-from ..ptq.gptq import check_applies
+from ..ptq.gptq import applies, check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .leftover import ROUTER
 from .report import QuantizationReport
-from .selection import NOT_ASKED, NOT_INCLUDED, SKIPPED, SLOWER, select_layers, unexpected_results
+from .schemes import NOT_INCLUDED, SKIPPED, SchemeRules, Schemes
+from .selection import NOT_ASKED, SLOWER, select_layers, unexpected_results
 from .watch import watch_frozen
 
 # From this share of exact zeros on, a weight that is to be trained is taken for one that was pruned.
@@ -37,7 +38,7 @@ AFTER_FREEZE: list[Callable[[nn.Module], None]] = []
 @renamed_keywords(grad="grad_dtype")
 def quantize_(
     model: nn.Module,
-    scheme: str | QuantScheme,
+    scheme: Schemes,
     mode: str = "frozen",
     *,
     skip: Sequence[str] = (),
@@ -61,12 +62,15 @@ def quantize_(
     quantized, if layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the
     frozen model as it is.
 
-    A pattern is a layer's name, the last component of its name ("lm_head"), or an fnmatch glob ("*.mlp.*").
+    A pattern is a layer's name, the last component of its name ("lm_head"), the name of a module that it is in, or an
+    fnmatch glob ("*.mlp.*").
 
     Args:
         model: the module that contains the layers. A transformers model can be saved with `save_pretrained` after
             the call and loaded again; call it on the model, not on a part of it, for that.
-        scheme: scheme name or `QuantScheme`.
+        scheme: scheme name or `QuantScheme`, or a mapping from patterns to those, such as
+            `{"lm_head": None, "*.mlp.*": "w4a8-g32", "*": "w8a8"}`: the first pattern that matches a layer decides,
+            and None leaves it in float, as does no match.
         mode, grad_dtype, weight_scale: what is trained, and how gradients are computed; see `QuantLinear`.
         skip: patterns of the layers to leave in float.
         include: patterns of the layers to quantize; None: all.
@@ -113,31 +117,35 @@ def quantize_(
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
         )
-    scheme = QuantScheme.parse(scheme)
+    rules = SchemeRules(scheme)
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
     # What does not exist is refused here.
-    QuantLinear(1, 1, False, scheme, **layer_options, device="meta", dtype=torch.float32)
+    for own in rules.schemes:
+        QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)
     if embeddings and mode != "frozen":
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     if calibration is not None:
         calibration = checked_batches(calibration)
-        check_applies(scheme)
-    report = QuantizationReport(scheme.name, mode, grad_dtype, weight_scale=weight_scale)
-    layers, report.warnings = select_layers(model, scheme, skip, include, embeddings=embeddings)
+        if not any(map(applies, rules.schemes)):
+            check_applies(rules.schemes[0])
+    report = QuantizationReport(rules.label, mode, grad_dtype, weight_scale=weight_scale)
+    layers, report.warnings = select_layers(model, rules, skip, include, embeddings=embeddings)
     for layer in layers:
         if layer.reason is None and layer.weight().is_meta:
             layer.reason = "weight on the meta device: load it first, then quantize"
     for layer in layers:
         if layer.reason is None:
-            _check_finite(layer.name, layer.weight(), scheme)
+            assert layer.scheme is not None, "a layer without a scheme has a reason"
+            _check_finite(layer.name, layer.weight(), layer.scheme)
     if never_slower:
-        _keep_faster_floats(layers, scheme)
+        _keep_faster_floats(layers)
     if strict:
         _check_strict(layers, report.warnings)
     statistics: dict[int, InputStatistics] = {}
     if calibration is not None:
-        statistics = _statistics(model, _measured(layers), calibration, scheme)
-        report.warnings += _unseen_inputs(layers, statistics)
+        calibrated = [layer for layer in _measured(layers) if layer.scheme is not None and applies(layer.scheme)]
+        statistics = _statistics(model, calibrated, calibration)
+        report.warnings += _unseen_inputs(calibrated, statistics)
     report.warnings += unexpected_results(layers, report, embeddings)
     if mode != "frozen":
         report.warnings += _zeros_without_mask(layers)
@@ -215,7 +223,6 @@ def _statistics(
     model: nn.Module,
     layers: list[Layer],
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
-    scheme: QuantScheme,
 ) -> dict[int, InputStatistics]:
     """Statistics of the inputs of these layers, also of those that are part of a layer of several weights."""
     fast_path = torch.backends.mha.get_fastpath_enabled()  # it calls no layer
@@ -224,17 +231,18 @@ def _statistics(
             stack.enter_context(split.running())
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        return collect_input_statistics(model, [layer.module for layer in layers], calibration, scheme)
+        schemes = {layer.module: layer.scheme for layer in layers if layer.scheme is not None}
+        return collect_input_statistics(model, schemes, calibration, schemes)
 
 
 def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:
-    """A warning for each layer that saw no calibration input.
+    """A warning for each of these layers that saw no calibration input.
 
     Raises:
         ValueError: naming a layer whose inputs were not finite.
     """
     messages = []
-    for layer in _measured(layers):
+    for layer in layers:
         found = statistics.get(id(layer.module))
         if found is None:
             messages.append(f"{layer.name} saw no calibration input and is rounded to nearest")
@@ -243,10 +251,13 @@ def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics
     return messages
 
 
-def _keep_faster_floats(layers: list[Layer], scheme: QuantScheme) -> None:
+def _keep_faster_floats(layers: list[Layer]) -> None:
     """Give the layers that are faster in float that reason to stay."""
-    chosen = [(layer.names, layer.module) for layer in _measured(layers)]
-    timings = time_layers(chosen, scheme, ROWS, SECONDS) if chosen else []
+    by_scheme: dict[QuantScheme, list[tuple[list[str], nn.Module]]] = {}
+    for layer in _measured(layers):
+        assert layer.scheme is not None, "a layer without a scheme has a reason"
+        by_scheme.setdefault(layer.scheme, []).append((layer.names, layer.module))
+    timings = [timing for scheme, own in by_scheme.items() for timing in time_layers(own, scheme, ROWS, SECONDS)]
     slower = {name: timing for timing in timings if timing.slower for name in timing.layers}
     for layer in layers:
         if timing := slower.get(layer.name):

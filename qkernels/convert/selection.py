@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -13,10 +12,9 @@ from ..nn.layer_adapters import QUANTIZED
 from .layers import Layer, Split
 from .leftover import ROUTER, kept_in_float32, leftover_reason, matrix_weights
 from .report import QuantizationReport
+from .schemes import NOT_INCLUDED, SKIPPED, SchemeRules, matches
 
 # Why a layer stays as it is although it could be quantized: the reasons that `strict` accepts (all but KEPT).
-SKIPPED = "skipped by pattern"
-NOT_INCLUDED = "not included"
 SLOWER = "float is faster"
 NOT_ASKED = "embedding: embeddings=True was not asked for"
 KEPT = "kept in float32: transformers' _keep_in_fp32_modules, because its values overflow float16"
@@ -92,7 +90,7 @@ def find_weights(model: nn.Module) -> list[Layer]:
 
 def select_layers(
     model: nn.Module,
-    scheme: QuantScheme,
+    rules: SchemeRules,
     skip: Sequence[str] = (),
     include: Sequence[str] | None = None,
     *,
@@ -102,7 +100,8 @@ def select_layers(
     """Decide which layers of `model` are quantized. Nothing is changed.
 
     Args:
-        model, scheme, skip, include, embeddings: as in `quantize_`.
+        model, skip, include, embeddings: as in `quantize_`.
+        rules: the scheme of each layer.
         ties: full names of parameters (target: source) that will be one, for a model whose weights are not tied yet.
 
     Returns:
@@ -120,6 +119,7 @@ def select_layers(
                 raise TypeError(f"{argument} must be patterns of layer names, such as 'lm_head', got {pattern!r}")
     layers = find_weights(model)
     messages = _match_patterns(layers, skip, include)
+    messages += rules.assign(layers, None if isinstance(embeddings, bool) else QuantScheme.parse(embeddings))
     structure = _structure_reasons(model)
     groups = _tied_groups(model, ties or {})
     kept = kept_in_float32(model)
@@ -131,18 +131,18 @@ def select_layers(
                 layer.reason = leftover_reason(layer.name, layer.module, layer.key)
             elif layer.is_lookup and not layer.is_quantized and not embeddings:
                 layer.reason = NOT_ASKED
-            elif any(name in kept for name in (*layer.names, *layer.aliases)) and not layer.is_quantized:
+            elif any(name in kept for name in layer.all_names) and not layer.is_quantized:
                 layer.reason = KEPT
-            else:
-                layer.reason = layer.adapter.reason(layer.module, scheme)
+            elif layer.scheme is not None:
+                layer.reason = layer.adapter.reason(layer.module, layer.scheme)
     by_parameter = {(id(module), key): layer for layer in layers for module, key in [layer.parameter()]}
     for group in groups:
         _settle_tied(group, by_parameter, bool(embeddings))
-    # An embedding has no activations; a head on its storage finds their scales in each call.
-    embedding_scheme = (scheme if isinstance(embeddings, bool) else QuantScheme.parse(embeddings)).of_dynamic
+    # Of one weight, the embedding decides. It has no activations; a head on its storage finds their scales in each call.
     for layer in layers:
-        looked_up = any(member.is_lookup for member in (layer, *layer.tied))
-        layer.scheme = embedding_scheme if looked_up else scheme
+        looked_up = next((member.scheme for member in (layer, *layer.tied) if member.is_lookup), None)
+        if looked_up is not None:
+            layer.scheme = looked_up.of_dynamic
     return layers, messages
 
 
@@ -217,9 +217,7 @@ def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[
     def matched(argument: str, patterns: Sequence[str]) -> set[int]:
         found: set[int] = set()
         for pattern in patterns:
-            hits = {
-                id(layer) for layer in layers if any(_matches(pattern, name) for name in (*layer.names, *layer.aliases))
-            }
+            hits = {id(layer) for layer in layers if any(matches(pattern, name) for name in layer.all_names)}
             if not hits:
                 messages.append(f"{argument} pattern {pattern!r} matches no linear layer")
             found |= hits
@@ -233,10 +231,6 @@ def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[
         elif included is not None and id(layer) not in included:
             layer.reason = NOT_INCLUDED
     return messages
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 
 def _structure_reasons(model: nn.Module) -> dict[int, str]:

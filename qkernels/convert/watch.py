@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from ..nn.adapters import is_matrix
 from ..nn.matrix_layer import MatrixLayer
 from .layers import Layer
-from .selection import NOT_INCLUDED, SKIPPED
+from .schemes import NOT_INCLUDED, SKIPPED
 
 # Frozen model -> ids of the parameters that it left trainable.
 _watched: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()

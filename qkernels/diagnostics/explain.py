@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..convert.schemes import SchemeRules
 from ..convert.selection import select_layers
 from ..formats.scheme import QuantScheme
 from ..kernels import isa
@@ -96,7 +97,7 @@ def explain(
     if not rows or min(rows) < 1:
         raise ValueError(f"rows must be at least 1, got {', '.join(map(str, rows)) or 'nothing'}")
     parsed = QuantScheme.parse(scheme) if scheme is not None else QuantScheme.parse("w8a8")
-    layers, _ = select_layers(model, parsed)
+    layers, _ = select_layers(model, SchemeRules(parsed))
     chosen = [
         (layer.names, layer.module)
         for layer in layers

@@ -66,7 +66,7 @@ class QuantScheme:
         if not isinstance(scheme, str):
             how = ""
             if isinstance(scheme, dict):
-                how = "; for several schemes call quantize_ once for each, with include= and its patterns"
+                how = "; quantize_ and QKernelsConfig take a mapping from patterns to schemes"
             elif isinstance(scheme, set | frozenset | list | tuple):
                 how = "; layers are chosen by name, with include= and skip="
             raise TypeError(f"scheme must be a string or a QuantScheme, got {type(scheme).__name__}{how}")

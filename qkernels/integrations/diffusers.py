@@ -17,8 +17,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import dequantize_
 from ..convert.model import quantize_
+from ..convert.schemes import SchemeRules, Schemes
 from ..convert.selection import find_layers
-from ..formats.scheme import QuantScheme
 from ..nn.linear import QuantLinear
 from ..system.deprecation import renamed_keywords
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
@@ -38,7 +38,7 @@ class DiffusersConfig(QuantizationConfigMixin):
     @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
-        scheme: str | QuantScheme = "w8a8",
+        scheme: Schemes = "w8a8",
         mode: str = "frozen",
         skip: list[str] | None = None,
         include: list[str] | None = None,
@@ -49,11 +49,13 @@ class DiffusersConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = METHOD
-        self.scheme = QuantScheme.parse(scheme).name
+        rules = SchemeRules(scheme)
+        self.scheme = rules.plain()
         self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
         self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
         # What does not exist is refused here.
-        QuantLinear(1, 1, False, self.scheme, **self.layer_options, device="meta", dtype=torch.float32)
+        for own in rules.schemes:
+            QuantLinear(1, 1, False, own, **self.layer_options, device="meta", dtype=torch.float32)
 
     @property
     def layer_options(self) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ..convert.layers import Layer, Split, rows_of
 from ..convert.leftover import kept_in_float32
 from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
+from ..convert.schemes import SchemeRules, Schemes
 from ..convert.selection import find_layers, select_layers, unexpected_results
 from ..convert.watch import watch_frozen
 from ..formats.scheme import QuantScheme
@@ -47,7 +48,8 @@ class QKernelsConfig(QuantizationConfigMixin):
     """How to quantize a transformers model: `from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))`.
 
     Args:
-        scheme: scheme name or `QuantScheme`.
+        scheme: scheme name or `QuantScheme`, or a mapping from patterns to those, as in `quantize_`. It is kept as a
+            list of pairs, because its order counts and JSON loses it.
         skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
             (such as a head tied to the embedding) is left here too.
         mode, grad_dtype, weight_scale: of the layers; see `QuantLinear`.
@@ -66,7 +68,7 @@ class QKernelsConfig(QuantizationConfigMixin):
     @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
-        scheme: str | QuantScheme = "w8a8",
+        scheme: Schemes = "w8a8",
         skip: list[str] | None = None,
         mode: str = "frozen",
         grad_dtype: str = "float",
@@ -88,7 +90,8 @@ class QKernelsConfig(QuantizationConfigMixin):
             if isinstance(patterns, str):
                 raise TypeError(f"{argument} must be a list of patterns, got the string {patterns!r}")
         self.quant_method = METHOD
-        self.scheme = QuantScheme.parse(scheme).name
+        rules = SchemeRules(scheme)
+        self.scheme = rules.plain()
         self.skip = list(skip or ())
         self.include = None if include is None else list(include)
         self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
@@ -97,7 +100,8 @@ class QKernelsConfig(QuantizationConfigMixin):
             raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
         self.layers = dict(layers or {})
         # What does not exist is refused here.
-        QuantLinear(1, 1, False, self.scheme, **self.layer_options, device="meta", dtype=torch.float32)
+        for own in rules.schemes:
+            QuantLinear(1, 1, False, own, **self.layer_options, device="meta", dtype=torch.float32)
         if embeddings and mode != "frozen":
             raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
 
@@ -159,13 +163,17 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._parts: dict[str, tuple[Split, str, str]] = {}
 
     @property
-    def scheme(self) -> QuantScheme:
-        return QuantScheme.parse(self.quantization_config.scheme)
+    def rules(self) -> SchemeRules:
+        return SchemeRules(self.quantization_config.scheme)
 
     @property
     def quantized_element_size(self) -> float:
-        group_bytes = 4 if self.scheme.symmetric else 5  # a scale, and a zero point
-        return self.scheme.weight_bits / 8 + (group_bytes / self.scheme.group_size if self.scheme.group_size else 0)
+        """Bytes of a weight, with its share of a group; of several schemes, those of the largest."""
+        group_bytes = {True: 4, False: 5}  # a scale, and a zero point
+        return max(
+            scheme.weight_bits / 8 + (group_bytes[scheme.symmetric] / scheme.group_size if scheme.group_size else 0)
+            for scheme in self.rules.schemes
+        )
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -213,9 +221,9 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._restore_layers(model)
             return
         config = self.quantization_config
-        self._report = QuantizationReport(config.scheme, **config.layer_options)
+        self._report = QuantizationReport(self.rules.label, **config.layer_options)
         self._layers, self._report.warnings = select_layers(
-            model, self.scheme, config.skip, config.include, ties=model.all_tied_weights_keys,
+            model, self.rules, config.skip, config.include, ties=model.all_tied_weights_keys,
             embeddings=config.embeddings,
         )  # fmt: skip
         self._report.warnings += unexpected_results(self._layers, self._report, config.embeddings)

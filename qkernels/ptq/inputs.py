@@ -30,7 +30,7 @@ def collect_input_statistics(
     model: nn.Module,
     layers: Iterable[nn.Module],
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
-    scheme: str | QuantScheme,
+    scheme: str | QuantScheme | Mapping[nn.Module, QuantScheme],
 ) -> dict[int, InputStatistics]:
     """Run `model` on sample inputs and collect the statistics of the inputs of each linear layer.
 
@@ -38,19 +38,21 @@ def collect_input_statistics(
         model: run in evaluation mode, without gradients.
         layers: the linear layers to watch.
         calibration: see `run_watched`.
-        scheme: says how the inputs will be quantized.
+        scheme: says how the inputs will be quantized, those of all layers or of each.
 
     Returns:
         By id of a layer that was called.
     """
-    scheme = QuantScheme.parse(scheme)
+    layers = list(layers)
+    schemes = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, QuantScheme.parse(scheme))
     found: dict[int, InputStatistics] = {}
 
     def watch(layer: nn.Module, x: Tensor) -> None:
         quant_error = torch.zeros(x.shape[1], device=x.device)
-        if scheme.int_activations:
-            q, scales = ops.quantize_activation(x, scheme.name)
-            rounded = q.to(torch.float32) * expand_groups(scales, scheme.act_group_size, x.shape[1])
+        own = schemes[layer]
+        if own.int_activations:
+            q, scales = ops.quantize_activation(x, own.name)
+            rounded = q.to(torch.float32) * expand_groups(scales, own.act_group_size, x.shape[1])
             quant_error = (rounded - x).square().sum(dim=0)
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not be positive definite
             gram = x.t() @ x

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import qkernels as qk
 from qkernels.convert.model import AFTER_QUANTIZE
+from qkernels.convert.schemes import SchemeRules
 from qkernels.convert.selection import NOT_ASKED, select_layers
 
 
@@ -409,6 +410,6 @@ def test_what_follows_the_mode_is_named():
 
 
 def test_a_selection_returns_its_warnings():
-    layers, messages = select_layers(Net(), qk.QuantScheme.parse("w8a8"), ["lm_head"], ["up"])
+    layers, messages = select_layers(Net(), SchemeRules("w8a8"), ["lm_head"], ["up"])
     assert messages == ["skip pattern 'lm_head' matches no linear layer"]
     assert [layer.name for layer in layers if layer.reason is None] == ["blocks.0.up", "blocks.1.up"]

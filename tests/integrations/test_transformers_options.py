@@ -1,0 +1,67 @@
+"""transformers: options of `QKernelsConfig` that are those of `quantize_`."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import assert_same_bits
+
+import qkernels as qk
+
+transformers = pytest.importorskip("transformers")
+
+MIXED = {"lm_head": None, "*.mlp.*": "w4a8-g32", "*": "w8a8"}
+IDS = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("float")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def load(path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def schemes(model):
+    return {name: layer.scheme.name for name, layer in model.named_modules() if isinstance(layer, qk.QuantLinear)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_schemes_by_pattern(folder, tmp_path):
+    config = qk.QKernelsConfig(MIXED)
+    again = qk.QKernelsConfig.from_dict(json.loads(config.to_json_string()))  # which sorts the keys of mappings
+    assert again.scheme == config.scheme == [list(item) for item in MIXED.items()]
+    model, expected = load(folder, quantization_config=again), load(folder)
+    report = qk.quantize_(expected, MIXED)
+    assert schemes(model) == schemes(expected) and model.quantization_report.rows == report.rows
+    assert set(schemes(model).values()) == {"w4a8-g32", "w8a8"} and "lm_head" not in schemes(model)
+    assert_same_bits(logits(model), logits(expected))
+    for index, quantized in enumerate((model, expected)):
+        quantized.save_pretrained(tmp_path / str(index))
+        reloaded = load(tmp_path / str(index))
+        assert schemes(reloaded) == schemes(model)
+        assert_same_bits(logits(reloaded), logits(model))
+        reloaded.save_pretrained(tmp_path / "again")
+        assert_same_bits(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_names_of_modules_and_of_other_configurations(folder):
+    model = load(folder, quantization_config=qk.QKernelsConfig(modules_to_not_convert=["model.layers.0.mlp"]))
+    assert not any(".mlp." in name for name in schemes(model)) and "lm_head" in schemes(model)
+    with pytest.raises(TypeError, match="modules_to_not_convert is another name of skip"):
+        qk.QKernelsConfig(modules_to_not_convert=["lm_head"], skip=["lm_head"])
+    with pytest.raises(TypeError, match=r"calibration needs the float model: .* quantize_"):
+        qk.QKernelsConfig("w4a8-g32", calibration=[IDS])
+    assert copy.deepcopy(qk.QKernelsConfig(MIXED)).scheme == qk.QKernelsConfig(MIXED).scheme
