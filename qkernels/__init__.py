@@ -12,6 +12,7 @@ from .kernels.quantizers import dequantize_weight, quantize_activation, quantize
 from .nn import expert_families as _expert_families  # noqa: F401  it registers them
 from .nn.adapters import CompositeAdapter, LayerAdapter, SplitLayer, register_adapter
 from .nn.attention import QuantMultiheadAttention
+from .nn.conv import QuantConv1d, QuantConv2d
 from .nn.embedding import QuantEmbedding
 from .nn.experts import QuantExperts
 from .nn.grouped_linear import QuantGroupedLinear
@@ -25,6 +26,8 @@ __all__ = [
     "CompositeAdapter",
     "LayerAdapter",
     "LinearAdapter",
+    "QuantConv1d",
+    "QuantConv2d",
     "QuantEmbedding",
     "QuantExperts",
     "QuantGroupedLinear",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from typing import Any, Protocol, SupportsIndex
 
 import torch
@@ -175,6 +175,60 @@ class FrozenWeight(ReadOnly):
         return _on_values(func, args, kwargs)
 
 
+class FrozenKernel(FrozenWeight):
+    """The weight [O, C / groups, ...] of a frozen convolution as others see it: read-only, made float when it is used.
+
+    Args:
+        stored: the canonical storage of the matrix [O, K] of the kernels.
+        scheme, in_features, dtype: as in `FrozenWeight`.
+        shape: of the weight, of three or four dimensions.
+    """
+
+    @staticmethod
+    def __new__(
+        cls, stored: QuantizedWeight, scheme: str, in_features: int, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> FrozenKernel:
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.qweight.device)
+        weight.stored, weight.scheme, weight.in_features, weight.grad_mode = stored, scheme, in_features, "float"
+        weight.column_scales, weight.transposed, weight.floats, weight.writable = None, False, None, False
+        return weight
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        assert self.stored is not None
+        tensors = {name: tensor for name, tensor in self.stored._asdict().items() if tensor is not None}
+        vars(self).update(tensors)
+        return [*tensors], (self.scheme, self.in_features, self.dtype, tuple(self.shape))
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> FrozenKernel:
+        return cls(QuantizedWeight(inner["qweight"], inner["scales"], inner.get("zeros")), *context)
+
+    def dequantize(self) -> Tensor:
+        assert self.stored is not None
+        rows = ops.dequantize_weight(*self.stored, self.in_features, self.scheme).to(self.dtype)
+        return rows.unflatten(1, (*self.shape[2:], -1)).movedim(-1, 1)
+
+    @property
+    def multiplies(self) -> bool:
+        return False
+
+    def like(self, **changes: Any) -> FrozenWeight:
+        if "floats" in changes:
+            return FrozenWeight(None, self.scheme, self.in_features, self.dtype, floats=changes["floats"])
+        assert self.stored is not None
+        return FrozenKernel(self.stored, self.scheme, self.in_features, self.dtype, tuple(self.shape))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (_aten.detach.default, _aten.alias.default):
+            return args[0].like()
+        return _on_values(func, args, kwargs or {})
+
+
 def _on_storage(func: Any, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation that the integers allow; None: another operation."""
     if func in (_aten.detach.default, _aten.alias.default):
@@ -256,8 +310,8 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weight.floats, weight.stored, weight.column_scales = weight.dequantize().contiguous(), None, None
     floats = {id(weight.floats): weight for weight in written}
     result = func(
-        *tree_map_only(FrozenWeight, FrozenWeight.dequantize, args),
-        **tree_map_only(FrozenWeight, FrozenWeight.dequantize, kwargs),
+        *tree_map_only(FrozenWeight, methodcaller("dequantize"), args),
+        **tree_map_only(FrozenWeight, methodcaller("dequantize"), kwargs),
     )
     if written:
         return tree_map_only(Tensor, lambda tensor: floats.get(id(tensor), tensor), result)

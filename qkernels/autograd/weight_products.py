@@ -140,11 +140,13 @@ class _Trained(Operand):
         if not isinstance(weight, Int8Weight):
             assert self.product is not None
             scheme, _, scales, _ = self.product
+            rows = weight.movedim(1, -1).flatten(1)  # of the kernels of a convolution; a matrix as it is
             if scales is None:
-                stored = ops.quantize_weight(weight, scheme)
+                stored = ops.quantize_weight(rows, scheme)
             else:
-                stored = QuantizedWeight(ops.quantize_weight_scaled(weight, scales, scheme), scales.detach(), None)
-            weight = ops.dequantize_weight(*stored, weight.shape[1], scheme).to(weight.dtype)
+                stored = QuantizedWeight(ops.quantize_weight_scaled(rows, scales, scheme), scales.detach(), None)
+            rows = ops.dequantize_weight(*stored, rows.shape[1], scheme).to(weight.dtype)
+            weight = rows.view(len(rows), *weight.shape[2:], -1).movedim(-1, 1)
         else:
             weight = weight.dequantize()
         weight = weight.t() if self.transposed else weight
@@ -216,7 +218,8 @@ def _torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_rounded(item) for item in value)
-    return value.rounded() if isinstance(value, _Trained) and value.multiplies else value
+    is_kernels = isinstance(value, TrainedWeight) and value.dim() > 2 and value.product is not None
+    return value.rounded() if is_kernels or (isinstance(value, _Trained) and value.multiplies) else value
 
 
 def _warn_hidden(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

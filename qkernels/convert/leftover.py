@@ -12,8 +12,9 @@ from ..nn.adapters import find_composite, is_matrix
 
 # The reason of what chooses the experts of a mixture begins with it: `strict` accepts it.
 ROUTER = "router"
-_RULES = "only linear layers and embeddings are quantized"
+_RULES = "only linear layers, convolutions of one or two dimensions, and embeddings are quantized"
 _KINDS = (
+    (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
     (nn.modules.conv._ConvNd, "convolution"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layer"),
     (nn.Bilinear, "nn.Bilinear"),
