@@ -50,11 +50,14 @@ def quantize_(
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None = None,
     never_slower: bool = False,
 ) -> QuantizationReport:
-    """Swap every `nn.Linear` and transformers `Conv1D` of `model` for a `QuantLinear`, in place.
+    """Swap every linear layer and convolution of `model` for a quantized one, in place.
+
+    `nn.Linear` and transformers' `Conv1D` become `QuantLinear`, `nn.Conv2d` and `nn.Conv1d` become `QuantConv2d` and
+    `QuantConv1d`.
 
     Everything is checked before anything is changed. Layers are then converted one by one and each float weight is
-    freed at once. Whatever stays in float is a row of the report, with the reason: convolutions, fused experts and all
-    other matrix weights that are no linear layer, too. A layer that cannot be quantized without changing what the
+    freed at once. Whatever stays in float is a row of the report, with the reason: depthwise and
+    transposed convolutions, and every other matrix weight that is no such layer, too. A layer that cannot be quantized without changing what the
     model computes stays in float: its weight is tied to another module's (a head that shares the embedding),
     parametrized, not float32/bfloat16/float16, on the meta device, or read directly by its parent
     (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside
@@ -87,7 +90,7 @@ def quantize_(
             values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
             scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
             refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
-        never_slower: time the forward of each layer shape on this CPU, at the numbers of rows in
+        never_slower: time the forward of each shape of a linear layer (convolutions are not timed) on this CPU, at the numbers of rows in
             `qkernels.profiling.layers.ROWS`, and leave those in float that would be slower quantized at any of them
             (`qkernels explain` shows the times).
 
@@ -109,9 +112,11 @@ def quantize_(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError("model must not be wrapped by DistributedDataParallel yet; quantize it first, then wrap it")
     if (adapter := find_adapter(model)) is not None:
+        convolutions = (nn.Conv1d, nn.Conv2d)
+        kind = next((f"Quant{known.__name__}" for known in convolutions if isinstance(model, known)), "QuantLinear")
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; "
-            f"use {'QuantEmbedding' if adapter.lookup else 'QuantLinear'}.from_float(layer, scheme)"
+            f"use {'QuantEmbedding' if adapter.lookup else kind}.from_float(layer, scheme)"
         )
     if find_composite(type(model)) is not None:
         raise TypeError(

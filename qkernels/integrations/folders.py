@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.adapters import adapter_of
-from ..nn.linear import QuantLinear
 from ..nn.masks import is_masked
+from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
 
 
@@ -49,7 +49,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     layers = quantized_layers(model)
     if not layers:
         return {}
-    options = {name: layer_options_of(module) for name, module in layers.items() if isinstance(module, QuantLinear)}
+    options = {name: layer_options_of(module) for name, module in layers.items() if isinstance(module, MatrixLayer)}
     common = _DEFAULTS
     if options:
         ((most, _),) = Counter(tuple(own.values()) for own in options.values()).most_common(1)
@@ -79,7 +79,7 @@ def warn_of_masks(model: nn.Module) -> None:
         )
 
 
-def layer_options_of(module: QuantLinear) -> dict[str, str]:
+def layer_options_of(module: MatrixLayer) -> dict[str, str]:
     """Its mode, grad_dtype and weight_scale."""
     return {key: getattr(module, key) for key in LAYER_OPTIONS}
 
@@ -112,7 +112,7 @@ def finish_loading(module: Storage, mode: str) -> None:
     Args:
         mode: the layer's, which is stored as "frozen" if it is "int8".
     """
-    if isinstance(module, QuantLinear):
+    if isinstance(module, MatrixLayer):
         module.update_column_scales()
         if mode == "int8":
             module.thaw_int8_()

@@ -33,6 +33,7 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, storage_dtypes
 from ..nn.adapters import float_twin
 from ..nn.linear import QuantLinear
+from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
 from ..system.deprecation import renamed_keywords
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
@@ -305,7 +306,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             if layer.converted is None:
                 layer.reason = "has no weight of its own in the checkpoint"
         for layer in self._layers:
-            if isinstance(layer.module, QuantLinear):
+            if isinstance(layer.module, MatrixLayer):
                 if not _is_loaded(layer.module.bias):
                     layer.module.bias.data.zero_()
                 layer.module.update_column_scales()

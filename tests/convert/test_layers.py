@@ -70,7 +70,8 @@ def test_a_class_without_an_adapter_stays_in_float_as_a_parameter():
     _ADAPTERS.pop(Projection)
     report = qk.quantize_(model_of(), "w8a8")
     assert {row.name: row.reason for row in report.left} == {
-        "0.kernel": "parameter of Projection: only linear layers and embeddings are quantized"
+        "0.kernel": "parameter of Projection: only linear layers, convolutions of one or two dimensions, "
+        "and embeddings are quantized"
     }
 
 
@@ -201,7 +202,7 @@ def test_answers_for_the_layers_that_are_known():
                 adapter.quantize(layer, "w8a8")
             with pytest.raises(TypeError, match="quantized already"):
                 adapter.empty(layer, "w8a8")
-    assert find_adapter(nn.ReLU()) is None and find_adapter(nn.Conv1d(2, 2, 1)) is None
+    assert find_adapter(nn.ReLU()) is None and find_adapter(nn.Conv3d(2, 2, 1)) is None
     with pytest.raises(TypeError, match="no layer adapter knows ReLU"):
         adapter_of(nn.ReLU())
 

@@ -42,7 +42,8 @@ def test_fused_experts_of_an_unknown_class_are_told_and_strict_refuses_them():
 class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.lstm, self.gru = nn.Conv2d(3, 4, 3), nn.LSTM(8, 8), nn.GRUCell(8, 8)
+        self.conv, self.lstm, self.gru = nn.Conv3d(3, 4, 3), nn.LSTM(8, 8), nn.GRUCell(8, 8)
+        self.up, self.depthwise = nn.ConvTranspose2d(3, 4, 2), nn.Conv1d(8, 8, 3, groups=8)
         self.attention, self.both = nn.MultiheadAttention(8, 2), nn.Bilinear(4, 5, 6)
         self.table, self.gain = nn.Parameter(torch.ones(5, 6)), nn.Parameter(torch.ones(1, 6))
         self.linear = nn.Linear(8, 8)
@@ -53,6 +54,8 @@ def test_every_other_matrix_has_a_row_with_its_reason():
     told = {name: reason.partition(":")[0] for name, reason in reasons(report).items()}
     assert told == {
         "conv": "convolution",
+        "up": "transposed convolution",
+        "depthwise": "depthwise convolution",
         **{f"lstm.weight_{kind}_l0": "recurrent layer" for kind in ("ih", "hh")},
         **{f"gru.weight_{kind}": "recurrent layer" for kind in ("ih", "hh")},
         "both": "nn.Bilinear",
@@ -61,7 +64,7 @@ def test_every_other_matrix_has_a_row_with_its_reason():
     assert [row.name for row in report.quantized] == ["attention.in_proj", "attention.out_proj", "linear"]
     for pattern in ("conv", "lstm"):
         assert any("skipped by pattern" in row.reason for row in qk.quantize_(Mixed(), "w8a8", skip=[pattern]).left)
-    skip = ["conv", "lstm", "gru", "attention", "out_proj", "both", "table"]
+    skip = ["conv", "up", "depthwise", "lstm", "gru", "attention", "out_proj", "both", "table"]
     assert qk.quantize_(Mixed(), "w8a8", skip=skip, strict=True).quantized
 
 
@@ -103,9 +106,8 @@ def caught(call):
 
 
 def test_nothing_quantized_warns_unless_patterns_say_so():
-    conv = lambda: nn.Sequential(nn.Conv2d(3, 4, 3))  # noqa: E731
-    (message,) = caught(lambda: qk.quantize_(conv(), "w8a8"))
-    assert message == "nothing was quantized: 0: convolution: only linear layers and embeddings are quantized"
+    (message,) = caught(lambda: qk.quantize_(nn.Sequential(nn.Conv3d(3, 4, 3)), "w8a8"))
+    assert message.startswith("nothing was quantized: 0: convolution: only linear layers, convolutions of one or two")
     with torch.device("meta"):
         skeleton = nn.Sequential(nn.Linear(8, 8))
     (message,) = caught(lambda: qk.quantize_(skeleton, "w8a8"))

@@ -235,6 +235,12 @@ ARCHITECTURES = {
         sam,
         lambda: dict(**image(64), input_points=torch.tensor([[[[10.0, 10.0]]]])),
     ),
+    "resnet": (T.ResNetForImageClassification, lambda: T.ResNetConfig(**BACKBONE), image),
+    "convnext": (
+        T.ConvNextForImageClassification,
+        lambda: T.ConvNextConfig(hidden_sizes=[16, 32, 32, 32], depths=[1, 1, 1, 1], image_size=32, patch_size=2),
+        image,
+    ),
     "detr": (T.DetrForSegmentation, detr, lambda: image(64)),
     "llava": (T.LlavaForConditionalGeneration, llava, ids),
     "qwen2_vl": (T.Qwen2VLForConditionalGeneration, qwen2_vl, ids),
