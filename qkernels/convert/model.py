@@ -90,9 +90,9 @@ def quantize_(
             values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
             scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
             refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
-        never_slower: time the forward of each shape of a linear layer (convolutions are not timed) on this CPU, at the numbers of rows in
+        never_slower: time the forward of each shape of a linear layer on this CPU, at the numbers of rows in
             `qkernels.profiling.layers.ROWS`, and leave those in float that would be slower quantized at any of them
-            (`qkernels explain` shows the times).
+            (`qkernels explain` shows the times). Convolutions are not timed.
 
     Returns:
         A `QuantizationReport` with one row for each linear layer, embedding and other matrix weight.
