@@ -56,14 +56,14 @@ def quantize_(
     `QuantConv1d`.
 
     Everything is checked before anything is changed. Layers are then converted one by one and each float weight is
-    freed at once. Whatever stays in float is a row of the report, with the reason: depthwise and
-    transposed convolutions, and every other matrix weight that is no such layer, too. A layer that cannot be quantized without changing what the
-    model computes stays in float: its weight is tied to another module's (a head that shares the embedding),
-    parametrized, not float32/bfloat16/float16, on the meta device, or read directly by its parent
+    freed at once. Whatever stays in float is a row of the report, with the reason: depthwise and transposed
+    convolutions, and every other matrix weight that is no such layer, too. A layer that cannot be quantized without
+    changing what the model computes stays in float: its weight is tied to another module's (a head that shares the
+    embedding), parametrized, not float32/bfloat16/float16, on the meta device, or read directly by its parent
     (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside
-    float16 (T5); or the layer is a subclass of `nn.Linear` with a behaviour of its own. A warning tells if nothing is
-    quantized, if layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the
-    frozen model as it is.
+    float16 (T5); or the layer is of a subclass with a behaviour of its own. A warning tells if nothing is quantized, if
+    layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the frozen model as
+    it is.
 
     A pattern is a layer's name, the last component of its name ("lm_head"), the name of a module that it is in, or an
     fnmatch glob ("*.mlp.*").
