@@ -257,8 +257,6 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
         if (base := parent._modules.get("base_layer")) is not None:
             if getattr(parent, "merged", False):
                 mark(base.modules(), "holds a merged PEFT adapter")
-            elif getattr(parent, "lora_variant", None):
-                mark(base.modules(), "read by the variant (such as DoRA) of its PEFT layer")
     return reasons
 
 
