@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels.integrations.peft import merge_errors
+from qkernels.integrations.peft import initialization_errors, merge_errors
 from qkernels.nn.storage import Storage
 
 STEPS = 3
@@ -242,6 +242,7 @@ class Result:
     refused: str = ""
     merge_error: float | None = None  # of the output, over the effect of the adapter
     rounding: float | None = None  # the largest of `merge_errors`
+    initialization: float | None = None  # the largest of `initialization_errors`
     losses: list[float] = field(default_factory=list)
 
     def failures(self) -> dict[str, str]:
@@ -335,6 +336,7 @@ def _run(row: Row, base: str) -> Result:
         result.refused = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return result
     exact = base != "float"
+    result.initialization = max(initialization_errors(model).values(), default=None)
     before, original = storage(model), logits(make_base(row, base))
     created = storage(model)
 

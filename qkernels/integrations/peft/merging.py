@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -171,6 +172,8 @@ def adopt_layers(model: nn.Module) -> list[Any]:
     """Give every PEFT layer over integers the merge of `Requantizing`; the list of them."""
     found = []
     for module in model.modules():
+        if isinstance(module, LNTuningLayer):  # its merge puts a float layer in the place of the base
+            continue
         if isinstance(module, BaseTunerLayer) and stores_integers(module.get_base_layer()):
             kind: Any = type(module)
             if kind in OWN_CLASSES:

@@ -11,6 +11,7 @@ from typing import Any
 from peft.peft_model import PeftModel
 from peft.tuners.glora.layer import GloraLinear
 from peft.tuners.glora.model import GloraModel
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, init_empty_weights
 from peft.utils import other, save_and_load
 from peft.utils.other import ModulesToSaveWrapper, _get_submodules
@@ -46,6 +47,16 @@ def _train_float_copies(update: Callable[..., None]) -> Callable[..., None]:
             update(self, adapter_name, tied_module=tied_module, **kwargs)
         finally:
             self.original_module = original.requires_grad_(False)
+
+    return update_with_floats
+
+
+def _tune_float_copies(update_layer: Callable[..., None]) -> Callable[..., None]:
+    """`LNTuningLayer.update_layer`, which trains a copy of the layer that it is put on: in float."""
+
+    @functools.wraps(update_layer)
+    def update_with_floats(self: Any, layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        update_layer(self, _float_copy(layer) if is_frozen(layer) else layer, adapter_name, **kwargs)
 
     return update_with_floats
 
@@ -169,6 +180,7 @@ def install() -> None:
     BaseTuner._inject_parameters = _target_weights(BaseTuner._inject_parameters)
     BaseTunerLayer.weight = _weight_of_base(BaseTunerLayer.weight)
     GloraModel._create_new_module = staticmethod(_glora_first(GloraModel._create_new_module))
+    LNTuningLayer.update_layer = _tune_float_copies(LNTuningLayer.update_layer)
     ModulesToSaveWrapper.update = _train_float_copies(ModulesToSaveWrapper.update)
     PeftModel._setup_prompt_encoder = _name_quantized_embeddings(PeftModel._setup_prompt_encoder)
     replace_everywhere("set_peft_model_state_dict", _check_adapter(save_and_load.set_peft_model_state_dict))
