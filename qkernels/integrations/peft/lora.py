@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...autograd.frozen import LowRank
 from ...nn.adapters import adapter_of, float_twin, is_frozen
+from ...nn.attention import QuantMultiheadAttention
 from ...nn.linear import QuantLinear
 from .base_weight import float_base, replace_everywhere, stores_integers
 from .merging import OWN_CLASSES, Requantizing
@@ -109,6 +110,11 @@ def _dispatch_first(dispatch_default: Callable[..., Any]) -> Callable[..., Any]:
         target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any
     ) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, QuantMultiheadAttention):
+            raise ValueError(
+                "target_modules must name the projections of quantized attention, which are layers of their own: "
+                "in_proj (or q_proj, k_proj, v_proj) and out_proj, got the whole nn.MultiheadAttention"
+            )
         # The mode "qat" has a float weight to merge into.
         if parameter_name is not None or not isinstance(base, QuantLinear) or not stores_integers(base):
             return dispatch_default(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
