@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...nn.adapters import adapter_of, float_twin, is_frozen
 from ...nn.linear import QuantLinear
 from ...nn.storage import Storage
-from .base_weight import replace_everywhere
+from .base_weight import replace_everywhere, stores_integers
 
 
 def _weight_of_base(weight: property) -> property:
@@ -122,25 +122,32 @@ def _named_weights(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tupl
 
 
 def _target_weights(inject_parameters: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """PEFT's search for `target_parameters`, which finds the weight of a frozen layer too.
+    """PEFT's search for `target_parameters`, which finds the weight of a layer that stores integers too.
 
-    That is no parameter to be wrapped: the adapter goes where one of `target_modules` goes, and computes the same.
+    That cannot be wrapped: the adapter goes where one of `target_modules` goes, and computes the same.
     """
 
     @functools.wraps(inject_parameters)
     def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
-        found = []
+        found, layers = [], []
         for name, module in list(model.named_modules()):
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             key = f"{name}.weight"
             wanted = any(key == target or key.endswith(f".{target}") for target in peft_config.target_parameters)
-            if not wanted or not isinstance(base, QuantLinear) or not is_frozen(base):
+            if not wanted or not isinstance(base, QuantLinear) or not stores_integers(base):
                 continue
             parent, target, target_name = _get_submodules(model, name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key=name)
             found.append(key)
-        return found + inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+            layers.append(base)
+        for layer in layers:  # PEFT would find the parameter of mode "int8" as well
+            vars(layer)["named_parameters"] = lambda *args, **kwargs: iter(())
+        try:
+            return found + inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+        finally:
+            for layer in layers:
+                del vars(layer)["named_parameters"]
 
     return inject
 
