@@ -35,7 +35,7 @@ def measure() -> dict[str, Any]:
         for base in BASES:
             result = asdict(peft_matrix.run(row, base))
             print(row.name, base, result["refused"] or peft_matrix.Result(**result).failures() or "ok", flush=True)
-            rows.append({**result, "initializes_base": row.changes_base})
+            rows.append(result)
     libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {"libraries": libraries, "rows": rows}
 
@@ -76,7 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run the methods first")
     if parser.parse_args().run:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+        measured = measure()
+        lines = ",\n  ".join(json.dumps(row) for row in measured["rows"])
+        text = f'{{\n "libraries": {json.dumps(measured["libraries"])},\n "rows": [\n  {lines}\n ]\n}}\n'
+        RESULTS.write_text(text, encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 

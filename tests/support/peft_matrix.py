@@ -160,7 +160,7 @@ ROWS = [
             )
         ),
     ),
-    Row("QALoRA", lora(use_qalora=True, qalora_group_size=8)),
+    Row("QALoRA", lora(use_qalora=True, qalora_group_size=8), refused="^ValueError: use_qalora works on GPTQ layers"),
     Row("AdaLoRA", method("AdaLora", total_step=9, tinit=1, tfinal=1)),
     Row("IA3", method("IA3", feedforward_modules=["down_proj"])),
     Row("LoHa", method("LoHa", r=4)),

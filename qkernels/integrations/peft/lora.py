@@ -41,9 +41,11 @@ class QuantLoraLinear(Requantizing, LoraLinear):
         """Add an adapter.
 
         Raises:
-            ValueError: for LoftQ, which compares the base with the float weight.
+            ValueError: for LoftQ, which compares the base with the float weight, and for QALoRA.
         """
         init = config.init_lora_weights
+        if getattr(config, "use_qalora", False):
+            raise ValueError("use_qalora works on GPTQ layers only, and PEFT ignores it elsewhere: leave it out")
         if isinstance(init, str) and init == "loftq":
             raise ValueError(
                 "init_lora_weights='loftq' needs the float weight, which a quantized layer does not have: create the "
