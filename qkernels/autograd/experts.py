@@ -35,10 +35,18 @@ def _experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 def _input_gradient(
-    ctx: Any, grad_out: Tensor, weight: QuantizedWeight, seed: Tensor | None, column_scales: Tensor | None
+    ctx: Any,
+    grad_out: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weight: QuantizedWeight,
+    seed: Tensor | None,
+    column_scales: Tensor | None,
 ) -> Tensor:
-    """The gradient of x [T, K]: the sum over all rows that multiplied the same row, in float32, rounded once."""
-    rows, offsets = ctx.saved_tensors[:2]
+    """The gradient of x [T, K]: the sum over all rows that multiplied the same row, in float32, rounded once.
+
+    It gets the saved tensors, which may be unpacked once only (activation checkpointing).
+    """
     sources, in_features = ctx.x_shape
     grad_rows = ops.grouped_linear_grad_input(
         grad_out,
@@ -112,10 +120,12 @@ class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        _, offsets, qweight, scales, zeros, seed, column_scales = ctx.saved_tensors
+        rows, offsets, qweight, scales, zeros, seed, column_scales = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(ctx, grad_out, QuantizedWeight(qweight, scales, zeros), seed, column_scales)
+            grad_x = _input_gradient(
+                ctx, grad_out, rows, offsets, QuantizedWeight(qweight, scales, zeros), seed, column_scales
+            )
         if ctx.needs_input_grad[6]:
             grad_bias = _bias_gradient(grad_out, offsets, ctx.bias_dtype)
         return grad_x, None, None, None, None, None, grad_bias, None, None, None, None
@@ -186,7 +196,7 @@ class _TrainedExperts(torch.autograd.Function):
             stored = _by_expert(QuantizedWeight(qweight, scales, zeros), len(offsets))
             grouped = seed is not None and ctx.scheme.group_size
             column_scales = grouped_column_scales(stored, ctx.x_shape[1], name) if grouped else None
-            grad_x = _input_gradient(ctx, grad_out, stored, seed, column_scales)
+            grad_x = _input_gradient(ctx, grad_out, rows, offsets, stored, seed, column_scales)
         if needs_weight or needs_scales:
             if x_scales is None:
                 grad_weight = ops.grouped_outer(grad_out, offsets, saved_x, rows)
