@@ -10,6 +10,7 @@ from torch import nn
 from ..formats.storage import FLOAT_DTYPES
 from ..nn.adapters import SplitLayer, find_composite, float_twin, is_frozen
 from ..nn.embedding import QuantEmbedding
+from ..nn.grouped_linear import QuantGroupedLinear
 from ..nn.linear import QuantLinear
 from ..nn.masks import make_permanent
 from ..nn.storage import Storage
@@ -103,4 +104,5 @@ def _join_split_layers(model: nn.Module) -> None:
 # Instance attributes of the quantized layers, which a float layer does not have.
 _LINEAR = QuantLinear(1, 1, device="meta", dtype=torch.float32)
 _EMBEDDING = QuantEmbedding(1, 1, device="meta", dtype=torch.float32)
-_OWN = {"float_type", *vars(_LINEAR), *vars(_EMBEDDING)}
+_GROUPED = QuantGroupedLinear(1, 1, 1, device="meta", dtype=torch.float32)
+_OWN = {"float_type", *vars(_GROUPED), *vars(_LINEAR), *vars(_EMBEDDING)}
