@@ -8,6 +8,7 @@ from torch import nn
 
 from ..formats.scheme import QuantScheme
 from ..nn.adapters import SplitLayer, find_adapter, find_composite
+from ..nn.expert_families import has_experts
 from ..nn.layer_adapters import QUANTIZED
 from .layers import Layer, Split
 from .leftover import ROUTER, kept_in_float32, leftover_reason, matrix_weights
@@ -138,7 +139,7 @@ def select_layers(
     by_parameter = {(id(module), key): layer for layer in layers for module, key in [layer.parameter()]}
     for group in groups:
         _settle_tied(group, by_parameter, bool(embeddings))
-    # Of one weight, the embedding decides. It has no activations; a head on its storage finds their scales in each call.
+    # Of one weight, the embedding decides. It has no activations; a head on its storage finds their scales itself.
     for layer in layers:
         looked_up = next((member.scheme for member in (layer, *layer.tied) if member.is_lookup), None)
         if looked_up is not None:
@@ -245,8 +246,7 @@ def _structure_reasons(model: nn.Module) -> dict[int, str]:
             composite = find_composite(type(parent))
             if composite is not None and (reason := composite.reason(parent)) is not None:
                 mark(parent.modules(), reason)
-        others = [child for child in parent.children() if not isinstance(child, nn.MultiheadAttention)]
-        if any(isinstance(child, SplitLayer) or find_composite(type(child)) for child in others):
+        if any(map(has_experts, parent.children())):
             for key in ("router", "gate"):
                 if (child := parent._modules.get(key)) is not None:
                     mark(child.modules(), f"{ROUTER}: rounding it would change which experts are chosen")

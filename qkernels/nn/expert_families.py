@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.scheme import QuantScheme
-from .adapters import LayerAdapter, SplitLayer, register_adapter
+from .adapters import LayerAdapter, SplitLayer, find_adapter, find_composite, register_adapter
 from .experts import ExpertsAdapter, Routing, weighted_sum
 from .grouped_linear import GroupedLinear, QuantGroupedLinear
 from .storage import Storage
@@ -99,6 +99,16 @@ class _ParallelExpertsAdapter(LayerAdapter[Any]):
         layer.register_parameter("weight", weight)
         layer.num_experts, layer.output_size, layer.input_size = weight.shape
         return layer.train(quantized.training)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture, or their matrices, in float or quantized."""
+    layer_type = module.float_type if isinstance(module, SplitLayer) else type(module)
+    known = (find_composite(layer_type), find_adapter(module))
+    return isinstance(module, QuantGroupedLinear) or any(isinstance(adapter, _OF_EXPERTS) for adapter in known)
+
+
+_OF_EXPERTS = (ExpertsAdapter, _ParallelExpertsAdapter)
 
 
 def _register() -> None:

@@ -137,7 +137,7 @@ class QuantGroupedLinear(MatrixLayer):
         scheme, mode, grad_dtype, weight_scale, device, dtype: as in `QuantLinear`.
 
     Raises:
-        ValueError: as `QuantLinear` does.
+        ValueError: as `QuantLinear` does, and for static activations.
 
     Example:
         >>> from qkernels.nn.grouped_linear import QuantGroupedLinear
@@ -165,6 +165,10 @@ class QuantGroupedLinear(MatrixLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.leading = in_features, out_features, (num_experts,)
+        if (parsed := QuantScheme.parse(scheme)).static_activations:
+            raise ValueError(
+                f"scheme must not have static activations for experts, got {parsed}; use {parsed.of_dynamic}"
+            )
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
         self._set_up(scheme, bias, **options, device=device, dtype=dtype)
 

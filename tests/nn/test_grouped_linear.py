@@ -150,6 +150,8 @@ def test_casts_and_copies_keep_the_integers():
 
 
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="scheme must not have static activations for experts, got w8a8s; use w8a8"):
+        QuantGroupedLinear(E, K, N, scheme="w8a8s")
     with pytest.raises(ValueError, match="scheme must have 8-bit weights"):
         QuantGroupedLinear(E, K, N, scheme="w4a8-g32", mode="int8")
     with pytest.raises(RuntimeError, match=r"input must have shape \[\.\.\., 64\]"):
