@@ -19,6 +19,7 @@ from .nn.grouped_linear import QuantGroupedLinear
 from .nn.layer_adapters import LinearAdapter
 from .nn.linear import QuantLinear
 from .nn.loss import linear_cross_entropy
+from .nn.recurrent import QuantGRU, QuantGRUCell, QuantLSTM, QuantLSTMCell, QuantRNN, QuantRNNCell
 from .ptq.smoothquant import smooth_
 from .version import __version__ as __version__
 
@@ -31,8 +32,14 @@ __all__ = [
     "QuantEmbedding",
     "QuantExperts",
     "QuantGroupedLinear",
+    "QuantGRU",
+    "QuantGRUCell",
+    "QuantLSTM",
+    "QuantLSTMCell",
     "QuantLinear",
     "QuantMultiheadAttention",
+    "QuantRNN",
+    "QuantRNNCell",
     "QuantScheme",
     "QuantizationReport",
     "QuantizedWeight",
