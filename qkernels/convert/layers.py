@@ -145,7 +145,8 @@ class Layer:
 
     def row(self) -> LayerReport:
         """The report's row for the layer as it is."""
-        module, kind = self.module, type(self.owner).__name__
+        module = self.module
+        kind = type(module if self.split is None else self.split.layer).__name__
         if self.key is not None:
             weight = module.get_parameter(self.key)
             size = weight.numel() * weight.element_size()

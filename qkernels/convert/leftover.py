@@ -16,7 +16,6 @@ _RULES = "only linear layers, convolutions of one or two dimensions, and embeddi
 _KINDS = (
     (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
     (nn.modules.conv._ConvNd, "convolution"),
-    ((nn.RNNBase, nn.RNNCellBase), "recurrent layer"),
     (nn.Bilinear, "nn.Bilinear"),
     (nn.EmbeddingBag, "nn.EmbeddingBag"),
 )

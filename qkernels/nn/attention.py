@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.scheme import QuantScheme
-from .adapters import CompositeAdapter, SplitLayer, register_adapter
+from .adapters import CompositeAdapter, SplitLayer, adapter_of, register_adapter
 from .linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
             )
         twin = cls(layer)
         for name, part in list(twin.named_children()):
-            setattr(twin, name, QuantLinear.from_float(part, scheme, **layer_options))
+            setattr(twin, name, adapter_of(part).quantize(part, scheme, **layer_options))
         return twin
 
     # What parents read of a float layer.
@@ -248,6 +248,12 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
 
 class AttentionAdapter(CompositeAdapter[nn.MultiheadAttention]):
     """Splits `nn.MultiheadAttention` into its projections."""
+
+    def reason(self, layer: nn.MultiheadAttention) -> str | None:
+        if (why := super().reason(layer)) is not None:
+            return why
+        names = ["in_proj_weight"] if layer._qkv_same_embed_dim else [f"{name}_weight" for name in _PARTS]
+        return None if all(layer._parameters.get(name) is not None for name in names) else "parametrized weight"
 
     def split(self, layer: nn.MultiheadAttention) -> QuantMultiheadAttention:
         return QuantMultiheadAttention(layer)

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..formats.scheme import QuantScheme
-from .adapters import CompositeAdapter, SplitLayer, register_adapter
-from .linear import QuantLinear
+from .adapters import CompositeAdapter, SplitLayer, adapter_of, register_adapter
 
 # The state of a sequence: h, and c of an LSTM, each [rows, features].
 State = tuple[Tensor, ...]
@@ -79,7 +78,7 @@ class _Parts(SplitLayer):
             )
         twin = RecurrentAdapter().split(layer)
         for name, part in list(twin.named_children()):
-            setattr(twin, name, QuantLinear.from_float(part, scheme, **layer_options))
+            setattr(twin, name, adapter_of(part).quantize(part, scheme, **layer_options))
         return twin
 
     def _take_parts(self, layer: nn.Module) -> None:
@@ -137,6 +136,11 @@ class _Recurrent(_Parts):
 
     def flatten_parameters(self) -> None:
         """Do nothing: this is for cuDNN."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    __setstate__ = nn.Module.__setstate__
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """Compute a sequence.
@@ -212,7 +216,7 @@ class _Recurrent(_Parts):
         return x, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
 
     def _direction(self, place: str, x: Tensor, sizes: Sequence[int], first: State) -> tuple[Tensor, State]:
-        """One layer in one direction. Sequences that end early leave, or, backwards, enter late; so rows are few then."""
+        """One layer in one direction: sequences that are short leave early or, backwards, enter late."""
         products = self._modules[f"ih{place}"](x).split(sizes)  # type: ignore[misc]
         step, hidden = _STEPS[self.mode], self._modules[f"hh{place}"]
         project = self._modules.get(f"hr{place}")
@@ -296,15 +300,16 @@ class _Cell(_Parts):
             RuntimeError: for shapes that do not fit.
         """
         kind = self._kind()
-        batch = input.shape[:-1]
+        batch, parts = input.shape[:-1], 2 if kind == "LSTM" else 1
         given = (hx,) if isinstance(hx, Tensor) else hx
         if given is None:
-            given = (input.new_zeros(*batch, self.hidden_size),) * (2 if kind == "LSTM" else 1)
+            given = (input.new_zeros(*batch, self.hidden_size),) * parts
+        expected = [(*batch, self.input_size), *[(*batch, self.hidden_size)] * parts]
         shapes = [tuple(input.shape), *(tuple(part.shape) for part in given)]
-        if input.dim() not in (1, 2) or shapes != [(*batch, self.input_size)] + [(*batch, self.hidden_size)] * len(given):
+        if input.dim() not in (1, 2) or shapes != expected:
             raise RuntimeError(
-                f"input and hx must be [batch, {self.input_size}] and [batch, {self.hidden_size}], or without the "
-                f"batch, got {shapes}"
+                f"input must be [batch, {self.input_size}] and {'h and c' if parts == 2 else 'hx'} "
+                f"[batch, {self.hidden_size}], or without the batch, got {shapes}"
             )
         x = self.ih(input)
         h = self.hh(given[0])
@@ -361,13 +366,13 @@ class RecurrentAdapter(CompositeAdapter[nn.Module]):
 
     def split(self, layer: nn.Module) -> _Parts:
         kind = next(kind for kind in _TWINS if isinstance(layer, kind))
-        return _TWINS[kind](layer)  # type: ignore[call-arg]
+        return _TWINS[kind](layer)
 
     def join(self, twin: SplitLayer, float_type: type[nn.Module]) -> nn.Module:
         sizes: dict[str, Any] = {"device": "meta", "bias": twin.bias}
         if isinstance(twin, _Recurrent):
-            names = ("num_layers", "batch_first", "dropout", "bidirectional")
-            names += ("proj_size",) if twin.mode == "LSTM" else ()
+            names = ["num_layers", "batch_first", "dropout", "bidirectional"]
+            names += ["proj_size"] if twin.mode == "LSTM" else []
             sizes |= {name: getattr(twin, name) for name in names}
             if isinstance(twin, nn.RNN):
                 sizes["nonlinearity"] = twin.mode.removeprefix("RNN_").lower()
