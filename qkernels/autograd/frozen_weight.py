@@ -208,7 +208,7 @@ class FrozenKernel(FrozenWeight):
     def dequantize(self) -> Tensor:
         assert self.stored is not None
         rows = ops.dequantize_weight(*self.stored, self.in_features, self.scheme).to(self.dtype)
-        return rows.unflatten(1, (*self.shape[2:], -1)).movedim(-1, 1)
+        return rows.unflatten(1, (*self.shape[2:], -1)).movedim(-1, 1).contiguous()
 
     @property
     def multiplies(self) -> bool:

@@ -29,7 +29,8 @@ _hook: torch.utils.hooks.RemovableHandle | None = None
 def watch_frozen(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Let `watch_training` warn who trains the model as it is, unless a pattern left a layer in float to train."""
     frozen = any(isinstance(module, MatrixLayer) and module.mode == "frozen" for module in model.modules())
-    if frozen and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
+    adapted = any(getattr(module, "adapter_layer_names", ()) for module in model.modules())  # by PEFT, before
+    if frozen and not adapted and not any((layer.reason or "").startswith((SKIPPED, NOT_INCLUDED)) for layer in layers):
         watch_training(model)
 
 

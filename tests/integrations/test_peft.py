@@ -298,7 +298,7 @@ def test_merged_layers_are_not_quantized_underneath():
     assert reasons["base_model.model.model.layers.0.self_attn.q_proj.base_layer"] == "holds a merged PEFT adapter"
 
 
-@pytest.mark.filterwarnings(ROUNDS)
+@pytest.mark.filterwarnings("error:the quantized layers")
 def test_a_model_with_dora_can_be_quantized_afterwards():
     model = with_effect(with_lora(llama(), use_dora=True))
     separate = logits(model)

@@ -239,3 +239,52 @@ def test_layer_norm_tuning_of_a_linear_layer_trains_a_copy_in_float():
     assert layer.ln_tuning_layers["default"].weight.grad.norm() > 0
     merged = model.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+class TestConvolutions:
+    TARGETS = {"target_modules": ["0", "2"]}
+    METHODS = {
+        "LoRA": LoraConfig(**TARGETS, r=4),
+        "DoRA": LoraConfig(**TARGETS, r=4, use_dora=True),
+        "BOFT": peft.BOFTConfig(**TARGETS, boft_block_size=8),
+        "HRA": peft.HRAConfig(**TARGETS, r=4),
+        "IA3": peft.IA3Config(**TARGETS, feedforward_modules=[]),
+        "LoHa": peft.LoHaConfig(**TARGETS, r=4),
+        "LoKr": peft.LoKrConfig(**TARGETS, r=4),
+    }
+
+    def network(self, scheme, mode="frozen"):
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2)
+        model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(144, 8))
+        if scheme is not None:
+            qk.quantize_(model, scheme, mode)
+        return model
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(("scheme", "mode"), [("w8a8", "frozen"), ("w4a8-g32", "frozen"), ("w8a8", "int8")])
+    def test_train_merge_unmerge(self, method, scheme, mode):
+        if mode == "int8" and method != "LoRA":
+            with pytest.raises(ValueError, match='0 is a convolution of mode "int8", which takes LoRA'):
+                get_peft_model(self.network(scheme, mode), self.METHODS[method])
+            return
+        x, y = torch.randn(4, 8, 8, 8), torch.randn(4, 8)
+        with torch.no_grad():
+            plain, own = self.network(None)(x), self.network(scheme, mode)(x)
+        model = get_peft_model(self.network(scheme, mode), self.METHODS[method])
+        optimizer, losses = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02), []
+        for _ in range(4):
+            losses.append(nn.functional.mse_loss(model(x), y))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < losses[0]
+        with torch.no_grad():
+            separate = model(x)
+            with model.disable_adapter():
+                assert_same_bits(model(x), own)
+            model.merge_adapter()
+            assert distance(model(x), separate) < (0.05 if scheme == "w8a8" else 0.2)
+            model.unmerge_adapter()
+            assert_same_bits(model(x), separate)
+        assert distance(own, plain) < 0.2

@@ -18,6 +18,7 @@ from ...formats.storage import QuantizedWeight
 from ...kernels.quantizers import quantize_weight
 from ...nn.adapters import adapter_of, float_twin
 from ...nn.linear import relative_error
+from ...nn.matrix_layer import MatrixLayer
 from ...nn.storage import Storage
 
 # What PEFT leaves on a base layer, from a pass over data, for the creation of an adapter.
@@ -118,16 +119,16 @@ class QKernelsBackend(QuantizationBackend):
     layer_type = "linear"
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
-        """The weight as it is multiplied: float [N, K] of the layer's compute dtype."""
-        if isinstance(base_layer, Storage):
-            return base_layer.dequantize().to(base_layer.compute_dtype)
+        """The weight as it is multiplied, in the shape of the float layer's and of the layer's compute dtype."""
+        if isinstance(base_layer, MatrixLayer):
+            return base_layer._from_rows(base_layer.dequantize().to(base_layer.compute_dtype))
         return base_layer.weight.data  # type: ignore[return-value]  # a float copy, during creation or a merge
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        """Quantize float [N, K] with the scheme of the base layer, and store it."""
+        """Quantize a float weight of that shape with the scheme of the base layer, and store it."""
         base = peft_layer.get_base_layer()
-        if isinstance(base, Storage):
-            put_weight(base, quantize_weight(weight_data, base.scheme))
+        if isinstance(base, MatrixLayer):
+            put_weight(base, quantize_weight(base._rows(weight_data), base.scheme))
         else:
             base.weight.data = weight_data
 

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import loraga, variants
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import loftq_utils
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ...autograd.frozen import LowRank
 from ...nn.adapters import adapter_of, float_twin, is_frozen
 from ...nn.attention import QuantMultiheadAttention
 from ...nn.linear import QuantLinear
+from ...nn.storage import Storage
 from .base_weight import float_base, replace_everywhere, stores_integers
 from .merging import OWN_CLASSES, Requantizing
 
@@ -126,6 +128,22 @@ def _dispatch_first(dispatch_default: Callable[..., Any]) -> Callable[..., Any]:
     return dispatch
 
 
+def _make_float_convolutions(update_layer: Callable[..., None]) -> Callable[..., None]:
+    """LoRA over a convolution, whose adapters have the class of the base: over a quantized one, of the float layer."""
+
+    @functools.wraps(update_layer)
+    def update_with_floats(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.get_base_layer(), Storage):
+            update_layer(self, adapter_name, *args, **kwargs)
+            return
+        with float_base(self):
+            self._kernel_dim = self.get_base_layer().weight.dim()
+            update_layer(self, adapter_name, *args, **kwargs)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    return update_with_floats
+
+
 def _truncate_float_copy(truncate: Callable[..., Any]) -> Callable[..., Any]:
     """KaSA's truncation of the base weight, which may come as late as the first forward."""
 
@@ -211,6 +229,7 @@ def install() -> None:
     """Give PEFT's LoRA its class for quantized layers."""
     OWN_CLASSES[LoraLinear] = QuantLoraLinear
     lora_model.dispatch_default = _dispatch_first(lora_model.dispatch_default)
+    _ConvNd.update_layer = _make_float_convolutions(_ConvNd.update_layer)
     kasa = variants.KasaLinearVariant
     kasa._truncate_base_weight = staticmethod(_truncate_float_copy(kasa._truncate_base_weight))
     loraga.estimate_gradients = _estimate_on_float_layers(loraga.estimate_gradients)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from ...formats.storage import QuantizedWeight
 from ...kernels import ops
 from ...kernels.quantizers import quantize_weight
 from ...nn.adapters import adapter_of
-from ...nn.linear import relative_error
+from ...nn.linear import QuantLinear, relative_error
+from ...nn.matrix_layer import MatrixLayer
 from ...nn.storage import Storage
 from .base_weight import QKernelsBackend, float_copy, innermost, put_weight, stores_integers, tensors_of
 
@@ -204,10 +206,21 @@ def _errors(model: nn.Module, attribute: str) -> dict[str, float]:
     return {name.removesuffix(".base_layer"): error for name, error in errors if error is not None}
 
 
+def _refuse_int8_convolutions(tuner: Any, model: nn.Module, config: Any) -> None:
+    """Raise ValueError for a method that would read the weight of such a layer, whose integers lie in another order."""
+    if type(config) is LoraConfig and not config.use_dora:
+        return
+    for name, module in model.named_modules():
+        convolution = isinstance(module, MatrixLayer) and not isinstance(module, QuantLinear) and not module.leading
+        if convolution and module.mode == "int8" and tuner._check_target_module_exists(config, name):
+            raise ValueError(f'{name} is a convolution of mode "int8", which takes LoRA without DoRA only')
+
+
 def _inject_first(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inject_adapter)
-    def inject(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = inject_adapter(self, model, *args, **kwargs)
+    def inject(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        _refuse_int8_convolutions(self, model, self.peft_config[adapter_name])
+        result = inject_adapter(self, model, adapter_name, *args, **kwargs)
         adopt_layers(model)
         return result
 
