@@ -51,12 +51,14 @@ class Call:
         scheme: None for an operator without one.
         dtype: of its input.
         multiply_adds: M * N * K of a `linear`, 0 otherwise.
+        rounds: True for experts' gradient that is rounded to int8 on the way.
     """
 
     operator: str
     scheme: QuantScheme | None = None
     dtype: torch.dtype = torch.bfloat16
     multiply_adds: int = 0
+    rounds: bool = False
 
 
 def _runs_on(target: str, capability: int) -> bool:

@@ -20,8 +20,6 @@ WARPGROUP_MULTIPLY_ADDS = 2**36
 
 WITHOUT_GPU_KERNEL = (
     "conv",
-    "grouped_linear",
-    "grouped_linear_grad_input",
     "grouped_linear_grad_weight",
     "grouped_outer",
 )
@@ -58,8 +56,9 @@ def select(facts: Facts, call: cuda_library.Call | None = None) -> Choice:
         return Choice("cpu", "the compiled kernels of this package")
     if facts.device not in ("cuda", "hip"):
         return Choice("reference", f"there are no kernels for {facts.device} devices")
-    if call is not None and call.operator in WITHOUT_GPU_KERNEL:
-        return Choice("reference", f"there is no GPU kernel of {call.operator}")
+    if call is not None and (call.operator in WITHOUT_GPU_KERNEL or call.rounds):
+        rounded = " with a gradient that is rounded to int8" if call.rounds else ""
+        return Choice("reference", f"there is no GPU kernel of {call.operator}{rounded}")
     if facts.triton and call is not None and _pays_warpgroups(facts, call):
         return Choice("triton", "large int8 product on Hopper, for which Triton uses warpgroup instructions")
     if (
@@ -111,7 +110,9 @@ def facts_of(device: torch.device) -> Facts:
 def call_of(name: str, args: tuple[Any, ...]) -> cuda_library.Call:
     """The facts about a call of the operator `name`, with arguments of its schema, that decide who computes it."""
     scheme = arguments.scheme_of(name, args)
-    return cuda_library.Call(name, scheme, args[0].dtype, args[0].numel() * len(args[1]) if name == "linear" else 0)
+    multiply_adds = args[0].numel() * len(args[1]) if name == "linear" else 0
+    rounds = name == "grouped_linear_grad_input" and args[arguments.names(name).index("seed")] is not None
+    return cuda_library.Call(name, scheme, args[0].dtype, multiply_adds, rounds)
 
 
 def run(

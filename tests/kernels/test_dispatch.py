@@ -44,6 +44,8 @@ def test_choice(facts, backend, word):
         (cuda_library.Call("linear_with_saved_input", parse("w8a8"), torch.bfloat16), "cuda"),
         (cuda_library.Call("linear_with_saved_input", parse("w8a8-ag64"), torch.bfloat16), "triton"),
         (cuda_library.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
+        (cuda_library.Call("grouped_linear", parse("w8a8"), torch.bfloat16), "triton"),
+        (cuda_library.Call("grouped_linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),
     ],
 )
 def test_choice_for_a_call(call, backend):
@@ -118,3 +120,12 @@ layer(torch.randn(3, 40))
 print("qkernels.kernels.triton" in sys.modules)
 """
     assert run_python(code).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("seed", "backend"), [(None, "triton"), (torch.tensor(1), "reference")])
+def test_rounded_gradients_of_experts_have_no_gpu_kernel(seed, backend):
+    weight = (torch.zeros(2, 4, 8, dtype=torch.int8), torch.ones(2, 4, 1), None)
+    args = (torch.ones(3, 4), torch.tensor([1, 3]), *weight, 8, parse("w8a8").code, seed, None)
+    choice = select(Facts("cuda", 90, triton=True), dispatch.call_of("grouped_linear_grad_input", args))
+    assert choice.backend == backend
+    assert backend == "triton" or "no GPU kernel of grouped_linear_grad_input" in choice.reason

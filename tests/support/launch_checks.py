@@ -5,6 +5,7 @@ import reference_ops
 from bounds import assert_loss_within_bound, assert_within_bound
 from helpers import assert_same_bits
 
+from qkernels.kernels import dispatch
 from qkernels.kernels.triton import ops
 from qkernels.kernels.triton.launch import Launch
 from qkernels.kernels.triton.target import Target
@@ -13,6 +14,30 @@ from qkernels.kernels.triton.target import Target
 def plan(op: str, args: tuple, target: Target) -> tuple[tuple, list[Launch]]:
     """Results of a sample's arguments, and the launches that fill them."""
     return ops.plan(op, args, target)
+
+
+def has_kernel(op: str, args: tuple) -> bool:
+    """Whether Triton computes a call."""
+    facts = dispatch.Facts("cuda", 80, triton=True)
+    return dispatch.select(facts, dispatch.call_of(op, op_samples.schema_args(args))).backend == "triton"
+
+
+def check_experts(op: str, scheme: str, sample: op_samples.Sample, actual) -> None:
+    """The bound of a float sum for the rows of each expert, and 0 in those of none."""
+    x, offsets, *stored = sample.args[:5]
+    gradient, rows = op == "grouped_linear_grad_input", sample.args[-1]
+    in_features = sample.args[5] if gradient else x.shape[1]
+    x = x if gradient or rows is None else x[rows]
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        own = [None if tensor is None else tensor[expert] for tensor in stored]
+        exact = op_samples.exact_weight(*own, in_features, scheme)
+        bias = None if gradient or sample.args[5] is None else sample.args[5][expert]
+        words = f"{sample.label}, expert {expert}"
+        weight = exact.t() if gradient else exact
+        assert_within_bound(actual[begin:end], x[begin:end], weight, bias, words, gradient)
+        begin = end
+    assert not actual[begin:].any(), sample.label
 
 
 def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> None:
@@ -28,6 +53,9 @@ def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> Non
         bias = sample.args[4] if op == "linear" else None
         gradient = op == "linear_grad_input"
         assert_within_bound(actual[0], x, exact.t() if gradient else exact, bias, sample.label, gradient)
+        return
+    if op == "grouped_linear_grad_input" or (op == "grouped_linear" and scheme in op_samples.FLOAT_SCHEMES):
+        check_experts(op, scheme, sample, actual[0])
         return
     expected = reference_ops.call(op, *sample.args)
     expected = expected if isinstance(expected, tuple) else (expected,)

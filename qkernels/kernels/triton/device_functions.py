@@ -178,6 +178,42 @@ def requantized(weight, inverse):
 
 
 @triton.jit
+def tiled_rows(M, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many rows the tiles of M rows cover, for `tile_of`."""
+    if EXPERTS == 0:
+        return M
+    else:
+        return (M // BLOCK + experts + 1) * BLOCK
+
+
+@triton.jit
+def rows_of_expert(tile, offsets, M, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of a tile of BLOCK rows (`experts`: none of them), its rows, and which of these there are.
+
+    The tiles of expert e are those from `begin // BLOCK + e` on, which are enough: from `begin` to `end` there are at
+    most `end // BLOCK - begin // BLOCK + 1` of them. EXPERTS is a power of two above `experts`.
+    """
+    every = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + every, mask=every < experts, other=M)
+    ends = tl.minimum(tl.maximum(ends, 0), M)
+    expert = tl.sum((ends // BLOCK + every + 1 <= tile).to(tl.int32))
+    begin = tl.sum(tl.where(every == expert - 1, ends, 0))
+    end = tl.sum(tl.where(every == expert, ends, 0))
+    rows = begin + (tile - begin // BLOCK - expert) * BLOCK + tl.arange(0, BLOCK)
+    return expert, rows, (rows >= begin) & (rows < end)
+
+
+@triton.jit
+def source_rows(rows, inside, index, sources):
+    """The row of x, of `sources` rows, that each row multiplies; one that x has not is taken for the first."""
+    if index is None:
+        return rows
+    else:
+        found = tl.load(index + rows, mask=inside, other=0)
+        return tl.where((found >= 0) & (found < sources), found, 0)
+
+
+@triton.jit
 def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWATH: tl.constexpr):
     """Row and column of a program's tile: SWATH rows of tiles are walked column by column, for reuse in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)

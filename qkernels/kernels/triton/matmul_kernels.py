@@ -3,6 +3,10 @@
 Names: x [M, K], weight [N, K] in the canonical storage, of row_bytes bytes a row, out [M, N]. BITS is 8 or 4; W_GROUP
 and A_GROUP are the group sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is
 the finer one for integers, and divides it for floats, so that a tile of the loop lies in one group of each.
+
+EXPERTS is 0, or a power of two above the number of fused experts. Then the rows are sorted by expert, those of expert e
+end before row offsets[e], the weights [experts, N, K] lie one after the other, and a tile of rows belongs to one expert
+(`rows_of_expert`) or to none. `index` tells the row of x, of `sources` rows, that each row multiplies; None: its own.
 """
 
 from __future__ import annotations
@@ -10,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import load_integers, load_weight, requantized, store_float, tile_of
+from .device_functions import (
+    load_integers,
+    load_weight,
+    requantized,
+    rows_of_expert,
+    source_rows,
+    store_float,
+    tile_of,
+    tiled_rows,
+)
 
 
 @triton.jit
@@ -26,6 +39,10 @@ def linear_int_kernel(
     N,
     K,
     row_bytes,
+    offsets,
+    index,
+    experts,
+    sources,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     A_GROUP: tl.constexpr,
@@ -34,19 +51,33 @@ def linear_int_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Rules 4 and 5 on int8 qx [M, K].
 
     SLICE 0: the whole product. Otherwise program axis 1 counts slices of SLICE columns, and out holds what
     `reduce_slices_kernel` adds: int32 sums [slices, M, N], or, with groups, float32 scaled sums [groups, M, N].
     """
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, SWATH)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiled_rows(M, experts, EXPERTS, BLOCK_M), N, BLOCK_M, BLOCK_N, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows[:, None] < M) & (cols[None, :] < N)
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    inside_rows = rows < M
+    x_rows = rows
     begin = 0
     end = K
+    if EXPERTS > 0:
+        expert, rows, inside_rows = rows_of_expert(tile_m, offsets, M, experts, EXPERTS, BLOCK_M)
+        x_rows = source_rows(rows, inside_rows, index, sources)
+        first_row = tl.minimum(expert, experts - 1).to(tl.int64) * N  # of its weight
+        qweight += first_row * row_bytes
+        scales += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        if zeros is not None:
+            zeros += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        if bias is not None:
+            bias += first_row
+        end = tl.where(expert < experts, K, 0)
+    inside = inside_rows[:, None] & (cols[None, :] < N)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
     if SLICE > 0:
         begin = tl.program_id(1) * SLICE
         end = tl.minimum(K, begin + SLICE)
@@ -54,16 +85,16 @@ def linear_int_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_K):
         ks = first + tl.arange(0, BLOCK_K)
-        x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
-        x = tl.load(qx + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0)
+        x_at = x_rows.to(tl.int64)[:, None] * K + ks[None, :]
+        x = tl.load(qx + x_at, mask=inside_rows[:, None] & (ks[None, :] < K), other=0)
         w = tl.trans(load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K))
         if W_GROUP == 0 and A_GROUP == 0:
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         else:
             part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
             if A_GROUP > 0:
-                group = rows * tl.cdiv(K, A_GROUP) + first // A_GROUP
-                x_scale = tl.load(x_scales + group, mask=rows < M, other=0.0)[:, None]
+                group = x_rows * tl.cdiv(K, A_GROUP) + first // A_GROUP
+                x_scale = tl.load(x_scales + group, mask=inside_rows, other=0.0)[:, None]
             if W_GROUP > 0:
                 group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
                 w_scale = tl.load(scales + group, mask=cols < N, other=0.0)[None, :]
@@ -84,16 +115,27 @@ def linear_int_kernel(
     else:
         if W_GROUP == 0 and A_GROUP == 0:
             total = acc.to(tl.float32)
-        _store_scaled(total, x_scales, scales, bias, out, rows, cols, M, N, A_GROUP == 0, W_GROUP == 0)
+        if EXPERTS > 0:
+            owner = tl.zeros_like(rows) + expert
+            store_float(out + at, tl.zeros_like(total), inside & (owner[:, None] == experts))
+            inside_rows = inside_rows & (owner < experts)
+        of_rows = (rows, x_rows, inside_rows)
+        _store_scaled(total, x_scales, scales, bias, out, of_rows, cols, N, A_GROUP == 0, W_GROUP == 0)
 
 
 @triton.jit
 def _store_scaled(
-    total, x_scales, scales, bias, out, rows, cols, M, N, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr
+    total, x_scales, scales, bias, out, of_rows, cols, N, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr
 ):
-    """The scales that are not grouped, the bias, and one rounding, for a tile of sums."""
+    """The scales that are not grouped, the bias, and one rounding, for a tile of sums.
+
+    of_rows: the rows of out, those of x, and which of them there are.
+    """
+    rows = of_rows[0]
+    x_rows = of_rows[1]
+    inside_rows = of_rows[2]
     if SCALE_ROWS:
-        x_scale = tl.load(x_scales + rows, mask=rows < M, other=0.0)[:, None]
+        x_scale = tl.load(x_scales + x_rows, mask=inside_rows, other=0.0)[:, None]
     if SCALE_COLUMNS:
         w_scale = tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
     if SCALE_ROWS and SCALE_COLUMNS:
@@ -105,7 +147,7 @@ def _store_scaled(
     if bias is not None:
         total = total + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-    store_float(out + at, total, (rows[:, None] < M) & (cols[None, :] < N))
+    store_float(out + at, total, inside_rows[:, None] & (cols[None, :] < N))
 
 
 @triton.jit
@@ -132,7 +174,8 @@ def reduce_slices_kernel(
     for _ in range(0, slices):
         total = total + tl.load(parts + at, mask=inside, other=0)
         at += tl.cast(M, tl.int64) * N  # M and N of 1 are constants
-    _store_scaled(total.to(tl.float32), x_scales, scales, bias, out, rows, cols, M, N, SCALE_ROWS, SCALE_COLUMNS)
+    of_rows = (rows, rows, rows < M)
+    _store_scaled(total.to(tl.float32), x_scales, scales, bias, out, of_rows, cols, N, SCALE_ROWS, SCALE_COLUMNS)
 
 
 @triton.jit
@@ -147,6 +190,10 @@ def linear_float_kernel(
     N,
     K,
     row_bytes,
+    offsets,
+    index,
+    experts,
+    sources,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     SLICE: tl.constexpr,
@@ -154,25 +201,39 @@ def linear_float_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """The forward of `a16` schemes: float x [M, K] times the weight's integers, which any float dtype holds exactly.
 
     The sum of each group is scaled in float32. SLICE as in `linear_int_kernel`, except that out holds one float32 sum a
     slice, groups scaled.
     """
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, SWATH)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiled_rows(M, experts, EXPERTS, BLOCK_M), N, BLOCK_M, BLOCK_N, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_rows = rows < M
+    x_rows = rows
     begin = 0
     end = K
+    if EXPERTS > 0:
+        expert, rows, inside_rows = rows_of_expert(tile_m, offsets, M, experts, EXPERTS, BLOCK_M)
+        x_rows = source_rows(rows, inside_rows, index, sources)
+        first_row = tl.minimum(expert, experts - 1).to(tl.int64) * N  # of its weight
+        qweight += first_row * row_bytes
+        scales += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        if zeros is not None:
+            zeros += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        if bias is not None:
+            bias += first_row
+        end = tl.where(expert < experts, K, 0)
     if SLICE > 0:
         begin = tl.program_id(1) * SLICE
         end = tl.minimum(K, begin + SLICE)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_K):
         ks = first + tl.arange(0, BLOCK_K)
-        x_at = rows.to(tl.int64)[:, None] * K + ks[None, :]
-        value = tl.load(x + x_at, mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+        x_at = x_rows.to(tl.int64)[:, None] * K + ks[None, :]
+        value = tl.load(x + x_at, mask=inside_rows[:, None] & (ks[None, :] < K), other=0.0)
         integers = load_integers(qweight, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         w = tl.trans(integers.to(value.dtype))
         if W_GROUP == 0:
@@ -181,11 +242,16 @@ def linear_float_kernel(
             group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
             scale = tl.load(scales + group, mask=cols < N, other=0.0)
             total = total + tl.dot(value, w, input_precision="ieee") * scale[None, :]
+    inside = inside_rows[:, None] & (cols[None, :] < N)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
     if SLICE > 0:
-        at = tl.program_id(1).to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(out + at, total, mask=(rows[:, None] < M) & (cols[None, :] < N))
+        tl.store(out + tl.program_id(1).to(tl.int64) * M * N + at, total, mask=inside)
     else:
-        _store_scaled(total, None, scales, bias, out, rows, cols, M, N, False, W_GROUP == 0)
+        if EXPERTS > 0:
+            owner = tl.zeros_like(rows) + expert
+            store_float(out + at, tl.zeros_like(total), inside & (owner[:, None] == experts))
+            inside_rows = inside_rows & (owner < experts)
+        _store_scaled(total, None, scales, bias, out, (rows, x_rows, inside_rows), cols, N, False, W_GROUP == 0)
 
 
 @triton.jit
@@ -199,27 +265,40 @@ def grad_input_kernel(
     N,
     K,
     row_bytes,
+    offsets,
+    experts,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """out [M, K] = float grad_out [M, N] times the dequantized weight, which is rounded to the dtype of grad_out."""
-    tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
+    tile_m, tile_k = tile_of(tl.program_id(0), tiled_rows(M, experts, EXPERTS, BLOCK_M), K, BLOCK_M, BLOCK_K, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_rows = rows < M
+    end = N
+    if EXPERTS > 0:
+        expert, rows, inside_rows = rows_of_expert(tile_m, offsets, M, experts, EXPERTS, BLOCK_M)
+        first_row = tl.minimum(expert, experts - 1).to(tl.int64) * N  # of its weight
+        qweight += first_row * row_bytes
+        scales += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        if zeros is not None:
+            zeros += first_row * (tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1)
+        end = tl.where(expert < experts, N, 0)
     first = tile_k * BLOCK_K
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, end, BLOCK_N):
         ns = start + tl.arange(0, BLOCK_N)
         grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
-        grad = tl.load(grad_out + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0.0)
+        grad = tl.load(grad_out + grad_at, mask=inside_rows[:, None] & (ns[None, :] < N), other=0.0)
         w = load_weight(qweight, scales, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         total = tl.dot(grad, w.to(grad.dtype), total, input_precision="ieee")
     columns = first + tl.arange(0, BLOCK_K)
     at = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    store_float(out + at, total, (rows[:, None] < M) & (columns[None, :] < K))
+    store_float(out + at, total, inside_rows[:, None] & (columns[None, :] < K))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .launch import Arguments, Launch
 from .target import Target
 from .tiles import MatmulShape, Tile, choose, slices, tiles
 
+NO_EXPERTS = (None, None, 1, 1)  # of a kernel that can take experts: offsets, index, experts, sources
 ELEMENTS = 2048  # of a program that touches each element once
 
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
     launches: list[Launch]
 
 
-def _operand(x: Tensor) -> str:
+def operand_of(x: Tensor) -> str:
     return "float32" if x.dtype == torch.float32 else "float16"
 
 
@@ -115,7 +116,7 @@ def column_scales_of_chunks(weight: StoredWeight, chunk: int) -> Plan:
     return Plan((out,), [Launch(row_kernels.column_scales_kernel, grid, args, constants, 8, 1, reason)])
 
 
-def _tiles(config: Tile) -> dict[str, int]:
+def tile_sizes(config: Tile) -> dict[str, int]:
     return {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "BLOCK_K": config.depth, "SWATH": config.swath}
 
 
@@ -143,7 +144,7 @@ def product(
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
         shape = MatmulShape(m, n, x.shape[1], "int8", group, splittable=True)
         return _linear_int((x, activation[1]), weight, bias, out, (shape, choose(shape, device)))
-    shape = MatmulShape(m, n, x.shape[1], _operand(x), scheme.group_size or 0, splittable=True)
+    shape = MatmulShape(m, n, x.shape[1], operand_of(x), scheme.group_size or 0, splittable=True)
     return _linear_float(x, weight, bias, out, (shape, choose(shape, device)))
 
 
@@ -159,14 +160,15 @@ def _linear_int(
         **weight_format(scheme),
         "A_GROUP": scheme.act_group_size or 0,
         "SLICE": config.slice_depth,
-        **_tiles(config),
+        "EXPERTS": 0,
+        **tile_sizes(config),
     }
     parts = out
     if config.slice_depth:
         count = -(-shape.depth // shape.group) if shape.group else slices(shape, config)
         dtype = torch.float32 if shape.group else torch.int32
         parts = torch.empty((count, *out.shape), dtype=dtype, device=out.device)
-    args = (*activation, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1])
+    args = (*activation, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1], *NO_EXPERTS)
     launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, shape, config)]
     if config.slice_depth:
         launches.append(
@@ -185,11 +187,11 @@ def _linear_float(
     x: Tensor, weight: StoredWeight, bias: Tensor | None, out: Tensor, chosen: tuple[MatmulShape, Tile]
 ) -> list[Launch]:
     (shape, config), scheme = chosen, weight.scheme
-    sizes = {**weight_format(scheme), "SLICE": config.slice_depth, **_tiles(config)}
+    sizes = {**weight_format(scheme), "SLICE": config.slice_depth, "EXPERTS": 0, **tile_sizes(config)}
     parts = out
     if config.slice_depth:
         parts = torch.empty((slices(shape, config), *out.shape), dtype=torch.float32, device=out.device)
-    args = (x, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1])
+    args = (x, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1], *NO_EXPERTS)
     launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, shape, config)]
     if config.slice_depth:
         launches.append(_reduce(parts, None, weight.scales if scheme.group_size is None else None, bias, out))
@@ -220,10 +222,10 @@ def linear_grad_input(
     """[M, in_features]."""
     weight, (m, n), in_features = contiguous(weight), grad_out.shape, weight.in_features
     out = torch.empty((m, in_features), dtype=out_dtype or grad_out.dtype, device=grad_out.device)
-    shape = MatmulShape(m, in_features, n, _operand(grad_out), converted=True)
+    shape = MatmulShape(m, in_features, n, operand_of(grad_out), converted=True)
     config = choose(shape, device)
-    args = (grad_out.contiguous(), *weight[:3], out, m, n, in_features, weight.qweight.shape[1])
-    sizes = {**weight_format(weight.scheme), **grad_tiles(config)}
+    args = (grad_out.contiguous(), *weight[:3], out, m, n, in_features, weight.qweight.shape[1], None, 1)
+    sizes = {**weight_format(weight.scheme), "EXPERTS": 0, **grad_tiles(config)}
     return Plan((out,), [_launch(matmul_kernels.grad_input_kernel, args, sizes, shape, config)])
 
 

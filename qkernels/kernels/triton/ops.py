@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from . import loss_plans, matmul_plans, training_plans
+from . import expert_plans, loss_plans, matmul_plans, training_plans
 from .late_errors import late_errors
 from .launch import run_all
 from .target import Target
@@ -18,6 +18,8 @@ from .tuning import target_of
 PLANS: dict[str, Callable[..., matmul_plans.Plan]] = {
     "column_scales": matmul_plans.column_scales,
     "dequantize_weight": matmul_plans.dequantize_weight,
+    "grouped_linear": expert_plans.grouped_linear,
+    "grouped_linear_grad_input": expert_plans.grouped_linear_grad_input,
     "int_grad_input": matmul_plans.int_grad_input,
     "linear": matmul_plans.linear,
     "linear_cross_entropy": loss_plans.linear_cross_entropy,

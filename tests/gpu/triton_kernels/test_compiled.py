@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'qker
 from gpu_emulation.project.aot import TARGETS, compile_launch
 from gpu_emulation.project.executor import codes_of, execute_all
 from helpers import assert_same_bits
-from launch_checks import check, plan
+from launch_checks import check, has_kernel, plan
 
 from qkernels import QuantScheme, quantize_weight
 from qkernels.kernels import dispatch
@@ -44,6 +44,8 @@ LINEAR = (
 )
 CASES = [
     *(("linear", scheme) for scheme in LINEAR),
+    *(("grouped_linear", scheme) for scheme in ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w4a16-g128")),
+    *(("grouped_linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128")),
     *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
     *(("column_scales", scheme) for scheme in ("w8a8-g64", "w4a8-g32-asym")),
@@ -66,6 +68,8 @@ def executable(op: str, scheme: str, target: str) -> list[tuple[op_samples.Sampl
     """The first samples of some but few blocks, for more of them run the same code; their results and launches."""
     found = []
     for sample in op_samples.samples(op, scheme, SAMPLES):
+        if not has_kernel(op, sample.args):
+            continue
         results, launches = plan(op, sample.args, TARGETS[target])
         if 0 < sum(math.prod(launch.grid) for launch in launches) <= MOST_BLOCKS:
             found.append((sample, results, launches))
