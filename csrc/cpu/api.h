@@ -110,7 +110,8 @@ struct ConvGeometry {
 };
 
 // Convolution of x with w [n, kernel_height * kernel_width * channels / groups], whose columns are channels last ->
-// out [batch, out_height, out_width, n]. a8 schemes without activation groups: one scale for each image.
+// out [batch, out_height, out_width, n]. a8 schemes without activation groups: one scale for each image, or the
+// given one of the weight's x_scale.
 QK_API void conv(const Images& x, const ConvGeometry& geometry, const Weight& w, Bias bias, void* out, DType out_dtype,
                  const Parallel& parallel);
 

@@ -5,6 +5,8 @@
 // copy, and the drivers gather it when they pack a row (IntRows): there is no matrix of patches. What the drivers pack
 // is bounded by kMostPacked: blocks of output pixels are computed one after another.
 #include <algorithm>
+#include <atomic>
+#include <limits>
 
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
@@ -102,17 +104,24 @@ Matrix values(const Images& x, int64_t first, int64_t count) {
   return {static_cast<const char*>(x.data) + first * size_of(x.dtype), x.dtype, 1, count};
 }
 
-// Quantizes the images: rules 1 and 12.
+// Quantizes the images: rule 14.
 class IntImages {
  public:
-  IntImages(const Kernels& kernels, const Images& x, const ConvGeometry& geometry, const Parallel& parallel)
+  IntImages(const Kernels& kernels, const Images& x, const ConvGeometry& geometry, const float* x_scale,
+            const Parallel& parallel)
       : kernels_(kernels),
         x_(x),
         geometry_(geometry),
         images_(x, geometry, sizeof(int8_t)),
         scales_(x.batch),
-        inverse_(x.batch) {
-    find_scales(parallel);
+        inverse_(x.batch),
+        given_(x_scale != nullptr) {
+    if (given_) {
+      std::fill_n(scales_.get(), x.batch, *x_scale);
+      std::fill_n(inverse_.get(), x.batch, inverse_of(*x_scale));
+    } else {
+      find_scales(parallel);
+    }
     images_.fill(parallel, [&] { return Writer(*this); });
   }
 
@@ -163,8 +172,13 @@ class IntImages {
 
    private:
     void quantize(int64_t image, int64_t at, int64_t count, int8_t* q) {
-      if (const float inverse = to_.inverse_[image]; inverse != 0.0f) {
-        quantize_values(to_.kernels_, values(to_.x_, at, count), inverse, q, floats_.get());
+      const Matrix x = values(to_.x_, at, count);
+      const float inverse = to_.inverse_[image];
+      if (to_.given_) {
+        if (!quantize_values_clamped(to_.kernels_, x, inverse, q, floats_.get()))  // of the whole image, by any thread
+          std::atomic_ref(to_.scales_[image]).store(std::numeric_limits<float>::quiet_NaN(), std::memory_order_relaxed);
+      } else if (inverse != 0.0f) {
+        quantize_values(to_.kernels_, x, inverse, q, floats_.get());
       } else {
         std::memset(q, 0, count);
       }
@@ -206,6 +220,7 @@ class IntImages {
   const ConvGeometry& geometry_;
   PaddedImages images_;
   Buffer<float> scales_, inverse_;  // [batch]
+  bool given_;
 };
 
 // Copies the images as they are, for a16 schemes.
@@ -238,7 +253,7 @@ Weight group_of(const Weight& w, int64_t group, int64_t groups) {
           w.k,
           w.row(first),
           w.scales + first * w.groups,
-          w.zeros != nullptr ? w.zeros + first * w.groups : nullptr};
+          w.zeros != nullptr ? w.zeros + first * w.groups : nullptr};  // its activations are quantized already
 }
 
 // Output pixels [patches.first, patches.first + pixels) of one group, to a matrix of which `out` is the first row.
@@ -289,7 +304,7 @@ void conv(const Images& x, const ConvGeometry& geometry, const Weight& w, Bias b
   };
   const Parallel copying = limited_to_work(parallel, x.batch * x.height * x.width * x.channels);
   if (w.scheme.int_activations()) {
-    const IntImages images(kernels, x, geometry, copying);
+    const IntImages images(kernels, x, geometry, w.x_scale, copying);
     run([&](int64_t group) { return images.patches(group); });
   } else {
     PaddedImages images(x, geometry, size_of(x.dtype));

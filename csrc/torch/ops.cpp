@@ -267,15 +267,15 @@ qk::Images images_of(Tensor& x) {
 
 Tensor conv(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros,
             std::optional<Tensor> bias_arg, int64_t scheme_code, std::vector<int64_t> geometry_arg,
-            std::optional<ScalarType> out_dtype) {
+            std::optional<ScalarType> out_dtype, std::optional<Tensor> x_scale_arg) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   dtype_of("x", x_arg.scalar_type());
   require(x_arg.dim() == 4, "x must be images [N, H, W, C], got shape ", shape_of(x_arg));
   const qk::ConvGeometry geometry = geometry_of(x_arg, geometry_arg);
   require(scheme.act_group_size == 0, "scheme must have no activation groups for a convolution, got ", scheme);
-  require(!scheme.static_activations, "scheme must have no static activations for a convolution, got ", scheme);
   const int64_t patch = geometry.kernel_height * geometry.kernel_width * (x_arg.size(3) / geometry.groups);
   const CanonicalWeight weight(qweight, scales, zeros, patch, scheme);
+  const ActivationScale x_scale(x_scale_arg, scheme);
   require(weight.get().n % geometry.groups == 0, "qweight must have a multiple of groups = ", geometry.groups,
           " rows, got shape ", shape_of(qweight));
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
@@ -285,7 +285,7 @@ Tensor conv(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, st
   const qk::Images images = images_of(x);
   const int64_t height = geometry.out_height(images.height), width = geometry.out_width(images.width);
   Tensor out = new_tensor(x_arg, {images.batch, height, width, weight.get().n}, dtype);
-  qk::conv(images, geometry, weight.get(), bias.get(), out.mutable_data_ptr(), out_type, parallel());
+  qk::conv(images, geometry, weight.with(x_scale), bias.get(), out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
 
@@ -402,7 +402,7 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def("grouped_outer(Tensor grad_out, Tensor offsets, Tensor x, Tensor? rows=None) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int scheme, int[] geometry, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "ScalarType? out_dtype=None, Tensor? x_scale=None) -> Tensor");
   m.def("quantize_weight(Tensor weight, int scheme) -> (Tensor, Tensor, Tensor)");
   m.def("mask_clipped(Tensor grad, Tensor weight, int scheme) -> Tensor");
   m.def("quantize_weight_scaled(Tensor weight, Tensor scales, int scheme) -> Tensor");

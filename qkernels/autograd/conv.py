@@ -6,7 +6,6 @@ by row, and of each tap the C / groups channels.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from .functions import (
 )
 from .int8_gradients import LinearWeight, int8_input_gradient
 from .int8_weight import Int8Weight
-from .trained import quantized_weight
+from .trained import quantized_weight, x_scale_gradient
 
 
 class Kernel(NamedTuple):
@@ -78,12 +77,13 @@ class _FrozenConv(torch.autograd.Function):
         geometry: ConvGeometry,
         out_dtype: torch.dtype | None,
         seed: Tensor | None,
+        x_scale: Tensor | None,
     ) -> Tensor:
-        return ops.conv(x, qweight, scales, zeros, bias, scheme.name, geometry, out_dtype)
+        return ops.conv(x, qweight, scales, zeros, bias, scheme.name, geometry, out_dtype, x_scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, *stored, bias, ctx.scheme, ctx.geometry, _, seed = inputs
+        x, *stored, bias, ctx.scheme, ctx.geometry, _, seed, _ = inputs
         save(ctx, *stored, seed)
         ctx.image, ctx.x_dtype, ctx.out_dtype, ctx.shape = tuple(x.shape), x.dtype, output.dtype, output.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -98,7 +98,7 @@ class _FrozenConv(torch.autograd.Function):
             grad_x = _input_gradient(grad_out, kernel, seed, ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = bias_gradient(grad_out.flatten(0, 2), ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None, None, None
+        return grad_x, None, None, None, grad_bias, *(None,) * 5
 
     @staticmethod
     def tangent(
@@ -128,19 +128,22 @@ class _TrainedConv(torch.autograd.Function):
         out_dtype: torch.dtype | None,
         seed: Tensor | None,
         needs_weight: bool,
+        x_scale: Tensor | None,
+        needs_x_scale: bool,
         *graphs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         quantized = quantized_weight(weight, scales, scheme)
-        out = ops.conv(x, *quantized, bias, scheme.name, geometry, out_dtype)
+        out = ops.conv(x, *quantized, bias, scheme.name, geometry, out_dtype, x_scale)
         kept = (quantized.qweight, quantized.scales if scales is None else None, quantized.zeros)  # or an input
         if not (needs_weight and scheme.int_activations):
             return out, None, None, *kept
-        qx, x_scales = ops.quantize_activation(x.reshape(len(x), -1), scheme.name)
+        qx, x_scales = ops.quantize_activation(_by_image(x), scheme.name, x_scale)
         return out, qx.view(x.shape), x_scales.flatten(), *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, scales, bias, ctx.scheme, ctx.geometry, _, seed, needs_weight, *graphs = inputs
+        x, weight, scales, bias, ctx.scheme, ctx.geometry, _, seed, *rest = inputs
+        needs_weight, x_scale, needs_x_scale, *graphs = rest
         out, saved_x, x_scales, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         if needs_weight and saved_x is None:
@@ -149,7 +152,8 @@ class _TrainedConv(torch.autograd.Function):
             kept[1] = scales
         clips = ctx.scheme.weight_bits == 4 or scales is not None
         master, learned = (weight, scales) if needs_weight and clips else (None, None)
-        save(ctx, *kept, saved_x, x_scales, master, learned, seed, *graphs)
+        clamped = (x, x_scale) if needs_x_scale else (None, None)
+        save(ctx, *kept, saved_x, x_scales, master, learned, seed, *clamped, *graphs)
         ctx.image, ctx.x_dtype, ctx.weight_dtype = tuple(x.shape), x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.out_dtype, ctx.shape = out.dtype, out.shape
@@ -157,18 +161,22 @@ class _TrainedConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        *stored, saved_x, x_scales, master, learned, seed, _, _ = ctx.saved_tensors
+        *stored, saved_x, x_scales, master, learned, seed, x, x_scale, _, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:4]
         kernel = Kernel(QuantizedWeight(*stored), ctx.scheme, ConvGeometry(*ctx.geometry), ctx.image)
-        grad_x = grad_weight = grad_scales = grad_bias = None
-        if needs_x:
+        grad_x = grad_weight = grad_scales = grad_bias = grad_x_scale = None
+        if needs_x or x_scale is not None:
             grad_x = _input_gradient(grad_out, kernel, seed, ctx.x_dtype)
+        if x_scale is not None:
+            assert grad_x is not None
+            rows, grad_x_scale = x_scale_gradient(_by_image(grad_x), _by_image(x), x_scale)
+            grad_x = rows.view(ctx.image)
         if needs_weight or needs_scales:
             if seed is not None and x_scales is not None:
                 grad_weight = _int8_weight_gradient(grad_out, saved_x, x_scales, kernel, seed)
             else:
-                x = saved_x if x_scales is None else saved_x * x_scales[:, None, None, None]
-                grad_weight = _weight_gradient(grad_out, x, kernel)
+                inputs = saved_x if x_scales is None else saved_x * x_scales[:, None, None, None]
+                grad_weight = _weight_gradient(grad_out, inputs, kernel)
             grad_weight = grad_weight.to(ctx.weight_dtype)
             if learned is not None:
                 grad_weight, grad_scales = ops.scale_gradient(grad_weight, master, learned, ctx.scheme.name)
@@ -176,14 +184,14 @@ class _TrainedConv(torch.autograd.Function):
                 grad_weight = ops.mask_clipped(grad_weight, master, ctx.scheme.name)
         if needs_bias:
             grad_bias = bias_gradient(grad_out.flatten(0, 2), ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, grad_bias, *(None,) * 7
+        return grad_x, grad_weight, grad_scales, grad_bias, *(None,) * 5, grad_x_scale, None, None, None
 
     @staticmethod
     def tangent(
-        ctx: Any, x: Tensor | None, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None, *_: None
+        ctx: Any, x: Tensor | None, weight: Tensor | None, scales: Tensor | None, bias: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, ...]:
         *stored, saved_x, x_scales, master, learned = ctx.saved_tensors[:7]
-        if scales is not None:
+        if scales is not None or rest[5] is not None:
             raise NotImplementedError("forward-mode derivatives with respect to learned scales are not implemented")
         parts = [_tangent_product(x, stored, ctx.scheme, ctx.geometry, ctx.out_dtype), bias]
         if weight is not None:
@@ -208,13 +216,14 @@ def quant_conv(
     geometry: ConvGeometry,
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.conv` with straight-through gradients to x and bias.
 
     Args:
         x: float [N, H, W, C].
         weight: the canonical storage of a weight [O, K].
-        bias, geometry, out_dtype: as in `ops.conv`.
+        bias, geometry, out_dtype, x_scale: as in `ops.conv`.
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for the product with the weight.
 
     Returns:
@@ -222,9 +231,9 @@ def quant_conv(
     """
     needs_x, needs_bias = needs_gradient(x, bias)
     if not (needs_x or needs_bias):
-        return ops.conv(x, *weight, bias, scheme.name, geometry, out_dtype)
+        return ops.conv(x, *weight, bias, scheme.name, geometry, out_dtype, x_scale)
     seed = draw_seed() if grad_dtype == "int8" and needs_x else None
-    return _frozen_conv(x, *weight, bias, scheme, geometry, out_dtype, seed)
+    return _frozen_conv(x, *weight, bias, scheme, geometry, out_dtype, seed, x_scale)
 
 
 def trained_conv(
@@ -237,11 +246,12 @@ def trained_conv(
     *,
     grad_dtype: str = "float",
     scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`quant_conv` with a weight that is trained: it is quantized in each call, and gets a gradient.
 
     Args:
-        x, bias, geometry, out_dtype: as in `quant_conv`.
+        x, bias, geometry, out_dtype, x_scale: as in `quant_conv`; a parameter `x_scale` is trained.
         weight: float [O, K], or an `Int8Weight`, which is multiplied as it is.
         scheme: the format and the activations.
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for both products, except for the
@@ -252,18 +262,25 @@ def trained_conv(
         [N, H_out, W_out, O] of `out_dtype` or x.dtype.
     """
     needs_x, needs_weight, needs_scales, needs_bias = needs_gradient(x, weight, scales, bias)
+    needs_x_scale = x_scale is not None and x_scale.requires_grad and needs_gradient(x_scale)[0]
     if torch.jit.is_tracing() and isinstance(weight, Int8Weight):  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace cannot hold a layer of mode 'int8'; qkernels.freeze_(model) makes it frozen, with the "
             "same outputs, and that can be traced"
         )
-    if not (needs_x or needs_weight or needs_scales or needs_bias):
+    if not (needs_x or needs_weight or needs_scales or needs_bias or needs_x_scale):
         quantized = quantized_weight(weight, scales, scheme)
-        return ops.conv(x, *quantized, bias, scheme.name, geometry, out_dtype)
+        return ops.conv(x, *quantized, bias, scheme.name, geometry, out_dtype, x_scale)
     needs_weight = needs_weight or needs_scales
-    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight) else None
+    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight or needs_x_scale) else None
     graphs = anchors(x if needs_x else None, weight if needs_weight else None)
-    return _trained_conv(x, weight, scales, bias, scheme, geometry, out_dtype, seed, needs_weight, *graphs)
+    needs = (needs_weight, x_scale, needs_x_scale)
+    return _trained_conv(x, weight, scales, bias, scheme, geometry, out_dtype, seed, *needs, *graphs)
+
+
+def _by_image(x: Tensor) -> Tensor:
+    """Images [N, H, W, C] as a matrix with a row for each."""
+    return x.reshape(len(x), -1)
 
 
 def to_kernels(rows: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -381,5 +398,4 @@ def _tangent_product(
     """How the output changes with x, straight through the rounding of that."""
     if tangent is None:
         return None
-    of_floats = dataclasses.replace(scheme, act_bits=16)
-    return ops.conv(tangent, *QuantizedWeight(*stored), None, of_floats.name, geometry, out_dtype)
+    return ops.conv(tangent, *QuantizedWeight(*stored), None, scheme.of_floats, geometry, out_dtype)

@@ -95,7 +95,7 @@ class _TrainedLinear(torch.autograd.Function):
             grad_x = input_gradient(grad_out, weight, seed, ctx.x_dtype)
         if x_scale is not None:
             assert grad_x is not None
-            grad_x, grad_x_scale = _x_scale_gradient(grad_x, x, x_scale)
+            grad_x, grad_x_scale = x_scale_gradient(grad_x, x, x_scale)
         if needs_weight or needs_scales:
             if x_scales is None:
                 grad_weight = (grad_out.t().to(saved_x.dtype) @ saved_x).to(ctx.weight_dtype)
@@ -130,7 +130,7 @@ class _TrainedLinear(torch.autograd.Function):
         return total_tangent(ctx.shape, ctx.out_dtype, *parts), None, None, None, None, None
 
 
-def _x_scale_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+def x_scale_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
     """What the gradient [M, K] of quantized activations is for x, and for their scale [1] (rule 11, on rows of x)."""
     grad_x, grad_scales = ops.scale_gradient(grad, x, x_scale.expand(len(x), 1), "w8a8")
     return grad_x, grad_scales.sum(dim=0)

@@ -159,8 +159,6 @@ def conv(
         )
     if scheme.act_group_size is not None:
         raise RuntimeError(f"scheme must have no activation groups for a convolution, got {scheme}")
-    if scheme.static_activations:
-        raise RuntimeError(f"scheme must have no static activations for a convolution, got {scheme}")
     check_weight(weight)
     _check_device("qweight", weight.qweight, x.device)
     if weight.out_features % groups:
@@ -168,6 +166,7 @@ def conv(
         raise RuntimeError(f"qweight must have a multiple of groups = {groups} rows, got shape {shape}")
     _check_bias(bias, weight, x.device)
     _check_out_dtype(out_dtype)
+    _check_x_scale(weight.x_scale, scheme, x.device)
 
 
 def _check_geometry(x: Tensor, geometry: ConvGeometry) -> None:

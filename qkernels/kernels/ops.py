@@ -242,6 +242,7 @@ def conv(
     scheme: str | QuantScheme,
     geometry: ConvGeometry,
     out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """Convolution of images with a quantized weight, without a gradient (see `autograd.quant_conv`).
 
@@ -253,6 +254,7 @@ def conv(
         scheme: the scheme or its canonical name, without activation groups.
         geometry: how the kernel moves.
         out_dtype: dtype of the result; None: x.dtype.
+        x_scale: float32 [1], the scale of all images, for `a8s` schemes only.
 
     Returns:
         [N, H_out, W_out, O], contiguous.
@@ -261,7 +263,8 @@ def conv(
         RuntimeError: naming the argument that does not fit.
         ValueError: for an unknown scheme.
     """
-    return _call(_ops.conv.default, x, qweight, scales, zeros, bias, scheme_code(scheme), geometry, out_dtype)
+    args = (qweight, scales, zeros, bias, scheme_code(scheme), geometry, out_dtype, x_scale)
+    return _call(_ops.conv.default, x, *args)
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:

@@ -47,14 +47,14 @@ def conv(
     geometry: ConvGeometry,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rule 12: images `x [N, H, W, C]` -> `[N, H_out, W_out, O]`; the products are those of `linear` on patches."""
+    """Rule 14: images `x [N, H, W, C]` -> `[N, H_out, W_out, O]`; the products are those of `linear` on patches."""
     images, height, width, channels = x.shape
     rows, columns = geometry.output_size(height, width)
     kernel, strides, dilations, zeros = geometry[:2], geometry[2:4], geometry[4:6], geometry[6:10]
     flat, scales = x.to(torch.float32).reshape(images, height * width * channels), None
     if weight.scheme.int_activations:
-        integers, groups = rules.int8_groups(flat.unsqueeze(1))
-        flat, scales = integers.squeeze(1).to(torch.float32), groups.flatten()
+        integers, of_images = rules.quantize_activation(flat, weight.scheme, weight.x_scale)
+        flat, scales = integers.to(torch.float32), of_images.flatten()
     padded = pad(flat.view(x.shape).permute(0, 3, 1, 2), zeros)
     patches = unfold(padded, kernel, dilations, 0, strides)  # [N, C * taps, pixels]
     patches = patches.view(images, geometry.groups, channels // geometry.groups, math.prod(kernel), rows * columns)

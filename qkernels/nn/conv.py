@@ -14,6 +14,7 @@ from ..autograd.conv import quant_conv, to_kernels, to_rows, trained_conv
 from ..autograd.frozen_weight import FrozenKernel
 from ..autograd.weight_products import autocast_dtype, follow, traced
 from ..formats.scheme import QuantScheme
+from ..formats.validate import x_scale_problem
 from ..kernels.arguments import ConvGeometry
 from ..kernels.quantizers import quantize_weight
 from .adapters import LayerAdapter, adapter_of, register_adapter
@@ -137,15 +138,21 @@ class _QuantConv(MatrixLayer):
         mode: str = "frozen",
         grad_dtype: str = "float",
         weight_scale: str = "absmax",
+        x_scale: Tensor | None = None,
     ) -> _QuantConv:
         """Quantize a float convolution; the bias parameter is shared with `layer`, and in mode "qat" the weight.
 
+        Args:
+            x_scale: float32 [1], the scale of the activations, for `a8s` schemes only.
+
         Raises:
             TypeError: for another kind of module.
-            ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
+            ValueError: if the weight holds NaN or Inf, the scheme does not fit, or `x_scale` does not fit the scheme.
         """
         if not isinstance(layer, cls.float_type) or isinstance(layer, Storage):
             raise TypeError(f"layer must be an nn.{cls.float_type.__name__}, got {type(layer).__name__}")
+        if (problem := x_scale_problem(x_scale, QuantScheme.parse(scheme))) is not None:
+            raise ValueError(f"x_scale {problem}")
         adapter: Any = adapter_of(layer)
         quantized: Any = adapter.empty(layer, scheme, mode=mode, grad_dtype=grad_dtype, weight_scale=weight_scale)
         pruning = find_pruning(layer)
@@ -161,6 +168,8 @@ class _QuantConv(MatrixLayer):
             if mode == "int8" and pruning is not None:
                 quantized.keep_zeros(quantized._rows(pruning.mask))
         quantized.register_parameter("bias", adapter.bias(layer))
+        if x_scale is not None:
+            quantized.set_x_scale(x_scale)
         quantized.float_type = parametrize.type_before_parametrizations(layer)
         return quantized.train(layer.training)
 
@@ -186,12 +195,12 @@ class _QuantConv(MatrixLayer):
         dtype = autocast_dtype(images.device.type)
         if self.mode == "frozen":
             weight = self._frozen_weight()
-            return quant_conv(images, weight, self.bias, self.scheme, self.geometry, dtype, self.grad_dtype)
+            x_scale = self._activation_scale()
+            return quant_conv(images, weight, self.bias, self.scheme, self.geometry, dtype, self.grad_dtype, x_scale)
         rows, scales = self._trained_weight(), self._parameters.get("scales")
         rows = self._masked(rows) if self.mode == "int8" else self._rows(rows)
-        return trained_conv(
-            images, rows, self.bias, self.scheme, self.geometry, dtype, grad_dtype=self.grad_dtype, scales=scales
-        )
+        options: dict[str, Any] = {"grad_dtype": self.grad_dtype, "scales": scales, "x_scale": self._activation_scale()}
+        return trained_conv(images, rows, self.bias, self.scheme, self.geometry, dtype, **options)
 
     def extra_repr(self) -> str:
         conv: Any = type(self).float_type
@@ -261,7 +270,7 @@ def _channels_last(x: Tensor) -> bool:
 class ConvAdapter(LayerAdapter[nn.Module]):
     """The adapter of `nn.Conv2d` and `nn.Conv1d`."""
 
-    measured = False
+    measured, static_activations = False, True
 
     def __init__(self, quantized_type: type[_QuantConv]) -> None:
         self.quantized_type = quantized_type
@@ -282,7 +291,7 @@ class ConvAdapter(LayerAdapter[nn.Module]):
             return f"convolution: {scheme} has activation groups, which a patch of pixels has not"
         return None
 
-    def quantize(self, layer: nn.Module, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: nn.Module, scheme: str | QuantScheme, **layer_options: Any) -> Storage:
         return self.quantized_type.from_float(layer, scheme, **layer_options)
 
     def empty(
@@ -291,7 +300,7 @@ class ConvAdapter(LayerAdapter[nn.Module]):
         scheme: str | QuantScheme,
         *,
         dtype: torch.dtype | None = None,
-        **layer_options: str,
+        **layer_options: Any,
     ) -> Storage:
         names = (
             "in_channels",

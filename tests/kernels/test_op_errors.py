@@ -77,6 +77,7 @@ def arguments(op: str, scheme: str = SCHEME) -> dict:
             "scheme": scheme,
             "geometry": ConvGeometry(2, 2),
             "out_dtype": None,
+            "x_scale": None,
         },
         "int_grad_input": {
             "q_grad": torch.ones(ROWS, N, dtype=torch.int8),

@@ -160,6 +160,31 @@ def test_activation_groups_and_other_layers_are_refused():
         qk.QuantConv2d.from_float(conv, "w8a8")
 
 
+@pytest.mark.parametrize(("mode", "weight_scale"), [("frozen", "absmax"), ("qat", "learned"), ("int8", "absmax")])
+def test_static_activations(mode, weight_scale):
+    """One given scale for all images: what is larger is clamped, an image of NaN alone is NaN."""
+    torch.manual_seed(0)
+    conv, x, x_scale = nn.Conv2d(8, 16, 3, padding=1), torch.randn(3, 8, 7, 7), torch.tensor([0.015])
+    layer = quantized(copy.deepcopy(conv), "w8a8s", mode=mode, weight_scale=weight_scale, x_scale=x_scale)
+    with torch.no_grad():
+        conv.weight.copy_(layer._from_rows(layer.dequantize()))
+    clamped = (x / x_scale).round().clamp(-127, 127) * x_scale
+    assert relative(layer(x), conv(clamped)) < 1e-5 < relative(layer(x), conv(x))
+    loaded = quantized(nn.Conv2d(8, 16, 3, padding=1), "w8a8s", mode=mode, x_scale=torch.ones(1))
+    loaded.load_state_dict(layer.state_dict(), strict=weight_scale != "learned")
+    assert torch.equal(loaded.x_scale, x_scale)
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    assert ((x.grad == 0) == (x.abs() > 127.5 * x_scale)).all() if weight_scale == "learned" else (x.grad != 0).all()
+    if weight_scale == "learned":
+        assert layer.x_scale.grad.isfinite().all() and layer.x_scale.grad != 0
+    broken = x.detach().clone()
+    broken[1, 0, 0, 0] = torch.inf
+    assert layer(broken).isnan().flatten(1).all(dim=1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="x_scale"):
+        quantized(conv, "w8a8s")
+
+
 def test_transforms_export_and_second_derivatives():
     torch.manual_seed(0)
     layer, x = quantized(nn.Conv2d(4, 8, 3, padding=1), "w8a8", mode="qat"), torch.randn(2, 4, 6, 6)

@@ -255,7 +255,7 @@ def conv(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
         weight, bias = draw.weight(out, in_features, scheme), draw.bias(out)
         out_dtype = None if dtype == torch.float16 else draw.out_dtype()
         label = f"x {list(x.shape)} {words} channels {layout}, O {out}, {geometry}, out {out_dtype}"
-        yield Sample((x, *weight, bias, scheme.name, geometry, out_dtype), label)
+        yield Sample((x, *weight, bias, scheme.name, geometry, out_dtype, *draw.x_scale(scheme)), label)
 
 
 def linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:

@@ -74,15 +74,18 @@ void quantize_values(const Kernels& kernels, const Matrix& x, float inverse, int
 
 float inverse_of(float scale) { return std::fabs(scale) >= kTinyRange ? 1.0f / scale : 0.0f; }
 
-void quantize_row_static(const Kernels& kernels, const Matrix& x, int64_t m, float x_scale, int8_t* q, float* scale,
-                         float* scratch) {
-  const float inverse = inverse_of(x_scale);
+bool quantize_values_clamped(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch) {
   const bool halves = x.dtype == DType::bfloat16 && kernels.elementwise.quantize_clamped_bf16 != nullptr;
   const uint32_t bits =
-      halves ? kernels.elementwise.quantize_clamped_bf16(static_cast<const uint16_t*>(x.row(m)), x.cols, inverse, q)
-             : kernels.elementwise.quantize_clamped(float_row(kernels, x, m, scratch), x.cols, inverse, q);
+      halves ? kernels.elementwise.quantize_clamped_bf16(static_cast<const uint16_t*>(x.data), x.cols, inverse, q)
+             : kernels.elementwise.quantize_clamped(float_row(kernels, x, 0, scratch), x.cols, inverse, q);
+  return bits < kInf;
+}
+
+void quantize_row_static(const Kernels& kernels, const Matrix& x, int64_t m, float x_scale, int8_t* q, float* scale,
+                         float* scratch) {
   *scale = x_scale;
-  if (bits < kInf) return;
+  if (quantize_values_clamped(kernels, {x.row(m), x.dtype, 1, x.cols}, inverse_of(x_scale), q, scratch)) return;
   *scale = std::numeric_limits<float>::quiet_NaN();
   std::memset(q, 0, x.cols);
 }

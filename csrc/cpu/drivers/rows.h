@@ -23,6 +23,9 @@ void quantize_row(const Kernels& kernels, const Matrix& x, int64_t m, int64_t gr
 uint32_t absmax_bits(const Kernels& kernels, const Matrix& x, float* scratch);
 void quantize_values(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch);
 
+// The same for an inverse that the range of x did not give: clamped (rule 13). False if x holds Inf or NaN.
+bool quantize_values_clamped(const Kernels& kernels, const Matrix& x, float inverse, int8_t* q, float* scratch);
+
 // Quantizes row m of x with a scale given for all rows (rule 13): int8 q[cols], and the row's scale, which is NaN
 // instead if the row holds NaN or Inf. `scratch` holds a row of floats.
 void quantize_row_static(const Kernels& kernels, const Matrix& x, int64_t m, float x_scale, int8_t* q, float* scale,
