@@ -155,7 +155,14 @@ class _Trained(Operand):
 
 
 class TrainedWeight(_Trained, nn.Parameter):
-    """A float weight of mode "qat" that was read as `layer.weight`. See `follow`."""
+    """A float weight of mode "qat" that was read as `layer.weight`. See `follow`.
+
+    Called as accelerate calls the class of a parameter, to make another one, it makes a plain parameter.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.Parameter(data.as_subclass(Tensor), requires_grad)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)

@@ -37,11 +37,13 @@ from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
 from ..system.deprecation import renamed_keywords
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
+from .transformers_offload import DiskTensors
 
 _NO_DISK = (
-    "device_map must not offload layers to disk: a weight is quantized, and its values are checked, as it is read. "
-    "Load the model into memory, then call accelerate.disk_offload(model, folder)"
+    "device_map must not offload layers to disk while a float checkpoint is quantized: the disk holds float weights. "
+    "Quantize it in memory, save_pretrained it, and load that folder with this device_map"
 )
+_NO_INT8_ON_DISK = "device_map must not offload layers of mode 'int8' to disk, for they are trained; freeze_ the model, save it again"
 
 
 @register_quantization_config(METHOD)
@@ -159,6 +161,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._mismatched: set[str] = set()  # keys of the folder whose tensors have another shape
         self._modes: dict[str, str] = {}  # of the layers of a saved folder, by their names
         self._stored_dtypes: dict[str, torch.dtype] = {}  # of the tensors of a saved folder, by their names
+        self._disk = DiskTensors(None)
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
         # By the name of a parameter of a layer that may be split: that layer, the twin, and its name in both.
         self._parts: dict[str, tuple[Split, str, str]] = {}
@@ -177,7 +180,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         )
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        self._disk = DiskTensors(device_map if isinstance(device_map, dict) else None)  # "auto" is resolved later
+        if self._disk.any and not self.pre_quantized:
             raise ValueError(_NO_DISK)
 
     def get_state_dict_and_metadata(self, model):
@@ -379,6 +383,7 @@ class QKernelsHfQuantizer(HfQuantizer):
     def get_new_dtype(self, converter, param, dtype):
         """The dtype to read a tensor of a saved folder in: a quantized weight must be stored as it is."""
         name = converter.target_patterns[0]
+        self._disk.check(name, param, self._model)
         wanted = self._stored_dtypes.get(name)
         if wanted is None:
             return super().get_new_dtype(converter, param, dtype)
@@ -396,10 +401,16 @@ class QKernelsHfQuantizer(HfQuantizer):
         tensors = ("qweight", "scales", "zeros", "weight")
         renewed = [x for x in self._layers if any(f"{x.name}.{name}" in self._mismatched for name in tensors)]
         kept = [layer for layer in self._layers if layer not in renewed]
-        problems, checked = [], set()
+        problems, checked = list(self._disk.problems), set()
         for layer in kept:
             module = layer.module
-            absent = [name for name, parameter in module.named_parameters() if not _is_loaded(parameter)]
+            if self._modes[layer.name] == "int8" and self._disk.holds(layer.name):
+                problems.append(f"{layer.name}: {_NO_INT8_ON_DISK}")
+            absent = [
+                name
+                for name, parameter in module.named_parameters()
+                if not _is_loaded(parameter) and not self._disk.has_read(f"{layer.name}.{name}", self._model)
+            ]
             problems += [f"{layer.name}.{name} is missing in the checkpoint, or does not fit it" for name in absent]
             if not absent and module.mode == "frozen" and id(module.qweight) not in checked:
                 checked.add(id(module.qweight))

@@ -65,3 +65,49 @@ def test_names_of_modules_and_of_other_configurations(folder):
     with pytest.raises(TypeError, match=r"calibration needs the float model: .* quantize_"):
         qk.QKernelsConfig("w4a8-g32", calibration=[IDS])
     assert copy.deepcopy(qk.QKernelsConfig(MIXED)).scheme == qk.QKernelsConfig(MIXED).scheme
+
+
+def offloaded(tied):
+    """Maps that leave all of the model on disk, or the decoder's layers and a head of its own."""
+    parts = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], "cpu")
+    return [{"": "disk"}, {**parts, "model.layers": "disk", "lm_head": "cpu" if tied else "disk"}]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "scheme, options",
+    [
+        ("w8a8", {"embeddings": True}),
+        pytest.param("w4a8-g32-asym", {"grad_dtype": "int8"}, marks=pytest.mark.thorough),
+        pytest.param("w8a8", {"mode": "qat"}, marks=pytest.mark.thorough),
+    ],
+)
+def test_layers_of_a_quantized_folder_stay_on_disk(scheme, options, tied, folder, tmp_path):
+    model = load(folder, tie_word_embeddings=tied)
+    qk.quantize_(model, scheme, **options)
+    model.save_pretrained(tmp_path / "quantized")
+    for index, device_map in enumerate(offloaded(tied)):
+        again = load(tmp_path / "quantized", device_map=device_map, offload_folder=tmp_path / str(index))
+        assert any(parameter.is_meta for parameter in again.parameters())
+        assert_same_bits(logits(again), logits(model))
+
+
+def test_what_cannot_be_left_on_disk_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match=r"while a float checkpoint is quantized.*load that folder"):
+        load(folder, quantization_config=qk.QKernelsConfig("w8a8"), **options)
+    model = load(folder)
+    qk.quantize_(model, "w8a8", "int8")
+    model.save_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="must not offload layers of mode 'int8' to disk"):
+        load(tmp_path / "int8", **options)
+    qk.freeze_(model)
+    model.save_pretrained(tmp_path / "frozen")
+    file = tmp_path / "frozen" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.scales"][0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj\.scales must be finite"):
+        load(tmp_path / "frozen", **options)
