@@ -258,3 +258,20 @@ def test_hooks_of_the_user_stay_and_can_be_removed():
     handle.remove()
     model(X)
     assert seen == [qk.QuantLinear] and len(model[0]._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("mode", ["frozen", "qat", "int8"])
+def test_pruned_convolutions(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)
+    zeros = {place: model[place].weight == 0 for place in (0, 2)}
+    assert [row.note is None for row in qk.quantize_(model, "w8a8", mode).rows] == [False, False]
+    if mode != "frozen":
+        optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+        for _ in range(3):
+            model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+    qk.dequantize_(qk.freeze_(model))
+    assert not any(model[place].weight[where].any() for place, where in zeros.items())
