@@ -25,7 +25,6 @@ _EXTENDED = {
     "transformers.quantizers.auto": ("transformers", "transformers"),
     "transformers.modeling_utils": ("transformers", "transformers_saving"),
     "peft.peft_model": ("peft", "peft"),
-    "peft.tuners.lora.model": ("peft", "peft_experts"),
     "torch.utils.flop_counter": ("torch", "flop_counter"),
     "torch.onnx._internal.exporter._core": ("torch", "onnx"),
     "torch.onnx._internal.torchscript_exporter.utils": ("torch", "onnx_torchscript"),

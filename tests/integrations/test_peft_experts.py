@@ -63,23 +63,23 @@ def near(ours, floats, bound=0.05):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_names_values_and_gradients_are_those_of_the_float_model(name):
-    model = make(name)
-    quantized = copy.deepcopy(model)
+    quantized = make(name)
     qk.quantize_(quantized, "w8a16", skip=["lm_head"])
+    model = qk.dequantize_(copy.deepcopy(quantized))
     floats, ours = adapted(model, name=name), adapted(quantized, name=name)
     states = [get_peft_model_state_dict(peft) for peft in (floats, ours)]
     assert states[0].keys() == states[1].keys() and any("lora_A" in key and "expert" in key for key in states[0])
     for key, tensor in states[0].items():
         assert_same_bits(states[1][key], tensor)
     with ours.disable_adapter():
-        assert near(logits(ours), logits(floats)) is not True or name == "none"
-    assert near(logits(ours), logits(floats))
+        assert not near(logits(ours), logits(floats), 0.2)
+    assert near(logits(ours), logits(floats), 1e-4)
     for peft in (floats, ours):
         peft(IDS, labels=IDS).loss.backward()
     gradients = [{n: p.grad for n, p in peft.named_parameters() if p.requires_grad} for peft in (floats, ours)]
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
-        assert near(gradients[1][key], gradient, 0.1), key
+        assert near(gradients[1][key], gradient, 1e-3), key
 
 
 def test_training_and_adapters_that_go_from_one_model_to_the_other(tmp_path):

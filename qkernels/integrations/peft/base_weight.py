@@ -28,7 +28,7 @@ _register_parameter = nn.Module.register_parameter
 
 def stores_integers(layer: nn.Module | None) -> bool:
     """True for a quantized layer whose weight is one matrix of integers, and not a float parameter."""
-    return isinstance(layer, Storage) and layer.mode != "qat" and not layer.leading  # experts: peft_experts.py
+    return isinstance(layer, Storage) and layer.mode != "qat" and not layer.leading  # experts: experts.py
 
 
 def tensors_of(base: Storage) -> dict[str, Tensor]:

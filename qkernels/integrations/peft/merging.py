@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ...nn.linear import QuantLinear, relative_error
 from ...nn.matrix_layer import MatrixLayer
 from ...nn.storage import Storage
 from .base_weight import QKernelsBackend, float_copy, innermost, put_weight, stores_integers, tensors_of
+from .experts import adopt_wrapper
 
 
 class Requantizing:
@@ -175,6 +177,9 @@ def adopt_layers(model: nn.Module) -> list[Any]:
     found = []
     for module in model.modules():
         if isinstance(module, LNTuningLayer):  # its merge puts a float layer in the place of the base
+            continue
+        if isinstance(module, ParamWrapper):
+            found += [module] if adopt_wrapper(module) else []
             continue
         if isinstance(module, BaseTunerLayer) and stores_integers(module.get_base_layer()):
             kind: Any = type(module)

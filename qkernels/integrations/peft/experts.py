@@ -20,13 +20,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..convert.model import AFTER_QUANTIZE
-from ..convert.report import QuantizationReport
-from ..formats.storage import QuantizedWeight
-from ..kernels import ops
-from ..kernels.quantizers import quantize_weight
-from ..nn.adapters import SplitLayer
-from ..nn.grouped_linear import GroupedLinear, GroupedLowRank, QuantGroupedLinear, stack_experts
+from ...formats.storage import QuantizedWeight
+from ...kernels import ops
+from ...kernels.quantizers import quantize_weight
+from ...nn.adapters import SplitLayer
+from ...nn.grouped_linear import GroupedLinear, GroupedLowRank, QuantGroupedLinear, stack_experts
 
 # Initializations of an adapter that neither read nor change the base weight.
 _FLOAT_FREE_INITS = (True, False, "gaussian")
@@ -246,14 +244,16 @@ def _leave_out_experts(inject_adapter: Any) -> Any:
     return inject
 
 
-def _adopt(model: nn.Module, report: QuantizationReport) -> None:
-    """After `quantize_`: wrappers of parameters that were there before get the class for quantized experts."""
-    for module in model.modules():
-        if type(module) is ParamWrapper and _wraps_experts(module):
-            module.__class__ = QuantParamWrapper
+def adopt_wrapper(module: ParamWrapper) -> bool:
+    """Let a wrapper that was there before the experts were quantized be one for them; False: it holds none."""
+    if not _wraps_experts(module):
+        return False
+    module.__class__ = QuantParamWrapper
+    return True
 
 
-lora_model.dispatch_default = _wrap_experts(lora_model.dispatch_default)
-BaseTuner._inject_parameters = _name_experts(BaseTuner._inject_parameters)
-BaseTuner.inject_adapter = _leave_out_experts(BaseTuner.inject_adapter)
-AFTER_QUANTIZE.append(_adopt)
+def install() -> None:
+    """Let `target_parameters` find quantized experts."""
+    lora_model.dispatch_default = _wrap_experts(lora_model.dispatch_default)
+    BaseTuner._inject_parameters = _name_experts(BaseTuner._inject_parameters)
+    BaseTuner.inject_adapter = _leave_out_experts(BaseTuner.inject_adapter)
