@@ -43,7 +43,9 @@ _NO_DISK = (
     "device_map must not offload layers to disk while a float checkpoint is quantized: the disk holds float weights. "
     "Quantize it in memory, save_pretrained it, and load that folder with this device_map"
 )
-_NO_INT8_ON_DISK = "device_map must not offload layers of mode 'int8' to disk, for they are trained; freeze_ the model, save it again"
+_NO_INT8_ON_DISK = (
+    "device_map must not offload layers of mode 'int8' to disk, for they are trained; freeze_ the model, save it again"
+)
 
 
 @register_quantization_config(METHOD)
