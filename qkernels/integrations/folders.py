@@ -71,10 +71,10 @@ def warn_of_masks(model: nn.Module) -> None:
     ]
     if masked:
         warnings.warn(
-            f"{masked[0]}{f' and {len(masked) - 1} more layers' if len(masked) > 1 else ''} are pruned by masks, which "
-            "from_pretrained does not restore: load this folder's tensors with load_state_dict into a model that is "
-            "pruned and quantized in the same way, or call qkernels.freeze_(model) before save_pretrained, which keeps "
-            "the zeros and needs no mask",
+            "a folder that from_pretrained loads does not restore the masks of pruned layers: "
+            f"{masked[0]}{f' and {len(masked) - 1} more layers' if len(masked) > 1 else ''}. Load its tensors with "
+            "load_state_dict into a model that is pruned and quantized in the same way, or call "
+            "qkernels.freeze_(model) before save_pretrained, which keeps the zeros and needs no mask",
             stacklevel=3,
         )
 

@@ -341,7 +341,7 @@ class QKernelsHfQuantizer(HfQuantizer):
                 unexpected.discard(key)
 
     def _dequantize(self, model, dtype=None):
-        return dequantize_(model, dtype)
+        return dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # configs hold names too
 
     def _restore_layers(self, model) -> None:
         """Swap the layers that the saved model says are quantized, before their tensors are read."""
