@@ -4,6 +4,7 @@ from . import integrations, testing
 from .convert.dequantize import dequantize_
 from .convert.model import freeze_, quantize_
 from .convert.report import QuantizationReport
+from .convert.static import convert_, prepare_
 from .formats.scheme import QuantScheme
 from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
@@ -44,6 +45,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedWeight",
     "SplitLayer",
+    "convert_",
     "dequantize_",
     "dequantize_weight",
     "freeze_",
@@ -51,6 +53,7 @@ __all__ = [
     "linear_cross_entropy",
     "ops",
     "patch_loss",
+    "prepare_",
     "quantize_",
     "quantize_activation",
     "quantize_weight",

@@ -18,6 +18,7 @@ from ..nn.masks import Pruning, find_pruning, move_hooks
 from ..nn.storage import Storage
 from ..ptq import gptq
 from ..ptq.inputs import InputStatistics
+from ..ptq.observers import Observer
 from .report import LayerReport
 
 
@@ -156,12 +157,18 @@ class Layer:
         name = None if scheme is None else scheme.name
         return LayerReport(self.name, kind, shape, name, size, size, reason=self.reason)
 
-    def convert(self, layer_options: Mapping[str, str], statistics: InputStatistics | None = None) -> LayerReport:
+    def convert(
+        self,
+        layer_options: Mapping[str, str],
+        statistics: InputStatistics | None = None,
+        observer: Observer | None = None,
+    ) -> LayerReport:
         """Put a quantized layer in the layer's place, let go of the float layer, and return the row.
 
         Args:
             layer_options: the keywords mode, grad_dtype and weight_scale of `QuantLinear`.
             statistics: of the layer's inputs, for calibration; see `gptq.quantize_weight`.
+            observer: what has seen the inputs of a layer whose scheme has static activations.
         """
         before, adapter, scheme = self.row(), self.adapter, self.scheme
         assert scheme is not None, "select_layers gives a layer its scheme"
@@ -176,13 +183,19 @@ class Layer:
                 sizes, error, note = (0, 0), layer.converted.weight_error, layer.converted.note
                 break
         else:
-            weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **layer_options)
+            options = {**layer_options, **({} if observer is None else {"x_scale": observer.scale()})}
+            weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **options)
             if statistics is not None:
                 quantized.set_weight(gptq.quantize_weight(weight, scheme, statistics))
             error, note = relative_error(weight, quantized), self._note(layer_options["mode"])
             self.replace(quantized)
             sizes = (before.bytes_before, quantized.storage_bytes())
         self.converted = LayerReport(self.name, before.kind, before.shape, scheme.name, *sizes, error, note=note)
+        if observer is not None:
+            x_scale, clipped = observer.scale().item(), observer.clipped_share()
+            seen = f"x_scale {x_scale:.4g}, {100 * clipped:.3g} % of its inputs clipped"
+            note = seen if note is None else f"{note}; {seen}"
+            self.converted = replace(self.converted, note=note, x_scale=x_scale, clipped_share=clipped)
         return self.converted
 
     def pruning(self) -> Pruning | None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import applies, check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
+from ..ptq.observers import ObservedLayers, Observer, observe_input, observer_factory
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .leftover import ROUTER
@@ -29,6 +31,8 @@ from .watch import watch_frozen
 
 # From this share of exact zeros on, a weight that is to be trained is taken for one that was pruned.
 LEAST_ZEROS = 0.05
+# Why a layer has no scale for static activations.
+UNSEEN = "saw no calibration input, which static activations need"
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 # Called as f(model) after each `freeze_`, likewise.
@@ -47,7 +51,8 @@ def quantize_(
     grad_dtype: str = "float",
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
-    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | None = None,
+    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | ObservedLayers | None = None,
+    observer: str | Callable[[], Observer] = "mse",
     never_slower: bool = False,
 ) -> QuantizationReport:
     """Swap every linear layer and convolution of `model` for a quantized one, in place.
@@ -90,6 +95,11 @@ def quantize_(
             values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
             scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
             refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
+            For schemes with static activations (`a8s`), which need it, the inputs of each layer also decide its
+            `x_scale`, whatever the bits of the weight.
+        observer: how they do: "minmax", "moving_average", "percentile" or "mse", or what makes an `Observer` for each
+            layer when it is called; see `qkernels.ptq.observers`. `prepare_` and `convert_` do the same around a loop
+            of one's own.
         never_slower: time the forward of each shape of a linear layer on this CPU, at the numbers of rows in
             `qkernels.profiling.layers.ROWS`, and leave those in float that would be slower quantized at any of them
             (`qkernels explain` shows the times). Convolutions are not timed.
@@ -105,6 +115,68 @@ def quantize_(
             "frozen", `never_slower` for layers on another device, or a violation of `strict`. The model is then as it
             was.
     """
+    check_model(model)
+    rules = SchemeRules(scheme)
+    layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
+    # What does not exist is refused here.
+    for own in rules.schemes:
+        QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)
+    if embeddings and mode != "frozen":
+        raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
+    make_observer = observer_factory(observer)
+    static = next((own for own in rules.schemes if own.static_activations), None)
+    if static is not None and calibration is None:
+        raise ValueError(
+            f"calibration must be sample inputs for {static}: they choose the scale of each layer's activations; or "
+            "call prepare_(model, scheme), run the model on inputs, and convert_(model)"
+        )
+    if calibration is not None and not isinstance(calibration, ObservedLayers):
+        calibration = checked_batches(calibration)
+        if static is None and not any(map(applies, rules.schemes)):
+            check_applies(rules.schemes[0])
+    report = QuantizationReport(rules.label, mode, grad_dtype, weight_scale=weight_scale)
+    layers, report.warnings = select_layers(model, rules, skip, include, embeddings=embeddings)
+    for layer in layers:
+        if layer.reason is None and layer.weight().is_meta:
+            layer.reason = "weight on the meta device: load it first, then quantize"
+    for layer in layers:
+        if layer.reason is None:
+            assert layer.scheme is not None, "a layer without a scheme has a reason"
+            _check_finite(layer.name, layer.weight(), layer.scheme)
+    if never_slower:
+        _keep_faster_floats(layers)
+    if strict:
+        check_strict(layers, report.warnings)
+    statistics: dict[int, InputStatistics] = {}
+    observers = ObservedLayers()
+    if isinstance(calibration, ObservedLayers):  # by prepare_
+        observers = calibration
+    elif calibration is not None:
+        calibrated = [layer for layer in _measured(layers) if layer.scheme is not None and applies(layer.scheme)]
+        observers.update((id(layer.module), make_observer()) for layer in static_layers(layers))
+        statistics = _statistics(model, calibrated, static_layers(layers), calibration, observers)
+        report.warnings += _unseen_inputs(calibrated, statistics)
+    report.warnings += _leave_unobserved(layers, observers)
+    if strict:
+        check_strict(layers, report.warnings)
+    report.warnings += unexpected_results(layers, report, embeddings)
+    if mode != "frozen":
+        report.warnings += _zeros_without_mask(layers)
+    for message in report.warnings:
+        warnings.warn(message, stacklevel=3)  # 2 is the decorator
+    for layer in layers:
+        if layer.reason is None:
+            key = id(layer.module)
+            layer.convert(layer_options, statistics.pop(key, None), observers.pop(key, None))
+    report.rows = rows_of(layers)
+    watch_frozen(model, layers)
+    for callback in AFTER_QUANTIZE:
+        callback(model, report)
+    return report
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless layers of `model` can be replaced in place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -122,48 +194,6 @@ def quantize_(
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
         )
-    rules = SchemeRules(scheme)
-    layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
-    # What does not exist is refused here.
-    for own in rules.schemes:
-        QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)
-    if embeddings and mode != "frozen":
-        raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
-    if calibration is not None:
-        calibration = checked_batches(calibration)
-        if not any(map(applies, rules.schemes)):
-            check_applies(rules.schemes[0])
-    report = QuantizationReport(rules.label, mode, grad_dtype, weight_scale=weight_scale)
-    layers, report.warnings = select_layers(model, rules, skip, include, embeddings=embeddings)
-    for layer in layers:
-        if layer.reason is None and layer.weight().is_meta:
-            layer.reason = "weight on the meta device: load it first, then quantize"
-    for layer in layers:
-        if layer.reason is None:
-            assert layer.scheme is not None, "a layer without a scheme has a reason"
-            _check_finite(layer.name, layer.weight(), layer.scheme)
-    if never_slower:
-        _keep_faster_floats(layers)
-    if strict:
-        _check_strict(layers, report.warnings)
-    statistics: dict[int, InputStatistics] = {}
-    if calibration is not None:
-        calibrated = [layer for layer in _measured(layers) if layer.scheme is not None and applies(layer.scheme)]
-        statistics = _statistics(model, calibrated, calibration)
-        report.warnings += _unseen_inputs(calibrated, statistics)
-    report.warnings += unexpected_results(layers, report, embeddings)
-    if mode != "frozen":
-        report.warnings += _zeros_without_mask(layers)
-    for message in report.warnings:
-        warnings.warn(message, stacklevel=3)  # 2 is the decorator
-    for layer in layers:
-        if layer.reason is None:
-            layer.convert(layer_options, statistics.pop(id(layer.module), None))
-    report.rows = rows_of(layers)
-    watch_frozen(model, layers)
-    for callback in AFTER_QUANTIZE:
-        callback(model, report)
-    return report
 
 
 def freeze_(model: nn.Module) -> nn.Module:
@@ -227,17 +257,50 @@ def _measured(layers: list[Layer]) -> list[Layer]:
 def _statistics(
     model: nn.Module,
     layers: list[Layer],
+    static: list[Layer],
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
+    observers: Mapping[int, Observer],
 ) -> dict[int, InputStatistics]:
-    """Statistics of the inputs of these layers, also of those that are part of a layer of several weights."""
+    """Statistics of the inputs of `layers`, also of those that are part of a layer of several weights.
+
+    Those of the layers `static` are shown to their observers.
+
+    Raises:
+        ValueError: naming a layer whose observed inputs were not finite.
+    """
+    every = {layer.module: layer for layer in (*layers, *static)}
     fast_path = torch.backends.mha.get_fastpath_enabled()  # it calls no layer
     with ExitStack() as stack:
-        for split in {id(layer.split): layer.split for layer in layers if layer.split is not None}.values():
+        for split in {id(layer.split): layer.split for layer in every.values() if layer.split is not None}.values():
             stack.enter_context(split.running())
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         schemes = {layer.module: layer.scheme for layer in layers if layer.scheme is not None}
-        return collect_input_statistics(model, schemes, calibration, schemes)
+        observe = {layer.module: partial(observe_input, layer.name, observers[id(layer.module)]) for layer in static}
+        return collect_input_statistics(model, every, calibration, schemes, observe)
+
+
+def static_layers(layers: list[Layer]) -> list[Layer]:
+    """The layers to quantize whose activations will be static."""
+    found = [layer for layer in layers if layer.reason is None and layer.scheme is not None]
+    return [layer for layer in found if layer.scheme.static_activations]
+
+
+def _leave_unobserved(layers: list[Layer], observers: Mapping[int, Observer]) -> list[str]:
+    """Leave layers of static activations whose inputs were not seen in float, and return a warning for each.
+
+    Raises:
+        ValueError: if no input of any layer was seen.
+    """
+    static = static_layers(layers)
+    unseen = [
+        layer for layer in static if (observer := observers.get(id(layer.module))) is None or not observer.has_observed
+    ]
+    if static and len(unseen) == len(static):
+        raise ValueError("calibration reached none of the layers to quantize; nothing was changed")
+    for layer in unseen:
+        layer.reason = UNSEEN
+    return [f"{layer.name} saw no calibration input and stays in float" for layer in unseen]
 
 
 def _unseen_inputs(layers: list[Layer], statistics: Mapping[int, InputStatistics]) -> list[str]:
@@ -270,7 +333,7 @@ def _keep_faster_floats(layers: list[Layer]) -> None:
             layer.reason = f"{SLOWER}: {times}"
 
 
-def _check_strict(layers: list[Layer], messages: list[str]) -> None:
+def check_strict(layers: list[Layer], messages: list[str]) -> None:
     allowed = (SKIPPED, NOT_INCLUDED, SLOWER, NOT_ASKED, QUANTIZED, ROUTER)
     problems = [
         f"{layer.name} stays in float: {layer.reason}"

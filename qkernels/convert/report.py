@@ -23,6 +23,8 @@ class LayerReport:
         weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call.
         reason: why this call left it as it was; None: it was quantized.
         note: what else is to be known of a layer that was quantized.
+        x_scale: the scale of static activations.
+        clipped_share: how many of the values that calibration saw are clamped by it, in [0, 1].
     """
 
     name: str
@@ -34,6 +36,8 @@ class LayerReport:
     weight_error: float | None = None
     reason: str | None = None
     note: str | None = None
+    x_scale: float | None = None
+    clipped_share: float | None = None
 
 
 @dataclass

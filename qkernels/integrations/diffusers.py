@@ -100,7 +100,7 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError(
                 f"the folder holds quantized weights for layers that its config.json does not name: {lost[:5]}"
             )
-        keep_in_fp32_modules.append("scales")  # of which diffusers looks at the last part of a name, too
+        keep_in_fp32_modules += ["scales", "x_scale"]  # diffusers looks at the last part of a name, too
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config

@@ -46,6 +46,11 @@ _NO_DISK = (
 _NO_INT8_ON_DISK = (
     "device_map must not offload layers of mode 'int8' to disk, for they are trained; freeze_ the model, save it again"
 )
+_NO_CALIBRATION = (
+    "scheme {scheme} has static activations, whose scales come from sample inputs: load the model without a "
+    "quantization_config and call qkernels.quantize_(model, '{scheme}', calibration=batches); what save_pretrained "
+    "then writes is loaded with its scales"
+)
 
 
 @register_quantization_config(METHOD)
@@ -228,6 +233,9 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._restore_layers(model)
             return
         config = self.quantization_config
+        for own in self.rules.schemes:
+            if own.static_activations:
+                raise ValueError(_NO_CALIBRATION.format(scheme=own))
         self._report = QuantizationReport(self.rules.label, **config.layer_options)
         self._layers, self._report.warnings = select_layers(
             model, self.rules, config.skip, config.include, ties=model.all_tied_weights_keys,
@@ -366,8 +374,8 @@ class QKernelsHfQuantizer(HfQuantizer):
             f"{name}.{tensor}": dtype
             for layer in self._layers
             for name in layer.names
-            for tensor, dtype in storage_dtypes(layer.module.scheme).items()
-            if layer.module.mode == "frozen"
+            for tensor, dtype in {**storage_dtypes(layer.module.scheme), "x_scale": torch.float32}.items()
+            if layer.module.mode == "frozen" or tensor == "x_scale"
         }
         for target, source in model.all_tied_weights_keys.items():
             owner, other = (_module_of(model, key) for key in (source, target))
@@ -400,7 +408,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         return getattr(self._model.config, "_name_or_path", "") or "the checkpoint"
 
     def _check_restored(self) -> None:
-        tensors = ("qweight", "scales", "zeros", "weight")
+        tensors = ("qweight", "scales", "zeros", "x_scale", "weight")
         renewed = [x for x in self._layers if any(f"{x.name}.{name}" in self._mismatched for name in tensors)]
         kept = [layer for layer in self._layers if layer not in renewed]
         problems, checked = list(self._disk.problems), set()

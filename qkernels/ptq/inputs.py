@@ -31,14 +31,17 @@ def collect_input_statistics(
     layers: Iterable[nn.Module],
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
     scheme: str | QuantScheme | Mapping[nn.Module, QuantScheme],
+    observe: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
 ) -> dict[int, InputStatistics]:
     """Run `model` on sample inputs and collect the statistics of the inputs of each linear layer.
 
     Args:
         model: run in evaluation mode, without gradients.
-        layers: the linear layers to watch.
+        layers: the layers to watch.
         calibration: see `run_watched`.
-        scheme: says how the inputs will be quantized, those of all layers or of each.
+        scheme: says how the inputs will be quantized, those of all layers or of each; there are no statistics of a
+            layer that a mapping leaves out. Static activations, whose scales are not known yet, are taken for dynamic.
+        observe: what is called with each input of a layer too, float32 [M, K].
 
     Returns:
         By id of a layer that was called.
@@ -48,20 +51,20 @@ def collect_input_statistics(
     found: dict[int, InputStatistics] = {}
 
     def watch(layer: nn.Module, x: Tensor) -> None:
-        quant_error = torch.zeros(x.shape[1], device=x.device)
-        own = schemes[layer]
-        if own.int_activations:
-            q, scales = ops.quantize_activation(x, own.name)
-            rounded = q.to(torch.float32) * expand_groups(scales, own.act_group_size, x.shape[1])
+        if observe is not None and layer in observe:
+            observe[layer](x)
+        if layer not in schemes:
+            return
+        quant_error, scheme = torch.zeros(x.shape[1], device=x.device), schemes[layer].of_dynamic
+        if scheme.int_activations:
+            q, scales = ops.quantize_activation(x, scheme.name)
+            rounded = q.to(torch.float32) * expand_groups(scales, scheme.act_group_size, x.shape[1])
             quant_error = (rounded - x).square().sum(dim=0)
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not be positive definite
-            gram = x.t() @ x
-        before = found.get(id(layer))
-        found[id(layer)] = (
-            InputStatistics(gram, quant_error)
-            if before is None
-            else InputStatistics(before.gram + gram, before.quant_error + quant_error)
-        )
+            own = InputStatistics(x.t() @ x, quant_error)
+        if (before := found.get(id(layer))) is not None:
+            own = InputStatistics(before.gram + own.gram, before.quant_error + own.quant_error)
+        found[id(layer)] = own
 
     run_watched(model, layers, calibration, watch)
     return found

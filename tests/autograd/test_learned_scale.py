@@ -214,3 +214,43 @@ def test_transformers_folder_keeps_learned_scales(tmp_path):
     assert again.config.quantization_config.weight_scale == "learned"
     ids = torch.arange(12)[None]
     assert_same_bits(again(ids).logits.detach(), model(ids).logits.detach())
+
+
+@pytest.mark.parametrize("grad_x", [True, False])
+def test_a_learned_scale_of_activations_follows_autograd(grad_x):
+    """Against a fake quantization of the activations in float64, times 1 / sqrt(K * 127)."""
+    torch.manual_seed(5)
+    x_scale, grad_out = torch.tensor([0.011]), torch.randn(M, N)
+    options = {"mode": "qat", "weight_scale": "learned", "x_scale": x_scale}
+    layer = QuantLinear.from_float(nn.Linear(K, N), "w8a8s", **options)
+    x = torch.randn(M, K, requires_grad=grad_x)
+    layer(x).backward(grad_out)
+    values, scale = x.detach().double().requires_grad_(), x_scale.double().requires_grad_()
+    quotient = (values / scale).detach()
+    rest = quotient.round().clamp(-127, 127) - quotient.clamp(-127.5, 127.5)
+    clamped = (quotient.round().abs() > 127).float().mean()
+    assert 0.05 < clamped < 0.5
+    (straight_through(values, scale, rest, -127, 127) @ layer.dequantize().double().t()).backward(grad_out.double())
+    expected = scale.grad / (K * 127) ** 0.5
+    assert layer.x_scale.grad.item() == pytest.approx(expected.item(), rel=1e-4)
+    if grad_x:
+        torch.testing.assert_close(x.grad.double(), values.grad, rtol=1e-4, atol=1e-5)
+        assert not x.grad[quotient.round().abs() > 127].any()
+
+
+def test_a_fixed_scale_of_activations_passes_gradients_through_the_clamp():
+    torch.manual_seed(6)
+    layer = QuantLinear.from_float(nn.Linear(K, N), "w8a8s", mode="qat", x_scale=torch.tensor([0.001]))
+    x = torch.randn(M, K, requires_grad=True)
+    layer(x).sum().backward()
+    expected = torch.ones(M, N) @ layer.dequantize()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+    assert not layer.x_scale.requires_grad and layer.weight.grad.any()
+
+
+def test_a_learned_scale_of_activations_can_be_held():
+    options = {"mode": "qat", "weight_scale": "learned", "x_scale": torch.tensor([0.01])}
+    layer = QuantLinear.from_float(nn.Linear(K, N), "w8a8s", **options)
+    layer.x_scale.requires_grad_(False)
+    layer(torch.randn(M, K)).sum().backward()
+    assert layer.x_scale.grad is None and layer.scales.grad.any()
