@@ -282,8 +282,11 @@ def _statistics(
 
 def static_layers(layers: list[Layer]) -> list[Layer]:
     """The layers to quantize whose activations will be static."""
-    found = [layer for layer in layers if layer.reason is None and layer.scheme is not None]
-    return [layer for layer in found if layer.scheme.static_activations]
+    return [
+        layer
+        for layer in layers
+        if layer.reason is None and layer.scheme is not None and layer.scheme.static_activations
+    ]
 
 
 def _leave_unobserved(layers: list[Layer], observers: Mapping[int, Observer]) -> list[str]:

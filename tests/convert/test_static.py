@@ -208,3 +208,38 @@ def test_an_observer_of_ones_own():
     model = calibrated(observer=lambda: PercentileObserver(90.0))
     narrow, wide = model.body[0].x_scale, calibrated(observer="minmax").body[0].x_scale
     assert narrow < 0.7 * wide
+
+
+def test_convolutions_and_attention_are_calibrated_too():
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 16, 3)
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.conv(images).flatten(2).mT)
+
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 8, 8)
+    floats = Seen().eval()
+    expected = floats(images)
+    model, steps = Seen().eval(), qk.prepare_(Seen().eval())
+    report = qk.quantize_(model, "w8a8s", calibration=[images])
+    assert {row.scheme for row in report.quantized} == {"w8a8s"} and len(report.quantized) == 5
+    assert (model(images) - expected).norm() < 0.05 * expected.norm()
+    steps(images)
+    qk.convert_(steps)
+    assert_same_bits(steps(images), model(images))
+
+
+def test_schemes_by_pattern():
+    schemes = {"head": "w8a8s", "unused": None, "*": "w4a8-g32"}
+    with pytest.raises(ValueError, match="calibration must be sample inputs for w8a8s"):
+        qk.quantize_(Net(), schemes)
+    model, steps = Net(), qk.prepare_(Net(), schemes)
+    report = qk.quantize_(model, schemes, calibration=inputs())
+    assert [row.scheme for row in report.quantized] == ["w4a8-g32", "w4a8-g32", "w8a8s"]
+    steps(inputs()[0])
+    assert [row.scheme for row in qk.convert_(steps).quantized] == ["w4a8-g32", "w4a8-g32", "w8a8s"]
