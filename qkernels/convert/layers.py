@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -183,6 +184,8 @@ class Layer:
                 sizes, error, note = (0, 0), layer.converted.weight_error, layer.converted.note
                 break
         else:
+            if self.weight().is_meta:
+                return self._convert_without_values(before, layer_options)
             options = {**layer_options, **({} if observer is None else {"x_scale": observer.scale()})}
             weight, quantized = adapter.weight(self.module), adapter.quantize(self.module, scheme, **options)
             if statistics is not None:
@@ -196,6 +199,19 @@ class Layer:
             seen = f"x_scale {x_scale:.4g}, {100 * clipped:.3g} % of its inputs clipped"
             note = seen if note is None else f"{note}; {seen}"
             self.converted = replace(self.converted, note=note, x_scale=x_scale, clipped_share=clipped)
+        return self.converted
+
+    def _convert_without_values(self, before: LayerReport, layer_options: Mapping[str, str]) -> LayerReport:
+        """Convert a layer on the meta device, into which a quantized state dict will be loaded."""
+        assert self.scheme is not None
+        quantized = self.adapter.empty(self.module, self.scheme, dtype=None, **layer_options)
+        if (bias := self.adapter.bias(self.module)) is not None:
+            quantized.bias = bias
+        if (scales := quantized._buffers.get("column_scales")) is not None:  # derived from the weight, and in no file
+            quantized.column_scales = torch.zeros_like(scales, device="cpu")
+        self.replace(quantized)
+        sizes, note = (before.bytes_before, quantized.storage_bytes()), "without values: on the meta device"
+        self.converted = LayerReport(self.name, before.kind, before.shape, self.scheme.name, *sizes, note=note)
         return self.converted
 
     def pruning(self) -> Pruning | None:

@@ -64,11 +64,14 @@ def quantize_(
     freed at once. Whatever stays in float is a row of the report, with the reason: depthwise and transposed
     convolutions, and every other matrix weight that is no such layer, too. A layer that cannot be quantized without
     changing what the model computes stays in float: its weight is tied to another module's (a head that shares the
-    embedding), parametrized, not float32/bfloat16/float16, on the meta device, or read directly by its parent
+    embedding), parametrized, not float32/bfloat16/float16, or read directly by its parent
     (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside
     float16 (T5); or the layer is of a subclass with a behaviour of its own. A warning tells if nothing is quantized, if
     layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the frozen model as
     it is.
+
+    A layer on the meta device becomes one without values, there: load a quantized state dict into it, with
+    `load_state_dict(..., assign=True)` or accelerate's `load_checkpoint_and_dispatch`.
 
     A pattern is a layer's name, the last component of its name ("lm_head"), the name of a module that it is in, or an
     fnmatch glob ("*.mlp.*").
@@ -125,7 +128,8 @@ def quantize_(
         raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
     make_observer = observer_factory(observer)
     static = next((own for own in rules.schemes if own.static_activations), None)
-    if static is not None and calibration is None:
+    skeleton = any(parameter.is_meta for parameter in model.parameters())
+    if static is not None and calibration is None and not skeleton:
         raise ValueError(
             f"calibration must be sample inputs for {static}: they choose the scale of each layer's activations; or "
             "call prepare_(model, scheme), run the model on inputs, and convert_(model)"
@@ -137,12 +141,12 @@ def quantize_(
     report = QuantizationReport(rules.label, mode, grad_dtype, weight_scale=weight_scale)
     layers, report.warnings = select_layers(model, rules, skip, include, embeddings=embeddings)
     for layer in layers:
-        if layer.reason is None and layer.weight().is_meta:
-            layer.reason = "weight on the meta device: load it first, then quantize"
-    for layer in layers:
         if layer.reason is None:
             assert layer.scheme is not None, "a layer without a scheme has a reason"
-            _check_finite(layer.name, layer.weight(), layer.scheme)
+            if not layer.weight().is_meta:
+                _check_finite(layer.name, layer.weight(), layer.scheme)
+            elif calibration is not None:
+                raise ValueError(f"calibration must be None for a model on the meta device, and {layer.name} is there")
     if never_slower:
         _keep_faster_floats(layers)
     if strict:
@@ -230,7 +234,7 @@ def _zeros_without_mask(layers: list[Layer]) -> list[str]:
     """A warning if weights that will be trained were pruned, but have no mask: training fills their zeros."""
     found = {}
     for layer in layers:
-        if layer.reason is None and layer.pruning() is None:
+        if layer.reason is None and layer.pruning() is None and not layer.weight().is_meta:
             weight = layer.weight()
             share = 1 - weight.count_nonzero().item() / max(weight.numel(), 1)
             if LEAST_ZEROS <= share < 1:  # a weight of nothing but zeros is one that is to be trained from there
@@ -281,12 +285,9 @@ def _statistics(
 
 
 def static_layers(layers: list[Layer]) -> list[Layer]:
-    """The layers to quantize whose activations will be static."""
-    return [
-        layer
-        for layer in layers
-        if layer.reason is None and layer.scheme is not None and layer.scheme.static_activations
-    ]
+    """The layers to quantize whose activations will be static; one on the meta device will be given their scale."""
+    chosen = [layer for layer in layers if layer.reason is None and not layer.weight().is_meta]
+    return [layer for layer in chosen if layer.scheme is not None and layer.scheme.static_activations]
 
 
 def _leave_unobserved(layers: list[Layer], observers: Mapping[int, Observer]) -> list[str]:

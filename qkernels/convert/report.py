@@ -20,7 +20,8 @@ class LayerReport:
         shape: (N, K) = (out_features, in_features); of a weight that is no linear layer or embedding, its own shape.
         scheme: name of the scheme it is quantized with; None: it is in float.
         bytes_before, bytes_after: of the weight, without the bias; 0 if it is shared with an earlier row.
-        weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call.
+        weight_error: relative error of the dequantized weight (Frobenius norm); None: not quantized by this call, or
+            without values.
         reason: why this call left it as it was; None: it was quantized.
         note: what else is to be known of a layer that was quantized.
         x_scale: the scale of static activations.

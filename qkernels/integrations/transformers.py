@@ -44,7 +44,8 @@ _NO_DISK = (
     "Quantize it in memory, save_pretrained it, and load that folder with this device_map"
 )
 _NO_INT8_ON_DISK = (
-    "device_map must not offload layers of mode 'int8' to disk, for they are trained; freeze_ the model, save it again"
+    "device_map must not offload layers of mode 'int8' to disk, for they are trained: freeze_ the model and "
+    "save it again"
 )
 _NO_CALIBRATION = (
     "scheme {scheme} has static activations, whose scales come from sample inputs: load the model without a "

@@ -299,7 +299,16 @@ def other_forward(layer: nn.Module) -> str | None:
     if known is not None and not _computes_the_same(layer_type, known):
         name = f"nn.{known.__name__}" if known.__module__.startswith("torch.nn.") else known.__name__
         return f"{layer_type.__name__} is a subclass of {name}: its forward may compute something else"
-    return "forward is replaced on the instance" if "forward" in vars(layer) else None
+    return replaced_forward(layer)
+
+
+def replaced_forward(layer: nn.Module) -> str | None:
+    """Why a layer whose `forward` is an attribute of its own stays as it is; None: it has none."""
+    if "forward" not in vars(layer):
+        return None
+    if hasattr(layer, "_hf_hook"):
+        return "dispatched by accelerate (device_map, offload): quantize the model first, then dispatch it"
+    return "forward is replaced on the instance"
 
 
 def _find(layer_type: type) -> LayerAdapter[Any] | CompositeAdapter[Any] | None:

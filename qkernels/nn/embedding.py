@@ -16,6 +16,7 @@ from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from .adapters import find_adapter
 from .matrix_layer import leave_out_marker
+from .nested import over_values
 from .storage import Storage
 
 
@@ -145,6 +146,8 @@ class QuantEmbedding(Storage, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return traced(self, input)
+        if input.is_nested:
+            return over_values(self.forward, input, trailing=0)
         indices = input.reshape(-1)
         rows = self._frozen_weight().map(lambda tensor: tensor.index_select(0, indices))
         out = ops.dequantize_weight(*rows, self.embedding_dim, self.scheme.name).to(self.compute_dtype)

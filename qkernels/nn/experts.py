@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .adapters import CompositeAdapter, SplitLayer, register_matching
+from .adapters import CompositeAdapter, SplitLayer, register_matching, replaced_forward
 from .grouped_linear import GroupedLinear
 
 
@@ -89,8 +89,8 @@ class ExpertsAdapter(CompositeAdapter[Any]):
 
     def reason(self, layer: Any) -> str | None:
         owner = layer.get_submodule(self.below)
-        if "forward" in vars(layer):
-            return "forward is replaced on the instance"
+        if (reason := replaced_forward(layer)) is not None:
+            return reason
         if parametrize.is_parametrized(owner):
             return "parametrized weight"
         names = {name for name in self.matrices if name in owner._parameters}

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES
-from .adapters import LayerAdapter, register_adapter
+from .adapters import LayerAdapter, register_adapter, replaced_forward
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .storage import Storage
@@ -77,8 +77,8 @@ class EmbeddingAdapter(LayerAdapter[nn.Embedding]):
             return f"{type(layer).__name__} is a subclass of nn.Embedding"
         if parametrize.is_parametrized(layer) or set(layer._parameters) != {self.key}:
             return "parametrized weight"
-        if "forward" in vars(layer):
-            return "forward is replaced on the instance"
+        if (reason := replaced_forward(layer)) is not None:
+            return reason
         if layer.max_norm is not None:
             return "max_norm changes the weight"
         if layer.weight.dtype not in FLOAT_DTYPES:

@@ -22,6 +22,7 @@ from ..system.deprecation import renamed_keywords
 from .adapters import find_adapter, is_frozen
 from .masks import find_pruning, keep_mask
 from .matrix_layer import MatrixLayer
+from .nested import over_values
 from .storage import Storage
 from .stored_parameter import plain
 
@@ -155,6 +156,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return traced(self, input)
+        if input.is_nested:
+            return over_values(self.forward, input, trailing=1)
         check_input(input, self.in_features)
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":
@@ -169,6 +172,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
 
     def forward_adapted(self, x: Tensor, adapter: LowRank) -> Tensor:
         """`forward(x)` of a frozen layer plus the product of a low-rank adapter, both in one autograd function."""
+        if x.is_nested:
+            return over_values(lambda values: self.forward_adapted(values, adapter), x, trailing=1)
         check_input(x, self.in_features)
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
         return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x), x_scale=self._activation_scale())

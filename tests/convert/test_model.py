@@ -232,7 +232,6 @@ def with_a_parameter_of_its_own():
         (with_a_parameter_of_its_own, "parametrized weight"),
         (replaced_forward, "forward is replaced on the instance"),
         (lambda: nn.Linear(8, 8, dtype=torch.float64), "torch.float64 weight"),
-        (lambda: nn.Linear(8, 8, device="meta"), "weight on the meta device: load it first, then quantize"),
         (lambda: nn.Linear(131073, 1), "in_features 131073 is not in 1..131072"),
         (lambda: qk.QuantLinear(8, 8, scheme="w4a16-g32"), "already quantized (w4a16-g32, frozen)"),
     ],
