@@ -1,4 +1,4 @@
-"""Time and error of torch's recurrent and encoder layers in float, quantized by qkernels and by torch.ao (dynamic int8).
+"""Time and error of torch's recurrent and encoder layers in float, quantized by qkernels and torch.ao.
 
 Rounds are interleaved in one process; a time is the median. The error is the relative Frobenius norm of the difference
 of the outputs to those of float. Run: python benchmarks/torch_layers.py --output rows.json
