@@ -1,6 +1,8 @@
 """What users do with adapters besides training one: prepare, swap, mix, combine, initialize from the base."""
 
+import copy
 import os
+import pickle
 
 import peft
 import pytest
@@ -9,7 +11,7 @@ import transformers
 from helpers import assert_same_bits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_matrix import IDS, llama, logits
+from peft_matrix import IDS, Row, llama, logits, train
 from torch import nn
 
 import qkernels as qk
@@ -123,6 +125,28 @@ def dequantized(weight, scheme):
     layer = qk.QuantLinear(*weight.shape[::-1], bias=False, scheme=scheme)
     layer.set_weight(qk.quantize_weight(weight.detach(), scheme))
     return layer.dequantize()
+
+
+@BASES
+def test_copies_of_a_merged_model_can_be_unmerged(scheme, mode):
+    model = with_effect(get_peft_model(base(scheme, mode), lora()))
+    separate = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert_same_bits(logits(twin), merged)
+        twin.unmerge_adapter()
+        assert_same_bits(logits(twin), separate)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, None], ids=str)
+def test_an_adapter_of_the_float_model_over_the_quantized_one(options, tmp_path):
+    config = lora(**options) if options is not None else peft.HRAConfig(r=4, target_modules=TARGETS)
+    model = get_peft_model(llama(), config)
+    train(model, Row("", lambda: config))
+    model.save_pretrained(tmp_path)
+    assert distance(logits(model), logits(llama())) > 0.2
+    assert distance(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model)) < 0.04
 
 
 def test_x_lora(tmp_path):

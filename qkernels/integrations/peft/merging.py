@@ -82,9 +82,9 @@ class Requantizing:
             _remerge(holder, state.original, [(layer, layer.merged_adapters) for layer in state.layers], [])
             return
         base = holder.base_layer
-        put_weight(base, state.weight)
+        put_weight(base, _weight(base, state.original))
         if "bias" in state.original:
-            base.bias.data = state.original["bias"]
+            base.bias.data = state.original["bias"].to(base.quantized_weight().qweight.device)
         del vars(holder)["_merged"], vars(base)["merge_error"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -100,17 +100,15 @@ class _Merged:
     original: dict[str, Tensor]
     layers: list[Any]
 
-    @property
-    def weight(self) -> QuantizedWeight:
-        return _weight(self.original)
-
 
 def _state(holder: Any) -> _Merged | None:
     return vars(holder).get("_merged")
 
 
-def _weight(tensors: dict[str, Tensor]) -> QuantizedWeight:
-    return QuantizedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"))
+def _weight(base: Storage, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """The weight among what a base layer stored before, where the layer is now."""
+    weight = QuantizedWeight(tensors["qweight"], tensors["scales"], tensors.get("zeros"))
+    return weight.map(lambda tensor: tensor.to(base.quantized_weight().qweight.device))
 
 
 def _remerge(holder: Any, original: dict[str, Tensor], wanted: list[tuple[Any, list[str]]], new: list[str]) -> bool:
@@ -128,10 +126,10 @@ def _remerge(holder: Any, original: dict[str, Tensor], wanted: list[tuple[Any, l
     base, before = holder.base_layer, [list(layer.merged_adapters) for layer, _ in wanted]
     layer_name = getattr(holder, "kwargs", {}).get("target_name", "layer")
     twin = holder.base_layer = float_copy(
-        base, ops.dequantize_weight(*_weight(original), base.in_features, base.scheme)
+        base, ops.dequantize_weight(*_weight(base, original), base.in_features, base.scheme)
     )
     if "bias" in original:
-        twin.bias = nn.Parameter(original["bias"].to(torch.float32, copy=True), requires_grad=False)
+        twin.bias = nn.Parameter(original["bias"].to(base.bias.device, torch.float32, copy=True), requires_grad=False)
     try:
         for layer, names in wanted:
             layer.merged_adapters = []
