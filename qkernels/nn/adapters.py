@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION
-from .masks import find_pruning, is_masked, own_names
+from .masks import find_pruning, is_masked, own_names, pruning_hook
 from .storage import Storage
 
 # What a subclass may define and still compute the same; the dunders are those of any class statement.
@@ -88,7 +88,7 @@ class LayerAdapter(ABC, Generic[_L]):
         pruning = find_pruning(layer, self.key) if is_masked(layer, self.key) else None
         if pruning is None and self.key not in names:
             return "parametrized weight"
-        if "bias" not in names and "bias" in vars(layer):
+        if pruning_hook(layer, "bias") is not None:
             return "pruned bias: make it permanent with torch.nn.utils.prune.remove(layer, 'bias')"
         if not names <= own | {"bias"} or any(name != self.key for name in getattr(layer, "parametrizations", ())):
             return "parametrized weight"

@@ -311,7 +311,7 @@ class MatrixLayer(Storage):
         The mask is the buffer `weight_mask`, which the state dict holds. Gradients are 0 there, and what an optimizer
         writes there is set to 0 by the next forward. A layer of mode "qat" is pruned by `torch.nn.utils.prune`.
 
-        >>> layer = QuantLinear.from_float(nn.Linear(8, 4), "w8a8", mode="int8")
+        >>> layer = qk.QuantLinear.from_float(nn.Linear(8, 4), "w8a8", mode="int8")
         >>> layer.keep_zeros(torch.eye(4, 8, dtype=torch.bool))
         >>> int(layer.qweight.count_nonzero())
         4
