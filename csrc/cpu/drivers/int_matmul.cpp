@@ -206,7 +206,7 @@ class PackAlong {
         bias_(bias),
         integers_(shape.block_units * shape.unit),
         encoded_(shape.nr * shape.block_units),
-        start_(shape.nr * shape.block_groups()),
+        zeros_(shape.nibbles != nullptr ? shape.nr * shape.block_groups() : 0),
         scales_(shape.w_grouped ? shape.nr * shape.block_groups() : 0) {}
 
   const float* bias(const WeightPanels& packed, int64_t p) const {
@@ -222,44 +222,65 @@ class PackAlong {
   void pack(int64_t n0, const Depth& depth, int64_t p, WeightPanels& packed) {
     const Weight& w = shape_.w;
     const int nr = shape_.nr;
-    std::vector<const uint32_t*> rows(nr), start(nr), scales(nr);
+    std::vector<const uint32_t*> rows(nr), zeros(nr), scales(nr);
     float *bias = &packed.bias[p * nr], *col_scales = &packed.col_scales[p * nr];
     for (int j = 0; j < nr; ++j) {
       const int64_t n = n0 + j;
       const bool valid = n < w.n;
       uint32_t* encoded = &encoded_[j * shape_.block_units];
-      int32_t* row_start = &start_[j * packed.block_groups];
       rows[j] = encoded;
-      start[j] = reinterpret_cast<const uint32_t*>(row_start);
       bias[j] = valid && bias_ != nullptr ? bias_[n] : 0.0f;
       col_scales[j] = valid && !shape_.w_grouped ? w.scales[n] : 1.0f;
       if (valid) {
-        rows[j] = encode(n, depth, encoded, row_start);
+        rows[j] = encode(n, depth, encoded);
       } else {
         std::fill_n(encoded, depth.units, 0u);
-        std::fill_n(row_start, depth.groups, 0);
       }
+      if (shape_.nibbles != nullptr) zeros[j] = zero_points(n, &zeros_[j * packed.block_groups]);
       if (shape_.w_grouped) scales[j] = group_scales(std::min(n, w.n - 1), depth, &scales_[j * packed.block_groups]);
     }
     const auto interleave = [&](const std::vector<const uint32_t*>& sources, void* panel) {
       shape_.kernels.panels.interleave(sources.data(), nr, depth.groups, static_cast<uint32_t*>(panel));
     };
-    shape_.kernels.panels.interleave_int(rows.data(), nr, depth.units, &packed.panels[p * shape_.block_units * nr]);
-    interleave(start, &packed.start[p * packed.block_groups * nr]);
+    uint32_t* const panel = &packed.panels[p * shape_.block_units * nr];
+    shape_.kernels.panels.interleave_int(rows.data(), nr, depth.units, panel);
+    int32_t* const start = &packed.start[p * packed.block_groups * nr];
+    shape_.nibbles != nullptr ? interleave(zeros, start) : shift_terms(panel, depth, start);
     if (shape_.w_grouped) interleave(scales, &packed.group_scales[p * packed.block_groups * nr]);
   }
 
-  // Row n of the weight as units, in place or in `encoded`, and its terms of `start`.
-  const uint32_t* encode(int64_t n, const Depth& depth, uint32_t* encoded, int32_t* start) {
+  // The zero points of the groups of row n as NibbleTile takes them; 0 past the last row.
+  const uint32_t* zero_points(int64_t n, uint32_t* zeros) const {
+    const Weight& w = shape_.w;
+    for (int64_t g = 0; g < shape_.groups; ++g) {
+      const int zero = n >= w.n             ? 0
+                       : w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)]
+                                            : w.scheme.weight->offset;
+      zeros[g] = zero * 0x10001;
+    }
+    return zeros;
+  }
+
+  // Of a packed panel, what the sums of each group start from: NOTE [shift].
+  void shift_terms(const uint32_t* panel, const Depth& depth, int32_t* start) const {
+    const PanelKernels& panels = shape_.kernels.panels;
+    const int64_t nr = shape_.nr, units = shape_.grouped ? shape_.group_units : depth.units;
+    if (panels.column_sums == nullptr) {
+      std::fill_n(start, depth.groups * nr, 0);
+      return;
+    }
+    for (int64_t g = 0, u = 0; g < depth.groups; ++g, u += units)
+      panels.column_sums(std::min(units, depth.units - u), panel + u * nr, start + g * nr);
+    for (int64_t i = 0; i < depth.groups * nr; ++i) start[i] *= -panels.a_shift;
+  }
+
+  // Row n of the weight as units, in place or in `encoded`.
+  const uint32_t* encode(int64_t n, const Depth& depth, uint32_t* encoded) {
     const Kernels& kernels = shape_.kernels;
     const Weight& w = shape_.w;
     if (shape_.nibbles != nullptr) {
       kernels.elementwise.unpack_int4(w.row(n), w.k, 0, reinterpret_cast<int8_t*>(encoded));
       std::memset(reinterpret_cast<int8_t*>(encoded) + w.k, 0, shape_.units * shape_.unit - w.k);
-      for (int64_t g = 0; g < shape_.groups; ++g) {
-        const int zero = w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)] : w.scheme.weight->offset;
-        start[g] = zero * 0x10001;
-      }
       return encoded;
     }
     // Without an encoder bytes are units: 4-bit rows are unpacked in place, 8-bit ones read where they are stored.
@@ -268,10 +289,6 @@ class PackAlong {
     auto* bytes = reinterpret_cast<int8_t*>(encoded);
     int8_t* scratch = kernels.panels.encode_b == nullptr ? bytes : integers_.get();
     const int8_t* q = integer_row(kernels, w, n, depth.k0, depth.k, scratch);
-    for (int64_t g = 0, begin = 0; g < depth.groups; ++g, begin += shape_.group) {
-      const int64_t count = std::min(shape_.group, depth.k - begin);
-      start[g] = kernels.panels.a_shift != 0 ? -kernels.panels.a_shift * kernels.elementwise.sum(q + begin, count) : 0;
-    }
     const bool whole = depth.k == depth.units * shape_.unit;
     if (kernels.panels.encode_b != nullptr) {
       kernels.panels.encode_b(q, depth.k, encoded);
@@ -295,7 +312,7 @@ class PackAlong {
   const float* bias_;
   Buffer<int8_t> integers_;   // [block_units * unit]
   Buffer<uint32_t> encoded_;  // [nr, block_units]
-  Buffer<int32_t> start_;     // [nr, block_groups]
+  Buffer<uint32_t> zeros_;    // [nr, block_groups], with nibbles only
   Buffer<float> scales_;      // [nr, block_groups]
 };
 
