@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -23,10 +23,11 @@ from torch.nn.functional import pad
 from torch.onnx._internal.exporter import _core
 
 from ..autograd.int8_weight import Int8Weight
-from ..formats.rules import TINY
+from ..formats.rules import TINY, inverse_of
 from ..formats.scheme import QuantScheme
 from ..formats.storage import StoredWeight
 from ..formats.weight_format import INT4
+from ..kernels.arguments import ConvGeometry
 
 _ops = torch.ops.qkernels
 _UINT4_OPSET = 21
@@ -78,23 +79,34 @@ class _Graph:
         missing = padded - columns
         return x if missing == 0 else self.add("Pad", x, self.integers(0, 0, 0, missing), self.constant(0.0))
 
-    def quantize(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Rules 1 and 2 over the last axis: uint8 integers plus 128 of the shape of x, scales and faults [..., 1].
+    def quantize(
+        self, x: ir.Value, x_scale: Tensor | None, axes: tuple[int, ...] = (-1,)
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Rules 1 and 2, or 13, over axes: uint8 integers plus 128 of the shape of x, scales and faults [..., 1].
 
         A fault is NaN where a value is Inf or NaN, and else 0. It is added to sums of products before they are
         multiplied by the scale, which also keeps onnxruntime from a fused operator that rounds otherwise.
+
+        Args:
+            x_scale: the scale [1] of static activations; None: the scales are found here.
         """
-        last = self.integers(-1)
-        absmax = self.add("ReduceMax", self.add("Abs", x), last, keepdims=1)
-        faults = self.add("ReduceSum", self.add("Mul", x, self.constant(0.0)), last, keepdims=1)
+        along = self.integers(*axes)
+        faults = self.add("ReduceSum", self.add("Mul", x, self.constant(0.0)), along, keepdims=1)
+        if x_scale is not None:
+            scales, inverse = (self.constant(scale.numpy()) for scale in (x_scale, inverse_of(x_scale)))
+            return self._rounded(x, inverse), scales, faults
+        absmax = self.add("ReduceMax", self.add("Abs", x), along, keepdims=1)
         usable = self.add("GreaterOrEqual", absmax, self.constant(TINY))
         one, levels = self.constant(1.0), self.constant(127.0)
         safe = self.add("Where", usable, absmax, one)
         scales = self.add("Where", usable, self.add("Div", safe, levels), one)
         inverse = self.add("Where", usable, self.add("Div", levels, safe), self.constant(0.0))
+        return self._rounded(x, inverse), scales, faults
+
+    def _rounded(self, x: ir.Value, inverse: ir.Value) -> ir.Value:
         rounded = self.add("Round", self.add("Mul", x, inverse))
-        clipped = self.add("Clip", rounded, self.constant(-127.0), levels)
-        return self.cast(self.add("Add", clipped, self.constant(_OFFSET)), _UINT8), scales, faults
+        clipped = self.add("Clip", rounded, self.constant(-127.0), self.constant(127.0))
+        return self.cast(self.add("Add", clipped, self.constant(_OFFSET)), _UINT8)
 
     def done(self, output: ir.Value) -> ir.Value:
         """Hand the nodes to the exporter."""
@@ -127,16 +139,21 @@ class _Translator:
 
     def register(self, registry: Any) -> None:
         """Let `registry` translate the operators of this program."""
-        for target, function in (
-            (torch.ops.aten.view.dtype, self.view),
-            (torch.ops.aten.alias.default, self.alias),
-            (torch.ops.aten.detach.default, self.alias),
-            (_ops.quantize_weight.default, self.quantize_weight),
-            (_ops.quantize_weight_scaled.default, self.quantize_weight_scaled),
-            (_ops.dequantize_weight.default, self.dequantize_weight),
-            (_ops.linear.default, self.linear),
-        ):
-            registry.register_op(target, function)
+        own: dict[str, Callable[..., Any]] = {
+            "quantize_weight": self.quantize_weight,
+            "quantize_weight_scaled": self.quantize_weight_scaled,
+            "dequantize_weight": self.dequantize_weight,
+            "linear": self.linear,
+            "conv": self.conv,
+        }
+        registry.register_op(torch.ops.aten.view.dtype, self.view)
+        registry.register_op(torch.ops.aten.alias.default, self.alias)
+        registry.register_op(torch.ops.aten.detach.default, self.alias)
+        for full_name in torch._C._dispatch_get_all_op_names():
+            namespace, _, name = full_name.partition("::")
+            if namespace == "qkernels":
+                function = own.get(name, functools.partial(_refuse, full_name))
+                registry.register_op(getattr(_ops, name).default, function)
 
     def add_initializers(self, graph: ir.Graph) -> None:
         """Give `graph` the constants that its nodes read, and take out the stored weights that they were made of."""
@@ -204,30 +221,111 @@ class _Translator:
         bias: ir.Value | None,
         scheme: int,
         out_dtype: int | None = None,
+        x_scale: ir.Value | None = None,
     ) -> ir.Value:
         """Translate the operator."""
-        parsed, graph = QuantScheme.from_code(scheme), self._graph()
-        stored_zeros = None if parsed.symmetric or zeros is None else self._tensor(zeros, "zeros")
-        weight = StoredWeight(
-            self._tensor(qweight, "qweight"), self._tensor(scales, "scales"), stored_zeros, int(x.shape[1]), parsed
-        )
+        weight, graph = self._weight(qweight, scales, zeros, int(x.shape[1]), scheme, x_scale), self._graph()
+        parsed = weight.scheme
         if not parsed.int_activations:
             product = self._float_product
         else:
             product = self._sum_of_groups if parsed.group_size or parsed.act_group_size else self._int_product
-        out = product(graph, graph.cast(x, _FLOAT), weight)
+        return self._finished(graph, product(graph, graph.cast(x, _FLOAT), weight), bias, x, out_dtype)
+
+    def conv(
+        self,
+        x: ir.Value,
+        qweight: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        bias: ir.Value | None,
+        scheme: int,
+        geometry: list[int],
+        out_dtype: int | None = None,
+        x_scale: ir.Value | None = None,
+    ) -> ir.Value:
+        """Translate the operator, whose images are [N, H, W, C], to `ConvInteger` or `Conv` of [N, C, H, W]."""
+        of, channels = ConvGeometry(*geometry), int(x.shape[3])
+        weight = self._weight(qweight, scales, zeros, of.in_features(channels), scheme, x_scale)
+        graph, kernel = self._graph(), (of.kernel_height, of.kernel_width, channels // of.groups)
+        attributes = {
+            "kernel_shape": kernel[:2],
+            "strides": [of.stride_height, of.stride_width],
+            "dilations": [of.dilation_height, of.dilation_width],
+            "pads": [of.top, of.left, of.bottom, of.right],
+            "group": of.groups,
+        }
+        images = graph.cast(x, _FLOAT)
+        to_channels_first, to_channels_last = [0, 3, 1, 2], [0, 2, 3, 1]
+        if not weight.scheme.int_activations:
+            matrix = self._dequantized(graph, weight)
+            if _columns(weight) != weight.in_features:
+                end = graph.integers(weight.in_features)
+                matrix = graph.add("Slice", matrix, graph.integers(0), end, graph.integers(-1))
+            filters = graph.add("Reshape", matrix, graph.integers(weight.out_features, *kernel))
+            operands = [graph.add("Transpose", value, perm=to_channels_first) for value in (images, filters)]
+            out = graph.add("Transpose", graph.add("Conv", *operands, **attributes), perm=to_channels_last)
+            return self._finished(graph, out, bias, x, out_dtype)
+        if weight.scheme.group_size or weight.scheme.act_group_size:
+            raise ValueError(
+                f"a convolution of scheme {weight.scheme} has no translation to ONNX: ConvInteger has no groups of "
+                "products; quantize it with a scheme of one scale a row, such as w8a8"
+            )
+        integers, x_scales, faults = graph.quantize(images, weight.x_scale, (1, 2, 3))
+        if weight.zeros is not None:  # onnxruntime wants one zero point for all filters
+            weight = weight._replace(qweight=weight.integers(), zeros=None, scheme=QuantScheme.parse("w8a8"))
+        is_int4 = weight.scheme.weight_format is INT4
+        filters = self._initializer(
+            weight, "weight", lambda: _unsigned(weight).view(-1, *kernel).permute(*to_channels_first), uint4=is_int4
+        )
+        operands = [graph.add("Transpose", integers, perm=to_channels_first), graph.cast(filters, _UINT8)]
+        operands += [graph.offset, self._zero_points(graph, weight, torch.flatten)]
+        sums = graph.cast(graph.add("ConvInteger", *operands, **attributes), _FLOAT)
+        sums = graph.add("Add", graph.add("Transpose", sums, perm=to_channels_last), faults)
+        w_scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
+        out = graph.add("Mul", sums, graph.add("Mul", x_scales, w_scales))
+        return self._finished(graph, out, bias, x, out_dtype)
+
+    def _weight(
+        self,
+        qweight: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        in_features: int,
+        scheme: int,
+        x_scale: ir.Value | None,
+    ) -> StoredWeight:
+        parsed = QuantScheme.from_code(scheme)
+        return StoredWeight(
+            self._tensor(qweight, "qweight"),
+            self._tensor(scales, "scales"),
+            None if parsed.symmetric or zeros is None else self._tensor(zeros, "zeros"),
+            in_features,
+            parsed,
+            None if x_scale is None else self._tensor(x_scale, "x_scale"),
+        )
+
+    def _finished(
+        self, graph: _Graph, out: ir.Value, bias: ir.Value | None, x: ir.Value, out_dtype: int | None
+    ) -> ir.Value:
+        """Rule 5."""
         if bias is not None:
             out = graph.add("Add", out, graph.cast(bias, _FLOAT))
         dtype = x.dtype if out_dtype is None else ir.DataType(out_dtype)
         return graph.done(out if dtype == _FLOAT else graph.add("Cast", out, to=int(dtype)))
 
     def _float_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
-        """`Gemm` with what `DequantizeLinear` makes of the groups, each a row: [N * groups, group].
+        """`Gemm` with the dequantized weight."""
+        x = graph.pad_columns(x, weight.in_features, _columns(weight))
+        return graph.add("Gemm", x, self._dequantized(graph, weight), transB=1)
+
+    def _dequantized(self, graph: _Graph, weight: StoredWeight) -> ir.Value:
+        """What `DequantizeLinear` makes of the groups [N * groups, group], as rows [N, K], padded to whole groups.
 
         Not in blocks of columns: those, with `MatMul`, onnxruntime fuses to a product of quantized activations.
         """
         group, is_int4 = weight.scheme.group_size or weight.in_features, weight.scheme.weight_format is INT4
-        columns = _round_up(weight.in_features, group)
+        columns = _columns(weight)
         stored = self._initializer(
             weight, "weight", lambda: _padded(_unpacked(weight), columns).reshape(-1, group), uint4=is_int4
         )
@@ -237,13 +335,13 @@ class _Translator:
             zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
             parts.append(self._initializer(weight, "weight_zero_point", lambda: zeros.flatten(), uint4=True))
         matrix = graph.add("DequantizeLinear", *parts, axis=0)
-        if columns != group:
-            matrix = graph.add("Reshape", matrix, graph.integers(weight.out_features, columns))
-        return graph.add("Gemm", graph.pad_columns(x, weight.in_features, columns), matrix, transB=1)
+        if columns == group:
+            return matrix
+        return graph.add("Reshape", matrix, graph.integers(weight.out_features, columns))
 
     def _int_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """Rule 4 with one group a row."""
-        integers, x_scales, faults = graph.quantize(x)
+        integers, x_scales, faults = graph.quantize(x, weight.x_scale)
         stored = self._initializer(
             weight, "weight", lambda: _unsigned(weight).t(), uint4=weight.scheme.weight_bits == 4
         )
@@ -266,7 +364,7 @@ class _Translator:
         x = graph.pad_columns(x, weight.in_features, columns)
         if act_group is not None:
             x = graph.add("Reshape", x, graph.integers(0, columns // act_group, act_group))
-        integers, x_scales, faults = graph.quantize(x)
+        integers, x_scales, faults = graph.quantize(x, weight.x_scale)
         integers = graph.add("Reshape", integers, graph.integers(0, steps, step))
         stored = self._initializer(
             weight,
@@ -357,6 +455,18 @@ class _Translator:
         target, tensor = self._inputs[value.name]
         self._consumed.add(target)
         return tensor.detach()
+
+
+def _refuse(name: str, *args: Any) -> NoReturn:
+    raise ValueError(
+        f"{name} has no translation to ONNX; leave the layers that call it in float (skip= of quantize_), or "
+        "qkernels.dequantize_ the model"
+    )
+
+
+def _columns(weight: StoredWeight) -> int:
+    """K, and what fills the last group of a grouped weight."""
+    return _round_up(weight.in_features, weight.scheme.group_size or 1)
 
 
 def _round_up(size: int, multiple: int) -> int:

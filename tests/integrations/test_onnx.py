@@ -35,7 +35,11 @@ def run(path, *inputs):
 def two_layers(scheme, mode="frozen", features=72, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(features, 24), nn.ReLU(), nn.Linear(24, 8, bias=False)).eval()
-    qk.quantize_(model, scheme, mode, **options)
+    return quantized(model, scheme, torch.randn(4, features), mode=mode, **options)
+
+
+def quantized(model, scheme, x, **options):
+    qk.quantize_(model, scheme, calibration=[x] if QuantScheme.parse(scheme).static_activations else None, **options)
     return model
 
 
@@ -64,6 +68,32 @@ def test_every_scheme(scheme, tmp_path):
     export(model, (torch.randn(2, 72),), path, dynamic_shapes=BATCH)
     assert_equal_results(model, rows(), path)
     assert run(path, torch.empty(0, 72)).shape == (0, 8)
+
+
+CONVOLUTIONS = {
+    "strided": lambda: nn.Conv2d(6, 8, (3, 2), padding=(1, 2), stride=(2, 1), dilation=(1, 2)),
+    "groups": lambda: nn.Conv2d(8, 8, 3, groups=2, bias=False),
+    "1d": lambda: nn.Conv1d(4, 6, 5, padding=2),
+}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-asym", "w8a8s", "w4a16-g32-asym"])
+@pytest.mark.parametrize(
+    "kind", ["strided", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("groups", "1d"))]
+)
+def test_convolutions(kind, scheme, tmp_path):
+    torch.manual_seed(0)
+    model, path = nn.Sequential(CONVOLUTIONS[kind]()).eval(), tmp_path / "model.onnx"
+    x = torch.randn(3, model[0].in_channels, 9, 11)[(...,) if kind != "1d" else (..., 0, slice(None))]
+    export(quantized(model, scheme, x), (x,), path)
+    assert_equal_results(model, x, path)
+
+
+def test_what_has_no_translation_is_refused(tmp_path):
+    x = torch.randn(1, 8, 5, 5)
+    model = quantized(nn.Sequential(nn.Conv2d(8, 8, 3)).eval(), "w8a8-g32", x)
+    with pytest.raises(Exception, match=r"a convolution of scheme w8a8-g32 has no translation to ONNX"):
+        export(model, (x,), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("mode, options", [("qat", {}), ("qat", {"weight_scale": "learned"}), ("int8", {})])
