@@ -109,10 +109,13 @@ def torch_ao(model: nn.Module, images: Tensor) -> nn.Module:
         return convert_fx(prepared)
 
 
-def quantized(model: nn.Module, scheme: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def quantized(
+    model: nn.Module, scheme: str, dtype: torch.dtype = torch.float32, calibration: Tensor | None = None
+) -> nn.Module:
     """A copy whose convolutions and head are quantized."""
     model = copy.deepcopy(model).to(dtype)
-    qk.quantize_(model, scheme, strict=True)
+    batches = None if calibration is None else calibration.to(dtype).split(8)
+    qk.quantize_(model, scheme, strict=True, calibration=batches)
     return model
 
 
@@ -127,6 +130,8 @@ def candidates(model: nn.Module, images: Tensor) -> Iterator[tuple[str, torch.dt
     yield "w8a8", float32, quantized(model, "w8a8")
     yield "w8a8, folded", float32, quantized(folded, "w8a8")
     yield "w8a8 bfloat16, folded", bfloat16, quantized(folded, "w8a8", bfloat16)
+    yield "w8a8s, folded", float32, quantized(folded, "w8a8s", calibration=images)
+    yield "w8a8s bfloat16, folded", bfloat16, quantized(folded, "w8a8s", bfloat16, images)
     yield "w4a8-g32, folded", float32, quantized(folded, "w4a8-g32")
 
 
