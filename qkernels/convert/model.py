@@ -163,6 +163,10 @@ def quantize_(
     report.warnings += _leave_unobserved(layers, observers)
     if strict:
         check_strict(layers, report.warnings)
+    if calibration is not None:
+        report.warnings += _not_measured(layers, "are rounded to nearest: calibration does not look at them")
+    if never_slower:
+        report.warnings += _not_measured(layers, "are quantized and not timed")
     report.warnings += unexpected_results(layers, report, embeddings)
     if mode != "frozen":
         report.warnings += _zeros_without_mask(layers)
@@ -256,6 +260,12 @@ def _measured(layers: list[Layer]) -> list[Layer]:
         for layer in layers
         if layer.reason is None and not layer.tied and not layer.is_lookup and layer.adapter.measured
     ]
+
+
+def _not_measured(layers: list[Layer], what_happens: str) -> list[str]:
+    """A warning for the layers to quantize that take more than one input, such as the experts of a mixture."""
+    names = [layer.name for layer in layers if layer.reason is None and layer.split and not layer.adapter.measured]
+    return [f"experts {what_happens} ({names[0]} and {len(names) - 1} more)"] if names else []
 
 
 def _statistics(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -226,6 +226,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             del model._adjust_missing_and_unexpected_keys
             self._check_unexpected(model, saved, loading_info)
             self._mismatched = {key for key, *_ in loading_info.mismatched_keys}
+            self._disk.missing = set(loading_info.missing_keys)
             self._rename_parts(loading_info.missing_keys)
             adjust(loading_info)
 
@@ -394,8 +395,11 @@ class QKernelsHfQuantizer(HfQuantizer):
     def get_new_dtype(self, converter, param, dtype):
         """The dtype to read a tensor of a saved folder in: a quantized weight must be stored as it is."""
         name = converter.target_patterns[0]
-        self._disk.check(name, param, self._model)
-        wanted = self._stored_dtypes.get(name)
+        if isinstance(converter, WeightConverter):  # of experts, one by one: only the pattern is known
+            wanted = None if dtype is None or dtype.is_floating_point else dtype
+        else:
+            self._disk.check(name, param, self._model)
+            wanted = self._stored_dtypes.get(name)
         if wanted is None:
             return super().get_new_dtype(converter, param, dtype)
         from transformers.modeling_utils import str_to_torch_dtype  # which imports the quantizers

@@ -169,3 +169,41 @@ def test_half_precision_and_autocast(tmp_path):
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert logits(quantized.float()).dtype == torch.bfloat16
+
+
+def test_layers_left_on_disk_have_equal_bits(tmp_path):
+    model = make("mixtral")
+    qk.quantize_(model, "w4a8-g32")
+    model.save_pretrained(tmp_path / "a")
+    on_cpu = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = {"model.layers": "disk", **dict.fromkeys(on_cpu, "cpu")}
+    loaded = type(model).from_pretrained(tmp_path / "a", device_map=places, offload_folder=tmp_path / "offload")
+    assert loaded.model.layers[0].mlp.experts.down_proj.qweight.is_meta
+    assert_same_bits(logits(loaded), logits(model))
+
+
+def test_integers_of_another_dtype_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make("mixtral")
+    qk.quantize_(model, "w8a8")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {k: t.to(torch.int16) if "experts" in k and "qweight" in k else t for k, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"must be torch\.int8, got torch\.int16"):
+        T.MixtralForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"calibration": [IDS]}, "experts are rounded to nearest"),
+        pytest.param({"never_slower": True}, "experts are quantized and not", marks=pytest.mark.thorough),
+    ],
+)
+def test_what_does_not_look_at_experts_says_so(options, message):
+    model = make("mixtral")
+    with pytest.warns(UserWarning, match=message):
+        report = qk.quantize_(model, "w4a8-g32", **options)
+    assert any(message in warning for warning in report.warnings) and matrices(model)
