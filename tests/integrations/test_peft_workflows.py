@@ -149,6 +149,24 @@ def test_an_adapter_of_the_float_model_over_the_quantized_one(options, tmp_path)
     assert distance(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model)) < 0.04
 
 
+@pytest.mark.parametrize("mode", ["qat", "int8"])
+def test_a_merge_into_a_mask_is_refused(mode):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(4, 32)
+    nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    qk.quantize_(model, "w8a8", mode)
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    separate = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match=r"pruned layer of mode '\w+'.*freeze_\(model\) first; nothing"
+        ):
+            merge()
+    assert_same_bits(model(x), separate)
+    qk.freeze_(model)
+    assert distance(model.merge_and_unload()(x), separate) < 0.02
+
+
 def test_x_lora(tmp_path):
     for name in ("first", "second"):
         with_effect(get_peft_model(base(), lora())).save_pretrained(tmp_path / name)

@@ -230,11 +230,25 @@ def _inject_first(inject_adapter: Callable[..., Any]) -> Callable[..., Any]:
     return inject
 
 
+def _refuse_pruned(model: nn.Module) -> None:
+    """Raise ValueError for adapted layers that are trained with a mask: it would take merged values away again."""
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if not isinstance(base, MatrixLayer) or base.mode == "frozen" or base.leading:
+            continue
+        if "weight" not in base._parameters or base._buffers.get("weight_mask") is not None:
+            raise ValueError(
+                f"{name}: adapters cannot be merged into a pruned layer of mode {base.mode!r}, whose zeros stay 0; "
+                "call qkernels.freeze_(model) first; nothing was changed"
+            )
+
+
 def _merge_all_or_nothing(merge_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's `merge_adapter`, which leaves every layer as it was if one of them cannot be merged."""
 
     @functools.wraps(merge_adapter)
     def merge(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> Any:
+        _refuse_pruned(self.model)
         before: dict[Any, list[str]] = {layer: list(layer.merged_adapters) for layer in adopt_layers(self.model)}
         try:
             return merge_adapter(self, adapter_names=adapter_names, safe_merge=safe_merge)
@@ -262,6 +276,8 @@ def _merge_before_unloading(unload_and_optionally_merge: Callable[..., Any]) -> 
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            _refuse_pruned(self.model)
         layers = adopt_layers(self.model) if merge else []
         if layers:
             self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
