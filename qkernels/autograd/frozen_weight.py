@@ -123,6 +123,10 @@ class FrozenWeight(ReadOnly):
         values = ops.dequantize_weight(*self.stored, self.in_features, self.scheme).to(self.dtype)
         return values.t() if self.transposed else values
 
+    def contiguous(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The weight, or a plain tensor of the values of a view: collectives read the memory of contiguous tensors."""
+        return self if self.floats is None else self.floats.clone(memory_format=torch.contiguous_format)
+
     def is_of(self, layer: Layer) -> bool:
         """True if this is the whole weight of the layer."""
         own, stored = self.stored, layer.quantized_weight()

@@ -41,7 +41,9 @@ def over_leading_dimensions(function: Callable[..., Tensor], x: Tensor, out_feat
     """`function(x, *args)` [M, out_features] for x [M, K], with any leading dimensions of x in the place of M."""
     if x.dim() == 2:
         return function(x, *args)
-    return function(x.reshape(-1, x.shape[-1]), *args).reshape(*x.shape[:-1], out_features)
+    out = function(x.reshape(-1, x.shape[-1]), *args)
+    # No view, whose writes in place FSDP2 could not follow: `out` is seen nowhere else.
+    return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out_features])
 
 
 def bias_gradient(grad_out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,26 @@ def input_gradient(grad_out: Tensor, weight: LinearWeight, seed: Tensor | None, 
     return int8_input_gradient(grad_out, weight, seed, out_dtype)
 
 
+def weight_gradient(
+    grad_out: Tensor, saved_x: Tensor, x_scales: Tensor | None, seed: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Gradient of `ops.linear` with respect to the weight: an integer product, or one of floats.
+
+    Args:
+        grad_out: float [M, N].
+        saved_x: int8 [M, K] with x_scales float32 [M], as `ops.linear_with_saved_input` returns them; or a float x
+            [M, K], whose product is one of floats always, with None.
+        seed: int64 of shape []; None: a product of floats.
+        out_dtype: of the result [N, K].
+    """
+    if x_scales is None:
+        return (grad_out.t().to(saved_x.dtype) @ saved_x).to(out_dtype)
+    if seed is None:
+        x = (saved_x, x_scales.unsqueeze(1), None)
+        return ops.linear_grad_input(grad_out.t(), *x, saved_x.shape[1], "w8a16", out_dtype)
+    return int8_weight_gradient(grad_out, saved_x, x_scales, seed, out_dtype)
+
+
 def int8_input_gradient(grad_out: Tensor, weight: LinearWeight, seed: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`input_gradient` with `grad_out` rounded to int8.
 

@@ -161,9 +161,12 @@ class Int8Weight(Tensor):
                     f"the data of an Int8Weight must be a float tensor of shape {list(self.shape)}, "
                     f"got {value.dtype} of shape {list(value.shape)}"
                 )
+            if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+                raise NotImplementedError(
+                    "the data of an Int8Weight cannot be a part of a larger tensor, such as a bucket of an optimizer "
+                    "that shares out its state: its floats would be copied, and what is written to them later lost"
+                )
             new = self.detach().clone().to(value.device, value.dtype)
-            if called_by("torch.distributed.optim"):
-                raise NotImplementedError("an Int8Weight cannot be a view of a bucket: no parameters_as_bucket_view")
             new._take(value.detach())
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.qweight, self.scales = new.qweight, new.scales
@@ -462,6 +465,14 @@ def _communicate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             if stored is weight.qweight:
                 work.wait()
         return args[0], work
+    if name == "scatter_" and all(isinstance(leaf, Int8Weight) for leaf in tree_flatten(args[:2])[0]):
+        (output,), inputs, *options = args
+        for part in ("qweight", "scales"):
+            parts = [[getattr(weight, part) for weight in weights] for weights in inputs]
+            _, work = func([getattr(output, part)], parts, *options, **kwargs)
+            if part == "qweight":
+                work.wait()
+        return [output], work
     if name == "send" or all(argument.startswith("input") for argument, _ in given):
         return _on_floats(func, args, kwargs)
     raise NotImplementedError(
@@ -530,6 +541,15 @@ def _slice(weight: Int8Weight, dim: int = 0, start: int | None = None, end: int 
     return weight._like(weight.qweight[rows], weight.scales[rows])
 
 
+def _pad(weight: Int8Weight, pad: Any, value: float = 0.0) -> Any:
+    """Rows of zeros below, with which torch makes the shards of a DTensor equal."""
+    if value != 0 or len(pad) != 4 or any(pad[:3]) or pad[3] < 0:
+        return NotImplemented
+    pad = (0, 0, 0, pad[3])
+    scales = torch.nn.functional.pad(weight.scales, pad, value=1.0)
+    return weight._like(torch.nn.functional.pad(weight.qweight, pad), scales)
+
+
 def _split(weight: Int8Weight, sizes: Any, dim: int = 0) -> Any:
     if dim % 2 != 0:
         return NotImplemented
@@ -569,6 +589,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.empty_like.default: _empty_like,
     _aten.new_zeros.default: _new_zeros,
     _aten.slice.Tensor: _slice,
+    _aten.constant_pad_nd.default: _pad,
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split,
     _aten.view.default: _same_shape,

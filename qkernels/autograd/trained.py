@@ -22,7 +22,7 @@ from .functions import (
     tangent_product,
     total_tangent,
 )
-from .int8_gradients import LinearWeight, input_gradient, int8_weight_gradient
+from .int8_gradients import LinearWeight, input_gradient, weight_gradient
 from .int8_weight import Int8Weight
 
 
@@ -97,13 +97,7 @@ class _TrainedLinear(torch.autograd.Function):
             assert grad_x is not None
             grad_x, grad_x_scale = x_scale_gradient(grad_x, x, x_scale)
         if needs_weight or needs_scales:
-            if x_scales is None:
-                grad_weight = (grad_out.t().to(saved_x.dtype) @ saved_x).to(ctx.weight_dtype)
-            elif seed is None:
-                factor = (saved_x, x_scales.unsqueeze(1), None)
-                grad_weight = ops.linear_grad_input(grad_out.t(), *factor, in_features, "w8a16", ctx.weight_dtype)
-            else:
-                grad_weight = int8_weight_gradient(grad_out, saved_x, x_scales, seed, ctx.weight_dtype)
+            grad_weight = weight_gradient(grad_out, saved_x, x_scales, seed, ctx.weight_dtype)
             if learned is not None:
                 grad_weight, grad_scales = ops.scale_gradient(grad_weight, master, learned, name)
             elif master is not None:

@@ -217,8 +217,11 @@ class QKernelsHfQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
-        _refuse_tensor_parallel(model.config)
-        self._model = model
+        self._model, self._plan = model, None
+        if _check_parallelism(model.config):
+            from .transformers_parallel import Plan
+
+            self._plan = Plan(model, lambda name: any(key.rpartition(".")[0] == name for key in self._pending))
         saved = set(self.quantization_config.layers)
         adjust = model._adjust_missing_and_unexpected_keys
 
@@ -286,6 +289,8 @@ class QKernelsHfQuantizer(HfQuantizer):
                 parameter._is_hf_initialized = True
         for member in tied:
             _guard_from_initialization(member.module)
+        if self._plan is not None:
+            self._plan.share_out([(name, member.module) for member in tied for name in member.names])
         if layer.tied:
             _tie_storage(self._model)
         return keys
@@ -499,16 +504,22 @@ def _is_loaded(parameter: nn.Parameter | None) -> bool:
     return parameter is None or getattr(parameter, "_is_hf_initialized", False)
 
 
-def _refuse_tensor_parallel(config: transformers.PreTrainedConfig) -> None:
+def _check_parallelism(config: transformers.PreTrainedConfig) -> bool:
+    """True if the model is loaded in parts of tensor parallelism.
+
+    Raises:
+        ValueError: for a kind of parallelism that is not there for quantized layers.
+    """
     distributed = getattr(config, "distributed_config", None)
-    asked = [name for name in ("tp_size", "ep_size", "pp_size") if (getattr(distributed, name, None) or 1) > 1]
-    if getattr(distributed, "tp_plan", None):
-        asked.append("tp_plan")
+    sizes = {name: getattr(distributed, name, None) or 1 for name in ("tp_size", "ep_size", "pp_size", "dp_size")}
+    asked = [name for name in ("ep_size", "pp_size", "dp_size") if sizes[name] > 1]
     if asked:
         raise ValueError(
-            f"{' and '.join(asked)} must not be set for a model that qkernels quantizes: tensor, expert and pipeline "
-            "parallelism are not supported. Load it without; DistributedDataParallel and FSDP2 (fully_shard) work"
+            f"{' and '.join(asked)} must be 1 for a model that qkernels quantizes while it is loaded: of the kinds of "
+            "parallelism that from_pretrained sets up, tensor parallelism (tp_size, tp_plan) is there. Load the model "
+            "without, and then use DistributedDataParallel, FSDP2 (fully_shard) or torch.distributed.pipelining"
         )
+    return sizes["tp_size"] > 1
 
 
 def _our_config(model: nn.Module) -> bool:

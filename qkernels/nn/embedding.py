@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.weight_products import refuse_script, refuse_write, traced
+from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from .adapters import find_adapter
@@ -91,7 +92,11 @@ class QuantEmbedding(Storage, nn.Embedding):
         raise refuse_write("del weight")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Do as `nn.Module`, but refuse a `weight` with RuntimeError."""
+        """Do as `nn.Module`, but refuse a `weight` with RuntimeError, and DTensors that split rows with ValueError."""
+        if is_dtensor(param):
+            from ..distributed.tensor_parallel import check_rows
+
+            check_rows(param)
         if name == "weight" or isinstance(param, FrozenWeight):
             raise refuse_write(f"parameter {name!r}")
         super().register_parameter(name, param)
@@ -148,12 +153,19 @@ class QuantEmbedding(Storage, nn.Embedding):
             return traced(self, input)
         if input.is_nested:
             return over_values(self.forward, input, trailing=0)
-        indices = input.reshape(-1)
-        rows = self._frozen_weight().map(lambda tensor: tensor.index_select(0, indices))
+        if is_dtensor(self._parameters["qweight"]):
+            from ..distributed.tensor_parallel import parallel_embedding
+
+            return parallel_embedding(self, input)
+        return self.look_up(input, self._frozen_weight())
+
+    def look_up(self, indices: Tensor, weight: QuantizedWeight) -> Tensor:
+        """The rows of a weight at `indices` [...], which may be a part of this layer's: [..., K]."""
+        rows = weight.map(lambda tensor: tensor.index_select(0, indices.reshape(-1)))
         out = ops.dequantize_weight(*rows, self.embedding_dim, self.scheme.name).to(self.compute_dtype)
         if self.embed_scale is not None:
             out = out * torch.tensor(self.embed_scale, dtype=self.compute_dtype, device=out.device)
-        return out.reshape(*input.shape, self.embedding_dim)
+        return out.reshape(*indices.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         scale = "" if self.embed_scale is None else f", embed_scale={self.embed_scale:g}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autograd.int8_weight import Int8Weight
+from ..distributed.dtensors import is_dtensor, with_local
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "lerp", "addcmul", "addcdiv", "subtract", "multiply", "divide")
 
@@ -64,16 +65,8 @@ def state_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     qweight, scales = local.qweight.detach(), local.scales.detach()
     if local is weight:
         return qweight, scales
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(weight, DTensor)
-    mesh, placements, (rows, columns) = weight.device_mesh, weight.placements, weight.shape
-
-    def whole(part: Tensor, width: int) -> DTensor:
-        shape = torch.Size((rows, width))
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(width, 1))
-
-    return whole(qweight, columns), whole(scales, 1)
+    assert is_dtensor(weight)
+    return with_local(weight, qweight), with_local(weight, scales, 1)
 
 
 def load_parts(weight: Tensor, qweight: Tensor, scales: Tensor, assign: bool, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch.nn.utils import parametrize
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
 from ..autograd.trained import trained_linear
 from ..autograd.weight_products import autocast_dtype, check_input, traced
+from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
-from ..formats.validate import x_scale_problem
+from ..formats.validate import STORAGE, x_scale_problem
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
@@ -25,6 +27,9 @@ from .matrix_layer import MatrixLayer
 from .nested import over_values
 from .storage import Storage
 from .stored_parameter import plain
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # torch computes tensors of fewer elements on one thread: thousands of such operations do not wait for one another.
 _SERIAL_ELEMENTS = 32768
@@ -153,11 +158,27 @@ class QuantLinear(MatrixLayer, nn.Linear):
     def _reset_weight(self) -> None:
         nn.Linear.reset_parameters(self)
 
+    def _share_out(self, name: str, like: DTensor) -> None:
+        from ..distributed.tensor_parallel import COLUMNS, check_columns, distribute, split_dimension
+
+        mesh, dimension = like.device_mesh, split_dimension(like)
+        if name == "weight" and dimension == COLUMNS:
+            check_columns(self, mesh.size())
+            for other in STORAGE:  # of a frozen weight, or learned scales
+                if self._parameters.get(other) is not None:
+                    shared = distribute(self, other, mesh, dimension)
+                    self.register_parameter(other, nn.Parameter(shared, requires_grad=self.mode != "frozen"))
+
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return traced(self, input)
         if input.is_nested:
             return over_values(self.forward, input, trailing=1)
+        own = self._parameters
+        if is_dtensor(own["qweight"] if self.mode == "frozen" else own.get("weight")):
+            from ..distributed.tensor_parallel import parallel_linear
+
+            return parallel_linear(self, input)
         check_input(input, self.in_features)
         dtype = autocast_dtype(input.device.type)
         if self.mode == "frozen":

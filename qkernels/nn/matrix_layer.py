@@ -14,6 +14,7 @@ from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.int8_weight import Int8Weight
 from ..autograd.masked import mask_gradient
 from ..autograd.weight_products import follow, refuse_script, refuse_write
+from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
 from ..formats.validate import STORAGE, x_scale_problem
@@ -24,6 +25,7 @@ from .storage import Storage
 from .stored_parameter import StoredParameter
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from typing_extensions import Self
 
 MODES = ("frozen", "qat", "int8")
@@ -144,19 +146,20 @@ class MatrixLayer(Storage):
         vars(self).pop("weight", None)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Do as `nn.Module`, but refuse the `weight` of a frozen layer, and the shards of tensor parallelism.
+        """Do as `nn.Module`, but refuse the `weight` of a frozen layer; a DTensor shares the layer out.
+
+        `ColwiseParallel` registers each parameter as a DTensor, `RowwiseParallel` the `weight`, which stands for the
+        storage of a frozen layer (see `distributed/tensor_parallel.py`).
 
         Raises:
             RuntimeError: for the weight of a frozen layer.
-            NotImplementedError: for a DTensor in the place of a plain tensor.
+            ValueError: for a DTensor that splits the weight where it cannot be split.
+            NotImplementedError: for a DTensor of another layer than a `QuantLinear`.
         """
-        sharded = type(self._parameters.get(name)).__name__ == "DTensor"  # by FSDP2, which does not come by here
-        if type(param).__name__ == "DTensor" and not sharded:
-            raise NotImplementedError(
-                f"{name} of a {type(self).__name__} cannot be a DTensor: tensor parallelism (parallelize_module, "
-                "tp_plan) is not supported for quantized layers; leave them out of the plan, or use DDP or FSDP2 "
-                "(fully_shard)"
-            )
+        if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
+            self._share_out(name, param)
+            if name == "weight" and self.mode == "frozen":
+                return
         if name == "weight_orig" and self.mode != "qat":  # by torch.nn.utils.prune
             raise RuntimeError(
                 f"a {type(self).__name__} of mode {self.mode!r} cannot be pruned: prune the float layer before "
@@ -167,6 +170,13 @@ class MatrixLayer(Storage):
         if name == "weight" and self.mode == "frozen":
             raise refuse_write("weight = ...")
         super().register_parameter(name, param)
+
+    def _share_out(self, name: str, like: DTensor) -> None:
+        """Before `name` becomes a DTensor: check its placement, and make DTensors of the parameters that go with it."""
+        raise NotImplementedError(
+            f"{name} of a {type(self).__name__} cannot be a DTensor: tensor parallelism (parallelize_module, tp_plan) "
+            "is for QuantLinear; leave this layer out of the plan, or use DDP or FSDP2 (fully_shard)"
+        )
 
     def _frozen_view(self) -> Tensor:
         """The `weight` of a frozen layer."""

@@ -8,12 +8,15 @@ as they are and is refused otherwise.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+
+from ..distributed.dtensors import is_dtensor, with_local
 
 # An average of equal bytes, computed in float32, is that far from them; one of bytes that differ is not.
 _ROUNDING = 6e-5
@@ -31,19 +34,9 @@ _NO_GRADIENT = "only Tensors of floating point dtype can require gradients: " + 
 
 def reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.view(dtype)` for an element of the same size; also of a DTensor, whose shards are viewed."""
-    if not hasattr(tensor, "to_local"):
+    if not is_dtensor(tensor):
         return float_scales(tensor) if dtype == torch.float32 else tensor.view(dtype)
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    return DTensor.from_local(
-        tensor.to_local().view(dtype),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    return with_local(tensor, tensor.to_local().view(dtype))
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -71,6 +64,16 @@ class _Constant(Tensor):
         if requires_grad:
             raise RuntimeError(_NO_GRADIENT)
         return self
+
+    @property
+    def _fsdp_flattened(self) -> bool:
+        """What FSDP1 asks of each parameter before it flattens all of them into one float tensor."""
+        if sys._getframe(2).f_code.co_name == "_get_orig_params":  # others ask of what FSDP1 is told to leave out
+            raise NotImplementedError(
+                "FullyShardedDataParallel (FSDP1) cannot shard the integers of a frozen quantized weight; use "
+                "torch.distributed.fsdp.fully_shard, or leave them out with ignored_states="
+            )
+        return False
 
 
 class _Integers(_Constant):
@@ -236,6 +239,8 @@ def store(tensor: Tensor) -> nn.Parameter:
         return tensor
     if isinstance(tensor, ScalesView):
         return tensor.bits
+    if is_dtensor(tensor) and isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+        return tensor
     if tensor.is_inference():  # which could not be saved for a gradient
         with torch.inference_mode(False):
             tensor = tensor.clone()

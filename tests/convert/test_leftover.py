@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import run_python
 from torch import nn
 
 import qkernels as qk
@@ -209,36 +208,3 @@ def test_misuse_of_arguments_is_explained():
     with pytest.raises(TypeError, match=r"not scripted or traced"):
         qk.quantize_(torch.jit.script(model), "w8a8")
     assert type(model[0]) is nn.Linear
-
-
-TENSOR_PARALLEL = """
-import tempfile, warnings, torch, torch.distributed as dist, qkernels as qk
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributed.fsdp import fully_shard
-warnings.simplefilter("ignore")
-dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
-mesh = dist.init_device_mesh("cpu", (1,))
-net = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8))
-for mode in ("frozen", "qat", "int8"):
-    styles = {"frozen": [ColwiseParallel], "qat": [ColwiseParallel, RowwiseParallel], "int8": []}
-    for style in styles[mode]:
-        model = net()
-        qk.quantize_(model, "w8a8", mode)
-        try:
-            parallelize_module(model, mesh, {"0": style()})
-        except NotImplementedError as error:
-            assert "tensor parallelism (parallelize_module, tp_plan) is not supported" in str(error)
-        else:
-            raise AssertionError(style)
-    model = net()
-    qk.quantize_(model, "w8a8", mode)
-    fully_shard(model, mesh=mesh)
-    assert model(torch.ones(2, 8)).shape == (2, 8)
-model = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
-assert qk.quantize_(model, "w8a8").left[0].reason == "weight is a DTensor: quantize the model before it is sharded"
-dist.destroy_process_group()
-"""
-
-
-def test_tensor_parallelism_is_refused_at_every_door():
-    run_python(TENSOR_PARALLEL)

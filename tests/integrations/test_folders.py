@@ -240,14 +240,13 @@ def test_float32_modules_are_kept_beside_float16(tmp_path):
             assert sum("kept in float32" in row.reason for row in model.quantization_report.left) == 2
 
 
-def test_tensor_parallelism_is_refused(tmp_path):
+def test_parallelism_that_is_not_there_is_refused():
     model = llama()
-    config = model.config
-    config.distributed_config = transformers.distributed.DistributedConfig(tp_size=2, tp_plan="auto")
+    model.config.distributed_config = transformers.distributed.DistributedConfig(fsdp_size=2)
     from qkernels.integrations.transformers import QKernelsHfQuantizer
 
     quantizer = QKernelsHfQuantizer(qk.QKernelsConfig("w8a8"), pre_quantized=False)
-    with pytest.raises(ValueError, match=r"tp_size and tp_plan must not be set .* FSDP2"):
+    with pytest.raises(ValueError, match=r"dp_size must be 1 .* tensor parallelism .* is there.* fully_shard"):
         quantizer.preprocess_model(model=model)
 
 

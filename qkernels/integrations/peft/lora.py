@@ -16,6 +16,7 @@ from peft.utils import loftq_utils
 from torch import Tensor, nn
 
 from ...autograd.frozen import LowRank
+from ...distributed.dtensors import is_dtensor
 from ...nn.adapters import adapter_of, float_twin, is_frozen
 from ...nn.attention import QuantMultiheadAttention
 from ...nn.linear import QuantLinear
@@ -88,8 +89,11 @@ class QuantLoraLinear(Requantizing, LoraLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             modules = (self.lora_A[name], self.lora_B[name])
-            # A wrapper, such as FSDP's, gathers the weight in its forward.
-            plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+            # A wrapper, such as FSDP's, gathers the weight in its forward; tensor parallelism multiplies a part of it.
+            plain = all(
+                type(module) is nn.Linear and module.bias is None and not is_dtensor(module.weight)
+                for module in modules
+            )
             if not plain or name in self.lora_variant:
                 return None
         return names

@@ -1,0 +1,180 @@
+"""transformers: tensor parallelism (`DistributedConfig(tp_plan="auto")`) of models with quantized layers.
+
+A plan of transformers names a style for each layer, which makes DTensors of its parameters and wraps its forward. The
+styles here do so for quantized layers. The layers of a saved folder are shared out before its tensors are read, so that
+a process reads its own part only. A float checkpoint is read whole, a layer at a time: a row of the weight, which may
+have one scale, has to be seen whole; the layer is shared out when it has been quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    EmbeddingParallel,
+    RowwiseParallel,
+    TensorParallelLayer,
+)
+
+from ..distributed.tensor_parallel import COLUMNS, ROWS, check_columns, distribute
+from ..nn.embedding import QuantEmbedding
+from ..nn.linear import QuantLinear
+from ..nn.storage import Storage
+from ..nn.stored_parameter import plain
+
+
+class QuantColwiseParallel(ColwiseParallel):
+    """Column plan of a `QuantLinear`: each process has some rows of the weight, with their scales."""
+
+    dimension = ROWS
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return False
+
+    def shard_param(self, module: nn.Module, param: str, mesh) -> None:
+        _share_out(module, param, mesh, self.dimension)
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        x, *rest = args
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
+        return super().transform_inputs_pre_forward(module, (x, *rest), kwargs, mesh)
+
+
+class QuantRowwiseParallel(RowwiseParallel):
+    """Row plan of a `QuantLinear`: each process has some columns of the weight; the layer adds the products."""
+
+    dimension = COLUMNS
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return False
+
+    def shard_param(self, module: nn.Module, param: str, mesh) -> None:
+        _share_out(module, param, mesh, self.dimension)
+
+
+class QuantEmbeddingParallel(EmbeddingParallel):
+    """Vocabulary plan of a `QuantEmbedding`: each process has some rows."""
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return False
+
+    def shard_param(self, module: nn.Module, param: str, mesh) -> None:
+        _share_out(module, param, mesh, ROWS)
+
+
+def _share_out(module: nn.Module, name: str, mesh, dimension: int) -> None:
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return
+    if dimension == COLUMNS:
+        check_columns(module, mesh.size())
+    shared = nn.Parameter(distribute(module, name, mesh, dimension, source=None), parameter.requires_grad)
+    if hasattr(parameter, "_is_hf_initialized"):
+        shared._is_hf_initialized = parameter._is_hf_initialized
+    module._parameters[name] = shared
+
+
+def _quantized(style: TensorParallelLayer) -> TensorParallelLayer | None:
+    """The style that does for a quantized layer what `style` does for a float one."""
+    if type(style) is EmbeddingParallel:
+        return QuantEmbeddingParallel(shard_dim=0) if style.shard_dim == 0 else None
+    for ours in (QuantColwiseParallel, QuantRowwiseParallel):
+        if type(style) is ours.__base__:
+            layouts = {"input_layouts": style.input_layouts, "output_layouts": style.output_layouts}
+            return ours(**layouts, use_local_output=style.use_local_output)
+    return None
+
+
+def _fits(style: TensorParallelLayer, layer: nn.Module) -> bool:
+    kind = QuantEmbedding if isinstance(style, QuantEmbeddingParallel) else QuantLinear
+    return isinstance(layer, kind)
+
+
+_PREFIX = "qkernels_"
+for _name in list(ALL_PARALLEL_STYLES):
+    _style = _quantized(ALL_PARALLEL_STYLES[_name])
+    if _style is not None:
+        ALL_PARALLEL_STYLES.register(_PREFIX + _name, _style)
+
+def _part_tied(model: nn.Module) -> None:
+    """Give layers that share their storage one each, until transformers ties the tensors that it has read."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items() if isinstance(module, Storage) else ():
+            if parameter is not None and id(parameter) in seen:
+                module.register_parameter(name, nn.Parameter(plain(parameter).clone(), requires_grad=False))
+            seen.add(id(parameter))
+
+
+# What a plan may do to a quantized layer as to any other, because it touches no parameter.
+_HARMLESS = ("replicate", "all_reduce", "mla_kv_a_proj")
+
+
+class Plan:
+    """The styles of a model's quantized layers, known once the model resolves its plan.
+
+    Args:
+        model: a model that is being loaded.
+        pending: whether the layer of this name is in float now, and will be quantized when its weight arrives.
+    """
+
+    def __init__(self, model: PreTrainedModel, pending: Callable[[str], bool]) -> None:
+        self._model, self._pending = model, pending
+        self._later: dict[str, str] = {}  # name of a layer -> its style
+        self._resolve = model._resolve_parallel_plans
+        model._resolve_parallel_plans = self._with_our_styles
+
+    def _with_our_styles(self, distributed_config):
+        """The plans that the model has resolved, with styles of ours for quantized layers.
+
+        Raises:
+            ValueError: for a style that is not known for a quantized layer.
+        """
+        del self._model._resolve_parallel_plans
+        tp_plan, ep_plan, fsdp_plan = self._resolve(distributed_config)
+        _part_tied(self._model)
+        modules, ours = dict(self._model.named_modules()), {}
+        for name, style in tp_plan.items():
+            layer = name if name in modules else name.rpartition(".")[0]
+            quantized = isinstance(modules[layer], Storage)
+            if (not quantized and not self._pending(layer)) or style in _HARMLESS:
+                ours[name] = style
+                continue
+            known = ALL_PARALLEL_STYLES[_PREFIX + style] if _PREFIX + style in ALL_PARALLEL_STYLES else None
+            if known is None or (quantized and not _fits(known, modules[layer])):
+                kind = type(modules[layer]).__name__ if quantized else "layer that is quantized"
+                raise ValueError(
+                    f"{layer}: the plan {style!r} of tensor parallelism is not there for a {kind}; leave it in float "
+                    f"with skip=[{layer!r}], or change the plan with DistributedConfig(tp_plan=...)"
+                )
+            if quantized:
+                ours[name] = _PREFIX + style
+            else:
+                self._later[layer] = _PREFIX + style
+        return ours, ep_plan, fsdp_plan
+
+    def share_out(self, layers: Iterable[tuple[str, nn.Module]]) -> None:
+        """Share out layers that have just been quantized, if the plan names them; what they share stays shared.
+
+        Raises:
+            ValueError: if one cannot be split so.
+        """
+        parts: dict[nn.Parameter, nn.Parameter] = {}
+        for name, layer in layers:
+            style_name = self._later.pop(name, None)
+            if style_name is None or getattr(layer, "_is_hooked", False):
+                continue
+            style, mesh = ALL_PARALLEL_STYLES[style_name], self._model._mesh_manager.get_mesh("tp")
+            for parameter, whole in list(layer.named_parameters(recurse=False)):
+                if whole not in parts:
+                    style.shard_param(layer, parameter, mesh)
+                    parts[whole] = layer._parameters[parameter]
+                layer._parameters[parameter] = parts[whole]
+            style.install_forward(layer, mesh)
+            layer._is_hooked = True
