@@ -163,8 +163,8 @@ class Int8Weight(Tensor):
                 )
             if value.untyped_storage().nbytes() > value.numel() * value.element_size():
                 raise NotImplementedError(
-                    "the data of an Int8Weight cannot be a part of a larger tensor, such as a bucket of an optimizer "
-                    "that shares out its state: its floats would be copied, and what is written to them later lost"
+                    "the data of an Int8Weight cannot be a part of a larger tensor, such as an optimizer's bucket: its "
+                    "floats would be copied, and later writes lost"
                 )
             new = self.detach().clone().to(value.device, value.dtype)
             new._take(value.detach())
@@ -467,12 +467,8 @@ def _communicate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return args[0], work
     if name == "scatter_" and all(isinstance(leaf, Int8Weight) for leaf in tree_flatten(args[:2])[0]):
         (output,), inputs, *options = args
-        for part in ("qweight", "scales"):
-            parts = [[getattr(weight, part) for weight in weights] for weights in inputs]
-            _, work = func([getattr(output, part)], parts, *options, **kwargs)
-            if part == "qweight":
-                work.wait()
-        return [output], work
+        func([output.qweight], [[w.qweight for w in weights] for weights in inputs], *options, **kwargs)[1].wait()
+        return [output], func([output.scales], [[w.scales for w in ws] for ws in inputs], *options, **kwargs)[1]
     if name == "send" or all(argument.startswith("input") for argument, _ in given):
         return _on_floats(func, args, kwargs)
     raise NotImplementedError(

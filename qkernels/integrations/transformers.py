@@ -221,7 +221,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         if _check_parallelism(model.config):
             from .transformers_parallel import Plan
 
-            self._plan = Plan(model, lambda name: any(key.rpartition(".")[0] == name for key in self._pending))
+            self._plan = Plan(model, self._pending_twin)
         saved = set(self.quantization_config.layers)
         adjust = model._adjust_missing_and_unexpected_keys
 
@@ -256,6 +256,14 @@ class QKernelsHfQuantizer(HfQuantizer):
                 new_names = layer.split.new_names()
                 for whole in layer.aliases[1::2]:
                     self._parts.update({f"{whole}.{name}": (layer.split, name, new_names[name]) for name in new_names})
+
+    def _pending_twin(self, name: str) -> nn.Module | None:
+        """What the float layer of this name, or with this parameter, will be: without values; None if it stays."""
+        for layer in self._pending.values():
+            if any(f"{own}.".startswith(f"{name}.") or f"{name}.".startswith(f"{own}.") for own in layer.names):
+                scheme = layer.scheme or self.scheme
+                return layer.adapter.empty(layer.module, scheme, **self.quantization_config.layer_options)
+        return None
 
     def quantize_parameter(self, name: str, tensor: torch.Tensor) -> list[str]:
         """Swap the layer of the float weight called `name`.

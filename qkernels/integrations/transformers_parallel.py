@@ -72,12 +72,17 @@ def _share_out(module: nn.Module, name: str, mesh, dimension: int) -> None:
     parameter = module._parameters.get(name)
     if parameter is None:
         return
-    if dimension == COLUMNS:
-        check_columns(module, mesh.size())
     shared = nn.Parameter(distribute(module, name, mesh, dimension, source=None), parameter.requires_grad)
     if hasattr(parameter, "_is_hf_initialized"):
         shared._is_hf_initialized = parameter._is_hf_initialized
     module._parameters[name] = shared
+
+
+def _check_columns(name: str, layer: QuantLinear, processes: int) -> None:
+    try:
+        check_columns(layer, processes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _quantized(style: TensorParallelLayer) -> TensorParallelLayer | None:
@@ -102,6 +107,7 @@ for _name in list(ALL_PARALLEL_STYLES):
     if _style is not None:
         ALL_PARALLEL_STYLES.register(_PREFIX + _name, _style)
 
+
 def _part_tied(model: nn.Module) -> None:
     """Give layers that share their storage one each, until transformers ties the tensors that it has read."""
     seen: set[int] = set()
@@ -121,10 +127,10 @@ class Plan:
 
     Args:
         model: a model that is being loaded.
-        pending: whether the layer of this name is in float now, and will be quantized when its weight arrives.
+        pending: by its name, what a layer will be that is in float until its weight arrives, without values; else None.
     """
 
-    def __init__(self, model: PreTrainedModel, pending: Callable[[str], bool]) -> None:
+    def __init__(self, model: PreTrainedModel, pending: Callable[[str], nn.Module | None]) -> None:
         self._model, self._pending = model, pending
         self._later: dict[str, str] = {}  # name of a layer -> its style
         self._resolve = model._resolve_parallel_plans
@@ -142,18 +148,20 @@ class Plan:
         modules, ours = dict(self._model.named_modules()), {}
         for name, style in tp_plan.items():
             layer = name if name in modules else name.rpartition(".")[0]
-            quantized = isinstance(modules[layer], Storage)
-            if (not quantized and not self._pending(layer)) or style in _HARMLESS:
+            now = modules[layer] if isinstance(modules[layer], Storage) else None
+            quantized = now if now is not None else self._pending(layer)
+            if quantized is None or style in _HARMLESS:
                 ours[name] = style
                 continue
             known = ALL_PARALLEL_STYLES[_PREFIX + style] if _PREFIX + style in ALL_PARALLEL_STYLES else None
-            if known is None or (quantized and not _fits(known, modules[layer])):
-                kind = type(modules[layer]).__name__ if quantized else "layer that is quantized"
+            if known is None or not _fits(known, quantized):
                 raise ValueError(
-                    f"{layer}: the plan {style!r} of tensor parallelism is not there for a {kind}; leave it in float "
-                    f"with skip=[{layer!r}], or change the plan with DistributedConfig(tp_plan=...)"
+                    f"{layer}: the plan {style!r} of tensor parallelism is not there for a {type(quantized).__name__}; "
+                    f"leave it in float with skip=[{layer!r}], or change the plan with DistributedConfig(tp_plan=...)"
                 )
-            if quantized:
+            if isinstance(known, QuantRowwiseParallel):
+                _check_columns(layer, quantized, self._model._mesh_manager.get_mesh("tp").size())
+            if now is not None:
                 ours[name] = _PREFIX + style
             else:
                 self._later[layer] = _PREFIX + style

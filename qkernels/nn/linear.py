@@ -161,6 +161,10 @@ class QuantLinear(MatrixLayer, nn.Linear):
     def _share_out(self, name: str, like: DTensor) -> None:
         from ..distributed.tensor_parallel import COLUMNS, check_columns, distribute, split_dimension
 
+        if "weight_mask" in self._buffers:
+            raise NotImplementedError(
+                "a layer with a mask cannot be shared out by tensor parallelism; use DDP or FSDP2 (fully_shard)"
+            )
         mesh, dimension = like.device_mesh, split_dimension(like)
         if name == "weight" and dimension == COLUMNS:
             check_columns(self, mesh.size())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,8 @@ if not torch.distributed.is_available() or sys.platform == "win32":
 
 import core_driver
 import data_parallel_checks
-import pipeline_checks  # noqa: F401
-import tensor_parallel_checks  # noqa: F401
-import transformers_parallel_checks  # noqa: F401
 from gpu_emulation.files import made_once
-from two_processes import CHECKS
+from two_processes import checks
 
 SUPPORT = Path(__file__).parents[1] / "support"
 SECONDS = 180  # for all checks, on a machine of two cores
@@ -54,7 +52,7 @@ def lines(folder: Path, rank: int) -> dict[str, dict]:
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", checks())
 def test_two_processes(name, folder):
     for rank in (0, 1):
         row = lines(folder, rank).get(name)
@@ -65,3 +63,13 @@ def test_two_processes(name, folder):
 
 def test_checkpoint_of_two_processes_loads_in_one(folder):
     data_parallel_checks.load_alone(folder)
+
+
+def test_accelerate_launch():
+    """The example under `accelerate launch`: two processes, which it counts as GPUs, told to stay on the CPU."""
+    example = Path(__file__).parents[2] / "examples" / "two_processes.py"
+    machine = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    command = ("accelerate.commands.launch", *machine, "--num_processes", "2", "--main_process_port", "0")
+    output = launch(*command, str(example), "--steps", "10", timeout=300, ACCELERATE_USE_CPU="true")
+    assert re.search(r"step 10: loss \d", output), output
+    assert sorted(re.findall(r"process (\d) holds", output)) == ["0", "1"]

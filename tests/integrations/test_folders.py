@@ -246,7 +246,7 @@ def test_parallelism_that_is_not_there_is_refused():
     from qkernels.integrations.transformers import QKernelsHfQuantizer
 
     quantizer = QKernelsHfQuantizer(qk.QKernelsConfig("w8a8"), pre_quantized=False)
-    with pytest.raises(ValueError, match=r"dp_size must be 1 .* tensor parallelism .* is there.* fully_shard"):
+    with pytest.raises(ValueError, match=r"dp_size must be 1 .* tensor parallelism .* is there.*fully_shard"):
         quantizer.preprocess_model(model=model)
 
 

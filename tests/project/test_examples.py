@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
+def run(script: str, *arguments: str, launcher: list[str] | None = None) -> str:
+    command = [sys.executable, *(launcher or ()), str(EXAMPLES / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -52,6 +52,19 @@ def test_distillation():
     out = run("distillation.py", "--steps", "500", "--seeds", "1")
     alone, distilled = (number(out, f"student {how}") for how in ("alone", "distilled"))
     assert 0.5 < alone < distilled < number(out, "teacher") <= 1
+
+
+def test_two_processes():
+    """DDP and FSDP2 take the same steps; with FSDP2 each process holds half of the integers."""
+    losses, held = [], []
+    for option in ([], ["--fsdp"]):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        out = run("two_processes.py", "--steps", "20", *option, launcher=torchrun)
+        assert "total: 16 of 16 layers quantized to w8a8" in out
+        losses.append(re.findall(r"step \d+: loss (\d+\.\d+)", out))
+        held.append([int(size) for size in re.findall(r"process \d holds (\d+) bytes", out)])
+    assert losses[0] == losses[1] and len(losses[0]) == 2 and float(losses[0][1]) < float(losses[0][0])
+    assert held[0] == [2 * size for size in held[1]]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))

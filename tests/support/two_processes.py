@@ -7,6 +7,7 @@ processes may wait for each other afterwards. `tests/distributed/test_two_proces
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import qkernels as qk
 
 ROWS, WIDTH, OUTPUTS = 8, 32, 17  # of a global batch; 17 outputs are an odd number for two processes
+MODULES = ("data_parallel_checks", "pipeline_checks", "tensor_parallel_checks", "transformers_parallel_checks")
 CHECKS: dict[str, Callable[[Path], None]] = {}
 
 
@@ -128,7 +130,7 @@ def raises(kind: type[Exception], text: str, call: Callable[[], object]) -> None
 
 def run_all(folder: Path) -> None:
     with (folder / f"{rank()}.jsonl").open("w") as lines:
-        for name, function in CHECKS.items():
+        for name, function in checks().items():
             start, failure = time.perf_counter(), None
             try:
                 function(folder)
@@ -141,13 +143,16 @@ def run_all(folder: Path) -> None:
                 os._exit(1)
 
 
-if __name__ == "__main__":
-    # The checks import this file by its name, and register there.
-    import transformers_parallel_checks  # noqa: F401
-    import two_processes
+def checks() -> dict[str, Callable[[Path], None]]:
+    """All checks by name."""
+    for module in MODULES:
+        importlib.import_module(module)
+    return sys.modules["two_processes"].CHECKS  # the checks import this file by its name, and register there
 
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    two_processes.run_all(Path(sys.argv[1]))
+    run_all(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # threads of gloo that are still at work when Python ends abort the process now and then
