@@ -7,6 +7,7 @@ rounded: as int32 where a weight has one scale a row, so that the result has the
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..autograd.functions import (
 from ..autograd.int8_gradients import LinearWeight, input_gradient, weight_gradient
 from ..formats.philox import draw_seed
 from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedWeight, weight_integers
+from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class Columns(NamedTuple):
         scheme: of the weight.
         group: the processes.
         column_scales: `ops.column_scales` of these columns, for an integer gradient under `-g` schemes; else None.
+        x_scale: float32 [1] under static activations (`a8s` schemes), else None.
     """
 
     stored: QuantizedWeight
     scheme: QuantScheme
     group: ProcessGroup
     column_scales: Tensor | None = None
+    x_scale: Tensor | None = None
 
 
 def all_reduce(tensor: Tensor, operation: str, group: ProcessGroup) -> Tensor:
@@ -62,13 +65,20 @@ def whole_range(x: Tensor, group: ProcessGroup) -> Tensor:
     return all_reduce(bits, "max", group).view(torch.float32)
 
 
-def quantize_activation(x: Tensor, scheme: QuantScheme, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def quantize_activation(
+    x: Tensor, scheme: QuantScheme, group: ProcessGroup, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """These columns of `ops.quantize_activation` of the whole rows: int8 [M, k] and float32 [M, 1].
 
     Args:
         x: float [M, k], some columns of [M, K].
         scheme: an `a8` scheme with one scale a row.
+        x_scale: float32 [1] under static activations, else None.
     """
+    if x_scale is not None:
+        q, scales = ops.quantize_activation(x, scheme, x_scale)
+        not_finite = all_reduce(scales.isnan().to(torch.int32), "max", group)  # in another part of the row, perhaps
+        return q, torch.where(not_finite > 0, torch.nan, scales)
     with_range = torch.cat([x, whole_range(x, group).to(x.dtype)], dim=1)
     q, scales = ops.quantize_activation(with_range, scheme)
     return q[:, :-1], scales
@@ -112,14 +122,14 @@ def product(
     Returns:
         [M, N], and of `a8` schemes int8 [M, k] and float32 [M], as `ops.linear_with_saved_input` returns them.
     """
-    stored, scheme, group, _ = weight
+    stored, scheme, group, _, x_scale = weight
     if not scheme.int_activations:
         sums = all_reduce(ops.linear(x, *stored, None, scheme.name, torch.float32), "sum", group)
         return _finish(sums, bias, out_dtype), None, None
     if scheme.act_group_size is not None:
         part, q, x_scales = ops.linear_with_saved_input(x, *stored, None, scheme.name, torch.float32)
         return _finish(all_reduce(part, "sum", group), bias, out_dtype), q, x_scales
-    q, x_scales = quantize_activation(x, scheme, group)
+    q, x_scales = quantize_activation(x, scheme, group, x_scale)
     if scheme.group_size is None:
         sums = all_reduce(integer_sums(q, stored, scheme), "sum", group).to(torch.float32)
         out = sums * (x_scales * stored.scales.t())
@@ -135,14 +145,9 @@ def _finish(sums: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor
 
 def _of_integers(q: Tensor, weight: QuantizedWeight, scheme: QuantScheme) -> Tensor:
     """float32 [M, N]: `ops.linear` of int8 q [M, k] whose scale is 1."""
-    x, columns = q.to(torch.float64), q.shape[1]
-    integers = weight_integers(weight.qweight, weight.zeros, columns, scheme).to(torch.float64)
-    step, total = scheme.group_size or columns, torch.zeros((), device=q.device)
-    for group, start in enumerate(range(0, columns, step)):
-        part = slice(start, start + step)
-        sums = (x[:, part] @ integers[:, part].t()).to(torch.float32)
-        total = total + sums * weight.scales[:, group]
-    return total
+    one = torch.ones(1, dtype=torch.float32, device=q.device)
+    given_scale = dataclasses.replace(scheme, static_activations=True)
+    return ops.linear(q.to(torch.float32), *weight, None, given_scale, x_scale=one)
 
 
 def integer_sums(q: Tensor, weight: QuantizedWeight, scheme: QuantScheme) -> Tensor:
@@ -185,7 +190,7 @@ class _RowParallelLinear(torch.autograd.Function):
         x, weight, scales, bias, columns, _, seed, *graphs = inputs
         _, q, x_scales = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
-        stored, ctx.scheme, ctx.group, column_scales = columns
+        stored, ctx.scheme, ctx.group, column_scales, _ = columns
         trained = weight is not None
         clips = trained and (ctx.scheme.weight_bits == 4 or scales is not None)
         saved_x = (x if q is None else q) if trained else None

@@ -151,14 +151,14 @@ def _local(layer: StoredLayer, name: str, partial: bool = False) -> Tensor | Non
     Args:
         partial: each process has a gradient of its own part of x, and the sum of these is meant.
     """
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Partial, Replicate
 
-    parameter = layer._parameters.get(name)
-    if not is_dtensor(parameter):
-        return parameter
-    replicated = parameter.placements[0].is_replicate()
-    local = parameter.to_local(grad_placements=[Partial()] if partial and replicated else None)
-    return local.view(torch.float32) if name == "scales" and local.dtype == torch.int32 else local
+    local = layer._parameters.get(name)
+    if is_dtensor(local):
+        replicated = isinstance(local.placements[0], Replicate)
+        local = local.to_local(grad_placements=[Partial()] if partial and replicated else None)
+    bits = name in ("scales", "x_scale") and local is not None and local.dtype == torch.int32
+    return local.view(torch.float32) if bits else local
 
 
 def _stored(layer: StoredLayer) -> QuantizedWeight:
@@ -220,10 +220,12 @@ def _by_mode(layer: ParallelLayer, x: Tensor, partial: bool) -> Tensor:
         stored = _stored(layer)
         needed = torch.is_grad_enabled() and x.requires_grad
         column_scales = _column_scales(layer, stored, layer.in_features) if needed else None
-        return quant_linear(x, stored, bias, layer.scheme.name, dtype, layer.grad_dtype, column_scales)
+        args = (bias, layer.scheme.name, dtype, layer.grad_dtype, column_scales)
+        return quant_linear(x, stored, *args, x_scale=_local(layer, "x_scale"))
     weight, scales = _local(layer, "weight", partial), _local(layer, "scales", partial)
     assert weight is not None
-    return trained_linear(x, weight, bias, layer.scheme, dtype, layer.grad_dtype, scales)
+    x_scale = _local(layer, "x_scale")
+    return trained_linear(x, weight, bias, layer.scheme, dtype, layer.grad_dtype, scales, x_scale)
 
 
 def _split_by_columns(layer: ParallelLayer, x: DTensor) -> DTensor:
@@ -250,7 +252,7 @@ def _split_by_columns(layer: ParallelLayer, x: DTensor) -> DTensor:
         )
     needed = torch.is_grad_enabled() and local.requires_grad
     column_scales = _column_scales(layer, stored, columns) if needed else None
-    part = Columns(stored, scheme, mesh.get_group(), column_scales)
+    part = Columns(stored, scheme, mesh.get_group(), column_scales, _local(layer, "x_scale"))
     dtype = autocast_dtype(local.device.type)
     out = row_parallel_linear(local, part, bias, dtype, layer.grad_dtype, trained)
     return DTensor.from_local(out, mesh, [Replicate()], run_check=False)

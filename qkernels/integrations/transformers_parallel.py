@@ -70,7 +70,7 @@ class QuantEmbeddingParallel(EmbeddingParallel):
 
 def _share_out(module: nn.Module, name: str, mesh, dimension: int) -> None:
     parameter = module._parameters.get(name)
-    if parameter is None:
+    if parameter is None or name == "x_scale":  # one for all processes
         return
     shared = nn.Parameter(distribute(module, name, mesh, dimension, source=None), parameter.requires_grad)
     if hasattr(parameter, "_is_hf_initialized"):

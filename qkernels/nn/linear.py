@@ -165,6 +165,11 @@ class QuantLinear(MatrixLayer, nn.Linear):
             raise NotImplementedError(
                 "a layer with a mask cannot be shared out by tensor parallelism; use DDP or FSDP2 (fully_shard)"
             )
+        if self._learns_x_scale:
+            raise NotImplementedError(
+                "a layer that learns the scale of its activations cannot be shared out by tensor parallelism; use DDP "
+                "or FSDP2 (fully_shard), or weight_scale='absmax'"
+            )
         mesh, dimension = like.device_mesh, split_dimension(like)
         if name == "weight" and dimension == COLUMNS:
             check_columns(self, mesh.size())

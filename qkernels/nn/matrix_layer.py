@@ -158,8 +158,8 @@ class MatrixLayer(Storage):
         """
         if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
             self._share_out(name, param)
-            if name == "weight" and self.mode == "frozen":
-                return
+            if name == "x_scale" or (name == "weight" and self.mode == "frozen"):
+                return  # one scale for all processes stays as it is
         if name == "weight_orig" and self.mode != "qat":  # by torch.nn.utils.prune
             raise RuntimeError(
                 f"a {type(self).__name__} of mode {self.mode!r} cannot be pruned: prune the float layer before "

@@ -9,6 +9,7 @@ import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -36,6 +37,7 @@ from qkernels.autograd.int8_weight import Int8Weight
 
 # Every kind of scheme, and every mode.
 CASES = (
+    ("w8a8s", "lora", {}),
     ("w8a8", "lora", {}),
     ("w8a8-ag32", "qat", {}),
     ("w4a8-g32-asym", "lora", {}),
@@ -339,3 +341,54 @@ def embeddings_in_data_parallel(folder: Path) -> None:
     net = model()
     fully_shard(net[0])
     assert torch.equal(fully_shard(net)(tokens), expected)
+
+
+class Experts(nn.Module):
+    """A mixture of experts of transformers, which stores the weights of all experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+        config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        self.layer = transformers.MixtralForCausalLM(config).model.layers[0].mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x.unsqueeze(0))
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[None], x[None], x[None], need_weights=False)[0][0]
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.view(len(x), 2, 4, 4)).flatten(1)
+
+
+@check
+def other_layers_in_data_parallel(folder: Path) -> None:
+    for kind in (Experts, Attention, Convolution):
+        for mode in ("frozen", "qat"):
+            torch.manual_seed(0)
+            model = kind()
+            report = qk.quantize_(model, "w8a8", mode)
+            assert report.quantized, (kind, report.left)
+            if mode == "frozen":
+                x = batch(0)
+                for net in (DistributedDataParallel(copy.deepcopy(model)), fully_shard(copy.deepcopy(model))):
+                    assert torch.equal(net(x), model(x)), kind
+                continue
+            for wrap in (DistributedDataParallel, fully_shard):
+                alone, net = copy.deepcopy(model), wrap(copy.deepcopy(model))
+                expected = train_alone(alone, adamw(alone), 2)
+                torch.testing.assert_close(train_apart(net, adamw(net), 2), expected, rtol=1e-4, atol=0)

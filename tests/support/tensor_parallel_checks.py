@@ -105,6 +105,25 @@ def row_plan_with_learned_scales(folder: Path) -> None:
 
 
 @check
+def static_activations_in_parts(folder: Path) -> None:
+    """One scale for all activations, which calibration has chosen."""
+    for scheme in ("w8a8s", "w4a8s-g32"):
+        torch.manual_seed(0)
+        alone = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 17))
+        qk.quantize_(alone, scheme, calibration=[batch(0)])
+        net, x = split(alone), batch(0)
+        x[3, 20] = torch.nan  # a column of one process, and a row of both
+        outs = net(x), alone(x)
+        torch.testing.assert_close(*outs, rtol=1e-5 if "-g" in scheme else 0, atol=0, equal_nan=True)
+        assert_same(plain_state(net), plain_state(alone))
+    raises(
+        NotImplementedError,
+        "learns the scale of its activations",
+        lambda: split(qk.quantize_(alone, "w8a8s", "qat", weight_scale="learned", calibration=[batch(0)]) and alone),
+    )
+
+
+@check
 def tensor_parallel_training(folder: Path) -> None:
     """Five steps; where the forward is exact, what differs is the order of the sums in gradients."""
     for scheme, mode in (("w8a8", "qat"), ("w4a8-g32", "qat"), ("w8a8", "int8")):

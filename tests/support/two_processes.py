@@ -42,7 +42,8 @@ def model_of(scheme: str, mode: str, features: int = 64, **options: str) -> nn.M
     """Two layers [features, 32] and [17, features], the same on every process."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, features), nn.ReLU(), nn.Linear(features, OUTPUTS))
-    qk.quantize_(model, scheme, mode, **options)
+    calibration = {"calibration": [batch(0)]} if qk.QuantScheme.parse(scheme).static_activations else {}
+    qk.quantize_(model, scheme, mode, **options, **calibration)
     return model
 
 
