@@ -157,8 +157,9 @@ def _local(layer: StoredLayer, name: str, partial: bool = False) -> Tensor | Non
     if is_dtensor(local):
         replicated = isinstance(local.placements[0], Replicate)
         local = local.to_local(grad_placements=[Partial()] if partial and replicated else None)
-    bits = name in ("scales", "x_scale") and local is not None and local.dtype == torch.int32
-    return local.view(torch.float32) if bits else local
+    if name in ("scales", "x_scale") and local is not None and local.dtype == torch.int32:
+        return local.view(torch.float32)
+    return local
 
 
 def _stored(layer: StoredLayer) -> QuantizedWeight:

@@ -165,7 +165,7 @@ class QuantLinear(MatrixLayer, nn.Linear):
             raise NotImplementedError(
                 "a layer with a mask cannot be shared out by tensor parallelism; use DDP or FSDP2 (fully_shard)"
             )
-        if self._learns_x_scale:
+        if self._learns_x_scale and self.scheme.static_activations:
             raise NotImplementedError(
                 "a layer that learns the scale of its activations cannot be shared out by tensor parallelism; use DDP "
                 "or FSDP2 (fully_shard), or weight_scale='absmax'"

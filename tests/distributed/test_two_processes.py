@@ -61,6 +61,18 @@ def test_two_processes(name, folder):
         assert row["failure"] is None, f"rank {rank}: {row['failure']}\n{output}"
 
 
+def test_the_page_names_every_check():
+    page = Path(__file__).parents[2] / "docs" / "guide" / "distributed.md"
+    if not page.exists():
+        pytest.skip("needs the source tree")
+    rows = re.findall(r"^\|.*\| `(\w+)` \|$", page.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(checks())
+
+
+def test_all_checks_take_less_than_three_minutes(folder):
+    assert sum(row["seconds"] for row in lines(folder, 0).values()) < SECONDS
+
+
 def test_checkpoint_of_two_processes_loads_in_one(folder):
     data_parallel_checks.load_alone(folder)
 

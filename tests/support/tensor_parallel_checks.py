@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from two_processes import assert_same, batch, check, plain_state, raises, rank
+from two_processes import assert_same, batch, calibration_of, check, plain_state, raises, rank
 
 import qkernels as qk
 from qkernels.autograd.int8_weight import Int8Weight
@@ -38,7 +38,7 @@ def mesh() -> dist.DeviceMesh:
 def mlp(scheme: str, mode: str, **options: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 17))
-    qk.quantize_(model, scheme, mode, **options)
+    qk.quantize_(model, scheme, mode, **options, **calibration_of(scheme))
     return model
 
 
@@ -108,19 +108,14 @@ def row_plan_with_learned_scales(folder: Path) -> None:
 def static_activations_in_parts(folder: Path) -> None:
     """One scale for all activations, which calibration has chosen."""
     for scheme in ("w8a8s", "w4a8s-g32"):
-        torch.manual_seed(0)
-        alone = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 17))
-        qk.quantize_(alone, scheme, calibration=[batch(0)])
+        alone = mlp(scheme, "frozen")
         net, x = split(alone), batch(0)
         x[3, 20] = torch.nan  # a column of one process, and a row of both
         outs = net(x), alone(x)
         torch.testing.assert_close(*outs, rtol=1e-5 if "-g" in scheme else 0, atol=0, equal_nan=True)
         assert_same(plain_state(net), plain_state(alone))
-    raises(
-        NotImplementedError,
-        "learns the scale of its activations",
-        lambda: split(qk.quantize_(alone, "w8a8s", "qat", weight_scale="learned", calibration=[batch(0)]) and alone),
-    )
+    learned = mlp("w8a8s", "qat", weight_scale="learned")
+    raises(NotImplementedError, "learns the scale of its activations", lambda: split(learned))
 
 
 @check

@@ -42,9 +42,13 @@ def model_of(scheme: str, mode: str, features: int = 64, **options: str) -> nn.M
     """Two layers [features, 32] and [17, features], the same on every process."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, features), nn.ReLU(), nn.Linear(features, OUTPUTS))
-    calibration = {"calibration": [batch(0)]} if qk.QuantScheme.parse(scheme).static_activations else {}
-    qk.quantize_(model, scheme, mode, **options, **calibration)
+    qk.quantize_(model, scheme, mode, **options, **calibration_of(scheme))
     return model
+
+
+def calibration_of(scheme: str) -> dict[str, list[Tensor]]:
+    """The argument of `quantize_` for static activations."""
+    return {"calibration": [batch(0)]} if qk.QuantScheme.parse(scheme).static_activations else {}
 
 
 def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
