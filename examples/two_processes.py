@@ -20,9 +20,7 @@ BATCH, BLOCK = 16, 64  # blocks of all processes in a step, bytes in a block
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--fsdp", action="store_true", help="share the integers out; else each process has all"
-    )
+    parser.add_argument("--fsdp", action="store_true", help="share the integers out; else each process has all")
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()

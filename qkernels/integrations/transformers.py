@@ -218,10 +218,11 @@ class QKernelsHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         self._model, self._plan = model, None
-        if _check_parallelism(model.config):
-            from .transformers_parallel import Plan
+        if getattr(model.config, "distributed_config", None) is not None:
+            from .transformers_parallel import plan_of
 
-            self._plan = Plan(model, self._pending_twin)
+            options = self.quantization_config.layer_options
+            self._plan = plan_of(model, lambda: self._pending.values(), options)
         saved = set(self.quantization_config.layers)
         adjust = model._adjust_missing_and_unexpected_keys
 
@@ -256,14 +257,6 @@ class QKernelsHfQuantizer(HfQuantizer):
                 new_names = layer.split.new_names()
                 for whole in layer.aliases[1::2]:
                     self._parts.update({f"{whole}.{name}": (layer.split, name, new_names[name]) for name in new_names})
-
-    def _pending_twin(self, name: str) -> nn.Module | None:
-        """What the float layer of this name, or with this parameter, will be: without values; None if it stays."""
-        for layer in self._pending.values():
-            if any(f"{own}.".startswith(f"{name}.") or f"{name}.".startswith(f"{own}.") for own in layer.names):
-                scheme = layer.scheme or self.scheme
-                return layer.adapter.empty(layer.module, scheme, **self.quantization_config.layer_options)
-        return None
 
     def quantize_parameter(self, name: str, tensor: torch.Tensor) -> list[str]:
         """Swap the layer of the float weight called `name`.
@@ -510,24 +503,6 @@ def _unguard(layers: list[Layer]) -> None:
 
 def _is_loaded(parameter: nn.Parameter | None) -> bool:
     return parameter is None or getattr(parameter, "_is_hf_initialized", False)
-
-
-def _check_parallelism(config: transformers.PreTrainedConfig) -> bool:
-    """True if the model is loaded in parts of tensor parallelism.
-
-    Raises:
-        ValueError: for a kind of parallelism that is not there for quantized layers.
-    """
-    distributed = getattr(config, "distributed_config", None)
-    sizes = {name: getattr(distributed, name, None) or 1 for name in ("tp_size", "ep_size", "pp_size", "dp_size")}
-    asked = [name for name in ("ep_size", "pp_size", "dp_size") if sizes[name] > 1]
-    if asked:
-        raise ValueError(
-            f"{' and '.join(asked)} must be 1 for a model that qkernels quantizes while it is loaded: of the kinds of "
-            "parallelism that from_pretrained sets up, tensor parallelism (tp_size, tp_plan) is there. Load the model "
-            "without, and then use DistributedDataParallel, FSDP2 (fully_shard) or torch.distributed.pipelining"
-        )
-    return sizes["tp_size"] > 1
 
 
 def _our_config(model: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -21,6 +20,8 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
+from ..convert.layers import Layer
+from ..distributed.dtensors import is_dtensor
 from ..distributed.tensor_parallel import COLUMNS, ROWS, check_columns, distribute
 from ..nn.embedding import QuantEmbedding
 from ..nn.linear import QuantLinear
@@ -41,7 +42,9 @@ class QuantColwiseParallel(ColwiseParallel):
 
     def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
         x, *rest = args
-        if not isinstance(x, DTensor):
+        if not is_dtensor(x):
+            from torch.distributed.tensor import DTensor
+
             x = DTensor.from_local(x, mesh, [self.input_layouts], run_check=False)
         return super().transform_inputs_pre_forward(module, (x, *rest), kwargs, mesh)
 
@@ -122,16 +125,34 @@ def _part_tied(model: nn.Module) -> None:
 _HARMLESS = ("replicate", "all_reduce", "mla_kv_a_proj")
 
 
+def plan_of(model: PreTrainedModel, pending: Callable[[], Iterable[Layer]], options: dict[str, str]) -> Plan | None:
+    """The plan of a model that is loaded in parts of tensor parallelism; None for any other.
+
+    Raises:
+        ValueError: for a kind of parallelism that is not there for quantized layers.
+    """
+    config = model.config.distributed_config
+    asked = [name for name in ("ep_size", "pp_size", "dp_size") if (getattr(config, name, None) or 1) > 1]
+    if asked:
+        raise ValueError(
+            f"{' and '.join(asked)} must be 1 for a model that qkernels quantizes while it is loaded: of the kinds of "
+            "parallelism that from_pretrained sets up, tensor parallelism (tp_size, tp_plan) is there. Load the model "
+            "without, and then use DistributedDataParallel, FSDP2 (fully_shard) or torch.distributed.pipelining"
+        )
+    return Plan(model, pending, options) if (config.tp_size or 1) > 1 else None
+
+
 class Plan:
     """The styles of a model's quantized layers, known once the model resolves its plan.
 
     Args:
         model: a model that is being loaded.
-        pending: by its name, what a layer will be that is in float until its weight arrives, without values; else None.
+        pending: gives the layers that are in float until their weight arrives.
+        options: the keywords of `QuantLinear` for these.
     """
 
-    def __init__(self, model: PreTrainedModel, pending: Callable[[str], nn.Module | None]) -> None:
-        self._model, self._pending = model, pending
+    def __init__(self, model: PreTrainedModel, pending: Callable[[], Iterable[Layer]], options: dict[str, str]) -> None:
+        self._model, self._pending, self._options = model, pending, options
         self._later: dict[str, str] = {}  # name of a layer -> its style
         self._resolve = model._resolve_parallel_plans
         model._resolve_parallel_plans = self._with_our_styles
@@ -149,7 +170,7 @@ class Plan:
         for name, style in tp_plan.items():
             layer = name if name in modules else name.rpartition(".")[0]
             now = modules[layer] if isinstance(modules[layer], Storage) else None
-            quantized = now if now is not None else self._pending(layer)
+            quantized = now if now is not None else self._future(layer)
             if quantized is None or style in _HARMLESS:
                 ours[name] = style
                 continue
@@ -166,6 +187,13 @@ class Plan:
             else:
                 self._later[layer] = _PREFIX + style
         return ours, ep_plan, fsdp_plan
+
+    def _future(self, name: str) -> nn.Module | None:
+        """What the float layer of this name, or with this parameter, will be: without values; None if it stays."""
+        for layer in self._pending():
+            if any(f"{own}.".startswith(f"{name}.") or f"{name}.".startswith(f"{own}.") for own in layer.names):
+                return layer.adapter.empty(layer.module, layer.scheme, **self._options)
+        return None
 
     def share_out(self, layers: Iterable[tuple[str, nn.Module]]) -> None:
         """Share out layers that have just been quantized, if the plan names them; what they share stays shared.
