@@ -231,13 +231,20 @@ class QKernelsHfQuantizer(HfQuantizer):
             self._check_unexpected(model, saved, loading_info)
             self._mismatched = {key for key, *_ in loading_info.mismatched_keys}
             self._disk.missing = set(loading_info.missing_keys)
-            self._rename_parts(loading_info.missing_keys)
             adjust(loading_info)
 
         model._adjust_missing_and_unexpected_keys = check_keys
         if self.pre_quantized:
             self._restore_layers(model)
             return
+        mark = model.mark_tied_weights_as_initialized
+
+        def rename_missing(loading_info) -> None:  # the first of what transformers does with the keys that are missing
+            del model.mark_tied_weights_as_initialized
+            self._rename_parts(loading_info.missing_keys)
+            mark(loading_info)
+
+        model.mark_tied_weights_as_initialized = rename_missing
         config = self.quantization_config
         for own in self.rules.schemes:
             if own.static_activations:
@@ -327,6 +334,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         for layer in self._pending.values():
             if layer.converted is None:
                 layer.reason = "has no weight of its own in the checkpoint"
+                if layer.split is not None and layer.split.in_place:  # whose class transformers cannot initialize
+                    layer.module.reset_parameters()
         for layer in self._layers:
             if isinstance(layer.module, MatrixLayer):
                 if not _is_loaded(layer.module.bias):

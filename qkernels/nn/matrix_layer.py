@@ -108,7 +108,7 @@ class MatrixLayer(Storage):
             weight = nn.Parameter(self._from_rows(torch.empty(rows, in_features, dtype=dtype, device=device)))
             if weight_scale == "learned":
                 groups = self.scheme.weight_groups(in_features)
-                scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
+                scales = torch.empty(*shape, groups, dtype=torch.float32, device=device)
                 self.register_parameter("scales", nn.Parameter(scales))
         elif mode == "int8":
             qweight = torch.empty(rows, in_features, dtype=torch.int8, device=device)
@@ -244,8 +244,8 @@ class MatrixLayer(Storage):
             else:
                 self.weight = parameter
             if self.weight_scale == "learned":
-                scales = nn.Parameter(weight.scales.clone(), requires_grad=self.scales.requires_grad)
-                self.register_parameter("scales", scales)
+                scales = weight.scales.clone().view(self.scales.shape)
+                self.register_parameter("scales", nn.Parameter(scales, requires_grad=self.scales.requires_grad))
             return
         if self.mode == "int8":  # what is trained is this layer's own
             own = Int8Weight(weight.qweight.detach().clone(), weight.scales.detach().clone(), self.compute_dtype)
@@ -265,7 +265,7 @@ class MatrixLayer(Storage):
             return QuantizedWeight(*state_parts(self._masked(weight)), None)
         rows = self._rows(weight.detach())
         if self.weight_scale == "learned":
-            scales = self.scales.detach()
+            scales = self.scales.detach().flatten(0, -2)
             return QuantizedWeight(ops.quantize_weight_scaled(rows, scales, self._scheme_name), scales.clone(), None)
         return ops.quantize_weight(rows, self._scheme_name)
 
@@ -395,7 +395,7 @@ class MatrixLayer(Storage):
         if self.weight_scale == "learned" and not self._trained_weight().is_meta:
             with torch.no_grad():
                 scales = ops.quantize_weight(self._rows(self._trained_weight()), self._scheme_name).scales
-                requires_grad = self.scales.requires_grad
+                requires_grad, scales = self.scales.requires_grad, scales.view(self.scales.shape)
                 self.register_parameter("scales", nn.Parameter(scales, requires_grad=requires_grad))
 
     def reset_parameters(self) -> None:

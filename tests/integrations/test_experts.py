@@ -207,3 +207,32 @@ def test_what_does_not_look_at_experts_says_so(options, message):
     with pytest.warns(UserWarning, match=message):
         report = qk.quantize_(model, "w4a8-g32", **options)
     assert any(message in warning for warning in report.warnings) and matrices(model)
+
+
+@pytest.mark.parametrize("lost", ["down_proj_bias", "down_proj"])
+def test_a_float_checkpoint_without_a_parameter_of_the_experts(lost, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make("gpt_oss")
+    model.save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", f"model.layers.0.mlp.experts.{lost}"
+    save_file({key: t for key, t in load_file(file).items() if key != name}, file, {"format": "pt"})
+    config = qk.QKernelsConfig("w8a8")
+    loaded, info = type(model).from_pretrained(tmp_path, quantization_config=config, output_loading_info=True)
+    experts = loaded.model.layers[0].mlp.experts
+    left = {row.name: row.reason for row in loaded.quantization_report.left}
+    if lost == "down_proj":
+        assert left[name] == "has no weight of its own in the checkpoint"
+        assert info["missing_keys"] == {f"{name}.weight"} and 0.05 < experts.down_proj.weight.std() < 0.1
+    else:
+        assert name not in left and not experts.down_proj.bias.any()
+        assert info["missing_keys"] == {"model.layers.0.mlp.experts.down_proj.bias"}
+    assert logits(loaded).isfinite().all()
+
+
+def test_learned_scales_have_a_folder(tmp_path):
+    model = make("qwen3_moe")
+    qk.quantize_(model, "w4a8-g32", "qat", weight_scale="learned")
+    assert model.model.layers[0].mlp.experts.down_proj.scales.shape == (4, 64, 1)
+    model.save_pretrained(tmp_path)
+    assert_same_bits(logits(type(model).from_pretrained(tmp_path)), logits(model))
