@@ -124,7 +124,7 @@ class QuantLinear(MatrixLayer, nn.Linear):
             ValueError: if the weight holds NaN or Inf, the scheme does not fit, or `x_scale` does not fit the scheme.
         """
         adapter = find_adapter(layer)
-        if adapter is None or adapter.lookup or is_frozen(layer):
+        if adapter is None or adapter.lookup or not adapter.measured or is_frozen(layer):
             raise TypeError(
                 "layer must be an nn.Linear, a transformers Conv1D or a layer with an adapter, "
                 f"got {type(layer).__name__}"
