@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, run_python
 
 import qkernels as qk
 
@@ -65,6 +65,31 @@ def test_names_of_modules_and_of_other_configurations(folder):
     with pytest.raises(TypeError, match=r"calibration needs the float model: .* quantize_"):
         qk.QKernelsConfig("w4a8-g32", calibration=[IDS])
     assert copy.deepcopy(qk.QKernelsConfig(MIXED)).scheme == qk.QKernelsConfig(MIXED).scheme
+
+
+WITHOUT_QKERNELS = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "qkernels":
+            raise ImportError("blocked")
+sys.meta_path.insert(0, Blocked())
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r})
+torch.save(model(torch.tensor({ids})).logits.detach(), {folder!r} + "/logits.pt")
+"""
+
+
+def test_a_dequantized_model_is_saved_and_loaded_without_qkernels(folder, tmp_path):
+    model = load(folder, quantization_config=qk.QKernelsConfig(MIXED, embeddings=True))
+    before = logits(model)
+    model.dequantize()
+    assert schemes(model) == {} and not hasattr(model.config, "quantization_config")
+    assert torch.nn.functional.cosine_similarity(logits(model).flatten(), before.flatten(), dim=0) > 0.99
+    model.save_pretrained(tmp_path)
+    assert "quant" not in (tmp_path / "config.json").read_text()
+    run_python(WITHOUT_QKERNELS.format(folder=str(tmp_path), ids=IDS.tolist()))
+    assert_same_bits(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
 def offloaded(tied):

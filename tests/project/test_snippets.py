@@ -37,7 +37,7 @@ def snippets() -> list:
 def test_runs_as_printed(code, tmp_path):
     if reason := re.match(r"# (needs .*)", code):
         pytest.skip(reason[1])
-    for package in ("transformers", "peft"):
+    for package in ("transformers", "peft", "onnxruntime"):
         if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
             pytest.importorskip(package)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
