@@ -264,7 +264,7 @@ class QuantConv1d(_QuantConv, nn.Conv1d):
 
 def _channels_last(x: Tensor) -> bool:
     """True if torch would give the result of a convolution of x with channels last in memory."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.stride(1) == 1 and not x.is_contiguous()
 
 
 class ConvAdapter(LayerAdapter[nn.Module]):
@@ -285,7 +285,7 @@ class ConvAdapter(LayerAdapter[nn.Module]):
     def reason(self, layer: Any, scheme: QuantScheme) -> str | None:
         if (why := super().reason(layer, scheme)) is not None:
             return why
-        if layer.in_channels == layer.groups:
+        if layer.in_channels == layer.groups > 1:
             return "depthwise convolution: each output channel multiplies one input channel, so no product pays"
         if scheme.act_group_size is not None:
             return f"convolution: {scheme} has activation groups, which a patch of pixels has not"
