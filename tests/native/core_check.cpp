@@ -174,7 +174,9 @@ void check_activations(Checker& checker, const std::string& scheme_name, const S
   checker.exact(label, groups + integers, DType::float32, [&](void* out) {
     Guarded<int8_t> q(integers);
     auto* floats = static_cast<float*>(out);
-    qk::quantize_activation(x.matrix(), scheme, nullptr, q.get(), floats, threads);
+    const float x_scale = 0.02f;
+    qk::quantize_activation(x.matrix(), scheme, scheme.static_activations ? &x_scale : nullptr, q.get(), floats,
+                            threads);
     for (int64_t i = 0; i < integers; ++i) floats[groups + i] = q[i];
   });
 }
@@ -322,7 +324,7 @@ int check() {
   const std::string isa = qk::current_isa();
   std::printf("isa %s\n", isa.c_str());
   Checker checker(isa);
-  for (const char* scheme : {"w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128"}) {
+  for (const char* scheme : {"w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128", "w8a8s"}) {
     for (const Shape& shape : kShapes) check_activations(checker, scheme, shape);
   }
   for (const std::string& scheme : scheme_names()) {
