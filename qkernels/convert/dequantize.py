@@ -14,7 +14,7 @@ from ..nn.grouped_linear import QuantGroupedLinear
 from ..nn.linear import QuantLinear
 from ..nn.masks import make_permanent
 from ..nn.storage import Storage
-from .layers import move_attributes
+from .layers import move_attributes, put_in_place
 from .selection import find_layers
 
 # Called as f(model) after each `dequantize_`; an integration adds its own when its library is imported.
@@ -76,8 +76,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             weights[shared] = nn.Parameter(values)
         replacement = float_twin(quantized, weights[shared])
         move_attributes(quantized, replacement, but=_OWN)
-        for parent, key in layer.slots:
-            setattr(parent, key, replacement)
+        put_in_place(replacement, quantized, layer.slots)
     _join_split_layers(model)
     for callback in AFTER_DEQUANTIZE:
         callback(model)

@@ -54,8 +54,7 @@ class Split:
         """Put the twin in the layer's place, with the layer's hooks and instance attributes."""
         if not self.in_place:
             move_attributes(self.layer, self.twin)
-            for parent, key in self.slots:
-                setattr(parent, key, self.twin)
+            put_in_place(self.twin, self.layer, self.slots)
             self.in_place = True
 
     @contextmanager
@@ -244,9 +243,21 @@ class Layer:
             quantized._buffers.update({key: value for key, value in self.module._buffers.items() if key != mask})
         quantized.train(self.module.training)
         quantized.float_type = parametrize.type_before_parametrizations(self.module)
-        for parent, key in self.slots:
-            setattr(parent, key, quantized)
+        put_in_place(quantized, self.module, self.slots)
         self.module = quantized
+
+
+def put_in_place(new: nn.Module, old: nn.Module, slots: Iterable[tuple[nn.Module, str]]) -> None:
+    """Register a module in the place of another, also in plain lists of the parent, which some call instead.
+
+    Args:
+        slots: each parent, and the module's name in it.
+    """
+    for parent, key in slots:
+        setattr(parent, key, new)
+        for held in vars(parent).values():
+            if isinstance(held, list):
+                held[:] = [new if item is old else item for item in held]
 
 
 def move_attributes(module: nn.Module, replacement: nn.Module, *, but: Iterable[str] = ()) -> None:

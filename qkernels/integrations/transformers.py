@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import AFTER_DEQUANTIZE, dequantize_
-from ..convert.layers import Layer, Split, rows_of
+from ..convert.layers import Layer, Split, put_in_place, rows_of
 from ..convert.leftover import kept_in_float32
 from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
@@ -465,8 +465,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             new.bias = nn.Parameter(torch.empty(old.weight_shape[:-1], **options))
         new.reset_parameters()
         self._model._init_weights(new)
-        for parent, key in layer.slots:
-            setattr(parent, key, new)
+        put_in_place(new, old, layer.slots)
         warnings.warn(
             f"{layer.name} has another shape than in the folder: it is new, in float and not trained", stacklevel=2
         )

@@ -262,3 +262,28 @@ def test_a_class_that_is_no_longer_known_cannot_come_back():
     _ADAPTERS.pop(Projection)
     with pytest.raises(TypeError, match=r"no layer adapter knows Projection, which QuantLinear"):
         qk.dequantize_(model)
+
+
+class Listed(nn.Module):
+    """A module that calls its layers from a plain list, as some of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(K, K), nn.LSTM(K, K)
+        self.steps = [self.first, torch.relu, self.second]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x[0]
+
+
+def test_layers_in_a_plain_list_are_swapped_too():
+    model, x = nn.Sequential(Listed()), torch.randn(3, 2, K)
+    expected = model(x)
+    qk.quantize_(model, "w8a8")
+    listed = model[0]
+    assert listed.steps[0] is listed.first and listed.steps[2] is listed.second
+    assert isinstance(listed.first, qk.QuantLinear) and not torch.equal(model(x), expected)
+    qk.dequantize_(model)
+    assert listed.steps[0] is listed.first and type(listed.first) is nn.Linear

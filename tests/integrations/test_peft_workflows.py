@@ -158,9 +158,7 @@ def test_a_merge_into_a_mask_is_refused(mode):
     model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
     separate = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=r"pruned layer of mode '\w+'.*freeze_\(model\) first; nothing"
-        ):
+        with pytest.raises(ValueError, match=r"pruned layer of mode '\w+'.*freeze_\(model\) first; nothing"):
             merge()
     assert_same_bits(model(x), separate)
     qk.freeze_(model)
