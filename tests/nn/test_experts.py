@@ -1,6 +1,8 @@
 """`QuantExperts`: the experts of transformers' mixtures compute what un-fused linear layers would."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import qkernels as qk
-from qkernels.nn.adapters import find_composite
+from qkernels.nn.adapters import _ADAPTERS, find_composite
 from qkernels.nn.experts import Routing
 
 H, I, E, TOKENS, TOP = 64, 32, 4, 9, 2  # noqa: E741
@@ -214,3 +216,20 @@ def test_a_subclass_with_a_forward_of_its_own_stays_in_float():
     report = qk.quantize_(nn.ModuleList([block, nn.Linear(H, H)]), "w8a8")
     reason = "fused experts: MixtralExperts has other parameters than are known"
     assert {row.reason for row in report.left} == {reason} and len(report.left) == 3
+
+
+@pytest.mark.thorough
+def test_every_class_of_transformers_that_holds_experts_is_known():
+    """By the source of all models: a class of experts with matrices of its own is decorated, or has an adapter."""
+    models, unknown, count = Path(T.__file__).parent / "models", [], 0
+    for file in sorted(models.glob("*/modeling_*.py")):
+        for decorators, name, body in re.findall(
+            r"((?:^@.*\n)*)^class (\w*Expert\w*)\(.*\n((?:[ \t].*\n|\n)*)", file.read_text(), re.MULTILINE
+        ):
+            if "nn.Parameter(" not in body or name == "DbrxExpertGLU":  # the matrices of DbrxExperts
+                continue
+            count += 1
+            full = f"transformers.models.{file.parent.name}.{file.stem}.{name}"
+            if "@use_experts_implementation" not in decorators and full not in _ADAPTERS:
+                unknown.append(full)
+    assert count > 50 and unknown == []
