@@ -186,7 +186,7 @@ def quantize_(
 def check_model(model: object) -> None:
     """Raise TypeError unless layers of `model` can be replaced in place."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}{_modules_of(model)}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model must be an nn.Module that is not scripted or traced; quantize it first")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -202,6 +202,14 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
         )
+
+
+def _modules_of(value: object) -> str:
+    """What to pass in the place of something that holds modules: a pipeline, or a list of models."""
+    if isinstance(value, list | tuple | dict):
+        return "; call it for each model"
+    held = [name for name, part in getattr(value, "__dict__", {}).items() if isinstance(part, nn.Module)]
+    return f"; pass its {' or '.join(held[:5])}" if held and not isinstance(value, type) else ""
 
 
 def freeze_(model: nn.Module) -> nn.Module:

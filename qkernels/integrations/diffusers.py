@@ -7,60 +7,31 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import dequantize_
 from ..convert.model import quantize_
-from ..convert.schemes import SchemeRules, Schemes
 from ..convert.selection import find_layers
-from ..nn.linear import QuantLinear
-from ..system.deprecation import renamed_keywords
+from .config_options import ConfigOptions
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
 
 
-class DiffusersConfig(QuantizationConfigMixin):
+class DiffusersConfig(ConfigOptions, QuantizationConfigMixin):
     """How to quantize a diffusers model: `from_pretrained(path, quantization_config=DiffusersConfig("w8a8"))`.
 
     Args:
-        scheme, mode, skip, include, grad_dtype, weight_scale: as in `quantize_`.
+        scheme, skip, mode, grad_dtype, weight_scale, embeddings, include: as in `quantize_`.
+        modules_to_not_convert: another name of `skip`.
         layers: the quantized layers of a saved model; filled in when it is saved.
 
     Raises:
         ValueError: for an unknown scheme, mode, grad_dtype or weight_scale.
+        TypeError: if `skip` is a single string, or for an unknown argument.
     """
-
-    @renamed_keywords(grad="grad_dtype")
-    def __init__(
-        self,
-        scheme: Schemes = "w8a8",
-        mode: str = "frozen",
-        skip: list[str] | None = None,
-        include: list[str] | None = None,
-        *,
-        grad_dtype: str = "float",
-        weight_scale: str = "absmax",
-        layers: dict[str, Any] | None = None,
-        quant_method: str = METHOD,
-    ) -> None:
-        self.quant_method = METHOD
-        rules = SchemeRules(scheme)
-        self.scheme = rules.plain()
-        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
-        self.skip, self.include, self.layers = list(skip or ()), include, dict(layers or {})
-        # What does not exist is refused here.
-        for own in rules.schemes:
-            QuantLinear(1, 1, False, own, **self.layer_options, device="meta", dtype=torch.float32)
-
-    @property
-    def layer_options(self) -> dict[str, str]:
-        """The keywords of `QuantLinear`."""
-        return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: what `repr` shows."""
@@ -68,8 +39,7 @@ class DiffusersConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        known = inspect.signature(cls).parameters
-        config = cls(**{key: value for key, value in current_names(config_dict).items() if key in known})
+        config = cls(**{key: value for key, value in current_names(config_dict).items() if key != "quant_method"})
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -106,7 +76,12 @@ class QKernelsDiffusersQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             model.quantization_report = quantize_(
-                model, config.scheme, **config.layer_options, skip=config.skip, include=config.include
+                model,
+                config.scheme,
+                **config.layer_options,
+                skip=config.skip,
+                include=config.include,
+                embeddings=config.embeddings,
             )
             return
         for name, entry in config.layers.items():

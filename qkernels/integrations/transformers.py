@@ -8,10 +8,7 @@ saved from a quantized model lists its quantized layers in `config.json`; these 
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping
 
 import torch
 import transformers
@@ -26,16 +23,14 @@ from ..convert.layers import Layer, Split, put_in_place, rows_of
 from ..convert.leftover import kept_in_float32
 from ..convert.model import AFTER_FREEZE, AFTER_QUANTIZE
 from ..convert.report import QuantizationReport
-from ..convert.schemes import SchemeRules, Schemes
+from ..convert.schemes import SchemeRules
 from ..convert.selection import find_layers, select_layers, unexpected_results
 from ..convert.watch import watch_frozen
-from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, storage_dtypes
 from ..nn.adapters import float_twin
-from ..nn.linear import QuantLinear
 from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
-from ..system.deprecation import renamed_keywords
+from .config_options import ConfigOptions
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
 from .transformers_offload import DiskTensors
 
@@ -55,7 +50,7 @@ _NO_CALIBRATION = (
 
 
 @register_quantization_config(METHOD)
-class QKernelsConfig(QuantizationConfigMixin):
+class QKernelsConfig(ConfigOptions, QuantizationConfigMixin):
     """How to quantize a transformers model: `from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))`.
 
     Args:
@@ -76,68 +71,10 @@ class QKernelsConfig(QuantizationConfigMixin):
         TypeError: if `skip` is a single string, or for an unknown argument.
     """
 
-    @renamed_keywords(grad="grad_dtype")
-    def __init__(
-        self,
-        scheme: Schemes = "w8a8",
-        skip: list[str] | None = None,
-        mode: str = "frozen",
-        grad_dtype: str = "float",
-        *,
-        weight_scale: str = "absmax",
-        embeddings: bool | str | QuantScheme = False,
-        include: list[str] | None = None,
-        modules_to_not_convert: list[str] | None = None,
-        layers: dict[str, str | dict[str, str]] | None = None,
-        **unknown: object,
-    ) -> None:
-        if unknown:
-            raise TypeError(_unknown_arguments(unknown))
-        if modules_to_not_convert is not None:
-            if skip is not None:
-                raise TypeError("modules_to_not_convert is another name of skip: give one of them")
-            skip = modules_to_not_convert
-        for argument, patterns in (("skip", skip), ("include", include)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{argument} must be a list of patterns, got the string {patterns!r}")
-        self.quant_method = METHOD
-        rules = SchemeRules(scheme)
-        self.scheme = rules.plain()
-        self.skip = list(skip or ())
-        self.include = None if include is None else list(include)
-        self.mode, self.grad_dtype, self.weight_scale = mode, grad_dtype, weight_scale
-        self.embeddings = embeddings if isinstance(embeddings, bool) else QuantScheme.parse(embeddings).name
-        if layers is not None and not isinstance(layers, Mapping):
-            raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
-        self.layers = dict(layers or {})
-        # What does not exist is refused here.
-        for own in rules.schemes:
-            QuantLinear(1, 1, False, own, **self.layer_options, device="meta", dtype=torch.float32)
-        if embeddings and mode != "frozen":
-            raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
-
-    @property
-    def layer_options(self) -> dict[str, str]:
-        """The keywords of `QuantLinear`."""
-        return {"mode": self.mode, "grad_dtype": self.grad_dtype, "weight_scale": self.weight_scale}
-
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         arguments = {key: value for key, value in current_names(config_dict).items() if key != "quant_method"}
         return super().from_dict(arguments, return_unused_kwargs, **kwargs)
-
-
-def _unknown_arguments(unknown: Iterable[str]) -> str:
-    """The message about arguments that `QKernelsConfig` does not have."""
-    known = [name for name in inspect.signature(QKernelsConfig.__init__).parameters if name not in ("self", "unknown")]
-    parts = []
-    for name in unknown:
-        if name == "calibration":
-            parts.append("calibration needs the float model: load it in float and call quantize_(..., calibration=...)")
-            continue
-        near = difflib.get_close_matches(name, known, n=1)
-        parts.append(f"{name} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
-    return f"QKernelsConfig has the arguments {', '.join(known)}: {'; '.join(parts)}"
 
 
 class _QuantizeLinear(ConversionOps):

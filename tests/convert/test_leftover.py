@@ -1,6 +1,7 @@
 """What stays in float is told: rows of the report, `strict`, and warnings of `quantize_` and of the first step."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +206,10 @@ def test_misuse_of_arguments_is_explained():
         qk.quantize_(model, {nn.Linear})
     with pytest.raises(TypeError, match=r"include must be patterns of layer names, such as 'lm_head', got <class"):
         qk.quantize_(model, "w8a8", include=[nn.Linear])
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got list; call it for each model"):
+        qk.quantize_([model], "w8a8")
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got SimpleNamespace; pass its unet or vae"):
+        qk.quantize_(SimpleNamespace(unet=model, vae=model, steps=3), "w8a8")
     with pytest.raises(TypeError, match=r"not scripted or traced"):
         qk.quantize_(torch.jit.script(model), "w8a8")
     assert type(model[0]) is nn.Linear

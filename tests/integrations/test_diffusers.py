@@ -114,3 +114,33 @@ def test_a_lora_is_loaded_into_a_quantized_flux_transformer():
     attention = fused.transformer_blocks[0].attn
     expected = torch.cat([layer.dequantize() for layer in (attention.to_q, attention.to_k, attention.to_v)])
     assert torch.equal(attention.to_qkv.weight, expected)
+
+
+@pytest.mark.parametrize("how", ["mapping", "backend"])
+def test_pipelines_quantize_their_parts(how, tmp_path):
+    pipeline = diffusers.DDPMPipeline(build_unconditional(), diffusers.DDPMScheduler())
+    pipeline.save_pretrained(tmp_path / "float")
+    scheme = {"*.to_q": "w4a16", "*": "w8a8"}
+    if how == "mapping":
+        options = {"quant_mapping": {"unet": qk.QKernelsConfig(scheme, embeddings=True)}}
+    else:
+        kwargs = {"scheme": scheme, "embeddings": True}
+        options = {"quant_backend": "qkernels", "quant_kwargs": kwargs, "components_to_quantize": ["unet"]}
+    config = diffusers.PipelineQuantizationConfig(**options)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert {name for name, _ in kinds(loaded.unet).values()} == {"w4a16", "w8a8"}
+    assert isinstance(loaded.unet.class_embedding, qk.QuantEmbedding)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "quantized")
+    x = (torch.randn(1, 3, 8, 8), 3, torch.tensor([2]))
+    with torch.no_grad():
+        assert_same_bits(again.unet(*x).sample, loaded.unet(*x).sample)
+
+
+def build_unconditional():
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=5,
+    ).eval()  # fmt: skip
