@@ -237,7 +237,8 @@ def fsdp2_gathers_the_stored_bytes(folder: Path) -> None:
 
 @check
 def fsdp2_mixed_precision(folder: Path) -> None:
-    for scheme, mode in (("w8a8", "lora"), ("w4a8-g32-asym", "lora"), ("w8a8", "qat"), ("w8a8", "int8")):
+    cases = (("w8a8", "lora"), ("w8a8s", "lora"), ("w4a8-g32-asym", "lora"), ("w8a8", "qat"), ("w8a8", "int8"))
+    for scheme, mode in cases:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         net = shard(model_to_train(scheme, mode), mp_policy=policy)
         assert net(own_rows(batch(0))).dtype == torch.bfloat16

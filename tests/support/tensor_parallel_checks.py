@@ -223,6 +223,15 @@ def tensor_parallel_and_fsdp(folder: Path) -> None:
 
 
 @check
+def compiled_tensor_parallelism(folder: Path) -> None:
+    """The sums over processes are in the graph that torch.compile makes."""
+    for mode in ("frozen", "qat"):
+        net = split(mlp("w8a8", mode))
+        expected = net(batch(0))
+        assert torch.equal(torch.compile(net, backend="aot_eager")(batch(0)), expected)
+
+
+@check
 def what_tensor_parallelism_refuses(folder: Path) -> None:
     def rows(scheme: str, features: int, mode: str = "frozen") -> nn.Module:
         model = nn.Sequential(nn.Linear(features, 8))
