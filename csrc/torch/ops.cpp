@@ -270,7 +270,8 @@ Tensor conv(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, st
             std::optional<ScalarType> out_dtype, std::optional<Tensor> x_scale_arg) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   dtype_of("x", x_arg.scalar_type());
-  require(x_arg.dim() == 4, "x must be images [N, H, W, C], got shape ", shape_of(x_arg));
+  require(x_arg.dim() == 4 && x_arg.size(1) > 0 && x_arg.size(2) > 0,
+          "x must be images [N, H, W, C] that are not empty, got shape ", shape_of(x_arg));
   const qk::ConvGeometry geometry = geometry_of(x_arg, geometry_arg);
   require(scheme.act_group_size == 0, "scheme must have no activation groups for a convolution, got ", scheme);
   const int64_t patch = geometry.kernel_height * geometry.kernel_width * (x_arg.size(3) / geometry.groups);

@@ -149,8 +149,8 @@ def conv(
 ) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise RuntimeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() != 4:
-        raise RuntimeError(f"x must be images [N, H, W, C], got shape {list(x.shape)}")
+    if x.dim() != 4 or 0 in x.shape[1:3]:
+        raise RuntimeError(f"x must be images [N, H, W, C] that are not empty, got shape {list(x.shape)}")
     _check_geometry(x, geometry)
     scheme, groups = weight.scheme, geometry.groups
     if scheme.int_activations and weight.in_features > MAX_REDUCTION:

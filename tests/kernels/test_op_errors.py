@@ -254,6 +254,7 @@ CASES = {
         *SCHEMES,
         *OUT_DTYPES,
         ("x", torch.ones(2, 5, 7, 10, dtype=torch.float64)),
+        ("x", torch.ones(2, 0, 7, 10)),
         ("scheme", "w4a8-g32-asym-ag32"),
         ("bias", torch.ones(N + 1)),
     ],
