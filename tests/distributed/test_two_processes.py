@@ -18,6 +18,7 @@ import data_parallel_checks
 from gpu_emulation.files import made_once
 from two_processes import checks
 
+pytestmark = pytest.mark.thorough
 SUPPORT = Path(__file__).parents[1] / "support"
 SECONDS = 180  # for all checks, on a machine of two cores
 
