@@ -545,5 +545,8 @@ def _with_int8_weights(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return prepared
 
 
+for _name in ("_prepare_exported_program_for_export", "_exported_program_to_onnx_program"):
+    if not hasattr(_core, _name):
+        raise ImportError(f"quantized layers cannot be exported to ONNX: this torch has no {_core.__name__}.{_name}")
 _core._prepare_exported_program_for_export = _with_int8_weights(_core._prepare_exported_program_for_export)
 _core._exported_program_to_onnx_program = _translating(_core._exported_program_to_onnx_program)
