@@ -226,7 +226,8 @@ def quantize(
     try:
         if smooth:
             smooth_(model, batches)
-        calibrate = batches and QuantScheme.parse(scheme).weight_bits == 4
+        parsed = QuantScheme.parse(scheme)
+        calibrate = batches and (parsed.weight_bits == 4 or parsed.static_activations)
         samples = tqdm(batches, desc=f"calibrating {scheme}") if calibrate else None
         report = quantize_(
             model,

@@ -74,7 +74,12 @@ def check(settings: FinetuneSettings) -> None:
     scheme = None if settings.scheme == "none" else QuantScheme.parse(settings.scheme)
     if settings.smooth and not (scheme and scheme.int_activations):
         raise InputError(f"--smooth is for a8 schemes, and the scheme is {settings.scheme!r}")
-    if settings.calibration_blocks and not settings.smooth and not (scheme and scheme.weight_bits == 4):
+    if scheme and scheme.static_activations and not settings.calibration_blocks:
+        raise InputError(
+            f"{settings.scheme} has static activations, whose scales come from text: add --calibration-blocks 32"
+        )
+    calibrates = scheme is not None and (scheme.weight_bits == 4 or scheme.static_activations)
+    if settings.calibration_blocks and not settings.smooth and not calibrates:
         raise InputError(
             f"--calibration-blocks is for w4 schemes, and for --smooth, and the scheme is {settings.scheme!r}: "
             "calibrating 8-bit weights fits them to the text and makes the model worse on any other"

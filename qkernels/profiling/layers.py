@@ -107,9 +107,10 @@ def _time(
     stored = module.quantized_weight() if isinstance(module, Storage) else quantize_weight(weight, scheme)
     n, k = weight.shape
     x = torch.randn(m, k).to(dtype)
+    x_scale = torch.full((1,), 4 / 127) if scheme.static_activations else None  # a few values are clamped
 
     def quantized(x: Tensor) -> Tensor:
-        return ops.linear(x, *stored, bias, scheme.name)
+        return ops.linear(x, *stored, bias, scheme.name, None, x_scale)
 
     turns = [Turns([quantized], x), Turns([lambda x: nn.functional.linear(x, weight, bias)], x)]
     interleave(turns, seconds)

@@ -243,3 +243,10 @@ def test_schemes_by_pattern():
     assert [row.scheme for row in report.quantized] == ["w4a8-g32", "w4a8-g32", "w8a8s"]
     steps(inputs()[0])
     assert [row.scheme for row in qk.convert_(steps).quantized] == ["w4a8-g32", "w4a8-g32", "w8a8s"]
+
+
+def test_never_slower_times_layers_of_static_activations():
+    model = Net()
+    report = qk.quantize_(model, "w8a8s", skip=["unused"], calibration=inputs(), never_slower=True)
+    reasons = {(row.reason or "").partition(":")[0] for row in report.rows}
+    assert reasons <= {"", "float is faster", "skipped by pattern"}
