@@ -52,7 +52,7 @@ def quantize_(
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
     calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | ObservedLayers | None = None,
-    observer: str | Callable[[], Observer] = "mse",
+    observer: str | Callable[[], Observer] = "minmax",
     never_slower: bool = False,
 ) -> QuantizationReport:
     """Swap every linear layer and convolution of `model` for a quantized one, in place.

@@ -41,7 +41,7 @@ def prepare_(
     scheme: Schemes = "w8a8s",
     mode: str = "frozen",
     *,
-    observer: str | Callable[[], Observer] = "mse",
+    observer: str | Callable[[], Observer] = "minmax",
     skip: Sequence[str] = (),
     include: Sequence[str] | None = None,
     strict: bool = False,
