@@ -112,7 +112,11 @@ def quantize_activation(x: Tensor, scheme: QuantScheme, x_scale: Tensor | None =
     _check_x_scale(x_scale, scheme, x.device)
 
 
-dequantize_weight = column_scales = check_weight
+def dequantize_weight(weight: StoredWeight) -> None:
+    check_weight(weight)
+
+
+column_scales = dequantize_weight
 
 
 def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> None:
