@@ -361,8 +361,9 @@ class RecurrentAdapter(CompositeAdapter[nn.Module]):
     def reason(self, layer: nn.Module) -> str | None:
         if (why := super().reason(layer)) is not None:
             return why
-        named = all(_NAME.fullmatch(name) and weight is not None for name, weight in layer._parameters.items())
-        return None if named or not getattr(layer, "bias", True) else "parametrized weight"
+        own = layer._parameters  # a cell without biases holds None for them
+        known = all(_NAME.fullmatch(name) and (own[name] is not None or name.startswith("bias")) for name in own)
+        return None if known else "parametrized weight"
 
     def split(self, layer: nn.Module) -> _Parts:
         kind = next(kind for kind in _TWINS if isinstance(layer, kind))

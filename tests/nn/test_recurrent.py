@@ -245,3 +245,13 @@ def test_what_is_not_known_stays_in_float_with_the_reason():
 def test_wrong_shapes_are_refused(x, hx, words):
     with pytest.raises(RuntimeError, match=words):
         qk.QuantLSTM.from_float(nn.LSTM(IN, HIDDEN), "w8a8")(x, hx)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+def test_pruned_layers_without_biases_stay_in_float(kind):
+    model = nn.ModuleList([kind(4, 4, bias=False)])
+    name = next(iter(model[0]._parameters))
+    torch.nn.utils.prune.l1_unstructured(model[0], name, 0.5)
+    with pytest.warns(UserWarning, match="nothing was quantized"):
+        report = qk.quantize_(model, "w8a8")
+    assert type(model[0]) is kind and {row.reason for row in report.rows} == {"parametrized weight"}
