@@ -179,6 +179,8 @@ class Layer:
                 quantized.set_weight(QuantizedWeight(owner.qweight, owner.scales, owner.zeros))
                 if (bias := adapter.bias(self.module)) is not None:
                     quantized.bias = bias
+                if observer is not None:
+                    quantized.set_x_scale(observer.scale())
                 self.replace(quantized)
                 sizes, error, note = (0, 0), layer.converted.weight_error, layer.converted.note
                 break

@@ -115,7 +115,7 @@ def convert_(model: nn.Module) -> QuantizationReport:
         The report of `quantize_`, whose rows hold `x_scale` and the share of the inputs that was clipped.
 
     Raises:
-        ValueError: if the model was not prepared, or saw no input at all; it is then as it was.
+        ValueError: if the model was not prepared, or saw no input at all, and as `quantize_`; it is then as it was.
     """
     watches = _watches(model) if isinstance(model, nn.Module) else {}
     if not watches:
@@ -129,7 +129,12 @@ def convert_(model: nn.Module) -> QuantizationReport:
             if hook is watch:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return quantize_(model, request.scheme, **request.options, calibration=observers)
+    try:
+        return quantize_(model, request.scheme, **request.options, calibration=observers)
+    except Exception:
+        for module, watch in watches.values():
+            module.register_forward_pre_hook(watch, with_kwargs=True)
+        raise
 
 
 def _watches(model: nn.Module) -> dict[int, tuple[nn.Module, _Watch]]:

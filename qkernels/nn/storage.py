@@ -82,10 +82,13 @@ class Storage(nn.Module):
         if (problem := x_scale_problem(x_scale, self.scheme)) is not None:
             raise ValueError(f"x_scale {problem}")
         if self.scheme.static_activations:
-            device = next(tensor for tensor in self._parameters.values() if tensor is not None).device
             with torch.inference_mode(False):
-                own = nn.Parameter(x_scale.detach().to(device).clone(), requires_grad=self._learns_x_scale)
+                own = nn.Parameter(x_scale.detach().to(self._device()).clone(), requires_grad=self._learns_x_scale)
             self.register_parameter("x_scale", own)
+
+    def _device(self) -> torch.device:
+        """Where the layer is: `x_scale` is put there, and a weight that is computed is no parameter of its own."""
+        return next(parameter.device for name, parameter in self.named_parameters() if name != "x_scale")
 
     @property
     def _learns_x_scale(self) -> bool:
@@ -202,8 +205,7 @@ class Storage(nn.Module):
         scales = (self._parameters.get("scales"), self._parameters.get("x_scale"))
         exact = {id(tensor) for s in scales if s is not None for tensor in (s, s.grad)}
         exact.add(id(self._buffers.get("column_scales")))
-        device = next(tensor for tensor in self._parameters.values() if tensor is not None).device
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self._device())).dtype
         if not dtype.is_floating_point:
             raise TypeError(f"{type(self).__name__} computes in float32, bfloat16 or float16, got {dtype}")
         if dtype not in self.COMPUTE_DTYPES:

@@ -250,3 +250,37 @@ def test_never_slower_times_layers_of_static_activations():
     report = qk.quantize_(model, "w8a8s", skip=["unused"], calibration=inputs(), never_slower=True)
     reasons = {(row.reason or "").partition(":")[0] for row in report.rows}
     assert reasons <= {"", "float is faster", "skipped by pattern"}
+
+
+def test_layers_of_one_weight_have_scales_of_their_own():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    x = 5 * torch.randn(64, 16)
+    expected = model(x)
+    seen = [x.abs().max().item(), model[1](model[0](x)).max().item()]
+    report = qk.quantize_(model, "w8a8s", embeddings=True, calibration=[x])
+    assert model[0].qweight is model[2].qweight
+    assert [row.x_scale * 127 for row in report.rows] == pytest.approx(seen, rel=1e-5)
+    assert [model[at].x_scale.item() * 127 for at in (0, 2)] == pytest.approx(seen, rel=1e-5)
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["frozen", "qat", "int8"])
+def test_pruned_layers_are_calibrated_and_moved(mode):
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False)), torch.randn(2, 4, 6, 6)
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    expected = model(x)
+    qk.quantize_(model, "w8a8s", mode, calibration=[x])
+    assert (model.to("cpu")(x) - expected).norm() < 0.05 * expected.norm()
+    assert model[0].x_scale.item() * 127 == pytest.approx(x.abs().max().item(), rel=1e-5)
+
+
+def test_a_conversion_that_is_refused_can_be_repeated():
+    model, x = qk.prepare_(nn.Sequential(nn.Linear(8, 8))), torch.randn(3, 8)
+    model(x)
+    weight = model[0].weight
+    before, weight.data = weight.data, weight.data * torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        qk.convert_(model)
+    weight.data = before
+    assert qk.convert_(model).rows[0].x_scale * 127 == pytest.approx(x.abs().max().item(), rel=1e-5)

@@ -275,3 +275,15 @@ def test_pruned_convolutions(mode):
             optimizer.step()
     qk.dequantize_(qk.freeze_(model))
     assert not any(model[place].weight[where].any() for place, where in zeros.items())
+
+
+def test_a_layer_without_parameters_of_its_own_is_moved_and_cast():
+    layer = nn.Linear(16, 16, bias=False)
+    parametrize.register_parametrization(layer, "weight", Mask(torch.rand(16, 16) < 0.5))
+    model = nn.Sequential(layer)
+    qk.quantize_(model, "w8a8", mode="qat")
+    x = torch.randn(3, 16)
+    expected = model(x)
+    assert not [own for own in model[0]._parameters.values() if own is not None]
+    assert_same_bits(model.to("cpu")(x), expected)
+    assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
