@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..formats.storage import FLOAT_DTYPES
-from ..nn.adapters import SplitLayer, find_composite, float_twin, is_frozen
+from ..nn.adapters import SplitLayer, adapter_of, find_composite, float_twin, is_frozen
 from ..nn.embedding import QuantEmbedding
 from ..nn.grouped_linear import QuantGroupedLinear
 from ..nn.linear import QuantLinear
@@ -65,6 +66,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 f"{layer.name} has PEFT adapters: call merge_and_unload() or unload() first; nothing was changed"
             )
     weights: dict[int, nn.Parameter] = {}  # by id of the storage
+    held: dict[tuple[Any, ...], nn.Parameter] = {}  # the same, as the float layers hold it
     for layer in layers:
         quantized = layer.module
         assert isinstance(quantized, Storage)
@@ -75,6 +77,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             values = quantized.dequantize().to(dtype or quantized.compute_dtype)
             weights[shared] = nn.Parameter(values)
         replacement = float_twin(quantized, weights[shared])
+        adapter = adapter_of(replacement)
+        own = replacement.get_parameter(adapter.key)
+        setattr(replacement, adapter.key, held.setdefault((shared, adapter.transposed, own.shape), own))
         move_attributes(quantized, replacement, but=_OWN)
         put_in_place(replacement, quantized, layer.slots)
     _join_split_layers(model)

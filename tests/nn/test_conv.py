@@ -198,3 +198,12 @@ def test_transforms_export_and_second_derivatives():
     layer.freeze_()
     program = torch.export.export(layer, (x.detach(),))
     assert_same_bits(program.module()(x.detach()), layer(x.detach()), "export")
+
+
+def test_convolutions_of_one_weight_share_it_on_both_ways():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    qk.quantize_(model, "w8a8", embeddings=True)
+    assert model[1].qweight is model[0].qweight
+    qk.dequantize_(model)
+    assert model[1].weight is model[0].weight and model[1].bias is not model[0].bias
