@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -237,16 +238,20 @@ qk::ConvGeometry geometry_of(const Tensor& x, const std::vector<int64_t>& values
   require(values.size() == 11, "geometry must be 11 integers, got ", values.size());
   const qk::ConvGeometry g = {values[0], values[1], values[2], values[3], values[4], values[5],
                               values[6], values[7], values[8], values[9], values[10]};
-  const auto at_least = [](const char* name, int64_t value, int64_t least) {
-    require(value >= least, name, " must be at least ", least, ", got ", value);
+  const auto from = [](int64_t least, const char* name, int64_t value) {
+    require(value >= least && value <= INT32_MAX, name, " must be in [", least, ", 2147483647], got ", value);
   };
-  at_least("kernel_height", g.kernel_height, 1), at_least("kernel_width", g.kernel_width, 1);
-  at_least("stride_height", g.stride_height, 1), at_least("stride_width", g.stride_width, 1);
-  at_least("dilation_height", g.dilation_height, 1), at_least("dilation_width", g.dilation_width, 1);
-  at_least("left", g.left, 0), at_least("right", g.right, 0), at_least("top", g.top, 0);
-  at_least("bottom", g.bottom, 0), at_least("groups", g.groups, 1);
+  from(1, "kernel_height", g.kernel_height), from(1, "kernel_width", g.kernel_width);
+  from(1, "stride_height", g.stride_height), from(1, "stride_width", g.stride_width);
+  from(1, "dilation_height", g.dilation_height), from(1, "dilation_width", g.dilation_width);
+  from(0, "left", g.left), from(0, "right", g.right), from(0, "top", g.top), from(0, "bottom", g.bottom);
+  from(1, "groups", g.groups);
   require(x.size(3) % g.groups == 0, "x must have a multiple of groups = ", g.groups, " channels, got shape ",
           shape_of(x));
+  // In floats, which do not overflow; what follows then does not either.
+  const auto size = [&](int dim, int64_t zeros) { return std::max(1.0, static_cast<double>(x.size(dim)) + zeros); };
+  require(size(0, 0) * size(1, g.top + g.bottom) * size(2, g.left + g.right) * size(3, 0) <= 0x1p60,
+          "x must have at most 2^60 values with its padding, got shape ", shape_of(x));
   const bool fits = g.top + x.size(1) + g.bottom > g.dilation_height * (g.kernel_height - 1) &&
                     g.left + x.size(2) + g.right > g.dilation_width * (g.kernel_width - 1);
   require(fits, "the dilated kernel must fit into the padded x, got shape ", shape_of(x));

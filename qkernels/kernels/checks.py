@@ -176,10 +176,13 @@ def conv(
 def _check_geometry(x: Tensor, geometry: ConvGeometry) -> None:
     for name, value in geometry._asdict().items():
         least = 0 if name in ("left", "right", "top", "bottom") else 1
-        if value < least:
-            raise RuntimeError(f"{name} must be at least {least}, got {value}")
+        if not least <= value < 2**31:
+            raise RuntimeError(f"{name} must be in [{least}, 2147483647], got {value}")
     if x.shape[3] % geometry.groups:
         raise RuntimeError(f"x must have a multiple of groups = {geometry.groups} channels, got shape {list(x.shape)}")
+    rows, columns = x.shape[1] + geometry.top + geometry.bottom, x.shape[2] + geometry.left + geometry.right
+    if math.prod(max(size, 1) for size in (x.shape[0], rows, columns, x.shape[3])) > 2**60:
+        raise RuntimeError(f"x must have at most 2^60 values with its padding, got shape {list(x.shape)}")
     if min(geometry.output_size(x.shape[1], x.shape[2])) < 1:
         raise RuntimeError(f"the dilated kernel must fit into the padded x, got shape {list(x.shape)}")
 
