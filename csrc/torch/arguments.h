@@ -276,8 +276,8 @@ class ExpertOffsets {
   ExpertOffsets(const Tensor& offsets, int64_t experts, int64_t rows) : tensor_(offsets) {
     rows_ = {int64_vector("offsets", tensor_, experts), experts, rows};
     for (int64_t e = 0; e < experts; ++e) {
-      require(rows_.count(e) >= 0 && rows_.ends[e] <= rows, "offsets must ascend from 0 to at most ", rows, ", got ",
-              rows_.ends[e], " at position ", e);
+      require(rows_.ends[e] >= rows_.begin(e) && rows_.ends[e] <= rows, "offsets must ascend from 0 to at most ", rows,
+              ", got ", rows_.ends[e], " at position ", e);
     }
   }
 

@@ -50,9 +50,10 @@ def test_grouped_linear_equals_reference(each_isa, scheme):
 @pytest.mark.parametrize("scheme", tiered(INT_SCHEMES))
 def test_grouped_linear_equals_unfused_products(each_isa, scheme, dtype):
     x, rows, offsets, weight, bias = arguments(scheme, dtype)
-    out = ops.grouped_linear(x, offsets, *weight, bias, scheme, rows=rows)
+    x_scale = op_samples.x_scale_of(scheme)
+    out = ops.grouped_linear(x, offsets, *weight, bias, scheme, rows=rows, x_scale=x_scale)
     for expert, part in slices(offsets):
-        one = ops.linear(x[rows[part]], *of_expert(weight, expert), bias[expert], scheme)
+        one = ops.linear(x[rows[part]], *of_expert(weight, expert), bias[expert], scheme, x_scale=x_scale)
         assert_same_bits(out[part], one, f"{each_isa} {scheme} expert {expert}")
     assert_same_bits(out[offsets[-1] :], torch.zeros(UNUSED, N, dtype=dtype))
 
@@ -164,7 +165,7 @@ def test_no_tokens_no_experts_no_features(each_isa, scheme):
     assert_same_bits(out, torch.zeros(len(x), N))
 
 
-@pytest.mark.parametrize("value", [[1, 3, 2], [-1, 2, 3], [1, 2, 5]])
+@pytest.mark.parametrize("value", [[1, 3, 2], [-1, 2, 3], [1, 2, 5], [1, 2, -(2**63)]])
 def test_offsets_that_do_not_ascend_are_refused(value):
     weight = (torch.ones(3, 2, 4, dtype=torch.int8), torch.ones(3, 2, 1), None)
     offsets = torch.tensor(value)
