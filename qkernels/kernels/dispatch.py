@@ -111,7 +111,8 @@ def call_of(name: str, args: tuple[Any, ...]) -> cuda_library.Call:
     """The facts about a call of the operator `name`, with arguments of its schema, that decide who computes it."""
     scheme = arguments.scheme_of(name, args)
     multiply_adds = args[0].numel() * len(args[1]) if name == "linear" else 0
-    rounds = name == "grouped_linear_grad_input" and args[arguments.names(name).index("seed")] is not None
+    given = dict(zip(arguments.names(name), args, strict=False))  # torch leaves out what has its default
+    rounds = name == "grouped_linear_grad_input" and given.get("seed") is not None
     return cuda_library.Call(name, scheme, args[0].dtype, multiply_adds, rounds)
 
 
