@@ -47,7 +47,7 @@ def grouped_linear(
     launches: list[Launch] = []
     operand, group = operand_of(x), scheme.group_size or 0
     if scheme.int_activations:
-        activation, launches = quantize_activation(x, scheme, device=device)
+        activation, launches = quantize_activation(x, scheme, weight.x_scale, device=device)
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
         operand = "int8"
     config = choose(MatmulShape(-(-m // experts), n, k, operand, group), device)

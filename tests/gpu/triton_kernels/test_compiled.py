@@ -45,7 +45,7 @@ LINEAR = (
 )
 CASES = [
     *(("linear", scheme) for scheme in LINEAR),
-    *(("grouped_linear", scheme) for scheme in ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w4a16-g128")),
+    *(("grouped_linear", scheme) for scheme in ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w4a16-g128", "w8a8s")),
     *(("grouped_linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128", "w8a8s")),
     *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
