@@ -27,7 +27,7 @@ from .functions import (
     save,
     total_tangent,
 )
-from .int8_gradients import LinearWeight, int8_input_gradient
+from .int8_gradients import LinearWeight, int8_input_gradient, int_product
 from .int8_weight import Int8Weight
 from .trained import quantized_weight, x_scale_gradient
 
@@ -342,9 +342,7 @@ def _weight_gradient(grad_out: Tensor, x: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _int8_input_gradient(grad_out: Tensor, kernel: Kernel, seed: Tensor) -> Tensor:
-    """float32 [N, H, W, C]: rules 6 and 8 on the rows of pixels, an image at a time; the products of a pixel's patch
-    are added in float32.
-    """
+    """float32 [N, H, W, C]: rules 6 and 8 on the rows of pixels; products of a pixel's patch are added in float32."""
     geometry, (images, pixels) = kernel.geometry, (len(grad_out), grad_out.shape[1] * grad_out.shape[2])
     outputs, shape = grad_out.shape[3] // geometry.groups, _padded_image(kernel)
     rows = grad_out.reshape(images * pixels, -1)
@@ -362,22 +360,22 @@ def _int8_input_gradient(grad_out: Tensor, kernel: Kernel, seed: Tensor) -> Tens
 
 
 def _int8_weight_gradient(grad_out: Tensor, qx: Tensor, x_scales: Tensor, kernel: Kernel, seed: Tensor) -> Tensor:
-    """float32 [O, K]: rule 8 on the columns of the gradient, with the scales of the images folded in, and exact sums
-    over each image, which are added in float32, images ascending.
+    """float32 [O, K]: rule 8 on the columns of the gradient, with the scales of the images folded in, and the sums of
+    rule 10 over each image, which are added in float32, images ascending.
     """
     geometry, pixels = kernel.geometry, grad_out.shape[1] * grad_out.shape[2]
     rows, channels = grad_out.reshape(len(qx) * pixels, -1), kernel.image[3] // geometry.groups
     q_grad, grad_scales = ops.quantize_columns_stochastic(rows, x_scales.repeat_interleave(pixels), seed, GRAD_WEIGHT)
     total, outputs = rows.new_zeros((rows.shape[1], kernel.in_features), dtype=torch.float32), len(q_grad)
     outputs //= geometry.groups
-    ones, weight_scales = grad_scales.new_ones(outputs), grad_scales.new_ones(pixels, 1)
+    ones, pixel_scales = grad_scales.new_ones(outputs), grad_scales.new_ones(pixels, 1)
     padded = F.pad(qx, (0, 0, *geometry[6:10]))
     for image, pixel in zip(padded, range(0, len(rows), pixels), strict=True):
         for group in range(geometry.groups):
             own = slice(group * outputs, (group + 1) * outputs)
             patches = _patches(image[..., group * channels : (group + 1) * channels], kernel, grad_out.shape[1:3])
-            q = q_grad[own, pixel : pixel + pixels]
-            total[own] += ops.int_grad_input(q, ones, patches, weight_scales, None, kernel.in_features, "w8a8")
+            multiplied = LinearWeight(QuantizedWeight(patches, pixel_scales, None), kernel.in_features, "w8a8")
+            total[own] += int_product(q_grad[own, pixel : pixel + pixels], ones, multiplied, torch.float32)
     return total * grad_scales[:, None]
 
 

@@ -74,7 +74,7 @@ def int8_input_gradient(grad_out: Tensor, weight: LinearWeight, seed: Tensor, ou
     """
     folded = _row_factors(weight) if weight.column_scales is None else None
     q_grad, grad_scales = ops.quantize_rows_stochastic(grad_out, folded, seed, GRAD_INPUT)
-    return _product(q_grad, grad_scales, weight, out_dtype)
+    return int_product(q_grad, grad_scales, weight, out_dtype)
 
 
 def int8_weight_gradient(
@@ -90,10 +90,10 @@ def int8_weight_gradient(
     """
     q_grad, grad_scales = ops.quantize_columns_stochastic(grad_out, x_scales, seed, GRAD_WEIGHT)
     x = QuantizedWeight(qx, torch.ones_like(x_scales).unsqueeze(1), None)
-    return _product(q_grad, grad_scales, LinearWeight(x, qx.shape[1], "w8a8"), out_dtype)
+    return int_product(q_grad, grad_scales, LinearWeight(x, qx.shape[1], "w8a8"), out_dtype)
 
 
-def _product(q_grad: Tensor, grad_scales: Tensor, weight: LinearWeight, out_dtype: torch.dtype) -> Tensor:
+def int_product(q_grad: Tensor, grad_scales: Tensor, weight: LinearWeight, out_dtype: torch.dtype) -> Tensor:
     """`ops.int_grad_input`, for any depth: blocks of rows of the weight, whose sums are added in ascending order."""
     stored, in_features, scheme, column_scales = weight
     depth = q_grad.shape[1]

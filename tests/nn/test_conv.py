@@ -58,6 +58,17 @@ def test_output_and_gradients_are_those_of_the_dequantized_layer(case, scheme, m
         assert relative(weight_grad, conv.weight.grad) < (0.04 if "a8" in scheme else 1e-5)
 
 
+def test_integer_gradient_of_an_image_of_more_pixels_than_an_integer_sum_takes():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 1)
+    layer = quantized(conv, "w8a8", mode="qat", grad_dtype="int8")
+    x, grad_out = torch.randn(1, 2, 512, 270), torch.randn(1, 3, 512, 270)
+    layer(x).backward(grad_out)
+    expected = torch.nn.grad.conv2d_weight(x, conv.weight.shape, grad_out)
+    noise = (x.square().sum().sqrt() * grad_out.abs().max() / 127).item()
+    assert (layer.weight.grad - expected).abs().max() < noise
+
+
 def test_the_memory_format_of_the_input_is_kept():
     conv, x = nn.Conv2d(8, 16, 3), torch.randn(2, 8, 9, 9)
     layer = quantized(conv, "w8a8")

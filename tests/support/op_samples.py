@@ -413,7 +413,7 @@ OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
     "quantize_activation": ("w8a8", "w8a8-ag32", "w8a8-ag64", "w8a8-ag128", "w8a8s")
 }
 OP_SCHEMES["linear_with_saved_input"] = INT_SCHEMES
-OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name and "a8s" not in name]
+OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name]
 OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
 # Scales that are given have no zero points.
 for _op in ("quantize_weight_scaled", "scale_gradient"):
