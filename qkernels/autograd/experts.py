@@ -20,7 +20,7 @@ from .functions import (
     save,
     total_tangent,
 )
-from .trained import quantized_weight
+from .trained import quantized_weight, x_scale_gradient
 
 
 def grouped_column_scales(weight: QuantizedWeight, in_features: int, scheme: str) -> Tensor:
@@ -107,12 +107,14 @@ class _FrozenExperts(torch.autograd.Function):
         out_dtype: torch.dtype | None,
         seed: Tensor | None,
         column_scales: Tensor | None,
+        x_scale: Tensor | None,
     ) -> Tensor:
-        return ops.grouped_linear(x, offsets, qweight, scales, zeros, bias, scheme.name, out_dtype, rows=rows)
+        stored = (qweight, scales, zeros)
+        return ops.grouped_linear(x, offsets, *stored, bias, scheme.name, out_dtype, rows=rows, x_scale=x_scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, rows, offsets, qweight, scales, zeros, bias, ctx.scheme, _, seed, column_scales = inputs
+        x, rows, offsets, qweight, scales, zeros, bias, ctx.scheme, _, seed, column_scales, _ = inputs
         save(ctx, rows, offsets, qweight, scales, zeros, seed, column_scales)
         ctx.x_shape, ctx.x_dtype, ctx.out_dtype, ctx.shape = x.shape, x.dtype, output.dtype, output.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -128,7 +130,7 @@ class _FrozenExperts(torch.autograd.Function):
             )
         if ctx.needs_input_grad[6]:
             grad_bias = _bias_gradient(grad_out, offsets, ctx.bias_dtype)
-        return grad_x, None, None, None, None, None, grad_bias, None, None, None, None
+        return grad_x, None, None, None, None, None, grad_bias, None, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -155,11 +157,14 @@ class _TrainedExperts(torch.autograd.Function):
         seed: Tensor | None,
         needs_x: bool,
         needs_weight: bool,
+        x_scale: Tensor | None,
+        needs_x_scale: bool,
         *graphs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         flat = quantized_weight(weight, scales, scheme)
         stored = _by_expert(flat, len(offsets))
-        out = ops.grouped_linear(x, offsets, *stored, bias, scheme.name, out_dtype, rows=rows)
+        out = ops.grouped_linear(x, offsets, *stored, bias, scheme.name, out_dtype, rows=rows, x_scale=x_scale)
+        needs_x = needs_x or needs_x_scale
         kept: tuple[Tensor | None, ...] = flat if needs_x else (None, None, None)
         if needs_x and scales is not None:
             kept = (flat.qweight, None, flat.zeros)  # the scales are an input
@@ -167,11 +172,11 @@ class _TrainedExperts(torch.autograd.Function):
             return out, None, None, *kept
         # A product with no columns is nothing but x with one scale a row.
         none = flat.map(lambda tensor: tensor[:0])
-        return out, *ops.linear_with_saved_input(x, *none, None, scheme.name)[1:], *kept
+        return out, *ops.linear_with_saved_input(x, *none, None, scheme.name, x_scale=x_scale)[1:], *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, rows, offsets, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, *graphs = inputs
+        x, rows, offsets, weight, scales, bias, ctx.scheme, _, seed, _, needs_weight, x_scale, learns, *graphs = inputs
         out, saved_x, x_scales, *kept = output
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         if needs_weight and saved_x is None:
@@ -180,7 +185,8 @@ class _TrainedExperts(torch.autograd.Function):
             kept[1] = scales
         clips = ctx.scheme.weight_bits == 4 or scales is not None
         master, learned = (weight, scales) if needs_weight and clips else (None, None)
-        save(ctx, rows, offsets, *kept, saved_x, x_scales, master, learned, seed, *graphs)
+        clamped = (x, x_scale) if learns else (None, None)
+        save(ctx, rows, offsets, *kept, saved_x, x_scales, master, learned, seed, *clamped, *graphs)
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.out_dtype, ctx.shape = out.dtype, out.shape
@@ -188,15 +194,20 @@ class _TrainedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        rows, offsets, qweight, scales, zeros, saved_x, x_scales, master, learned, seed, *_graphs = ctx.saved_tensors
+        rows, offsets, qweight, scales, zeros, saved_x, x_scales, master, learned, seed, x, x_scale, *_graphs = (
+            ctx.saved_tensors
+        )
         needs_x, _, _, needs_weight, needs_scales, needs_bias = ctx.needs_input_grad[:6]
         name = ctx.scheme.name
-        grad_x = grad_weight = grad_scales = grad_bias = None
-        if needs_x:
+        grad_x = grad_weight = grad_scales = grad_bias = grad_x_scale = None
+        if needs_x or x_scale is not None:
             stored = _by_expert(QuantizedWeight(qweight, scales, zeros), len(offsets))
             grouped = seed is not None and ctx.scheme.group_size
             column_scales = grouped_column_scales(stored, ctx.x_shape[1], name) if grouped else None
             grad_x = _input_gradient(ctx, grad_out, rows, offsets, stored, seed, column_scales)
+        if x_scale is not None:
+            assert grad_x is not None
+            grad_x, grad_x_scale = x_scale_gradient(grad_x, x, x_scale)
         if needs_weight or needs_scales:
             if x_scales is None:
                 grad_weight = ops.grouped_outer(grad_out, offsets, saved_x, rows)
@@ -211,12 +222,13 @@ class _TrainedExperts(torch.autograd.Function):
                 grad_weight = ops.mask_clipped(grad_weight, master, name)
         if needs_bias:
             grad_bias = _bias_gradient(grad_out, offsets, ctx.bias_dtype)
-        return grad_x, None, None, grad_weight, grad_scales, grad_bias, *(None,) * (len(ctx.needs_input_grad) - 6)
+        rest = (None,) * (len(ctx.needs_input_grad) - 12)
+        return grad_x, None, None, grad_weight, grad_scales, grad_bias, *(None,) * 5, grad_x_scale, *rest
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if tangents[3] is not None or tangents[4] is not None:
-            raise NotImplementedError("forward-mode derivatives with respect to the weights of experts")
+        if any(tangents[place] is not None for place in (3, 4, 11)):
+            raise NotImplementedError("forward-mode derivatives with respect to the weights or scales of experts")
         stored = _by_expert(QuantizedWeight(*ctx.saved_tensors[2:5]), len(ctx.saved_tensors[1]))
         parts = _tangents(ctx, tangents[0], stored, tangents[5], ctx.scheme)
         return total_tangent(ctx.shape, ctx.out_dtype, *parts), None, None, None, None, None
@@ -242,6 +254,7 @@ def grouped_linear(
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
     column_scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.grouped_linear` with straight-through gradients to x and bias; the quantized weights are constants.
 
@@ -257,6 +270,7 @@ def grouped_linear(
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for the product with the weights.
         column_scales: `grouped_column_scales` of the weights, for that and `-g` schemes; None: computed in the
             backward.
+        x_scale: float32 [1], the scale of the activations, for `a8s` schemes only.
 
     Returns:
         [M, N]. The gradient of a row of x is the sum over all rows that multiplied it, formed in float32.
@@ -277,11 +291,11 @@ def grouped_linear(
     scheme = QuantScheme.parse(scheme)
     needs_x, needs_bias = needs_gradient(x, bias)
     if not (needs_x or needs_bias):
-        return ops.grouped_linear(x, offsets, *weight, bias, scheme.name, out_dtype, rows=rows)
+        return ops.grouped_linear(x, offsets, *weight, bias, scheme.name, out_dtype, rows=rows, x_scale=x_scale)
     seed = draw_seed() if grad_dtype == "int8" and needs_x else None
     if seed is not None and scheme.group_size and column_scales is None:
         column_scales = grouped_column_scales(weight, x.shape[1], scheme.name)
-    return _frozen_experts(x, rows, offsets, *weight, bias, scheme, out_dtype, seed, column_scales)
+    return _frozen_experts(x, rows, offsets, *weight, bias, scheme, out_dtype, seed, column_scales, x_scale)
 
 
 def trained_grouped_linear(
@@ -295,6 +309,7 @@ def trained_grouped_linear(
     out_dtype: torch.dtype | None = None,
     grad_dtype: str = "float",
     scales: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """`grouped_linear` with weights that are trained: they are quantized in each call, and get a gradient.
 
@@ -306,6 +321,7 @@ def trained_grouped_linear(
         grad_dtype: "int8" rounds the gradient of the output stochastically to int8 for both products.
         scales: float32 [E, N, groups] or [E * N, groups] that a float weight is rounded to, and that are trained; None:
             those of its range.
+        x_scale: float32 [1], the scale of the activations of `a8s` schemes, which is trained if there are `scales`.
 
     Returns:
         [M, N]. The gradient of the weight has its shape; an expert without rows gets zeros.
@@ -315,13 +331,13 @@ def trained_grouped_linear(
     """
     weight = weight if weight.dim() == 2 else weight.flatten(0, 1)
     scales = scales if scales is None or scales.dim() == 2 else scales.flatten(0, 1)
-    needs_x, needs_weight, needs_scales, needs_bias = needs_gradient(x, weight, scales, bias)
-    if not (needs_x or needs_weight or needs_scales or needs_bias):
+    learned = (scales, x_scale) if scales is not None else (None, None)
+    needs_x, needs_weight, needs_bias, needs_scales, needs_x_scale = needs_gradient(x, weight, bias, *learned)
+    if not (needs_x or needs_weight or needs_scales or needs_bias or needs_x_scale):
         stored = _by_expert(quantized_weight(weight, scales, scheme), len(offsets))
-        return ops.grouped_linear(x, offsets, *stored, bias, scheme.name, out_dtype, rows=rows)
+        return ops.grouped_linear(x, offsets, *stored, bias, scheme.name, out_dtype, rows=rows, x_scale=x_scale)
     needs_weight = needs_weight or needs_scales
-    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight) else None
+    seed = draw_seed() if grad_dtype == "int8" and (needs_x or needs_weight or needs_x_scale) else None
     graphs = anchors(x if needs_x else None, weight if needs_weight else None)
-    return _trained_experts(
-        x, rows, offsets, weight, scales, bias, scheme, out_dtype, seed, needs_x, needs_weight, *graphs
-    )
+    options = (scheme, out_dtype, seed, needs_x, needs_weight, x_scale, needs_x_scale)
+    return _trained_experts(x, rows, offsets, weight, scales, bias, *options, *graphs)

@@ -60,6 +60,7 @@ class Split:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let calls of the layer run the twin, whose layers can be watched; the model is not changed otherwise."""
+        move_attributes(self.layer, self.twin)
         self.layer.forward = self.twin.forward
         try:
             yield

@@ -164,7 +164,8 @@ def quantize_(
     if strict:
         check_strict(layers, report.warnings)
     if calibration is not None:
-        report.warnings += _not_measured(layers, "are rounded to nearest: calibration does not look at them")
+        rounded = [layer for layer in layers if layer.scheme is not None and applies(layer.scheme)]
+        report.warnings += _not_measured(rounded, "are rounded to nearest: calibration does not choose their weights")
     if never_slower:
         report.warnings += _not_measured(layers, "are quantized and not timed")
     report.warnings += unexpected_results(layers, report, embeddings)

@@ -32,6 +32,7 @@ from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
 from .config_options import ConfigOptions
 from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
+from .transformers_experts import expect_split_x_scale, join_x_scale
 from .transformers_offload import DiskTensors
 
 _NO_DISK = (
@@ -321,6 +322,7 @@ class QKernelsHfQuantizer(HfQuantizer):
             # What transformers keeps in float32 beside float16 computes in float32, quantized too.
             dtype = torch.float32 if kept & set(layer.names) else None
             layer.replace(empty_like(layer.module, scheme, layer_options, dtype))
+            expect_split_x_scale(layer.name, layer.module)
             self._modes[layer.name] = layer_options["mode"]
             _guard_from_initialization(layer.module)
             self._layers.append(layer)
@@ -379,7 +381,9 @@ class QKernelsHfQuantizer(HfQuantizer):
                 if not _is_loaded(parameter) and not self._disk.has_read(f"{layer.name}.{name}", self._model)
             ]
             problems += [f"{layer.name}.{name} is missing in the checkpoint, or does not fit it" for name in absent]
-            if not absent and module.mode == "frozen" and id(module.qweight) not in checked:
+            if not absent and (problem := join_x_scale(module)) is not None:
+                problems.append(f"{layer.name}.x_scale {problem}")
+            elif not absent and module.mode == "frozen" and id(module.qweight) not in checked:
                 checked.add(id(module.qweight))
                 problems += [f"{layer.name}.{name} {problem}" for name, problem in module.storage_problems().items()]
         if problems:

@@ -28,6 +28,7 @@ def save_pretrained(
 ) -> Any:
     from .folders import marker, warn_of_masks
     from .transformers import QKernelsHfQuantizer, record_layers
+    from .transformers_experts import split_x_scales
 
     warn_of_masks(self)
     named = record_layers(self)
@@ -35,7 +36,8 @@ def save_pretrained(
     if not isinstance(quantizer, QKernelsHfQuantizer):
         quantizer = None
     if named and not getattr(self, "_hf_peft_config_loaded", False):
-        state_dict = {**(self.state_dict() if state_dict is None else state_dict), **marker(self)}
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {**split_x_scales(self, state_dict), **marker(self)}
     if quantizer is not None:  # which transformers asks for the state dict, and forgets the one it was given
         quantizer.state_dict_to_save = state_dict
     try:

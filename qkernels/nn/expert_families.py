@@ -76,12 +76,12 @@ class QuantParallelExperts(QuantGroupedLinear):
 class _ParallelExpertsAdapter(LayerAdapter[Any]):
     """The adapter of JetMoE's `ParallelExperts`, of one weight [E, N, K]."""
 
-    measured = False
+    measured, static_activations = False, True
 
     def _grouped(self, layer: Any) -> GroupedLinear:
         return GroupedLinear(layer.weight, None, layer.num_experts).train(layer.training)
 
-    def quantize(self, layer: Any, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: Any, scheme: str | QuantScheme, **layer_options: Any) -> Storage:
         return QuantParallelExperts.from_float(self._grouped(layer), scheme, **layer_options)
 
     def empty(

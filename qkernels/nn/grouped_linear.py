@@ -14,6 +14,7 @@ from ..autograd.experts import grouped_linear, trained_grouped_linear
 from ..autograd.weight_products import autocast_dtype, check_input
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
+from ..formats.validate import x_scale_problem
 from ..kernels.quantizers import quantize_weight
 from .adapters import LayerAdapter, register_adapter
 from .layer_adapters import QuantizedAdapter
@@ -123,7 +124,8 @@ class QuantGroupedLinear(MatrixLayer):
 
     Modes, gradients and what is saved are those of `QuantLinear`, whose bits each expert's product has. The state dict
     holds the canonical storage of every expert, one after the other: `qweight` [E, N, ...], `scales` and `zeros`
-    [E, N, groups], and `bias` [E, N]; in mode "qat" `weight` [E, N, K].
+    [E, N, groups], and `bias` [E, N]; in mode "qat" `weight` [E, N, K]. Static activations (`a8s` schemes) have one
+    `x_scale` [1] for all experts, which see one distribution of tokens, so that each is quantized once.
 
     Shape: `forward(x, offsets, rows)` takes x float [T, K], offsets int64 [E], where the rows of each expert end among
     the M rows of the output, and rows int64 [M], the row of x that each multiplies (None: M = T, as they are). The
@@ -137,7 +139,7 @@ class QuantGroupedLinear(MatrixLayer):
         scheme, mode, grad_dtype, weight_scale, device, dtype: as in `QuantLinear`.
 
     Raises:
-        ValueError: as `QuantLinear` does, and for static activations.
+        ValueError: as `QuantLinear` does.
 
     Example:
         >>> from qkernels.nn.grouped_linear import QuantGroupedLinear
@@ -165,10 +167,6 @@ class QuantGroupedLinear(MatrixLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.leading = in_features, out_features, (num_experts,)
-        if (parsed := QuantScheme.parse(scheme)).static_activations:
-            raise ValueError(
-                f"scheme must not have static activations for experts, got {parsed}; use {parsed.of_dynamic}"
-            )
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
         self._set_up(scheme, bias, **options, device=device, dtype=dtype)
 
@@ -222,14 +220,20 @@ class QuantGroupedLinear(MatrixLayer):
         mode: str = "frozen",
         grad_dtype: str = "float",
         weight_scale: str = "absmax",
+        x_scale: Tensor | None = None,
     ) -> QuantGroupedLinear:
         """Quantize the matrices of a `GroupedLinear`, one expert at a time; the bias parameter is shared with it.
 
         So is, for mode "qat", the weight, if the layer holds it as [E, N, K].
 
+        Args:
+            x_scale: float32 [1], the scale of the activations, for `a8s` schemes only.
+
         Raises:
-            ValueError: if the weight holds NaN or Inf, or the scheme does not fit.
+            ValueError: if the weight holds NaN or Inf, the scheme does not fit, or `x_scale` does not fit the scheme.
         """
+        if (problem := x_scale_problem(x_scale, QuantScheme.parse(scheme))) is not None:
+            raise ValueError(f"x_scale {problem}")
         matrices = layer.matrices().detach()
         experts, out_features, in_features = matrices.shape
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
@@ -244,12 +248,15 @@ class QuantGroupedLinear(MatrixLayer):
             with torch.inference_mode(False):
                 quantized._take(stack_experts([quantize_weight(matrix, quantized.scheme) for matrix in matrices]))
         quantized.register_parameter("bias", layer.bias)
+        if x_scale is not None:
+            quantized.set_x_scale(x_scale)
         quantized.float_type = type(layer)
         return quantized.train(layer.training)
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         check_input(x, self.in_features)
         options: Any = {"out_dtype": autocast_dtype(x.device.type), "grad_dtype": self.grad_dtype}
+        options["x_scale"] = self._activation_scale()
         if self.mode == "frozen":
             out = grouped_linear(x, rows, offsets, self._frozen_weight(), self.bias, self.scheme, **options)
         else:
@@ -281,12 +288,12 @@ def stack_experts(weights: list[QuantizedWeight]) -> QuantizedWeight:
 class GroupedAdapter(LayerAdapter[GroupedLinear]):
     """The adapter of `GroupedLinear`."""
 
-    measured = False
+    measured, static_activations = False, True
 
     def weight(self, layer: GroupedLinear) -> Tensor:
         return layer.matrices().detach()
 
-    def quantize(self, layer: GroupedLinear, scheme: str | QuantScheme, **layer_options: str) -> Storage:
+    def quantize(self, layer: GroupedLinear, scheme: str | QuantScheme, **layer_options: Any) -> Storage:
         return QuantGroupedLinear.from_float(layer, scheme, **layer_options)
 
     def empty(

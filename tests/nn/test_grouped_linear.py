@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_same_bits
+from op_samples import x_scale_of
 from torch import nn
 
 import qkernels as qk
@@ -13,7 +14,7 @@ from qkernels.nn.grouped_linear import GroupedLinear, QuantGroupedLinear
 
 E, N, K = 4, 24, 64
 OFFSETS = torch.tensor([3, 3, 10, 12])  # the second expert has no row
-SCHEMES = ["w8a8", "w8a16", "w4a8-g32", "w4a8-g32-asym", "w4a16-g32", "w4a8-ag32"]
+SCHEMES = ["w8a8", "w8a16", "w4a8-g32", "w4a8-g32-asym", "w4a16-g32", "w4a8-ag32", "w8a8s", "w4a8s-g32"]
 
 
 def layer_of(bias=True, transposed=False, flat=False, dtype=torch.float32) -> GroupedLinear:
@@ -46,8 +47,9 @@ def expected(x: torch.Tensor, linears) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_expert_has_the_bits_of_a_linear_layer(scheme, dtype):
-    layer, x = layer_of(dtype=dtype), torch.randn(14, K).to(dtype)
-    assert_same_bits(QuantGroupedLinear.from_float(layer, scheme)(x, OFFSETS), expected(x, unfused(layer, scheme)))
+    layer, x, options = layer_of(dtype=dtype), torch.randn(14, K).to(dtype), {"x_scale": x_scale_of(scheme)}
+    quantized = QuantGroupedLinear.from_float(layer, scheme, **options)
+    assert_same_bits(quantized(x, OFFSETS), expected(x, unfused(layer, scheme, **options)))
 
 
 def test_a_row_that_several_experts_take_is_quantized_as_it_is():
@@ -73,10 +75,14 @@ def test_experts_without_rows_and_rows_without_experts(offsets):
         ("w4a8-g32", "qat", {"weight_scale": "learned"}),
         ("w8a16", "int8", {}),
         ("w8a8", "int8", {}),
+        ("w8a8s", "qat", {}),
+        ("w8a8s", "int8", {}),
+        ("w4a8s-g32", "qat", {"weight_scale": "learned"}),
     ],
 )
 def test_trained_modes_have_the_bits_and_gradients_of_linear_layers(scheme, mode, options):
     layer, x = layer_of(), torch.randn(14, K, requires_grad=True)
+    options = {**options, "x_scale": x_scale_of(scheme)}
     quantized = QuantGroupedLinear.from_float(copy.deepcopy(layer), scheme, mode=mode, **options)
     linears = unfused(layer, scheme, mode=mode, **options)
     out, wanted = quantized(x, OFFSETS), expected(x, linears)
@@ -91,6 +97,10 @@ def test_trained_modes_have_the_bits_and_gradients_of_linear_layers(scheme, mode
         own = quantized.weight.grad.view(E, N, K)[expert]
         torch.testing.assert_close(own, torch.zeros(N, K) if linear.weight.grad is None else linear.weight.grad)
         torch.testing.assert_close(quantized.bias.grad[expert], linear.bias.grad)
+    if (x_scale := quantized.x_scale) is not None and x_scale.requires_grad:
+        each = [linear.x_scale.grad for linear in linears if linear.x_scale.grad is not None]
+        torch.testing.assert_close(x_scale.grad, torch.stack(each).sum(dim=0))
+        assert x_scale.grad != 0
 
 
 def test_the_gradient_of_a_frozen_layer():
@@ -102,6 +112,19 @@ def test_the_gradient_of_a_frozen_layer():
     quantized(x, OFFSETS).backward(grad)
     torch.testing.assert_close(x.grad, wanted)
     assert quantized.bias.grad.shape == (E, N)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "qat", "int8"])
+def test_a_state_dict_holds_one_static_scale_for_all_experts(mode):
+    scale, x = x_scale_of("w8a8s"), torch.randn(14, K)
+    quantized = QuantGroupedLinear.from_float(layer_of(), "w8a8s", mode=mode, x_scale=scale)
+    state, other = quantized.state_dict(), QuantGroupedLinear(E, K, N, True, "w8a8s", mode=mode)
+    assert_same_bits(state["x_scale"], scale)
+    other.load_state_dict(state)
+    assert_same_bits(other(x, OFFSETS), quantized(x, OFFSETS))
+    assert_same_bits(copy.deepcopy(other).freeze_()(x, OFFSETS), quantized(x, OFFSETS))
+    with pytest.raises(RuntimeError, match=r"x_scale must be torch.float32 of shape \[1\]"):
+        other.load_state_dict({**state, "x_scale": torch.ones(E)})
 
 
 @pytest.mark.parametrize("mode", ["frozen", "qat", "int8"])
@@ -150,8 +173,8 @@ def test_casts_and_copies_keep_the_integers():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="scheme must not have static activations for experts, got w8a8s; use w8a8"):
-        QuantGroupedLinear(E, K, N, scheme="w8a8s")
+    with pytest.raises(ValueError, match="x_scale is missing for w8a8s"):
+        QuantGroupedLinear.from_float(layer_of(), "w8a8s")
     with pytest.raises(ValueError, match="scheme must have 8-bit weights"):
         QuantGroupedLinear(E, K, N, scheme="w4a8-g32", mode="int8")
     with pytest.raises(RuntimeError, match=r"input must have shape \[\.\.\., 64\]"):
