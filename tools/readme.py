@@ -1,6 +1,7 @@
-"""The numbers and the picture of README.md, from rows in benchmarks/results: `python tools/readme.py` writes them.
+"""Numbers of README.md and of pages in docs, from rows in benchmarks/results: `python tools/readme.py` writes them.
 
-README.md holds each block between `<!-- NAME: generated -->` and `<!-- end -->`; a test compares them with these.
+A page holds each block between `<!-- NAME: generated -->` and `<!-- end -->`; a test compares them with these. The
+picture of README.md is drawn as well.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ PICTURE = ROOT / "docs" / "images" / "readme.png"
 LINEAR, GEMMA, MLP = "linear-intel-xeon-amx-2t", "training-gemma-intel-xeon-amx-2t", "training-intel-xeon-amx-2t"
 KEPT_MEMORY = "training-models-kept-memory-intel-xeon-amx-2t"
 QUALITY = "quality-intel-xeon-amx-2t"
+TORCH_LAYERS, EXPERTS = "torch-layers-amd-epyc-avx512bf16-1t", "experts-amd-epyc-avx512bf16-1t"
+STATIC = "static-amd-epyc-avx512bf16-1t"
 FLOAT, INT8, INT4 = "torch bfloat16", "w8a8 frozen int8 + loss", "w4a8-g32-asym frozen int8 + loss"
 COLUMNS = (FLOAT, "torch.ao int8 onednn", "w8a8", "w4a8-g128", "w4a8-g32-asym")
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+def rows(name: str, key: str = "rows") -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))[key]
 
 
 def find(results: str, **values: Any) -> dict[str, Any]:
@@ -99,16 +102,66 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"claims": claims, "layers": layer_table, "training": training_table}
+def torch_layer_table() -> str:
+    lines = ["| layer; features, steps, batch | float | w8a8 | w4a8-g32 | torch.ao dynamic int8 |"]
+    lines.append("| --- |" + " ---: |" * 4)
+    times: dict[str, dict[str, str]] = {}
+    for row in rows(TORCH_LAYERS):
+        ms = 1e3 * row["seconds"]
+        text = f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
+        error = f" ({row['error']:.3f})" if row["contender"] != "float" else ""
+        layer = f"{row['layer']}; {row['features']}, {row['steps']}, {row['batch']}"
+        times.setdefault(layer, {})[row["contender"]] = text + error
+    for layer, found in times.items():
+        cells = [found.get(name, "fails in its fast path") for name in ("float", "w8a8", "w4a8-g32", "torch.ao")]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def rendered(text: str) -> str:
-    """README.md with its blocks made anew."""
-    for name, block in BLOCKS.items():
+def experts_table() -> str:
+    times: dict[str, dict[str, float]] = {}
+    for row in rows(EXPERTS):
+        name = row["name"].removeprefix("transformers ").removeprefix("qkernels ")
+        times.setdefault(row["layer"].split()[0], {})[name] = row["median"]
+    names = list(next(iter(times.values())))
+    lines = ["| tokens | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
+    for tokens, found in times.items():
+        best = min(seconds for name, seconds in found.items() if name.startswith("grouped_mm"))
+        cells = [f"{1e3 * found[name]:.1f} ({best / found[name]:.2f}x)" for name in names]
+        lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def static_table() -> str:
+    errors = {row["contender"]: row["error"] for row in rows(STATIC, "minilm")}
+    titles = {
+        "w8a8": "`w8a8` (dynamic, a scale for each token)",
+        "w8a8s minmax": '`w8a8s`, `observer="minmax"` (the default)',
+        "w8a8s moving_average": '`w8a8s`, `observer="moving_average"`',
+        "w8a8s mse": '`w8a8s`, `observer="mse"`',
+        "w8a8s percentile": '`w8a8s`, `observer="percentile"` (99.99)',
+        "torch.ao onednn": "torch.ao, static, `onednn`",
+        "torch.ao x86": "torch.ao, static, `x86` (7 bits of activations)",
+    }
+    return "\n".join(["| | error |", "| --- | ---: |", *(f"| {titles[n]} | {errors[n]:.3f} |" for n in titles)])
+
+
+# The blocks of each page, by its path.
+PAGES = {
+    "README.md": {"claims": claims, "layers": layer_table, "training": training_table},
+    "docs/performance.md": {"experts": experts_table},
+    "docs/guide/attention-recurrent.md": {"torch layers": torch_layer_table},
+    "docs/guide/coming-from.md": {"static": static_table},
+}
+
+
+def rendered(text: str, page: str = "README.md") -> str:
+    """The text of a page with its blocks made anew."""
+    for name, block in PAGES[page].items():
         pattern = rf"(<!-- {name}: generated -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda match, block=block: match[1] + block() + match[2], text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md must hold one block {name!r}, and holds {count}")
+            raise ValueError(f"{page} must hold one block {name!r}, and holds {count}")
     return text
 
 
@@ -136,6 +189,7 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text(encoding="utf-8"), page), encoding="utf-8")
     draw(PICTURE)
