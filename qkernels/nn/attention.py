@@ -202,7 +202,8 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
     def _rows(self, x: Tensor, start: int, end: int) -> Sequence[Tensor]:
         """Some of q, k and v, computed from x by their rows of `in_proj`."""
         layer, size = self.in_proj, self.embed_dim
-        if type(layer) not in (QuantLinear, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+        hooks = layer._forward_hooks or layer._forward_pre_hooks
+        if type(layer) not in (QuantLinear, nn.Linear) or hooks or "weight_mask" in layer._buffers:
             return layer(x).chunk(3, dim=-1)[start:end]  # an adapter, a mask or an observer has its part
         rows = slice(start * size, end * size)
         bias = None if layer.bias is None else layer.bias[rows]

@@ -297,3 +297,14 @@ def test_an_adapter_of_a_projection_is_never_passed_over():
             assert not torch.allclose(layer(x[0], x[1], x[1])[0], out)
     model(*x).sum().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_a_mask_of_the_projection_holds_in_cross_attention():
+    torch.manual_seed(0)
+    layer = qk.QuantMultiheadAttention.from_float(nn.MultiheadAttention(32, 4), "w8a8", mode="int8")
+    mask = torch.rand(96, 32) < 0.5
+    layer.in_proj.keep_zeros(mask)
+    query, key = torch.randn(5, 2, 32), torch.randn(7, 2, 32)
+    layer(query, key, key)[0].square().sum().backward()
+    weight = layer.in_proj._parameters["weight"]
+    assert weight.grad[mask].any() and not weight.grad[~mask].any()
