@@ -301,6 +301,12 @@ class TestConvolutions:
             qk.quantize_(model, scheme, mode)
         return model
 
+    @pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+    def test_a_new_adapter_over_trained_weights_changes_nothing(self, method):
+        model, x = self.network("w4a8-g32", "qat"), torch.randn(4, 8, 8, 8)
+        expected = model(x)
+        torch.testing.assert_close(get_peft_model(model, self.METHODS[method])(x), expected)
+
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize(("scheme", "mode"), [("w8a8", "frozen"), ("w4a8-g32", "frozen"), ("w8a8", "int8")])
     def test_train_merge_unmerge(self, method, scheme, mode):

@@ -65,6 +65,13 @@ def float_copy(base: Storage, values: Tensor) -> nn.Module:
     return twin
 
 
+def _values(base: Storage) -> Tensor:
+    """The weight [N, K] of a base layer as PEFT reads it: of mode "qat" the one that is trained."""
+    if isinstance(base, MatrixLayer) and base.mode == "qat":
+        return base._rows(base._trained_weight().detach()).to(torch.float32, copy=True)
+    return base.dequantize()
+
+
 def innermost(layer: Any) -> Any:
     """The PEFT layer that holds the base layer: with several methods at once, one layer holds another."""
     while isinstance(layer.base_layer, BaseTunerLayer):
@@ -80,7 +87,7 @@ def float_base(layer: BaseTunerLayer) -> Iterator[None]:
     from the one before, relative to that.
     """
     base, holder = layer.get_base_layer(), innermost(layer)
-    twin = holder.base_layer = float_copy(base, base.dequantize())
+    twin = holder.base_layer = float_copy(base, _values(base))
     try:
         yield
     finally:
@@ -88,7 +95,7 @@ def float_base(layer: BaseTunerLayer) -> Iterator[None]:
     for name in _PREPARED:
         if hasattr(base, name):
             delattr(base, name)
-    before, after = base.dequantize(), adapter_of(twin).weight(twin).to(torch.float32)
+    before, after = _values(base), adapter_of(twin).weight(twin).to(torch.float32)
     if after.is_meta or torch.equal(before, after):
         return
     put_weight(base, quantize_weight(after, base.scheme))
