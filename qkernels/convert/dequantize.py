@@ -23,12 +23,12 @@ AFTER_DEQUANTIZE: list[Callable[[nn.Module], None]] = []
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Put float layers in the place of every `QuantLinear` and `QuantEmbedding` of `model`, in place.
+    """Put float layers in the place of every quantized layer of `model`, in place.
 
     A float layer is of the class that was quantized and has the weight that is multiplied now, rounded to its dtype:
     the model's outputs change by the rounding of activations and of that dtype, and what the quantization cost stays
-    lost. Weights that were shared stay shared. A transformers model forgets that it was quantized: the folder that
-    `save_pretrained` writes needs no qkernels.
+    lost. Weights that were shared stay shared, and layers of several weights (attention, experts) are whole again. A
+    transformers model forgets that it was quantized: the folder that `save_pretrained` writes needs no qkernels.
 
     >>> import torch, qkernels as qk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))

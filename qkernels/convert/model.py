@@ -1,4 +1,4 @@
-"""`quantize_`: swap a model's linear layers for `QuantLinear` in place; `freeze_`."""
+"""`quantize_`: swap the layers of a model for quantized ones in place; `freeze_`."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def quantize_(
     """Swap every linear layer and convolution of `model` for a quantized one, in place.
 
     `nn.Linear` and transformers' `Conv1D` become `QuantLinear`, `nn.Conv2d` and `nn.Conv1d` become `QuantConv2d` and
-    `QuantConv1d`.
+    `QuantConv1d`. A layer of several weights (`nn.MultiheadAttention`, `nn.LSTM` and the like, the fused experts of
+    transformers) becomes a module that computes the same, in which each weight is a layer and a row of its own.
 
     Everything is checked before anything is changed. Layers are then converted one by one and each float weight is
     freed at once. Whatever stays in float is a row of the report, with the reason: depthwise and transposed
     convolutions, and every other matrix weight that is no such layer, too. A layer that cannot be quantized without
     changing what the model computes stays in float: its weight is tied to another module's (a head that shares the
-    embedding), parametrized, not float32/bfloat16/float16, or read directly by its parent
-    (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, PEFT adapters); transformers keeps it in float32 beside
-    float16 (T5); or the layer is of a subclass with a behaviour of its own. A warning tells if nothing is quantized, if
-    layers keep another scheme or mode from an earlier call, and once, later, if an optimizer trains the frozen model as
-    it is.
+    embedding), parametrized by something else than a mask, or not float32/bfloat16/float16; it is part of a PEFT
+    adapter; transformers keeps it in float32 beside float16 (T5); or the layer is of a subclass with a behaviour of its
+    own. A warning tells if nothing is quantized, if layers keep another scheme or mode from an earlier call, and once,
+    later, if an optimizer trains the frozen model as it is.
 
     A layer on the meta device becomes one without values, there: load a quantized state dict into it, with
     `load_state_dict(..., assign=True)` or accelerate's `load_checkpoint_and_dispatch`.
@@ -90,14 +90,15 @@ def quantize_(
         embeddings: also swap every embedding for a `QuantEmbedding` with the weight format of `scheme`, or of the
             scheme given here ("w8a8" with 4-bit layers, say). A head that is tied to an embedding is quantized with it,
             and both share one storage and scheme.
-        calibration: an iterable of sample inputs of the model, for schemes with 4-bit weights: tensors, mappings of
-            keyword arguments, or tuples and lists that begin with the inputs as tensors (a `DataLoader`, say). Weights
-            are then chosen so that the layers' outputs on these inputs change least (`qkernels.ptq.gptq`), which takes
-            the time of running them, a [K, K] float32 matrix a layer, and some seconds a layer. Embeddings, and
-            heads that share their weight, are rounded to nearest. In mode "qat" the float weights become the
-            values of the chosen ones, from which training then starts; `weight_scale="learned"` starts with their
-            scales too, "absmax" finds scales anew and may round some groups a second time. 8-bit weights are
-            refused: fitted to sample inputs they compute worse on others; `smooth_` helps int8 activations.
+        calibration: an iterable of sample inputs of the model, for schemes with 4-bit weights or static activations
+            (`a8s`): tensors, mappings of keyword arguments, or tuples and lists that begin with the inputs as tensors
+            (a `DataLoader`, say). 4-bit weights are then chosen so that the layers' outputs on these inputs change
+            least (`qkernels.ptq.gptq`), which takes the time of running them, a [K, K] float32 matrix a layer, and some
+            seconds a layer. Embeddings, convolutions, experts, and heads that share their weight, are rounded to
+            nearest. In mode "qat" the float weights become the values of the chosen ones, from which training then
+            starts; `weight_scale="learned"` starts with their scales too, "absmax" finds scales anew and may round some
+            groups a second time. Schemes of 8-bit weights with dynamic or float activations are refused: weights that
+            are fitted to sample inputs compute worse on others; `smooth_` helps int8 activations.
             For schemes with static activations (`a8s`), which need it, the inputs of each layer also decide its
             `x_scale`, whatever the bits of the weight.
         observer: how they do: "minmax", "moving_average", "percentile" or "mse", or what makes an `Observer` for each
@@ -111,8 +112,8 @@ def quantize_(
         A `QuantizationReport` with one row for each linear layer, embedding and other matrix weight.
 
     Raises:
-        TypeError: if `model` is itself a linear layer, scripted, or wrapped by DDP, if `skip` or `include` is a single
-            string or holds something else than strings, or for a `calibration` that is no iterable of inputs.
+        TypeError: if `model` is itself a layer that is replaced, scripted, or wrapped by DDP, if `skip` or `include` is
+            a single string or holds something else than strings, or for a `calibration` that is no iterable of inputs.
         ValueError: for an unknown scheme, mode, grad_dtype or weight_scale, a NaN or Inf weight or calibration input
             (naming the layer), an empty `calibration` or one for 8-bit weights, `embeddings` for another mode than
             "frozen", `never_slower` for layers on another device, or a violation of `strict`. The model is then as it
@@ -214,7 +215,7 @@ def _modules_of(value: object) -> str:
 
 
 def freeze_(model: nn.Module) -> nn.Module:
-    """Make every `QuantLinear` of `model` frozen, in place, with the weight that it multiplies now.
+    """Make every quantized layer of `model` frozen, in place, with the weight that it multiplies now.
 
     For the end of a training in mode "qat" or "int8": outputs keep their bits, the state dict becomes that of a
     quantized model, and float weights are freed.
@@ -223,7 +224,8 @@ def freeze_(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        RuntimeError: if a weight holds NaN or Inf.
+        RuntimeError: if a weight, or a learned scale of activations, holds NaN or Inf, or a weight is computed by
+            something else than a mask. Layers before that one are then frozen already.
     """
     for module in model.modules():
         if isinstance(module, MatrixLayer):
