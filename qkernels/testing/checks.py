@@ -192,6 +192,14 @@ def _zero_row(s: Subject) -> Outcome:
     return verdict(off == 0, f"{off} elements differ from the bias" if off else "gives the bias")
 
 
+@check("saturation")
+def _saturation(s: Subject) -> Outcome:
+    if s.input_range is None:
+        return Outcome(SKIPPED, detail="no static activations: each row has a scale of its own")
+    beyond = 3 * s.x
+    return s.same(s.forward(beyond), s.forward(beyond.clamp(-s.input_range, s.input_range)))
+
+
 @check("gradient of x")
 def _gradient_of_x(s: Subject) -> Outcome:
     exact = s.grad_out.double() @ s.weight[0]
@@ -216,8 +224,7 @@ def _gradient_of_weight(s: Subject) -> Outcome:
     if clipped.sum() > _CLIPPED * clipped.numel():
         return verdict(False, f"{int(clipped.sum())} of {clipped.numel()} gradients are 0")
     bound = float_bound(grad_out.abs().t() @ x.abs(), exact, ROWS, s.dtype)
-    if not s.float_activations:
-        bound = bound + grad_out.abs().t() @ (x.abs().amax(1, keepdim=True) / 254)
+    bound = bound + grad_out.abs().t() @ s.rounding(x).expand(ROWS, 1)
     return s.gradient(index, exact.masked_fill(clipped, 0.0), bound)
 
 
@@ -317,7 +324,7 @@ def _cast(s: Subject) -> Outcome:
     x = s.x.to(torch.bfloat16)
     copied = copy.deepcopy(s.layer).to(torch.bfloat16)
     # A weight that is quantized at each call may round to other integers after the cast.
-    expected = Subject(copied, torch.bfloat16, s.seed) if _parameter_index(s, "weight") else s
+    expected = Subject(copied, torch.bfloat16, s.seed, s.input_range) if _parameter_index(s, "weight") else s
     exact = expected.expected(x)
     with torch.no_grad():
         out = copied(x)

@@ -19,6 +19,7 @@ _SEEDS = 32  # of a stochastic gradient
 _NOISE = 1.5  # allowed over what chance explains of the mean of a stochastic gradient
 # Constant part of such a gradient: activations (dW) and grouped weights (dX) that are rounded to int8 once more.
 _ROUNDED_AGAIN = 0.02
+_DEVIATIONS = 4  # of Gaussian inputs, at which the range of static activations ends
 
 
 class Subject:
@@ -29,15 +30,18 @@ class Subject:
         in_features, out_features: K and N.
         exact: outputs must be equal bit for bit where the mathematics is, because all sums are of integers.
         float_activations: x is known to stay as it is.
+        input_range: the largest magnitude of x that static activations represent; None: each row has its own scale.
     """
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype, seed: int) -> None:
-        self.layer, self.dtype, self.seed = layer, dtype, seed
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, seed: int, input_range: float | None = None) -> None:
+        self.layer, self.dtype, self.seed, self.input_range = layer, dtype, seed, input_range
         tensor = next((t for t in (*layer.parameters(), *layer.buffers())), torch.empty(0))
         self.device = tensor.device
         self.in_features, self.out_features = cast(tuple[int, int], (layer.in_features, layer.out_features))
         generator = torch.Generator().manual_seed(seed)
         rows = [torch.randn(ROWS, n, generator=generator) for n in (self.in_features, self.out_features)]
+        if input_range is not None:
+            rows[0] = (rows[0] * (input_range / _DEVIATIONS)).clamp(-input_range, input_range)
         self.x, self.grad_out = (values.to(self.device, dtype) for values in rows)
         scheme = getattr(layer, "scheme", None)
         self.plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
@@ -92,28 +96,41 @@ class Subject:
         return self._weight
 
     def probe(self) -> Tensor:
-        """W by the outputs for the rows of an identity matrix, which rounding to 8 bits leaves as they are."""
+        """W by the outputs for the rows of an identity matrix, which rounding to 8 bits leaves as they are.
+
+        Under static activations its diagonal is the end of their range, which is 127 steps.
+        """
         size = self.in_features
         at_zero = self.forward(torch.zeros(1, size, dtype=self.dtype, device=self.device)).double()
         columns = []
         for start in range(0, size, _PROBE_ROWS):
             one_hot = torch.zeros(min(_PROBE_ROWS, size - start), size, dtype=self.dtype, device=self.device)
-            one_hot.diagonal(start).fill_(1)
+            one_hot.diagonal(start).fill_(self._one)
             columns.append(self.forward(one_hot).double() - at_zero)
-        return torch.cat(columns).t()
+        return torch.cat(columns).t() / self._one
+
+    @property
+    def _one(self) -> float:
+        """The diagonal of the identity matrix that is probed with."""
+        return 1.0 if self.input_range is None else self.input_range
 
     def probe_bound(self, weight: Tensor) -> Tensor:
         eps = torch.finfo(self.dtype).eps
-        return 4 * eps * (weight.abs() + 2 * self.bias.abs().unsqueeze(-1))
+        return 4 * eps * (weight.abs() + 2 * self.bias.abs().unsqueeze(-1) / self._one)
+
+    def rounding(self, x: Tensor) -> Tensor:
+        """How far each element of x [M, K] may be from what is multiplied, half of a step of 127: float64 [M, 1]."""
+        if self.float_activations:
+            return torch.zeros((), dtype=torch.float64, device=x.device)
+        largest = x.double().abs().amax(1, keepdim=True)
+        return (largest if self.input_range is None else torch.full_like(largest, self.input_range)) / 254
 
     def output_bound(self, x: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-        """The bound of an output of `dtype` for x, whose elements may be rounded to half a step of their row's 127."""
+        """The bound of an output of `dtype` for x, whose elements may be rounded."""
         weight, uncertain = self.weight
-        x = x.double().abs()
+        rounding, x = self.rounding(x), x.double().abs()
         bound = float_bound(x @ weight.abs().t() + self.bias.abs(), exact, weight.shape[1], dtype)
-        if not self.float_activations:
-            bound = bound + x.amax(1, keepdim=True) / 254 * weight.abs().sum(1)
-        return bound + x @ uncertain.t()
+        return bound + rounding * weight.abs().sum(1) + x @ uncertain.t()
 
     def expected(self, x: Tensor) -> Tensor:
         return x.double() @ self.weight[0].t() + self.bias

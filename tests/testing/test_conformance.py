@@ -30,6 +30,86 @@ def test_quant_linear_conforms(scheme, mode, grad, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_scale", [0.02, 3e-5])
+@pytest.mark.parametrize(
+    ("scheme", "mode", "grad", "weight_scale"),
+    [
+        ("w8a8s", "frozen", "float", "absmax"),
+        ("w4a8s-g32-asym", "frozen", "int8", "absmax"),
+        ("w8a8s", "int8", "float", "absmax"),
+        ("w4a8s-g32", "qat", "float", "learned"),
+    ],
+)
+def test_static_activations_conform_in_their_range(scheme, mode, grad, weight_scale, x_scale, dtype):
+    options = {"mode": mode, "grad_dtype": grad, "weight_scale": weight_scale, "x_scale": torch.tensor([x_scale])}
+    report = conformance(qk.QuantLinear.from_float(linear(dtype), scheme, **options))
+    assert report.passed, report
+    assert report["saturation"].status == OK
+
+
+class Static(qk.QuantLinear):
+    """A layer of static activations; subclasses break one thing each."""
+
+
+class WrongRange(Static):
+    """The scale that it shows is not the one that it multiplies with."""
+
+    x_scale = property(lambda self: 1.5 * super().x_scale)
+
+
+class CoarseStatic(Static):
+    """Seven steps where there should be 127."""
+
+    def forward(self, x):
+        step = 127 * self.x_scale / 7
+        return super().forward(x + ((x / step).round() * step - x).detach())
+
+
+class WrapsAround(Static):
+    """What lies outside of the range comes back at its other end, as integers do that are not clamped."""
+
+    def forward(self, x):
+        size = 256 * self.x_scale
+        return super().forward(x - (size * (x / size).round()).detach())
+
+
+class Dynamic(Static):
+    """Scales each row to the range."""
+
+    def forward(self, x):
+        largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-9) if x.numel() else 1.0
+        factor = 127 * self.x_scale / largest
+        return (super().forward(x * factor) - self.bias) / factor + self.bias
+
+
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (Static, None),
+        (WrongRange, "forward"),
+        (WrongRange, "dequantized weight"),
+        (CoarseStatic, "forward"),
+        (WrapsAround, "saturation"),
+        (Dynamic, "saturation"),
+    ],
+)
+def test_broken_static_activations_are_flagged(broken, check):
+    layer = qk.QuantLinear.from_float(linear(), "w8a8s", x_scale=torch.tensor([0.02])).requires_grad_(False)
+    layer.__class__ = broken
+    report = conformance(layer)
+    assert report.passed if check is None else report[check].status == FAILED, report
+
+
+def test_the_range_of_another_librarys_static_layer_is_an_argument():
+    report = conformance(Clamped(), input_range=127 * 0.03)
+    assert report.passed, report
+    assert conformance(Clamped()).failed and conformance(Product(), input_range=1.0)["saturation"].status == FAILED
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="input_range must be positive and finite"):
+            conformance(Clamped(), input_range=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float_linear_conforms(dtype):
     # With an odd K, oneDNN's bfloat16 product on AMX lets a NaN reach the row before it: see "not finite".
     report = conformance(nn.Linear(96, 80, dtype=dtype))
@@ -83,6 +163,14 @@ def test_an_unknown_layer_conforms():
     report = conformance(Product())
     assert report.passed, report
     assert report["dequantized weight"].status == SKIPPED
+
+
+class Clamped(Product):
+    """Static activations of a library that calls its scale otherwise."""
+
+    def forward(self, x):
+        q = (x / 0.03).round().clamp(-127, 127) * 0.03
+        return super().forward(x + (q - x).detach())
 
 
 class WrongGradient(torch.autograd.Function):
