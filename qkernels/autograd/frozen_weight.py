@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
-from .weight_products import ReadOnly, refuse_write
+from .layer_calls import refuse_write
+from .weight_products import ReadOnly
 
 _aten = torch.ops.aten
 

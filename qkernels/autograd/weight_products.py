@@ -6,67 +6,26 @@ functions they are passed to. A frozen layer's is a `FrozenWeight`; `follow` mak
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol, SupportsIndex, TypeGuard
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from .frozen import quant_linear
 from .int8_weight import Int8Weight, Int8WeightView
+from .layer_calls import autocast_dtype, check_input, refuse_write
 from .trained import trained_linear
-
-# Device types that autocast does not know. torch.amp.is_autocast_available would tell, but the Dynamo of torch 2.10
-# cannot trace it.
-_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for on devices of this type; None outside of autocast."""
-    autocast = device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else None
-
-
-def refuse_write(what: str) -> RuntimeError:
-    """The error for a write to the weight of a frozen layer."""
-    return RuntimeError(
-        f"{what}: the weight of a frozen quantized layer is read-only, because it is stored as integers and scales. "
-        "Replace it with layer.set_weight(qkernels.quantize_weight(values, layer.scheme)); keep the layer in float "
-        'with quantize_(model, ..., skip=[its name]); train it with mode="qat" or mode="int8"; or change a copy: '
-        "layer.dequantize()"
-    )
-
-
-def check_input(x: Tensor, in_features: int) -> None:
-    """Raise RuntimeError unless x is [..., in_features]."""
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(f"input must have shape [..., {in_features}], got {list(x.shape)}")
-
-
-def refuse_script(layer: nn.Module) -> NoReturn:
-    """Raise RuntimeError; `torch.jit.script` calls this first."""
-    raise RuntimeError(
-        f"torch.jit.script cannot compile a {type(layer).__name__}; use torch.export, torch.compile, or "
-        "torch.jit.trace under torch.no_grad()"
-    )
-
-
-def traced(layer: nn.Module, proxy: Any) -> Any:
-    """A call of the layer with a proxy of `torch.fx`: one node of the graph, as that of torch's own layers.
-
-    Raises:
-        TypeError: for anything else that is no tensor.
-    """
-    tracer = getattr(proxy, "tracer", None)
-    if tracer is None:
-        raise TypeError(f"input must be a tensor, got {type(proxy).__name__}")
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (proxy,), {})
 
 
 class Operand(Tensor):
@@ -101,6 +60,12 @@ class ReadOnly(Operand):
     column_scales: Tensor | None
     x_scale: Tensor | None
 
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+    def like(self, **changes: Any) -> ReadOnly:
+        raise NotImplementedError
+
 
 class TrainedLayer(Protocol):
     """A layer of mode "qat" or "int8"; the parameter `scales`, if there is one, holds the learned scales."""
@@ -118,7 +83,7 @@ class _Product(NamedTuple):
     scheme: QuantScheme
     grad_dtype: str
     scales: Tensor | None
-    layer: weakref.ReferenceType[TrainedLayer]
+    layer: Callable[[], TrainedLayer | None]
 
 
 class _Trained(Operand):
@@ -136,7 +101,8 @@ class _Trained(Operand):
 
     def rounded(self) -> Tensor:
         """The values that are multiplied, with a gradient that passes straight through to this weight."""
-        weight = (self.t() if self.transposed else self).detach()
+        own = self.unwrapped if isinstance(self, TracedWeight) else self
+        weight = (own.t() if self.transposed else own).detach()
         if not isinstance(weight, Int8Weight):
             assert self.product is not None
             scheme, _, scales, _ = self.product
@@ -151,7 +117,7 @@ class _Trained(Operand):
             weight = weight.dequantize()
         weight = weight.t() if self.transposed else weight
         with torch._C.DisableTorchFunctionSubclass():
-            return self + (weight - self.detach()) if self.requires_grad and torch.is_grad_enabled() else weight
+            return own + (weight - own.detach()) if own.requires_grad and torch.is_grad_enabled() else weight
 
 
 class TrainedWeight(_Trained, nn.Parameter):
@@ -180,6 +146,98 @@ class TrainedView(_Trained, Tensor):
     """Rows of a `TrainedWeight`, perhaps transposed or cast."""
 
 
+class TracedWeight(_Trained):
+    """A trained weight, or rows of it, in a program that torch.export records, where no class can change.
+
+    It sees the functions that it is passed to, as the classes above do, and hands the tensor that it stands for to
+    those that are no products.
+
+    Args:
+        rows: the weight, or rows of it, as the parameter is shaped.
+        scheme, grad_dtype, scales: as in `trained_linear`.
+        x_scale: float32 [1], the scale of static activations.
+        transposed: True for the transpose of the rows.
+    """
+
+    rows: Tensor
+    scheme: QuantScheme
+    grad_mode: str
+    scales: Tensor | None
+    x_scale: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        rows: Tensor,
+        scheme: QuantScheme,
+        grad_dtype: str,
+        scales: Tensor | None,
+        x_scale: Tensor | None,
+        transposed: bool = False,
+    ) -> TracedWeight:
+        shape, strides = tuple(rows.shape), tuple(rows.stride())
+        if transposed:
+            shape, strides = shape[::-1], strides[::-1]
+        weight = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=rows.dtype, device=rows.device, requires_grad=rows.requires_grad
+        )
+        weight.rows, weight.scheme, weight.grad_mode, weight.scales = rows, scheme, grad_dtype, scales
+        weight.x_scale, weight.transposed = x_scale, transposed
+        return weight
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @property
+    def unwrapped(self) -> Tensor:
+        """The tensor that this stands for."""
+        with torch._C.DisableTorchFunctionSubclass():  # of a parameter that was read before
+            if not self.transposed:
+                return self.rows
+            return (self.rows.dequantize() if isinstance(self.rows, Int8Weight) else self.rows).t()
+
+    @property
+    def multiplies(self) -> bool:
+        return self.rows.dim() == 2
+
+    @property
+    def product(self) -> _Product:  # type: ignore[override]
+        return _Product(self.scheme, self.grad_mode, self.scales, _no_layer)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = [name for name in ("rows", "scales", "x_scale") if getattr(self, name) is not None]
+        return names, (self.scheme, self.grad_mode, self.transposed)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> TracedWeight:
+        scheme, grad_dtype, transposed = context
+        return cls(inner["rows"], scheme, grad_dtype, inner.get("scales"), inner.get("x_scale"), transposed)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*_untraced(args), **_untraced(kwargs or {}))
+
+
+def _no_layer() -> None:
+    """In place of a reference to the layer."""
+
+
+def _untraced(values: Any) -> Any:
+    if isinstance(values, TracedWeight):
+        return values.unwrapped
+    if isinstance(values, list):
+        return [_untraced(value) for value in values]
+    if isinstance(values, tuple):
+        return tuple([_untraced(value) for value in values])
+    if isinstance(values, dict):
+        return {name: _untraced(value) for name, value in values.items()}
+    return values
+
+
 _FOLLOWED: dict[type, type] = {nn.Parameter: TrainedWeight, Int8Weight: TrainedInt8Weight}
 
 
@@ -189,8 +247,17 @@ def follow(weight: Tensor, layer: TrainedLayer) -> Tensor:
     The tensor stays the object that it is, a parameter which an optimizer updates; its class becomes a subclass that
     sees the functions it is passed to. `F.linear`, `matmul`, `mm` and `addmm` with it, with rows of it or with its
     transpose run `trained_linear`; other products see the rounded values. Some functions, such as `torch.cat`, take the
-    values from where no product can be seen: they warn.
+    values from where no product can be seen: they warn. Under `torch.export` the result is a `TracedWeight` instead;
+    `torch.compile` leaves the read, and what is done with the weight, to eager code.
     """
+    if torch.compiler.is_exporting():
+        x_scale = layer._activation_scale() if layer.scheme.static_activations else None
+        scales = layer._parameters.get("scales")
+        return TracedWeight(weight, layer.scheme, layer.grad_dtype, scales, x_scale)
+    return _change_class(weight, layer)
+
+
+def _change_class(weight: Tensor, layer: TrainedLayer) -> Tensor:
     kind = _FOLLOWED.get(type(weight))
     if kind is not None:
         weight.__class__ = kind
@@ -203,8 +270,12 @@ def follow(weight: Tensor, layer: TrainedLayer) -> Tensor:
     return weight
 
 
-# torch.compiler.disable sets this attribute, too, but imports Dynamo.
-follow._torchdynamo_disable = True  # type: ignore[attr-defined]
+# torch.compiler.disable sets these attributes, too, but imports Dynamo.
+_change_class._torchdynamo_disable = True  # type: ignore[attr-defined]
+_change_class._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    'the weight of a quantized layer of mode "qat" or "int8" is read outside of its layer, and its products must be '
+    "seen there; compile without fullgraph=True, call the layer in place of reading its weight, or freeze_(model)"
+)
 
 
 def _torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,13 +290,28 @@ def _torch_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     elif func in _HIDING:
         _warn_hidden(func, args, kwargs)
     with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+        if _exports() and (func.__name__ != "__get__" or func in _VALUES):
+            args, kwargs = tree_map_only(ReadOnly, functools.partial(_value, func), (args, kwargs))
+        return func(*_untraced(args), **_untraced(kwargs))
+
+
+def _exports() -> bool:
+    """True while torch.export runs Python code, whose operations ask no `__torch_dispatch__` of a tensor."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def _value(func: Any, weight: ReadOnly) -> Tensor:
+    """What a function that is exported gets for a frozen weight."""
+    name = func.__name__
+    if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
+        raise refuse_write(name)
+    return weight.dequantize()
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_rounded(item) for item in value)
-    is_kernels = isinstance(value, TrainedWeight) and value.dim() > 2 and value.product is not None
+    is_kernels = isinstance(value, (TrainedWeight, TracedWeight)) and value.dim() > 2 and value.product is not None
     return value.rounded() if is_kernels or (isinstance(value, _Trained) and value.multiplies) else value
 
 
@@ -233,9 +319,10 @@ def _warn_hidden(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     for value in (*args, *kwargs.values()):
         for weight in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(weight, _Trained) and weight.product is not None:
+                layer = weight.product.layer() or "a layer"
                 warnings.warn(
-                    f"{func.__name__} takes the weight of {weight.product.layer()} as floats, so what is computed with "
-                    "the result is not quantized; keep that layer in float with skip=[its name]",
+                    f"{func.__name__} takes the weight of {layer} as floats, so what is computed with the result is "
+                    "not quantized; keep that layer in float with skip=[its name]",
                     stacklevel=4,
                 )
                 return
@@ -249,6 +336,10 @@ def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
         check_input(x, weight.in_features)
         args = (weight.scheme, dtype, weight.grad_mode, weight.column_scales, weight.x_scale)
         return quant_linear(x, weight.stored, bias, *args)
+    if isinstance(weight, TracedWeight):
+        check_input(x, weight.rows.shape[1])
+        own = (weight.scheme, dtype, weight.grad_mode, weight.scales, weight.x_scale)
+        return trained_linear(x, weight.rows, bias, *own)
     assert isinstance(weight, _Trained) and weight.product is not None
     scheme, grad_dtype, scales, layer = weight.product
     rows = weight.t() if weight.transposed else weight
@@ -354,11 +445,15 @@ def _view(function: Any) -> Callable[..., Any]:
     """A function that gives rows of a trained weight, its transpose or a cast: the result multiplies as the weight."""
 
     def call(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(weight, _Trained) or not weight.multiplies:
+        if not isinstance(weight, (_Trained, ReadOnly) if _exports() else _Trained) or not weight.multiplies:
             return NotImplemented
         rows = _row_slice(function, weight, args, kwargs)
         if rows is None:
             return NotImplemented
+        if not isinstance(weight, _Trained):
+            return _view_of_frozen(function, weight, rows, args, kwargs)
+        if isinstance(weight, TracedWeight):
+            return _view_of_traced(function, weight, rows, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = function(weight, *args, **kwargs)
             if result is weight or not result.is_floating_point():
@@ -378,7 +473,34 @@ def _view(function: Any) -> Callable[..., Any]:
     return call
 
 
-def _row_slice(function: Any, weight: _Trained, args: tuple[Any, ...], kwargs: dict[str, Any]) -> slice | None:
+def _view_of_traced(
+    function: Any, weight: TracedWeight, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    result, transposed = weight.rows, weight.transposed != (function in _TRANSPOSES)
+    if function is Tensor.__getitem__ and isinstance(result, Int8Weight) and _exports():
+        result = Int8Weight(result.qweight[rows], result.scales[rows], result.dtype)  # a view holds what is no input
+    elif function not in _TRANSPOSES:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(result, *args, **kwargs)
+        if not result.is_floating_point():
+            return result.t() if weight.transposed else result
+    scales = None if weight.scales is None else weight.scales[rows]
+    return TracedWeight(result, weight.scheme, weight.grad_mode, scales, weight.x_scale, transposed)
+
+
+def _view_of_frozen(function: Any, weight: ReadOnly, rows: slice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The view, in a program that is exported; NotImplemented for a cast or a copy, which need the values."""
+    if function in _TRANSPOSES:
+        return weight.like(transposed=not weight.transposed)
+    if function is Tensor.__getitem__ and weight.stored is not None:
+        stored = weight.stored.map(itemgetter(rows))
+        return weight.like(stored=stored, column_scales=None, grad_dtype="float")
+    cast = getattr(torch.empty(0, dtype=weight.dtype), function.__name__)(*args, **kwargs)
+    same = cast.dtype in FLOAT_DTYPES and cast.device == weight.device
+    return weight.like(dtype=cast.dtype) if same else NotImplemented
+
+
+def _row_slice(function: Any, weight: Operand, args: tuple[Any, ...], kwargs: dict[str, Any]) -> slice | None:
     """The rows that the result of a function in `_VIEWS` has; None: it is not rows of the weight."""
     everything = slice(None)
     if function in _TRANSPOSES:
@@ -390,6 +512,28 @@ def _row_slice(function: Any, weight: _Trained, args: tuple[Any, ...], kwargs: d
     return everything
 
 
+def _split(weight: Any, size: int | list[int] | tuple[int, ...], dim: int = 0) -> Any:
+    """Parts of the rows, each of which multiplies as the weight."""
+    if not _is_operand(weight) or weight.transposed or dim % 2:
+        return NotImplemented
+    rows = weight.shape[0]
+    ends = list(itertools.accumulate(size)) if not isinstance(size, int) else [*range(size, rows, size), rows]
+    if ends[-1] != rows:
+        return NotImplemented  # torch raises the error
+    return tuple(weight[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
+    return _split(weight, -(-weight.shape[0] // chunks), dim) if chunks > 0 else NotImplemented
+
+
+def _narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
+    is_rows = _is_operand(weight) and not weight.transposed and dim % 2 == 0 and isinstance(start, int)
+    if not is_rows or not 0 <= start <= start + length <= weight.shape[0]:
+        return NotImplemented
+    return weight[start : start + length]
+
+
 _TRANSPOSES = (
     torch.t,
     Tensor.t,
@@ -399,6 +543,8 @@ _TRANSPOSES = (
     Tensor.transpose,
 )
 _CASTS = (Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.type_as, Tensor.contiguous)
+# Attributes that are computed from the values.
+_VALUES = tuple(getattr(Tensor, name).__get__ for name in ("data", "H", "mH", "real"))
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
@@ -406,6 +552,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__rmatmul__: _reversed_matmul,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+    **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
     Tensor.requires_grad_: _requires_grad,
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
     Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..autograd.frozen import quant_linear
 from ..autograd.int8_weight import Int8Weight
+from ..autograd.layer_calls import autocast_dtype, check_input
 from ..autograd.trained import trained_linear
-from ..autograd.weight_products import autocast_dtype, check_input
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
 from ..formats.validate import STORAGE

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from ..autograd.conv import quant_conv, to_kernels, to_rows, trained_conv
 from ..autograd.frozen_weight import FrozenKernel
-from ..autograd.weight_products import autocast_dtype, follow, traced
+from ..autograd.layer_calls import autocast_dtype, traced
+from ..autograd.weight_products import follow
 from ..formats.scheme import QuantScheme
 from ..formats.validate import x_scale_problem
 from ..kernels.arguments import ConvGeometry

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.frozen_weight import FrozenWeight
-from ..autograd.weight_products import refuse_script, refuse_write, traced
+from ..autograd.layer_calls import refuse_script, refuse_write, traced
 from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight

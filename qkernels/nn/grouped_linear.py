@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autograd.experts import grouped_linear, trained_grouped_linear
-from ..autograd.weight_products import autocast_dtype, check_input
+from ..autograd.layer_calls import autocast_dtype, check_input
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
 from ..formats.validate import x_scale_problem

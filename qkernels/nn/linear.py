@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
+from ..autograd.layer_calls import autocast_dtype, check_input, traced
 from ..autograd.trained import trained_linear
-from ..autograd.weight_products import autocast_dtype, check_input, traced
 from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..autograd.weight_products import autocast_dtype
+from ..autograd.layer_calls import autocast_dtype
 from ..formats.storage import QuantizedWeight
 from ..kernels import ops
 from ..kernels.arguments import LossOptions

@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 
 from ..autograd.frozen_weight import FrozenWeight
 from ..autograd.int8_weight import Int8Weight
+from ..autograd.layer_calls import refuse_script, refuse_write
 from ..autograd.masked import mask_gradient
-from ..autograd.weight_products import follow, refuse_script, refuse_write
+from ..autograd.weight_products import follow
 from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedWeight
@@ -196,7 +197,8 @@ class MatrixLayer(Storage):
 
     def _trained_view(self) -> Tensor:
         """The `weight` of a layer that trains it."""
-        return follow(self._trained_weight(), self)
+        weight = self._trained_weight()
+        return weight if is_dtensor(weight) else follow(weight, self)
 
     def _rows(self, weight: Tensor) -> Tensor:
         """The matrix [N, K] of the weight that is trained."""

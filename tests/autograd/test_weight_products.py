@@ -188,6 +188,63 @@ def test_a_compiled_parent_multiplies_a_frozen_weight(scheme):
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
+class Parent(nn.Module):
+    """It multiplies the weight of its layer in one of these ways, and reads what others read."""
+
+    WAYS = {
+        "linear": lambda w, x: F.linear(x.to(w.device, w.dtype), w),
+        "t": lambda w, x: x @ w.t(),
+        "rows": lambda w, x: torch.cat([F.linear(x, w[:16]), x.matmul(w[16:].T)], dim=-1),
+        "chunks": lambda w, x: torch.cat([x @ rows.mT for rows in w.chunk(3)], dim=-1),
+        "cast": lambda w, x: torch.addmm(torch.zeros(1), x, w.to(x.dtype).transpose(0, 1)),
+        "values": lambda w, x: torch.einsum("bk,nk->bn", x, w) + w.norm() * w.shape[0],
+    }
+
+    def __init__(self, layer, ways=tuple(WAYS)):
+        super().__init__()
+        self.layer, self.ways = layer, ways
+
+    def forward(self, x):
+        return torch.cat([self.WAYS[way](self.layer.weight, x) for way in self.ways] + [self.layer(x)], dim=-1)
+
+
+@pytest.mark.parametrize("was_read", [False, True])
+@pytest.mark.parametrize("mode, scheme, weight_scale", [("frozen", "w4a8-g32-asym", "absmax"), *TRAINED])
+def test_exported_parents_multiply_the_weight_of_the_layer(mode, scheme, weight_scale, was_read):
+    parent, x = Parent(frozen(scheme, mode=mode, weight_scale=weight_scale)), torch.randn(3, 64)
+    expected = Parent(copy.deepcopy(parent.layer))(x)
+    if was_read:
+        parent.layer.weight  # noqa: B018
+    for strict in (False, True):
+        torch._dynamo.reset()
+        program = torch.export.export(parent, (x,), strict=strict)
+        assert torch.equal(program.module()(x), expected), strict
+
+
+def test_a_parent_of_a_trained_layer_that_is_compiled_as_one_graph_is_told_why_it_cannot():
+    torch._dynamo.reset()
+    parent = Parent(frozen(mode="qat"))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"weight of a quantized layer.*fullgraph=True.*freeze_"):
+        torch.compile(parent, backend="aot_eager", fullgraph=True)(torch.randn(3, 64))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "qat"])
+def test_exported_parents_multiply_the_kernels_of_a_convolution(mode):
+    torch.manual_seed(0)
+    layer = qk.QuantConv2d.from_float(nn.Conv2d(8, 16, 3), "w8a8", mode=mode)
+    parent, x = Parent(layer, ways=()), torch.randn(2, 8, 6, 6)
+    parent.forward = lambda x: F.conv2d(x, layer.weight, layer.bias) + layer(x)
+    expected = parent(x)
+    assert torch.equal(torch.export.export(parent, (x,)).module()(x), expected)
+
+
+def test_an_exported_write_to_a_frozen_weight_is_refused():
+    parent = Parent(frozen(), ways=())
+    parent.forward = lambda x: parent.layer.weight.mul_(2).sum() + x
+    with pytest.raises(RuntimeError, match=r"mul_.*read-only.*set_weight"):
+        torch.export.export(parent, (torch.randn(3, 64),))
+
+
 def test_a_frozen_weight_on_meta_and_without_memory():
     from torch._subclasses import FakeTensorMode
 
