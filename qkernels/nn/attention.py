@@ -203,7 +203,10 @@ class QuantMultiheadAttention(SplitLayer, nn.MultiheadAttention):
         """Some of q, k and v, computed from x by their rows of `in_proj`."""
         layer, size = self.in_proj, self.embed_dim
         hooks = layer._forward_hooks or layer._forward_pre_hooks
-        if type(layer) not in (QuantLinear, nn.Linear) or hooks or "weight_mask" in layer._buffers:
+        compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        trained = getattr(layer, "mode", "frozen") != "frozen"  # rows of that weight cannot be compiled
+        whole = hooks or "weight_mask" in layer._buffers or (compiled and trained)
+        if type(layer) not in (QuantLinear, nn.Linear) or whole:
             return layer(x).chunk(3, dim=-1)[start:end]  # an adapter, a mask or an observer has its part
         rows = slice(start * size, end * size)
         bias = None if layer.bias is None else layer.bias[rows]

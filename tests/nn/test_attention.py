@@ -278,6 +278,12 @@ def test_dropout_and_copies_and_compiled_code():
     assert_same_bits(layer(x, x, x)[0], layer(x, x, x)[0])
     assert_same_bits(copy.deepcopy(layer)(x, x, x)[0], layer(x, x, x)[0])
     assert_same_bits(torch.compile(layer, backend="aot_eager")(x, x, x)[0], layer(x, x, x)[0])
+    other = torch.randn(2, 7, E)
+    for mode in ("qat", "int8"):
+        torch._dynamo.reset()
+        trained = qk.QuantMultiheadAttention.from_float(attention(batch_first=True), "w8a8", mode=mode)
+        compiled = torch.compile(trained, backend="aot_eager", fullgraph=True)
+        assert_same_bits(compiled(x, other, other)[0], trained(x, other, other)[0], mode)
     layer.train()
     assert not torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
 
