@@ -274,9 +274,11 @@ def _measured(layers: list[Layer]) -> list[Layer]:
 
 
 def _not_measured(layers: list[Layer], what_happens: str) -> list[str]:
-    """A warning for the layers to quantize that take more than one input, such as the experts of a mixture."""
-    names = [layer.name for layer in layers if layer.reason is None and layer.split and not layer.adapter.measured]
-    return [f"experts {what_happens} ({names[0]} and {len(names) - 1} more)"] if names else []
+    """A warning for the layers to quantize that are no linear ones: convolutions, and the experts of a mixture."""
+    names = [
+        layer.name for layer in layers if layer.reason is None and not layer.is_lookup and not layer.adapter.measured
+    ]
+    return [f"convolutions and experts {what_happens} ({names[0]} and {len(names) - 1} more)"] if names else []
 
 
 def _statistics(

@@ -218,3 +218,10 @@ def test_convolutions_of_one_weight_share_it_on_both_ways():
     assert model[1].qweight is model[0].qweight
     qk.dequantize_(model)
     assert model[1].weight is model[0].weight and model[1].bias is not model[0].bias
+
+
+@pytest.mark.parametrize(("options", "what"), [({"calibration": [torch.zeros(1, 4, 5, 5)]}, "rounded to nearest"),
+                                               ({"never_slower": True}, "not timed")])  # fmt: skip
+def test_what_passes_over_convolutions_says_so(options, what):
+    with pytest.warns(UserWarning, match=f"convolutions and experts are .*{what}"):
+        qk.quantize_(nn.Sequential(nn.Conv2d(4, 4, 3)), "w4a8-g32", **options)
