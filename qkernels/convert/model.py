@@ -20,7 +20,7 @@ from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import applies, check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
-from ..ptq.observers import ObservedLayers, Observer, observe_input, observer_factory
+from ..ptq.observers import InputWatch, ObservedLayers, Observer, observe_input, observer_factory
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .leftover import ROUTER
@@ -186,7 +186,7 @@ def quantize_(
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError unless layers of `model` can be replaced in place."""
+    """Raise TypeError unless layers of `model` can be replaced in place, and ValueError if it is prepared already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}{_modules_of(model)}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -204,6 +204,8 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
         )
+    if any(isinstance(hook, InputWatch) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        raise ValueError("model is prepared already: run it on sample inputs and call convert_(model)")
 
 
 def _modules_of(value: object) -> str:

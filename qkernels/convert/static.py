@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import QuantLinear
-from ..ptq.observers import ObservedLayers, Observer, observe_input, observer_factory
+from ..ptq.observers import InputWatch, ObservedLayers, Observer, observer_factory
 from .model import check_model, check_strict, quantize_, static_layers
 from .report import QuantizationReport
 from .schemes import SchemeRules, Schemes
@@ -26,14 +26,10 @@ class _Request:
     options: dict[str, Any]
 
 
-class _Watch:
-    """The forward pre-hook of a layer that was prepared. It is copied and pickled with the model."""
-
+class _Watch(InputWatch):
     def __init__(self, name: str, observer: Observer, request: _Request) -> None:
-        self.name, self.observer, self.request = name, observer, request
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observe_input(self.name, self.observer, args[0] if args else next(iter(kwargs.values())))
+        super().__init__(name, observer)
+        self.request = request
 
 
 def prepare_(
@@ -84,8 +80,6 @@ def prepare_(
     if not any(own.static_activations for own in rules.schemes):
         raise ValueError(f"scheme must have static activations (a8s) to be prepared, got {rules.label}; call quantize_")
     check_model(model)
-    if _watches(model):
-        raise ValueError("model is prepared already: run it on sample inputs and call convert_(model)")
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
     for own in rules.schemes:  # what does not exist is refused
         QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BINS = 2048
 LEVELS = 127  # the largest int8 magnitude that activations are rounded to
@@ -171,6 +172,16 @@ def observe_input(name: str, observer: Observer, x: Tensor) -> None:
         observer.observe(x)
     except ValueError as error:
         raise ValueError(f"calibration input of {name!r}: {error}; nothing was changed") from error
+
+
+class InputWatch:
+    """The forward pre-hook of a layer that was prepared. It is copied and pickled with the model."""
+
+    def __init__(self, name: str, observer: Observer) -> None:
+        self.name, self.observer = name, observer
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observe_input(self.name, self.observer, args[0] if args else next(iter(kwargs.values())))
 
 
 class ObservedLayers(dict[int, Observer]):

@@ -97,6 +97,7 @@ def test_without_data_it_is_refused_with_what_to_do():
         (lambda: qk.convert_(Net()), "model must be prepared"),
         (lambda: qk.convert_(qk.prepare_(Net())), "saw no input"),
         (lambda: qk.prepare_(qk.prepare_(Net())), "prepared already"),
+        (lambda: qk.quantize_(qk.prepare_(Net()), "w8a8"), "prepared already"),
         (lambda: qk.prepare_(Net(), "w8a8"), "must have static activations"),
         (lambda: qk.prepare_(nn.ReLU()), "no layer to prepare"),
         (lambda: qk.QuantEmbedding(8, 4, "w8a8s"), "scheme must be w8a8"),
