@@ -44,9 +44,10 @@ def quantize_rows_static_kernel(x, x_scale, q, scales, K, stride_x, BLOCK: tl.co
         tl.store(q + row * K + columns, rounded.to(tl.int8), mask=columns < K)
     broken = tl.max(largest) >= INF_BITS
     tl.store(scales + row, tl.where(broken, float("nan"), scale))
+    cleared = tl.where(broken, K, 0)
     for first in range(0, K, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        tl.store(q + row * K + columns, tl.zeros((BLOCK,), tl.int8), mask=(columns < K) & broken)
+        tl.store(q + row * K + columns, tl.zeros((BLOCK,), tl.int8), mask=columns < cleared)
 
 
 @triton.jit
