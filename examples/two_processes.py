@@ -5,6 +5,7 @@ downloaded. Run: torchrun --standalone --nproc-per-node 2 examples/two_processes
 """
 
 import argparse
+import os
 import pydoc_data.topics
 
 import peft
@@ -53,7 +54,7 @@ if __name__ == "__main__":
         dist.all_reduce(mean)
         if rank == 0 and (step + 1) % 10 == 0:
             print(f"step {step + 1}: loss {mean:.3f}")
-
     held = sum(p.to_local().nbytes if options.fsdp else p.nbytes for p in net.parameters() if not p.requires_grad)
     print(f"process {rank} holds {held} bytes of frozen parameters", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo that are still at work when Python ends abort the process now and then
