@@ -27,7 +27,7 @@ from .functions import (
     save,
     total_tangent,
 )
-from .int8_gradients import LinearWeight, int8_input_gradient, int_product
+from .int8_gradients import LinearWeight, int_product, quantized_rows
 from .int8_weight import Int8Weight
 from .trained import quantized_weight, x_scale_gradient
 
@@ -346,17 +346,21 @@ def _int8_input_gradient(grad_out: Tensor, kernel: Kernel, seed: Tensor) -> Tens
     geometry, (images, pixels) = kernel.geometry, (len(grad_out), grad_out.shape[1] * grad_out.shape[2])
     outputs, shape = grad_out.shape[3] // geometry.groups, _padded_image(kernel)
     rows = grad_out.reshape(images * pixels, -1)
-    parts = []
+    padded = rows.new_empty(shape, dtype=torch.float32)
+    channels = padded.split(shape[1] // geometry.groups, dim=1)
     for group in range(geometry.groups):
         own = slice(group * outputs, (group + 1) * outputs)
         stored = kernel.stored.map(lambda tensor, own=own: tensor[own])  # type: ignore[misc]
         grouped = kernel.scheme.group_size is not None
         columns = ops.column_scales(*stored, kernel.in_features, kernel.scheme.name) if grouped else None
         weight = LinearWeight(stored, kernel.in_features, kernel.scheme.name, columns)
-        patches = int8_input_gradient(rows[:, own], weight, seed, torch.float32)  # [N * pixels, K]
-        patches = patches.view(images, pixels, geometry[0] * geometry[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
-        parts.append(F.fold(patches, shape[2:], geometry[:2], geometry[4:6], 0, geometry[2:4]))
-    return _cropped(torch.cat(parts, dim=1), kernel)
+        q_grad, grad_scales = quantized_rows(rows[:, own], weight, seed)
+        for image in range(images):  # the patches of one are as many floats as K values of each of its pixels
+            pixel = slice(image * pixels, (image + 1) * pixels)
+            patches = int_product(q_grad[pixel], grad_scales[pixel], weight, torch.float32)
+            patches = patches.view(pixels, geometry[0] * geometry[1], -1).permute(2, 1, 0).flatten(0, 1)
+            channels[group][image] = F.fold(patches, shape[2:], geometry[:2], geometry[4:6], 0, geometry[2:4])
+    return _cropped(padded, kernel)
 
 
 def _int8_weight_gradient(grad_out: Tensor, qx: Tensor, x_scales: Tensor, kernel: Kernel, seed: Tensor) -> Tensor:

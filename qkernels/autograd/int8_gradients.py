@@ -72,9 +72,13 @@ def int8_input_gradient(grad_out: Tensor, weight: LinearWeight, seed: Tensor, ou
 
     The scale of a weight with one scale a row is folded into `grad_out` before that is rounded.
     """
+    return int_product(*quantized_rows(grad_out, weight, seed), weight, out_dtype)
+
+
+def quantized_rows(grad_out: Tensor, weight: LinearWeight, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers int8 [M, N] and scales float32 [M] that `int8_input_gradient` multiplies."""
     folded = _row_factors(weight) if weight.column_scales is None else None
-    q_grad, grad_scales = ops.quantize_rows_stochastic(grad_out, folded, seed, GRAD_INPUT)
-    return int_product(q_grad, grad_scales, weight, out_dtype)
+    return ops.quantize_rows_stochastic(grad_out, folded, seed, GRAD_INPUT)
 
 
 def int8_weight_gradient(

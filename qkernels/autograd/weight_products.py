@@ -143,7 +143,7 @@ class TrainedInt8View(_Trained, Int8WeightView):  # type: ignore[misc]
 
 
 class TrainedView(_Trained, Tensor):
-    """Rows of a `TrainedWeight`, perhaps transposed or cast."""
+    """Rows of a `TrainedWeight`, perhaps transposed or cast, or a float weight that pruning computes."""
 
 
 class TracedWeight(_Trained):
@@ -244,11 +244,11 @@ _FOLLOWED: dict[type, type] = {nn.Parameter: TrainedWeight, Int8Weight: TrainedI
 def follow(weight: Tensor, layer: TrainedLayer) -> Tensor:
     """Let products of a trained weight outside of its layer be those of the layer, and return the weight.
 
-    The tensor stays the object that it is, a parameter which an optimizer updates; its class becomes a subclass that
-    sees the functions it is passed to. `F.linear`, `matmul`, `mm` and `addmm` with it, with rows of it or with its
-    transpose run `trained_linear`; other products see the rounded values. Some functions, such as `torch.cat`, take the
-    values from where no product can be seen: they warn. Under `torch.export` the result is a `TracedWeight` instead;
-    `torch.compile` leaves the read, and what is done with the weight, to eager code.
+    A parameter, which an optimizer updates, stays the object that it is; its class becomes a subclass that sees the
+    functions it is passed to. What pruning computes is viewed as one. `F.linear`, `matmul`, `mm` and `addmm` with it,
+    with rows of it or with its transpose run `trained_linear`; other products see the rounded values. Some functions,
+    such as `torch.cat`, take the values from where no product can be seen: they warn. Under `torch.export` the result
+    is a `TracedWeight`; `torch.compile` leaves the read, and what is done with the weight, to eager code.
     """
     if torch.compiler.is_exporting():
         x_scale = layer._activation_scale() if layer.scheme.static_activations else None
@@ -261,6 +261,8 @@ def _change_class(weight: Tensor, layer: TrainedLayer) -> Tensor:
     kind = _FOLLOWED.get(type(weight))
     if kind is not None:
         weight.__class__ = kind
+    elif type(weight) is Tensor and not torch._C._are_functorch_transforms_active():  # what a mask has computed
+        weight = weight.as_subclass(TrainedView)
     if isinstance(weight, _Trained):
         product = weight.product
         scales = layer._parameters.get("scales")
@@ -311,7 +313,7 @@ def _value(func: Any, weight: ReadOnly) -> Tensor:
 def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_rounded(item) for item in value)
-    is_kernels = isinstance(value, (TrainedWeight, TracedWeight)) and value.dim() > 2 and value.product is not None
+    is_kernels = isinstance(value, _Trained) and value.dim() > 2 and value.product is not None
     return value.rounded() if is_kernels or (isinstance(value, _Trained) and value.multiplies) else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..nn.grouped_linear import QuantGroupedLinear
 from ..nn.linear import QuantLinear
 from ..nn.masks import make_permanent
 from ..nn.storage import Storage
+from ..ptq.observers import remove_watch
 from .layers import move_attributes, put_in_place
 from .selection import find_layers
 
@@ -28,7 +30,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     A float layer is of the class that was quantized and has the weight that is multiplied now, rounded to its dtype:
     the model's outputs change by the rounding of activations and of that dtype, and what the quantization cost stays
     lost. Weights that were shared stay shared, and layers of several weights (attention, experts) are whole again. A
-    transformers model forgets that it was quantized: the folder that `save_pretrained` writes needs no qkernels.
+    transformers model forgets that it was quantized: the folder that `save_pretrained` writes needs no qkernels. A
+    model that `prepare_` has prepared observes no more.
 
     >>> import torch, qkernels as qk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -65,6 +68,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             raise ValueError(
                 f"{layer.name} has PEFT adapters: call merge_and_unload() or unload() first; nothing was changed"
             )
+    for module in model.modules():
+        remove_watch(module)
     weights: dict[int, nn.Parameter] = {}  # by id of the storage
     held: dict[tuple[Any, ...], nn.Parameter] = {}  # the same, as the float layers hold it
     for layer in layers:
@@ -80,7 +85,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         adapter = adapter_of(replacement)
         own = replacement.get_parameter(adapter.key)
         setattr(replacement, adapter.key, held.setdefault((shared, adapter.transposed, own.shape), own))
-        move_attributes(quantized, replacement, but=_OWN)
+        move_attributes(quantized, replacement, but=_attributes())
         put_in_place(replacement, quantized, layer.slots)
     _join_split_layers(model)
     for callback in AFTER_DEQUANTIZE:
@@ -105,8 +110,9 @@ def _join_split_layers(model: nn.Module) -> None:
             parent._modules[key] = joined[id(child)]
 
 
-# Instance attributes of the quantized layers, which a float layer does not have.
-_LINEAR = QuantLinear(1, 1, device="meta", dtype=torch.float32)
-_EMBEDDING = QuantEmbedding(1, 1, device="meta", dtype=torch.float32)
-_GROUPED = QuantGroupedLinear(1, 1, 1, device="meta", dtype=torch.float32)
-_OWN = {"float_type", *vars(_GROUPED), *vars(_LINEAR), *vars(_EMBEDDING)}
+@functools.cache
+def _attributes() -> set[str]:
+    """Instance attributes of the quantized layers, which a float layer does not have."""
+    kinds = (functools.partial(QuantGroupedLinear, 1), QuantLinear, QuantEmbedding)
+    layers = [kind(1, 1, device="meta", dtype=torch.float32) for kind in kinds]
+    return {"float_type"}.union(*map(vars, layers))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from ..formats.scheme import QuantScheme
 from ..nn.adapters import find_adapter, find_composite
 from ..nn.layer_adapters import QUANTIZED
-from ..nn.linear import QuantLinear
 from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import applies, check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
-from ..ptq.observers import InputWatch, ObservedLayers, Observer, observe_input, observer_factory
+from ..ptq.observers import InputWatch, Observer, observe_input, observer_factory
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .leftover import ROUTER
@@ -33,6 +32,8 @@ from .watch import watch_frozen
 LEAST_ZEROS = 0.05
 # Why a layer has no scale for static activations.
 UNSEEN = "saw no calibration input, which static activations need"
+# Sample inputs of a model.
+Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
 # Called as f(model, report) after each `quantize_`; an integration adds its own when its library is imported.
 AFTER_QUANTIZE: list[Callable[[nn.Module, QuantizationReport], None]] = []
 # Called as f(model) after each `freeze_`, likewise.
@@ -51,7 +52,7 @@ def quantize_(
     grad_dtype: str = "float",
     weight_scale: str = "absmax",
     embeddings: bool | str | QuantScheme = False,
-    calibration: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]] | ObservedLayers | None = None,
+    calibration: Batches | None = None,
     observer: str | Callable[[], Observer] = "minmax",
     never_slower: bool = False,
 ) -> QuantizationReport:
@@ -119,23 +120,59 @@ def quantize_(
             "frozen", `never_slower` for layers on another device, or a violation of `strict`. The model is then as it
             was.
     """
+    return quantize_layers(
+        model,
+        scheme,
+        mode,
+        skip=skip,
+        include=include,
+        strict=strict,
+        grad_dtype=grad_dtype,
+        weight_scale=weight_scale,
+        embeddings=embeddings,
+        calibration=calibration,
+        observer=observer,
+        never_slower=never_slower,
+        stacklevel=4,  # 2 is this function, 3 its decorator
+    )
+
+
+def quantize_layers(
+    model: nn.Module,
+    scheme: Schemes,
+    mode: str,
+    *,
+    skip: Sequence[str],
+    include: Sequence[str] | None,
+    strict: bool = False,
+    grad_dtype: str,
+    weight_scale: str,
+    embeddings: bool | str | QuantScheme = False,
+    calibration: Batches | None = None,
+    observer: str | Callable[[], Observer] = "minmax",
+    never_slower: bool = False,
+    observers: Mapping[int, Observer] | None = None,
+    stacklevel: int,
+) -> QuantizationReport:
+    """`quantize_`, also with inputs that were observed before.
+
+    Args:
+        observers: by id of a layer, what has seen its inputs, in the place of `calibration`.
+        stacklevel: of whom the warnings name.
+    """
     check_model(model)
     rules = SchemeRules(scheme)
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
-    # What does not exist is refused here.
-    for own in rules.schemes:
-        QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)
-    if embeddings and mode != "frozen":
-        raise ValueError(f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained")
+    rules.check(layer_options, embeddings)
     make_observer = observer_factory(observer)
     static = next((own for own in rules.schemes if own.static_activations), None)
     skeleton = any(parameter.is_meta for parameter in model.parameters())
-    if static is not None and calibration is None and not skeleton:
+    if static is not None and calibration is None and observers is None and not skeleton:
         raise ValueError(
             f"calibration must be sample inputs for {static}: they choose the scale of each layer's activations; or "
             "call prepare_(model, scheme), run the model on inputs, and convert_(model)"
         )
-    if calibration is not None and not isinstance(calibration, ObservedLayers):
+    if calibration is not None:
         calibration = checked_batches(calibration)
         if static is None and not any(map(applies, rules.schemes)):
             check_applies(rules.schemes[0])
@@ -144,8 +181,8 @@ def quantize_(
     for layer in layers:
         if layer.reason is None:
             assert layer.scheme is not None, "a layer without a scheme has a reason"
-            if not layer.weight().is_meta:
-                _check_finite(layer.name, layer.weight(), layer.scheme)
+            if not (weight := layer.weight()).is_meta:
+                _check_finite(layer.name, weight, layer.scheme)
             elif calibration is not None:
                 raise ValueError(f"calibration must be None for a model on the meta device, and {layer.name} is there")
     if never_slower:
@@ -153,18 +190,17 @@ def quantize_(
     if strict:
         check_strict(layers, report.warnings)
     statistics: dict[int, InputStatistics] = {}
-    observers = ObservedLayers()
-    if isinstance(calibration, ObservedLayers):  # by prepare_
-        observers = calibration
-    elif calibration is not None:
+    if calibration is not None:
         calibrated = [layer for layer in _measured(layers) if layer.scheme is not None and applies(layer.scheme)]
-        observers.update((id(layer.module), make_observer()) for layer in static_layers(layers))
-        statistics = _statistics(model, calibrated, static_layers(layers), calibration, observers)
+        observed = static_layers(layers)
+        observers = {id(layer.module): make_observer() for layer in observed}
+        statistics = _statistics(model, calibrated, observed, calibration, observers)
         report.warnings += _unseen_inputs(calibrated, statistics)
+    observers = observers or {}
     report.warnings += _leave_unobserved(layers, observers)
     if strict:
         check_strict(layers, report.warnings)
-    if calibration is not None:
+    if calibration is not None or observers:
         rounded = [layer for layer in layers if layer.scheme is not None and applies(layer.scheme)]
         report.warnings += _not_measured(rounded, "are rounded to nearest: calibration does not choose their weights")
     if never_slower:
@@ -173,11 +209,11 @@ def quantize_(
     if mode != "frozen":
         report.warnings += _zeros_without_mask(layers)
     for message in report.warnings:
-        warnings.warn(message, stacklevel=3)  # 2 is the decorator
+        warnings.warn(message, stacklevel=stacklevel)
     for layer in layers:
         if layer.reason is None:
             key = id(layer.module)
-            layer.convert(layer_options, statistics.pop(key, None), observers.pop(key, None))
+            layer.convert(layer_options, statistics.pop(key, None), observers.get(key))
     report.rows = rows_of(layers)
     watch_frozen(model, layers)
     for callback in AFTER_QUANTIZE:
@@ -226,12 +262,15 @@ def freeze_(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        RuntimeError: if a weight, or a learned scale of activations, holds NaN or Inf, or a weight is computed by
-            something else than a mask. Layers before that one are then frozen already.
+        RuntimeError: naming the layer, if a weight, or a learned scale of activations, holds NaN or Inf, or a weight is
+            computed by something else than a mask. The model is then as it was.
     """
-    for module in model.modules():
-        if isinstance(module, MatrixLayer):
-            module.freeze_()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MatrixLayer)}
+    for name, layer in layers.items():
+        if (problem := layer.freezing_problem()) is not None:
+            raise RuntimeError(f"{name or 'the layer'} cannot be frozen, and nothing was changed: {problem}")
+    for layer in layers.values():
+        layer.freeze_()
     for callback in AFTER_FREEZE:
         callback(model)
     return model
@@ -251,8 +290,7 @@ def _zeros_without_mask(layers: list[Layer]) -> list[str]:
     """A warning if weights that will be trained were pruned, but have no mask: training fills their zeros."""
     found = {}
     for layer in layers:
-        if layer.reason is None and layer.pruning() is None and not layer.weight().is_meta:
-            weight = layer.weight()
+        if layer.reason is None and layer.pruning() is None and not (weight := layer.weight()).is_meta:
             share = 1 - weight.count_nonzero().item() / max(weight.numel(), 1)
             if LEAST_ZEROS <= share < 1:  # a weight of nothing but zeros is one that is to be trained from there
                 found[layer.name] = f"{100 * share:.0f} %"
@@ -311,8 +349,8 @@ def _statistics(
 
 def static_layers(layers: list[Layer]) -> list[Layer]:
     """The layers to quantize whose activations will be static; one on the meta device will be given their scale."""
-    chosen = [layer for layer in layers if layer.reason is None and not layer.weight().is_meta]
-    return [layer for layer in chosen if layer.scheme is not None and layer.scheme.static_activations]
+    static = [layer for layer in layers if layer.scheme is not None and layer.scheme.static_activations]
+    return [layer for layer in static if layer.reason is None and not layer.weight().is_meta]
 
 
 def _leave_unobserved(layers: list[Layer], observers: Mapping[int, Observer]) -> list[str]:

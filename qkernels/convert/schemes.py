@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import torch
+
 from ..formats.scheme import QuantScheme
+from ..nn.linear import QuantLinear
 from .layers import Layer
 
 # One scheme for all layers, or one by pattern: a mapping, or a list of its items, as JSON keeps them in order.
@@ -55,6 +58,20 @@ class SchemeRules:
         """The names of the schemes."""
         return ", ".join(scheme.name for scheme in self.schemes)
 
+    def check(self, layer_options: Mapping[str, str], embeddings: bool | str | QuantScheme = False) -> None:
+        """Raise ValueError if there is no layer of one of the schemes with these options, or no such embedding.
+
+        Args:
+            layer_options: mode, grad_dtype and weight_scale, as in `QuantLinear`.
+            embeddings: as in `quantize_`.
+        """
+        for scheme in self.schemes:
+            QuantLinear(1, 1, False, scheme, **layer_options, device="meta", dtype=torch.float32)
+        if embeddings and (mode := layer_options["mode"]) != "frozen":
+            raise ValueError(
+                f"embeddings must be False for mode={mode!r}: the weight of a QuantEmbedding is not trained"
+            )
+
     def plain(self) -> str | list[list[str | None]]:
         """What JSON can hold, and `SchemeRules` takes again: the name of the scheme, or pairs in order."""
         if not self.by_pattern:
@@ -90,9 +107,7 @@ class SchemeRules:
                 layer.reason = SKIPPED if hits else NOT_INCLUDED
         if not self.by_pattern:
             return []
-        messages = [
-            f"scheme pattern {pattern!r} matches no linear layer" for pattern, _ in self.rules if pattern not in named
-        ]
+        messages = [f"scheme pattern {pattern!r} matches no layer" for pattern, _ in self.rules if pattern not in named]
         messages += [
             f"scheme pattern {pattern!r} decides about no layer: patterns before it match all of its layers, and the "
             "first one wins"

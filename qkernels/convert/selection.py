@@ -220,7 +220,7 @@ def _match_patterns(layers: list[Layer], skip: Sequence[str], include: Sequence[
         for pattern in patterns:
             hits = {id(layer) for layer in layers if any(matches(pattern, name) for name in layer.all_names)}
             if not hits:
-                messages.append(f"{argument} pattern {pattern!r} matches no linear layer")
+                messages.append(f"{argument} pattern {pattern!r} matches no layer")
             found |= hits
         return found
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..nn.linear import QuantLinear
-from ..ptq.observers import InputWatch, ObservedLayers, Observer, observer_factory
-from .model import check_model, check_strict, quantize_, static_layers
+from ..ptq.observers import InputWatch, Observer, observer_factory, remove_watch
+from .model import check_model, check_strict, quantize_layers, static_layers
 from .report import QuantizationReport
 from .schemes import SchemeRules, Schemes
 from .selection import select_layers
@@ -81,8 +79,7 @@ def prepare_(
         raise ValueError(f"scheme must have static activations (a8s) to be prepared, got {rules.label}; call quantize_")
     check_model(model)
     layer_options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
-    for own in rules.schemes:  # what does not exist is refused
-        QuantLinear(1, 1, False, own, **layer_options, device="meta", dtype=torch.float32)
+    rules.check(layer_options)
     layers, messages = select_layers(model, rules, skip, include)
     if strict:
         check_strict(layers, messages)
@@ -114,17 +111,14 @@ def convert_(model: nn.Module) -> QuantizationReport:
     watches = _watches(model) if isinstance(model, nn.Module) else {}
     if not watches:
         raise ValueError("model must be prepared: call prepare_(model, scheme), then run it on sample inputs")
-    observers = ObservedLayers((key, watch.observer) for key, (_, watch) in watches.items())
+    observers = {key: watch.observer for key, (_, watch) in watches.items()}
     if not any(observer.has_observed for observer in observers.values()):
         raise ValueError("model saw no input since prepare_: run it on sample inputs, then call convert_")
     request = next(iter(watches.values()))[1].request
-    for module, watch in watches.values():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is watch:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module, _ in watches.values():
+        remove_watch(module)
     try:
-        return quantize_(model, request.scheme, **request.options, calibration=observers)
+        return quantize_layers(model, request.scheme, **request.options, observers=observers, stacklevel=3)
     except Exception:
         for module, watch in watches.values():
             module.register_forward_pre_hook(watch, with_kwargs=True)

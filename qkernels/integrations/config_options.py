@@ -6,11 +6,8 @@ import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from ..convert.schemes import SchemeRules, Schemes
 from ..formats.scheme import QuantScheme
-from ..nn.linear import QuantLinear
 from ..system.deprecation import renamed_keywords
 from .folders import METHOD
 
@@ -52,11 +49,7 @@ class ConfigOptions:
         if layers is not None and not isinstance(layers, Mapping):
             raise TypeError(f"layers must map names of layers to schemes, got {type(layers).__name__}")
         self.layers = dict(layers or {})
-        # What does not exist is refused here.
-        for own in rules.schemes:
-            QuantLinear(1, 1, False, own, **self.layer_options, device="meta", dtype=torch.float32)
-        if embeddings and mode != "frozen":
-            raise ValueError(f"embeddings must be False for mode={mode!r}: a QuantEmbedding's weight is not trained")
+        rules.check(self.layer_options, embeddings)
 
     @property
     def layer_options(self) -> dict[str, str]:

@@ -109,6 +109,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         self._stored_dtypes: dict[str, torch.dtype] = {}  # of the tensors of a saved folder, by their names
         self._disk = DiskTensors(None)
         self._pending: dict[str, Layer] = {}  # by the name of the weight that is still to be read
+        self._names: dict[int, list[str]] = {}  # by id of a layer, these names of it
         # By the name of a parameter of a layer that may be split: that layer, the twin, and its name in both.
         self._parts: dict[str, tuple[Split, str, str]] = {}
 
@@ -196,7 +197,8 @@ class QKernelsHfQuantizer(HfQuantizer):
         for message in self._report.warnings:
             warnings.warn(message, stacklevel=2)
         chosen = [layer for layer in self._layers if layer.reason is None]
-        self._pending = {name: layer for layer in chosen for name in layer.weight_names()}
+        self._names = {id(layer): layer.weight_names() for layer in chosen}
+        self._pending = {name: layer for layer in chosen for name in self._names[id(layer)]}
         for layer in chosen:
             if layer.split is not None:
                 new_names = layer.split.new_names()
@@ -213,7 +215,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         if layer is None:
             return self._put_part(name, tensor)
         tied = [layer, *(other for other in layer.tied if other is not layer)]
-        keys = [key for key, pending in self._pending.items() if any(pending is member for member in tied)]
+        keys = [key for member in tied for key in self._names.get(id(member), ()) if key in self._pending]
         if layer.converted is not None:  # from the weight of a layer that it is tied to
             return keys
         parameter = layer.adapter.key
@@ -283,7 +285,7 @@ class QKernelsHfQuantizer(HfQuantizer):
         watch_frozen(model, self._layers)
         model.quantization_report = self._report
         self.quantization_config.layers = describe(model).get("layers", {})
-        self._layers, self._pending, self._parts = [], {}, {}
+        self._layers, self._pending, self._names, self._parts = [], {}, {}, {}
 
     def _check_unexpected(self, model, saved: set[str], loading_info) -> None:
         """Refuse quantized weights that no layer takes; leave out the marker for programs without qkernels."""

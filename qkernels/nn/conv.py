@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from ..autograd.conv import quant_conv, to_kernels, to_rows, trained_conv
 from ..autograd.frozen_weight import FrozenKernel
@@ -20,15 +19,14 @@ from ..kernels.arguments import ConvGeometry
 from ..kernels.quantizers import quantize_weight
 from .adapters import LayerAdapter, adapter_of, register_adapter
 from .layer_adapters import QuantizedAdapter
-from .masks import find_pruning, keep_mask
 from .matrix_layer import MatrixLayer
 from .storage import Storage
 
-# What a convolution has beside its weight and bias.
-_SHAPE = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding",
-    "groups", "padding_mode", "_reversed_padding_repeated_twice",
+# The arguments of a convolution's constructor that are its attributes, and what else it has beside weight and bias.
+_ARGUMENTS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
 )  # fmt: skip
+_SHAPE = (*_ARGUMENTS, "transposed", "output_padding", "_reversed_padding_repeated_twice")
 
 
 class _QuantConv(MatrixLayer):
@@ -156,23 +154,14 @@ class _QuantConv(MatrixLayer):
             raise ValueError(f"x_scale {problem}")
         adapter: Any = adapter_of(layer)
         quantized: Any = adapter.empty(layer, scheme, mode=mode, grad_dtype=grad_dtype, weight_scale=weight_scale)
-        pruning = find_pruning(layer)
-        if mode == "qat":
-            if pruning is None:
-                quantized.weight = layer.weight
-            else:
-                keep_mask(layer, quantized, pruning, "weight", False)
-            quantized.reset_scales()
-        else:
-            with torch.inference_mode(False):
-                quantized._take(quantize_weight(adapter.weight(layer), quantized.scheme))
-            if mode == "int8" and pruning is not None:
-                quantized.keep_zeros(quantized._rows(pruning.mask))
-        quantized.register_parameter("bias", adapter.bias(layer))
-        if x_scale is not None:
-            quantized.set_x_scale(x_scale)
-        quantized.float_type = parametrize.type_before_parametrizations(layer)
-        return quantized.train(layer.training)
+        own: Any = layer
+        return quantized._begin_as(
+            layer,
+            lambda: own.weight,
+            lambda: quantize_weight(adapter.weight(layer), quantized.scheme),
+            adapter.bias(layer),
+            x_scale,
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -205,8 +194,7 @@ class _QuantConv(MatrixLayer):
 
     def extra_repr(self) -> str:
         conv: Any = type(self).float_type
-        options = f", scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
-        return conv.extra_repr(self) + options + (", weight_scale=learned" if self.weight_scale == "learned" else "")
+        return f"{conv.extra_repr(self)}, {self._options_repr()}"
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
@@ -303,17 +291,7 @@ class ConvAdapter(LayerAdapter[nn.Module]):
         dtype: torch.dtype | None = None,
         **layer_options: Any,
     ) -> Storage:
-        names = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
-        options: dict[str, Any] = {name: getattr(layer, name) for name in names} | layer_options
+        options: dict[str, Any] = {name: getattr(layer, name) for name in _ARGUMENTS} | layer_options
         return self.quantized_type(
             **options,
             bias=self.bias(layer) is not None,

@@ -240,18 +240,14 @@ class QuantGroupedLinear(MatrixLayer):
         quantized = cls(
             experts, in_features, out_features, False, scheme, **options, device="meta", dtype=matrices.dtype
         )
-        if mode == "qat":
-            own = layer.weight.shape == matrices.shape and not layer.transposed
-            quantized.weight = layer.weight if own else nn.Parameter(matrices.contiguous())
-            quantized.reset_scales()
-        else:
-            with torch.inference_mode(False):
-                quantized._take(stack_experts([quantize_weight(matrix, quantized.scheme) for matrix in matrices]))
-        quantized.register_parameter("bias", layer.bias)
-        if x_scale is not None:
-            quantized.set_x_scale(x_scale)
-        quantized.float_type = type(layer)
-        return quantized.train(layer.training)
+        as_held = layer.weight.shape == matrices.shape and not layer.transposed
+        return quantized._begin_as(
+            layer,
+            lambda: layer.weight if as_held else nn.Parameter(matrices.contiguous()),
+            lambda: stack_experts([quantize_weight(matrix, quantized.scheme) for matrix in matrices]),
+            layer.bias,
+            x_scale,
+        )
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
         check_input(x, self.in_features)
@@ -269,8 +265,7 @@ class QuantGroupedLinear(MatrixLayer):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
-            + (", weight_scale=learned" if self.weight_scale == "learned" else "")
+            f"bias={self.bias is not None}, {self._options_repr()}"
         )
 
     def _load_int8(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
 from ..autograd.layer_calls import autocast_dtype, check_input, traced
@@ -22,7 +21,6 @@ from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
 from .adapters import find_adapter, is_frozen
-from .masks import find_pruning, keep_mask
 from .matrix_layer import MatrixLayer
 from .nested import over_values
 from .storage import Storage
@@ -135,25 +133,16 @@ class QuantLinear(MatrixLayer, nn.Linear):
         out_features, in_features = weight.shape
         options = {"mode": mode, "grad_dtype": grad_dtype, "weight_scale": weight_scale}
         quantized = cls(in_features, out_features, False, scheme, **options, device="meta", dtype=weight.dtype)
-        pruning = find_pruning(layer, adapter.key)
-        if mode == "qat":
-            if pruning is None:
-                trained = nn.Parameter(weight.contiguous()) if adapter.transposed else getattr(layer, adapter.key)
-                quantized.weight = trained
-            else:
-                keep_mask(layer, quantized, pruning, adapter.key, adapter.transposed)
-            quantized.reset_scales()
-        else:
-            with torch.inference_mode(False):  # else the weight could not be saved for a gradient
-                quantized._take(quantize_weight(weight, quantized.scheme))
-            if mode == "int8" and pruning is not None:
-                quantized.keep_zeros(pruning.mask.t() if adapter.transposed else pruning.mask)
-        if x_scale is not None:
-            quantized.set_x_scale(x_scale)
-        quantized.register_parameter("bias", adapter.bias(layer))
-        # What `dequantize_` makes of it again.
-        quantized.float_type = getattr(layer, "float_type", parametrize.type_before_parametrizations(layer))
-        return quantized.train(layer.training)
+        key, transposed = adapter.key, adapter.transposed
+        return quantized._begin_as(
+            layer,
+            lambda: nn.Parameter(weight.contiguous()) if transposed else getattr(layer, key),
+            lambda: quantize_weight(weight, quantized.scheme),
+            adapter.bias(layer),
+            x_scale,
+            key,
+            transposed,
+        )
 
     def _reset_weight(self) -> None:
         nn.Linear.reset_parameters(self)
@@ -211,8 +200,7 @@ class QuantLinear(MatrixLayer, nn.Linear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}"
-            + (", weight_scale=learned" if self.weight_scale == "learned" else "")
+            f"{self._options_repr()}"
         )
 
 

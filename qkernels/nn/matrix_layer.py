@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,13 @@ def _check_weight_scale(weight_scale: str, mode: str, scheme: QuantScheme) -> No
         raise ValueError(
             f"weight_scale='learned' is for mode='qat' and symmetric schemes, got mode={mode!r} and {scheme}"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """False for a tensor that is seen to hold NaN or Inf."""
+    if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
+        return True
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 class MatrixLayer(Storage):
@@ -121,6 +128,47 @@ class MatrixLayer(Storage):
         self._allocate_column_scales(device)
         self.register_parameter("bias", own_bias)
         self.reset_parameters()
+
+    def _begin_as(
+        self,
+        layer: nn.Module,
+        trained: Callable[[], Tensor],
+        stored: Callable[[], QuantizedWeight],
+        bias: nn.Parameter | None,
+        x_scale: Tensor | None,
+        key: str = "weight",
+        transposed: bool = False,
+    ) -> Self:
+        """Take over the weight of a float layer, its mask if it is pruned, its bias, and whether it is training.
+
+        Args:
+            trained: gives the float weight of mode "qat".
+            stored: quantizes the weight, for the other modes.
+            key, transposed: how the layer holds its weight.
+        """
+        pruning = masks.find_pruning(layer, key)
+        if self.mode == "qat":
+            if pruning is None:
+                self.weight = trained()
+            else:
+                masks.keep_mask(layer, self, pruning, key, transposed)
+            self.reset_scales()
+        else:
+            with torch.inference_mode(False):  # else the weight could not be saved for a gradient
+                self._take(stored())
+            if self.mode == "int8" and pruning is not None:
+                self.keep_zeros(self._rows(pruning.mask.t() if transposed else pruning.mask))
+        self.register_parameter("bias", bias)
+        if x_scale is not None:  # on the device of the others
+            self.set_x_scale(x_scale)
+        # What `dequantize_` makes of it again.
+        self.float_type = getattr(layer, "float_type", parametrize.type_before_parametrizations(layer))
+        return self.train(layer.training)
+
+    def _options_repr(self) -> str:
+        """What `extra_repr` tells of the scheme and the mode."""
+        learned = ", weight_scale=learned" if self.weight_scale == "learned" else ""
+        return f"scheme={self.scheme}, mode={self.mode}, grad_dtype={self.grad_dtype}{learned}"
 
     __prepare_scriptable__ = refuse_script
 
@@ -282,15 +330,9 @@ class MatrixLayer(Storage):
         """
         if self.mode == "frozen":
             return self
-        x_scale = self.x_scale
-        if (problem := x_scale_problem(x_scale, self.scheme)) is not None:
-            raise RuntimeError(f"x_scale {problem}")
-        if "weight" not in self._parameters and masks.find_pruning(self) is None:
-            raise RuntimeError(
-                "the weight is computed by a hook or a parametrization that is no mask; make it permanent before "
-                "freeze_, as by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-            )
-        weight = self.quantized_weight()
+        if (problem := self.freezing_problem()) is not None:
+            raise RuntimeError(problem)
+        weight, x_scale = self.quantized_weight(), self.x_scale
         masks.make_permanent(self)
         self._buffers.pop("weight_mask", None)
         del self.weight
@@ -301,6 +343,26 @@ class MatrixLayer(Storage):
         if x_scale is not None:
             self.set_x_scale(x_scale)
         return self
+
+    def freezing_problem(self) -> str | None:
+        """Why `freeze_` would raise; None: it would not."""
+        if self.mode == "frozen":
+            return None
+        if (problem := x_scale_problem(self.x_scale, self.scheme)) is not None:
+            return f"x_scale {problem}"
+        pruning = masks.find_pruning(self)
+        if "weight" not in self._parameters and pruning is None:
+            return (
+                "the weight is computed by a hook or a parametrization that is no mask; make it permanent before "
+                "freeze_, as by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
+        if self.mode == "qat":
+            weight = self._trained_weight() if pruning is None else pruning.weight
+            scales = self.scales if self.weight_scale == "learned" else None
+            for name, tensor in (("weight", weight), ("scales", scales)):
+                if tensor is not None and not _is_finite(tensor.detach()):
+                    return f"{name} must be finite, got NaN or Inf values"
+        return None
 
     def thaw_int8_(self) -> Self:
         """Make a frozen layer one of mode "int8", in place; its weight stays as it is.

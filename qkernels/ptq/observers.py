@@ -184,8 +184,12 @@ class InputWatch:
         observe_input(self.name, self.observer, args[0] if args else next(iter(kwargs.values())))
 
 
-class ObservedLayers(dict[int, Observer]):
-    """By id of a layer: the observer of its inputs."""
+def remove_watch(layer: nn.Module) -> None:
+    """Let the inputs of a layer be observed no more, if they are."""
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, InputWatch):
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 OBSERVERS: dict[str, type[Observer]] = {

@@ -134,13 +134,13 @@ def test_skip_wins_over_include():
 
 
 def test_pattern_without_a_match_is_a_warning_and_with_strict_an_error():
-    with pytest.warns(UserWarning, match=r"skip pattern 'lm_head' matches no linear layer"):
+    with pytest.warns(UserWarning, match=r"skip pattern 'lm_head' matches no layer"):
         report = qk.quantize_(Net(), "w8a8", skip=["lm_head"])
-    assert report.warnings == ["skip pattern 'lm_head' matches no linear layer"]
+    assert report.warnings == ["skip pattern 'lm_head' matches no layer"]
     assert "warning: skip pattern 'lm_head'" in str(report)
     model = Net()
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"include pattern 'attn' matches no linear layer"):
+    with pytest.raises(ValueError, match=r"include pattern 'attn' matches no layer"):
         qk.quantize_(model, "w8a8", include=["attn", "up"], strict=True)
     assert_unchanged(model, before)
 
@@ -410,5 +410,19 @@ def test_what_follows_the_mode_is_named():
 
 def test_a_selection_returns_its_warnings():
     layers, messages = select_layers(Net(), SchemeRules("w8a8"), ["lm_head"], ["up"])
-    assert messages == ["skip pattern 'lm_head' matches no linear layer"]
+    assert messages == ["skip pattern 'lm_head' matches no layer"]
     assert [layer.name for layer in layers if layer.reason is None] == ["blocks.0.up", "blocks.1.up"]
+
+
+@pytest.mark.parametrize("breaks", ["weight", "hook"])
+def test_a_model_that_cannot_be_frozen_is_left_as_it_was(breaks):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    qk.quantize_(model, "w8a8", "qat")
+    if breaks == "weight":
+        with torch.no_grad():
+            model[1].weight[0, 0] = torch.nan
+    else:
+        nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
+    with pytest.raises(RuntimeError, match=r"1 cannot be frozen, and nothing was changed: .*weight"):
+        qk.freeze_(model)
+    assert [layer.mode for layer in model] == ["qat", "qat"]

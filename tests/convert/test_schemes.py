@@ -53,12 +53,12 @@ def test_what_no_pattern_matches_stays_in_float():
 
 
 def test_patterns_that_decide_nothing_are_warnings_and_with_strict_errors():
-    with pytest.warns(UserWarning, match=r"scheme pattern 'mlp' matches no linear layer"):
+    with pytest.warns(UserWarning, match=r"scheme pattern 'mlp' matches no layer"):
         qk.quantize_(Net(), {"mlp": "w8a8", "*": "w8a8"})
     with pytest.warns(UserWarning, match=r"scheme pattern '\*\.up' decides about no layer: patterns before it"):
         report = qk.quantize_(Net(), {"*": "w8a8", "*.up": "w4a8-g32"})
     assert schemes(report)["block.up"] == "w8a8"
-    with pytest.raises(ValueError, match="scheme pattern 'mlp' matches no linear layer"):
+    with pytest.raises(ValueError, match="scheme pattern 'mlp' matches no layer"):
         qk.quantize_(Net(), {"mlp": "w8a8", "*": "w8a8"}, strict=True)
 
 

@@ -285,3 +285,19 @@ def test_a_conversion_that_is_refused_can_be_repeated():
         qk.convert_(model)
     weight.data = before
     assert qk.convert_(model).rows[0].x_scale * 127 == pytest.approx(x.abs().max().item(), rel=1e-5)
+
+
+def test_dequantize_ends_the_watch_of_a_prepared_model():
+    model = qk.prepare_(Net())
+    model(inputs()[0])
+    qk.dequantize_(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert len(qk.quantize_(model, "w8a8").quantized) > 0
+
+
+def test_warnings_of_convert_name_the_line_that_called_it():
+    model = qk.prepare_(Net())
+    model(inputs()[0])
+    with pytest.warns(UserWarning) as caught:
+        qk.convert_(model)
+    assert {warning.filename for warning in caught} == {__file__}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import qkernels as qk
@@ -135,6 +136,20 @@ def test_a_qat_layer_computes_and_trains_as_the_pruned_float_layer(way):
     qk.dequantize_(quantized)  # from a layer that is pruned still
     quantized(X)
     assert type(quantized[0]) is nn.Linear and quantized[0].weight.is_leaf
+
+
+def test_products_with_the_weight_of_a_pruned_qat_layer_are_those_of_the_layer():
+    model = nn.Sequential(prune.l1_unstructured(nn.Linear(64, 32), "weight", 0.5))
+    qk.quantize_(model, "w4a8-g32", "qat")
+    layer, x = model[0], torch.randn(5, 64)
+    expected = layer(x)
+    assert torch.equal(F.linear(x, layer.weight, layer.bias), expected)
+    assert torch.equal(torch.addmm(layer.bias, x, layer.weight.t()), expected)
+    F.linear(x, layer.weight).sum().backward()
+    own = layer.weight_orig.grad.clone()
+    layer.weight_orig.grad = None
+    layer(x).sum().backward()
+    assert torch.equal(own, layer.weight_orig.grad) and not own[layer.weight_mask == 0].any()
 
 
 @pytest.mark.parametrize("way", WAYS)

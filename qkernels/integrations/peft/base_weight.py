@@ -41,7 +41,13 @@ def tensors_of(base: Storage) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_weight(base: Storage, weight: QuantizedWeight) -> None:
-    """Make `weight` that of the layer, whose parameter stays the same one in mode "int8"."""
+    """Make `weight` that of a frozen layer, or of one of mode "int8", whose parameter stays the same one.
+
+    Raises:
+        RuntimeError: for mode "qat", whose float weight is written to itself.
+    """
+    if base.mode == "qat":
+        raise RuntimeError('the weight of a layer of mode "qat" is its parameter: write to that')
     if base.mode == "frozen":
         with _registered_as_given():
             base.set_weight(weight)
