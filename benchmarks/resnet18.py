@@ -5,7 +5,7 @@
 The network is trained for some steps on synthetic gratings of ten classes, for pretrained weights would have to be
 fetched. All run with channels last; where the name says so, batch norms are folded into the convolutions. Times are
 medians of rounds in which every candidate runs once, so that all see the same load. `--write` replaces the results
-file and the table of docs/guide/convolutions.md, `--page` the table alone.
+file, of which `python tools/tables.py` makes the table of docs/guide/convolutions.md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from qkernels.system import json_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "resnet18-amd-epyc-avx512bf16-1t.json"
-PAGE = ROOT / "docs" / "guide" / "convolutions.md"
-BEGIN, END = "<!-- resnet18: generated -->\n", "<!-- end -->"
 CLASSES = 10
 CALIBRATION, TEST = 32, 64
 
@@ -178,48 +176,19 @@ def measure(rounds: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    head = ("", "error of logits", "right", "MB", "ms, batch 1", "ms, batch 8")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for row in rows:
-        cells = (
-            row["name"],
-            "-" if row["error"] == 0 else f"{row['error']:.4f}",
-            f"{100 * row['accuracy']:.0f} %",
-            f"{row['bytes'] / 1e6:.1f}",
-            *(f"{1e3 * row[f'median_{batch}']:.1f}" for batch in (1, 8)),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def page(text: str, rows: list[dict[str, Any]]) -> str:
-    """The page with its table made anew."""
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise ValueError(f"{PAGE.name} must hold a block between {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}{table(rows)}\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--write", action="store_true", help="replace the results file and the table of the page")
-    parser.add_argument("--page", action="store_true", help="replace the table of the page, and measure nothing")
+    parser.add_argument("--write", action="store_true", help="replace the results file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not arguments.page:
-        rows = measure(arguments.rounds, arguments.steps)
-        print(table(rows))
-        if arguments.write:
-            json_file.write(RESULTS, {"environment": environment(), "rows": rows})
-    if arguments.write or arguments.page:
-        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    rows = measure(arguments.rounds, arguments.steps)
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.write:
+        json_file.write(RESULTS, {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The student is trained in mode "qat" with cross entropy and the KL divergence to the softened outputs of the teacher
 (Hinton et al. 2015, arXiv:1503.02531). Data: the handwritten digits of scikit-learn; the teacher has seen 1200 of them,
-the student 100 of these. Run: python examples/distillation.py --seeds 20
+the student few of these. Run: python examples/distillation.py --seeds 20
 """
 
 import argparse
@@ -39,14 +39,14 @@ def train(model, images, labels, steps: int, soft=None) -> nn.Module:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scheme", default="w4a8-g32")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1000)
+    for name, number in (("seeds", 20), ("steps", 1000), ("digits", 100)):
+        parser.add_argument(f"--{name}", type=int, default=number)
     options = parser.parse_args()
     images, labels = map(torch.tensor, load_digits(return_X_y=True))
     images, accuracies = (images / 16 - 0.3).float(), {"teacher": [], "student alone": [], "student distilled": []}
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        few, known, held_out = (order := torch.randperm(len(images)))[:100], order[:1200], order[1200:]
+        few, known, held_out = (order := torch.randperm(len(images)))[: options.digits], order[:1200], order[1200:]
         teacher = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
         models = {"teacher": train(teacher, images[known], labels[known], options.steps)}
         for name, soft in (("student alone", None), ("student distilled", teacher(images[few]).detach())):

@@ -1,6 +1,7 @@
 """Every method of PEFT over a float base and a quantized one: what it does at each step of a user's work.
 
-`run` takes one row and one base, and says of each step whether it held; `tools/peft_matrix.py` writes the table.
+`run` takes one row and one base, and says of each step whether it held; `benchmarks/peft_methods.py` writes the rows
+of a table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers of README.md and of pages in docs, from rows in benchmarks/results: `python tools/readme.py` writes them.
+"""Numbers of README.md and of pages in docs, from rows in benchmarks/results: `python tools/tables.py` writes them.
 
 A page holds each block between `<!-- NAME: generated -->` and `<!-- end -->`; a test compares them with these. The
 picture of README.md is drawn as well.
@@ -18,8 +18,9 @@ PICTURE = ROOT / "docs" / "images" / "readme.png"
 LINEAR, GEMMA, MLP = "linear-intel-xeon-amx-2t", "training-gemma-intel-xeon-amx-2t", "training-intel-xeon-amx-2t"
 KEPT_MEMORY = "training-models-kept-memory-intel-xeon-amx-2t"
 QUALITY = "quality-intel-xeon-amx-2t"
-TORCH_LAYERS, EXPERTS = "torch-layers-amd-epyc-avx512bf16-1t", "experts-amd-epyc-avx512bf16-1t"
-STATIC = "static-amd-epyc-avx512bf16-1t"
+TORCH_LAYERS, EXPERTS = "torch-layers-amd-epyc-avx512bf16-1t", "experts-amd-epyc-avx512bf16"
+STATIC, RESNET = "static-amd-epyc-avx512bf16-1t", "resnet18-amd-epyc-avx512bf16-1t"
+PEFT, PEFT_STEPS = "peft-matrix", ("train", "save", "disable", "copy", "merge", "unmerge", "bfloat16")
 FLOAT, INT8, INT4 = "torch bfloat16", "w8a8 frozen int8 + loss", "w4a8-g32-asym frozen int8 + loss"
 COLUMNS = (FLOAT, "torch.ao int8 onednn", "w8a8", "w4a8-g128", "w4a8-g32-asym")
 
@@ -119,17 +120,74 @@ def torch_layer_table() -> str:
 
 
 def experts_table() -> str:
-    times: dict[str, dict[str, float]] = {}
-    for row in rows(EXPERTS):
+    times: dict[tuple[int, str], dict[str, float]] = {}
+    for row in rows(f"{EXPERTS}-1t") + rows(f"{EXPERTS}-2t"):
         name = row["name"].removeprefix("transformers ").removeprefix("qkernels ")
-        times.setdefault(row["layer"].split()[0], {})[name] = row["median"]
+        times.setdefault((row["threads"], row["layer"].split()[0]), {})[name] = row["median"]
     names = list(next(iter(times.values())))
-    lines = ["| tokens | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
-    for tokens, found in times.items():
+    lines = ["| threads | tokens | " + " | ".join(names) + " |", "| ---: | ---: |" + " ---: |" * len(names)]
+    for (threads, tokens), found in times.items():
         best = min(seconds for name, seconds in found.items() if name.startswith("grouped_mm"))
         cells = [f"{1e3 * found[name]:.1f} ({best / found[name]:.2f}x)" for name in names]
-        lines.append(f"| {tokens} | " + " | ".join(cells) + " |")
+        lines.append(f"| {threads} | {tokens} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def resnet_table() -> str:
+    head = ("", "error of logits", "right", "MB", "ms, batch 1", "ms, batch 8")
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows(RESNET):
+        cells = (
+            row["name"],
+            "-" if row["error"] == 0 else f"{row['error']:.4f}",
+            f"{100 * row['accuracy']:.0f} %",
+            f"{row['bytes'] / 1e6:.1f}",
+            *(f"{1e3 * row[f'median_{batch}']:.1f}" for batch in (1, 8)),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def distillation_table() -> str:
+    runs = rows("distillation")
+    titles = [f"{run['scheme']}, {run['digits']} digits" for run in runs]
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(runs)]
+    for title, name in (
+        ("teacher, float", "teacher"),
+        ("student, labels alone", "student alone"),
+        ("student, labels and teacher", "student distilled"),
+    ):
+        cells = (
+            f"{100 * mean:.1f} % ({100 * deviation:.1f})" for mean, deviation in (r["accuracy"][name] for r in runs)
+        )
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def peft_cell(result: dict[str, Any]) -> str:
+    """What one method did over one base: "ok" and the error of its merge, or the steps that failed."""
+    if result["refused"]:
+        return "refused"
+    failed = [step for step in PEFT_STEPS if result[step] not in ("ok", "-")]
+    text = "fails to " + ", ".join(failed) if failed else "ok"
+    if result["rounding"] is not None:
+        text += f", {result['rounding']:.3f}"
+    if result["base"] == "float" and result["merge"] == "-":
+        text += ", no merge"
+    return text
+
+
+def peft_table() -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for result in rows(PEFT):
+        initialization = "" if result["initialization"] is None else f" ({result['initialization']:.3f})"
+        cells.setdefault(result["name"], {})[result["base"]] = peft_cell(result) + initialization
+    bases = list(next(iter(cells.values())))
+    lines = ["| method | " + " | ".join(bases) + " |", "| --- |" + " --- |" * len(bases)]
+    lines += [f"| {name} | " + " | ".join(row[base] for base in bases) + " |" for name, row in cells.items()]
+    libraries = json.loads((RESULTS / f"{PEFT}.json").read_text(encoding="utf-8"))["libraries"]
+    made_with = ", ".join(f"{name} {number}" for name, number in libraries.items())
+    return "\n".join([*lines, "", f"Made with {made_with} by `python benchmarks/peft_methods.py`."])
 
 
 def static_table() -> str:
@@ -152,6 +210,9 @@ PAGES = {
     "docs/performance.md": {"experts": experts_table},
     "docs/guide/attention-recurrent.md": {"torch layers": torch_layer_table},
     "docs/guide/coming-from.md": {"static": static_table},
+    "docs/guide/convolutions.md": {"resnet18": resnet_table},
+    "docs/guide/peft.md": {"matrix": peft_table},
+    "docs/guide/pruning-distillation.md": {"distillation": distillation_table},
 }
 
 
