@@ -118,6 +118,16 @@ struct Weight {
 
   const uint8_t* row(int64_t i) const { return qweight + i * row_bytes; }
 
+  // Rows [begin, begin + count) as a weight.
+  Weight rows(int64_t begin, int64_t count) const {
+    Weight part = *this;
+    part.n = count;
+    part.qweight = row(begin);
+    part.scales += begin * groups;
+    if (zeros != nullptr) part.zeros += begin * groups;
+    return part;
+  }
+
   Scheme scheme;
   int64_t n, k;
   int64_t group, groups;  // along k

@@ -247,13 +247,9 @@ void copy_images(const Images& x, const ConvGeometry& geometry, PaddedImages& to
 
 // The rows of the weight, and of all that belongs to them, of one group.
 Weight group_of(const Weight& w, int64_t group, int64_t groups) {
-  const int64_t n = w.n / groups, first = group * n;
-  return {w.scheme,
-          n,
-          w.k,
-          w.row(first),
-          w.scales + first * w.groups,
-          w.zeros != nullptr ? w.zeros + first * w.groups : nullptr};  // its activations are quantized already
+  Weight part = w.rows(group * (w.n / groups), w.n / groups);
+  part.x_scale = nullptr;  // its activations are quantized already
+  return part;
 }
 
 // Output pixels [patches.first, patches.first + pixels) of one group, to a matrix of which `out` is the first row.

@@ -43,13 +43,6 @@ double natural_log(double x) {
   return 2.0 * (s * series) + e * 0.69314718055994531;
 }
 
-Weight rows_of(const Weight& w, int64_t begin, int64_t count) {
-  Weight rows(w.scheme, count, w.k, w.row(begin), w.scales + begin * w.groups,
-              w.zeros != nullptr ? w.zeros + begin * w.groups : nullptr);
-  rows.x_scale = w.x_scale;
-  return rows;
-}
-
 const Parallel kSerial{1, nullptr};
 
 class CrossEntropy {
@@ -163,7 +156,7 @@ class CrossEntropy {
   }
 
   Weight chunk(int64_t c) const {
-    return rows_of(w_, c * kChunkColumns, std::min(kChunkColumns, w_.n - c * kChunkColumns));
+    return w_.rows(c * kChunkColumns, std::min(kChunkColumns, w_.n - c * kChunkColumns));
   }
 
   // The softmax of up to kProductRows rows over a range of chunks, and the sum of the weight's rows by it.

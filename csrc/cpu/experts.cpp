@@ -120,11 +120,9 @@ void int_product(const Kernels& kernels, const QuantizedRows& grad, const Weight
   for (int64_t n0 = 0; n0 < w.n; n0 += kBlock) {
     const int64_t count = std::min(kBlock, w.n - n0);
     for (int64_t m = 0; m < grad.rows; ++m) std::memcpy(&q[m * count], grad.data + m * w.n + n0, count);
-    const Weight rows(w.scheme, count, w.k, w.row(n0), w.scales + n0 * w.groups,
-                      w.zeros != nullptr ? w.zeros + n0 * w.groups : nullptr);
     float* const sums = n0 == 0 ? total.get() : part.get();
-    int_matmul_grad_input(kernels, {q.get(), ones.get(), grad.rows, count}, rows, column_scales, {sums, DType::float32},
-                          limited);
+    int_matmul_grad_input(kernels, {q.get(), ones.get(), grad.rows, count}, w.rows(n0, count), column_scales,
+                          {sums, DType::float32}, limited);
     for (int64_t i = 0; i < values && n0 != 0; ++i) total[i] = total[i] + part[i];
   }
   for (int64_t m = 0; m < grad.rows; ++m) {
