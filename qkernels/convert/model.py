@@ -19,7 +19,7 @@ from ..nn.matrix_layer import MatrixLayer
 from ..profiling.layers import ROWS, SECONDS, time_layers
 from ..ptq.gptq import applies, check_applies
 from ..ptq.inputs import InputStatistics, checked_batches, collect_input_statistics
-from ..ptq.observers import InputWatch, Observer, observe_input, observer_factory
+from ..ptq.observers import Observer, is_watched, observe_input, observer_factory
 from ..system.deprecation import renamed_keywords
 from .layers import Layer, rows_of
 from .leftover import ROUTER
@@ -240,7 +240,7 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place; quantize a module that holds it"
         )
-    if any(isinstance(hook, InputWatch) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+    if is_watched(model):
         raise ValueError("model is prepared already: run it on sample inputs and call convert_(model)")
 
 

@@ -184,6 +184,12 @@ class InputWatch:
         observe_input(self.name, self.observer, args[0] if args else next(iter(kwargs.values())))
 
 
+def is_watched(model: nn.Module) -> bool:
+    """True if `prepare_` has prepared a layer of `model`, and `convert_` has not converted it yet."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, InputWatch) for hook in hooks)
+
+
 def remove_watch(layer: nn.Module) -> None:
     """Let the inputs of a layer be observed no more, if they are."""
     for key, hook in list(layer._forward_pre_hooks.items()):

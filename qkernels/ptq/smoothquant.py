@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..system.deprecation import renamed_keywords
 from .inputs import run_watched
+from .observers import is_watched
 
 # Decoders of transformers whose blocks compute o(attention(q, k, v)) and down(act(gate) * up) on norms that nothing
 # else reads; tests/ptq/test_smoothquant.py checks each.
@@ -69,11 +70,14 @@ def smooth_(
 
     Raises:
         TypeError: for sample inputs of another kind.
-        ValueError: for another model type, layers that are not plain `nn.Linear` (quantized, adapted), alpha out of
-            range, or sample inputs that do not reach every layer with finite values. The model is then as it was.
+        ValueError: for another model type, a model that `prepare_` has prepared, layers that are not plain `nn.Linear`
+            (quantized, adapted), alpha out of range, or sample inputs that do not reach every layer with finite values.
+            The model is then as it was.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if is_watched(model):
+        raise ValueError("model must not be prepared yet, for its inputs change: call smooth_ first, then prepare_")
     config: Any = getattr(model, "config", None)
     model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else type(model).__name__
     if model_type not in MODEL_TYPES:

@@ -57,6 +57,7 @@ def masks(keys, batched):
     some[:, 0] = False
     each = torch.randn((BATCH if batched else 1) * HEADS, QUERIES, keys)
     floats = torch.zeros_like(padding, dtype=torch.float).masked_fill(padding, -torch.inf)
+    causal = {"attn_mask": torch.triu(torch.full((QUERIES, keys), -torch.inf), 1), "is_causal": True}
     return {
         "none": {},
         "bool": {"attn_mask": some},
@@ -64,7 +65,8 @@ def masks(keys, batched):
         "padding": {"key_padding_mask": padding},
         "both": {"attn_mask": some, "key_padding_mask": padding},
         "both in float": {"attn_mask": each, "key_padding_mask": floats},
-        "causal": {"attn_mask": torch.triu(torch.full((QUERIES, keys), -torch.inf), 1), "is_causal": True},
+        "causal": causal,
+        "causal and padding": {**causal, "key_padding_mask": floats},
     }
 
 
@@ -79,7 +81,7 @@ def test_its_arguments_mean_what_they_mean_to_the_float_layer(options, batched):
         for (name, arguments), weights, average in itertools.product(
             masks(keys, batched).items(), (True, False), (True, False)
         ):
-            if name == "causal" and (kind != "self" or layer.bias_k is not None or layer.add_zero_attn):
+            if name.startswith("causal") and (kind != "self" or layer.bias_k is not None or layer.add_zero_attn):
                 continue  # torch takes the hint for the mask, and loses the columns that were added
             call = {**arguments, "need_weights": weights, "average_attn_weights": average}
             for actual, expected in zip(twin(*tensors, **call), layer(*tensors, **call), strict=True):

@@ -71,6 +71,8 @@ def test_what_cannot_be_smoothed_is_refused_and_unchanged():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
         qk.smooth_(model, [tokens()], alpha=2)
+    with pytest.raises(ValueError, match="call smooth_ first, then prepare_"):
+        qk.smooth_(qk.prepare_(copy.deepcopy(model)), [tokens()])
     with pytest.raises(ValueError, match=r"calibration must hold at least one batch"):
         qk.smooth_(model, [])
     with pytest.raises(ValueError, match=r"model type must be one of llama.*got Linear"):
