@@ -1,0 +1,124 @@
+"""`Checkpoint`: a model on disk as quantized layers and float tensors, each read when it is asked for.
+
+Every format is read into this form and written from it, so that a conversion is one reader and one writer, and holds
+one tensor at a time. A model in memory has the same form (`integrations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
+from ..formats.validate import storage_problems, x_scale_problem
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """The values of a quantized layer of a checkpoint.
+
+    Attributes:
+        weight: the canonical storage of [N, K].
+        x_scale: float32 [1], of static activations; else None.
+        input_order: int32 [K] or None. Column j of `weight` multiplies feature `input_order[j]` of the input: the order
+            in which GPTQ with activation order quantized the columns.
+    """
+
+    weight: QuantizedWeight
+    x_scale: Tensor | None = None
+    input_order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointLayer:
+    """A quantized weight [N, K] of a checkpoint: what its header says, and how to read it.
+
+    Attributes:
+        name: of the module in the model, such as "model.layers.0.mlp.up_proj"; an expert's has its number in it, as in
+            a float checkpoint.
+        in_features, out_features: K, N.
+        scheme: of the weight as it is stored, and of the activations as the file says: `a16` where it says nothing.
+        details: what `qkernels inspect` prints of it, such as "GPTQ v1, activation order".
+        tensors: names of the tensors of the file that it is made of.
+        reader: reads the values.
+        has_input_order: the values have an `input_order`.
+        source: the tensors' raw form in its format, for a writer of that format that can keep it; or None.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    scheme: QuantScheme
+    details: str
+    tensors: tuple[str, ...]
+    reader: Callable[[], LayerWeight]
+    has_input_order: bool = False
+    source: object | None = None
+
+    def read(self) -> LayerWeight:
+        """The values, checked.
+
+        Raises:
+            ValueError: naming layer and tensor, if they are not the storage that the header promised.
+        """
+        values = self.reader()
+        problems = storage_problems(values.weight._asdict(), self.in_features, self.out_features, self.scheme)
+        x_scale = x_scale_problem(values.x_scale, self.scheme)
+        if x_scale is not None:
+            problems["x_scale"] = x_scale
+        if (values.input_order is not None) != self.has_input_order:
+            problems["input_order"] = "must be there" if self.has_input_order else "must be None"
+        elif values.input_order is not None:
+            expected = torch.arange(self.in_features)
+            if not torch.equal(values.input_order.to(torch.int64).sort().values, expected):
+                problems["input_order"] = f"must be a permutation of {self.in_features} features"
+        for name, problem in problems.items():
+            raise ValueError(f"{self.name}.{name} {problem}")
+        return values
+
+
+@dataclass(frozen=True)
+class FloatTensor:
+    """A tensor of a checkpoint that is not quantized.
+
+    Attributes:
+        reader: reads it; of `shape` and `dtype`.
+        source: its raw form in its format, for a writer of that format that can keep it; or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reader: Callable[[], Tensor]
+    source: object | None = None
+
+    def read(self) -> Tensor:
+        return self.reader()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, or one in memory that is to be written.
+
+    Attributes:
+        format: the name of its format in the registry.
+        config: the `config.json` of transformers, without its `quantization_config`; empty where there is none.
+        layers: the quantized layers by the names of their modules.
+        floats: all other tensors by their names in the model's state dict, biases of quantized layers too.
+        files: others that belong to the model, such as its tokenizer's, which a writer copies.
+        metadata: what its format says beside that, for a writer of the same format.
+        path: where it lies; None for a model in memory.
+    """
+
+    format: str
+    config: Mapping[str, Any]
+    layers: Mapping[str, CheckpointLayer]
+    floats: Mapping[str, FloatTensor]
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None

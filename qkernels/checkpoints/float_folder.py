@@ -1,0 +1,82 @@
+"""The float folder of transformers: what every engine reads, and what nothing is left quantized in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.scheme import QuantScheme
+from ..formats.storage import dequantize_weight
+from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
+from .checkpoint_format import Progress, Variant, no_progress
+from .folder import FolderFormat
+from .losses import Losses
+from .safetensors_files import INDEX, SINGLE, SafetensorsFiles
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def dequantize(values: LayerWeight, in_features: int, scheme: QuantScheme) -> Tensor:
+    """float32 [N, K] of a layer, its columns in the order of the input's features."""
+    weight = dequantize_weight(*values.weight, in_features, scheme)
+    if values.input_order is None:
+        return weight
+    out = torch.empty_like(weight)
+    out[:, values.input_order.to(torch.int64)] = weight
+    return out
+
+
+class FloatFolder(FolderFormat):
+    """Float tensors under the names of transformers."""
+
+    name = "float"
+    title = "float folder of transformers"
+    targets = tuple(_DTYPES)
+    variants = (
+        Variant("float32 (`float:f32`)", "none", "exact", "exact"),
+        Variant("bfloat16, float16 (`float:bf16`, `float:f16`)", "none", "exact", "with a report", "one rounding"),
+    )
+
+    def detects(self, path: Path) -> bool:
+        tensors = (
+            path.suffix == ".safetensors" if path.is_file() else any((path / f).is_file() for f in (SINGLE, INDEX))
+        )
+        return tensors and not self.quantization_config(path)
+
+    def layers(
+        self, tensors: SafetensorsFiles, config: dict[str, Any], losses: Losses
+    ) -> Mapping[str, CheckpointLayer]:
+        return {}
+
+    def encode(self, layer: CheckpointLayer, values: LayerWeight, losses: Losses) -> dict[str, Tensor]:
+        weight = dequantize(values, layer.in_features, layer.scheme)
+        rounded = weight.to(self._dtype)
+        losses.changed(f"{layer.name}.weight", f"weights that {self._dtype} cannot hold", weight, rounded)
+        return {"weight": rounded}
+
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        path: Path,
+        losses: Losses,
+        target: str | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        writer = FloatFolder()
+        writer._dtype = _DTYPES[target or "f32"]
+        config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
+        if checkpoint.config:
+            config["dtype"] = str(writer._dtype).removeprefix("torch.")
+        plain = Checkpoint(
+            checkpoint.format, config, checkpoint.layers, checkpoint.floats, checkpoint.files, checkpoint.metadata
+        )
+        super(FloatFolder, writer).write(plain, path, losses, target, progress)
+
+    def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {}
+
+    _dtype = torch.float32

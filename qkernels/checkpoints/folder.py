@@ -1,0 +1,155 @@
+"""What all formats share that are folders of transformers: `config.json`, safetensors files, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
+from .checkpoint_format import CheckpointFormat, Progress, no_progress
+from .losses import Losses
+from .safetensors_files import INDEX, SINGLE, SafetensorsFiles, SafetensorsWriter, read_json
+
+CONFIG = "config.json"
+# Of a folder, what belongs to the model beside its tensors: tokenizers, processors, templates, licenses.
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder, with its `quantization_config`; empty without such a file.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
+def files_beside(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that a writer copies."""
+    ours = {CONFIG, INDEX, SINGLE, "quantize_config.json", "quant_config.json", "quantization_config.json"}
+    return tuple(
+        sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in _BESIDE and f.name not in ours)
+    )
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `path` at the end; after an error nothing is left.
+
+    Raises:
+        FileExistsError: if `path` is there and not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(17, "is there already; remove it, or name another", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if path.exists():
+            path.rmdir()
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class FolderFormat(CheckpointFormat):
+    """A format whose tensors lie in safetensors files, and whose `config.json` says how they are quantized.
+
+    Attributes:
+        quant_methods: what `quant_method` of the `quantization_config` is.
+    """
+
+    quant_methods: ClassVar[tuple[str, ...]] = ()
+
+    def quantization_config(self, folder: Path) -> dict[str, Any]:
+        """The `quantization_config` of a folder; empty if it has none."""
+        found = read_config(folder).get("quantization_config")
+        return found if isinstance(found, dict) else {}
+
+    def detects(self, path: Path) -> bool:
+        return path.is_dir() and self.quantization_config(path).get("quant_method") in self.quant_methods
+
+    @abstractmethod
+    def layers(
+        self, tensors: SafetensorsFiles, config: dict[str, Any], losses: Losses
+    ) -> Mapping[str, CheckpointLayer]:
+        """The quantized layers of a folder.
+
+        Args:
+            tensors: those of the folder.
+            config: its `quantization_config`.
+            losses: the policy.
+
+        Raises:
+            ValueError, LossError: as `open`.
+        """
+
+    def open(self, path: Path, losses: Losses) -> Checkpoint:
+        config, tensors = read_config(path), SafetensorsFiles(path)
+        config.pop("quantization_config", None)
+        layers = self.layers(tensors, self.quantization_config(path), losses)
+        consumed = {name for layer in layers.values() for name in layer.tensors}
+        floats = {
+            name: FloatTensor(tensors[name].shape, tensors[name].dtype, partial(tensors.tensor, name))
+            for name in tensors
+            if name not in consumed
+        }
+        return Checkpoint(self.name, config, layers, floats, files_beside(path), path=path)
+
+    def problem(self, layer: CheckpointLayer) -> str | None:
+        """Why the format has no place for a layer; None: it has."""
+        return None
+
+    def encode(self, layer: CheckpointLayer, values: LayerWeight, losses: Losses) -> dict[str, Tensor]:
+        """The tensors of a layer by their names in the format, such as "weight_packed".
+
+        Raises:
+            LossError: for what the format cannot hold exactly, by the policy of `losses`.
+        """
+        raise NotImplementedError
+
+    def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The `quantization_config` of a folder with these layers."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        checkpoint: Checkpoint,
+        path: Path,
+        losses: Losses,
+        target: str | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        problems = {name: self.problem(layer) for name, layer in checkpoint.layers.items()}
+        for name, problem in problems.items():
+            if problem is not None:
+                raise ValueError(f"{self.title} cannot hold {name} ({checkpoint.layers[name].scheme}): {problem}")
+        config = dict(checkpoint.config)
+        if checkpoint.layers:
+            config["quantization_config"] = self.written_config(checkpoint)
+        total, done = len(checkpoint.layers) + len(checkpoint.floats), 0
+        with written_whole(path) as folder:
+            writer = SafetensorsWriter(folder)
+            for name, layer in checkpoint.layers.items():
+                for suffix, tensor in self.encode(layer, layer.read(), losses).items():
+                    writer.add(f"{name}.{suffix}", tensor)
+                done += 1
+                progress(done, total, name)
+            for name, plain in checkpoint.floats.items():
+                writer.add(name, plain.read())
+                done += 1
+                progress(done, total, name)
+            writer.close()
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in checkpoint.files:
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,101 @@
+"""Our own folder: what `save_pretrained` of a quantized model writes (docs/formats.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight
+from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
+from .checkpoint_format import Variant
+from .folder import FolderFormat
+from .losses import Losses
+from .safetensors_files import SafetensorsFiles
+
+STORED = ("qweight", "scales", "zeros", "x_scale", "input_order")
+
+
+class QKernelsFolder(FolderFormat):
+    """The canonical storage under the names of the modules."""
+
+    name = "qkernels"
+    title = "qkernels"
+    quant_methods = ("qkernels",)
+    variants = (Variant("every scheme", "all", "exact", "exact"),)
+
+    def layers(
+        self, tensors: SafetensorsFiles, config: dict[str, Any], losses: Losses
+    ) -> Mapping[str, CheckpointLayer]:
+        layers = {}
+        for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+            module = name.removesuffix(".weight")  # an expert's tensors have the name of its float weight
+            layers[module] = _layer(tensors, name, module, _scheme_of(module, config))
+        entries = config.get("layers", {})
+        trained = [name for name, entry in entries.items() if isinstance(entry, dict) and entry.get("mode") == "qat"]
+        if trained:
+            raise ValueError(
+                f"{trained[0]} is in mode 'qat', with a float weight: call freeze_(model) and save it again"
+            )
+        return layers
+
+    def open(self, path: Path, losses: Losses) -> Checkpoint:
+        found = super().open(path, losses)
+        marker = {name for name, tensor in found.floats.items() if tensor.shape == (0,) and name.endswith(".weight")}
+        return replace(found, floats={name: tensor for name, tensor in found.floats.items() if name not in marker})
+
+    def encode(self, layer: CheckpointLayer, values: LayerWeight, losses: Losses) -> dict[str, Tensor]:
+        stored = {**values.weight._asdict(), "x_scale": values.x_scale, "input_order": values.input_order}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
+
+    def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        names = {name: layer.scheme.name for name, layer in checkpoint.layers.items()}
+        scheme = Counter(names.values()).most_common(1)[0][0]
+        options = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
+        return {"quant_method": "qkernels", "scheme": scheme, **options, "layers": names}
+
+
+def _scheme_of(module: str, config: dict[str, Any]) -> QuantScheme:
+    """The scheme of a layer; of an expert, whose matrices are fused in memory, that of all of its block.
+
+    Raises:
+        ValueError: if the folder does not say it.
+    """
+    entries = config.get("layers", {})
+    entry = entries.get(module)
+    if entry is None and ".experts." in module:
+        block = module[: module.index(".experts.") + len(".experts.")]
+        schemes = {scheme_name(own) for name, own in entries.items() if name.startswith(block)}
+        entry = schemes.pop() if len(schemes) == 1 else None
+    if entry is None:
+        raise ValueError(f"the quantization_config must say the scheme of {module}, which has a qweight")
+    return QuantScheme.parse(scheme_name(entry))
+
+
+def scheme_name(entry: str | dict[str, Any]) -> str:
+    """The scheme in an entry of `layers`."""
+    return entry["scheme"] if isinstance(entry, dict) else entry
+
+
+def _layer(tensors: SafetensorsFiles, name: str, module: str, scheme: QuantScheme) -> CheckpointLayer:
+    own = {stored: f"{name}.{stored}" for stored in STORED if f"{name}.{stored}" in tensors}
+    shape = tensors[own["qweight"]].shape
+    if len(shape) != 2:
+        raise ValueError(f"{name}.qweight must be a matrix, got shape {list(shape)}: fused experts are not converted")
+    out_features, packed = shape
+    in_features = packed * scheme.weight_format.per_byte
+
+    def read() -> LayerWeight:
+        values = {stored: tensors.tensor(tensor) for stored, tensor in own.items()}
+        if scheme.weight_bits == 4 and not (values["qweight"][:, -1] >> 4).any():
+            raise ValueError(f"{module} may have {in_features} input features or one less: the folder does not say")
+        weight = QuantizedWeight(values["qweight"], values["scales"], values.get("zeros"))
+        return LayerWeight(weight, values.get("x_scale"), values.get("input_order"))
+
+    has_order = "input_order" in own
+    return CheckpointLayer(module, in_features, out_features, scheme, "", tuple(own.values()), read, has_order)

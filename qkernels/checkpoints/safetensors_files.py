@@ -1,0 +1,248 @@
+"""Tensors in safetensors files: read one at a time after their headers were checked, written one at a time.
+
+The layout is that of https://huggingface.co/docs/safetensors: the length of a JSON header, the header, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MOST_HEADER = 100_000_000  # bytes, as the library has it
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, without names that stand in it twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
+
+
+def read_json(path: Path, most_bytes: int = _MOST_HEADER) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"{path} must be at most {most_bytes} bytes, got {path.stat().st_size}")
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata; nothing but the header is read.
+
+    Raises:
+        ValueError: naming the file, if the header is none, or does not fit the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
+            raise ValueError(f"{path} is no safetensors file: a header of {length} bytes in a file of {size}")
+        try:
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is a {type(header).__name__}")
+            metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("its metadata are not texts")
+            spans = [(*_span(name, entry), name) for name, entry in header.items()]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise ValueError(f"{path} is no safetensors file: {name} begins at byte {begin} of the data, not at {at}")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError(f"{path} is truncated or damaged: {size - 8 - length} bytes of data, its header says {at}")
+    infos = {name: TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]], path) for name, entry in header.items()}
+    return infos, metadata
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end in the data."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} has the dtype {dtype!r}; known are {', '.join(_DTYPES)}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{what} of {name} must be a list of numbers from 0 on, got {numbers!r}")
+    if len(offsets) != 2 or len(shape) > 16:
+        raise ValueError(f"{name} must have two offsets and at most 16 dimensions")
+    begin, end = offsets
+    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{name}, {dtype} of shape {shape}, cannot lie in bytes {begin} to {end}")
+    return begin, end
+
+
+class SafetensorsFiles(Mapping[str, TensorInfo]):
+    """The tensors of a file or folder: what headers say, by name, and `tensor`, which reads one.
+
+    Args:
+        path: a .safetensors file, or a folder with `model.safetensors` or an index of several files.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a broken header, an index that names a file elsewhere, or a tensor that is not where it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        if path.is_file():
+            self._add(path)
+        elif (path / INDEX).exists():
+            self._add_index(path)
+        elif (path / SINGLE).exists():
+            self._add(path / SINGLE)
+        else:
+            pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+            hint = f"; {pickles[0]} is a pickle, which can run any program and is not read" if pickles else ""
+            raise FileNotFoundError(2, f"no {SINGLE} and no {INDEX}{hint}", str(path))
+
+    def _add(self, file: Path) -> None:
+        infos, metadata = read_header(file)
+        self._infos.update(infos)
+        self.metadata.update(metadata)
+
+    def _add_index(self, folder: Path) -> None:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{folder / INDEX} must have a weight_map from tensors to files")
+        for name in sorted(set(weight_map.values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{folder / INDEX} must name .safetensors files of its own folder, got {name!r}")
+            self._add(folder / name)
+        lost = [name for name, file in weight_map.items() if self._infos.get(name, (0, 0, folder))[2].name != file]
+        if lost:
+            raise ValueError(f"{folder / INDEX} says that {lost[0]} is in {weight_map[lost[0]]}, where it is not")
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self._infos[name].file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class _Written(NamedTuple):
+    name: str
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+class SafetensorsWriter:
+    """Writes tensors one after the other into files of a folder; no more than one is in memory.
+
+    The data of a file is collected beside it, because its header, which stands first, names all of its tensors.
+
+    Args:
+        folder: that exists.
+        most_bytes: of a file's data; a larger tensor has a file of its own.
+        metadata: texts for the header of each file.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int = 4 << 30, metadata: Mapping[str, str] | None = None) -> None:
+        self._folder, self._most_bytes, self._metadata = folder, most_bytes, {"format": "pt", **(metadata or {})}
+        self._files: list[list[_Written]] = []
+
+    def _data(self, index: int) -> Path:
+        return self._folder / f".{index}.data"
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor."""
+        tensor = tensor.detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if not self._files or (self._files[-1] and self._files[-1][-1].end + size > self._most_bytes):
+            self._files.append([])
+        written = self._files[-1]
+        begin = written[-1].end if written else 0
+        with self._data(len(self._files) - 1).open("ab") as file:
+            if size:
+                tensor.flatten().view(torch.uint8).numpy().tofile(file)
+        written.append(_Written(name, _NAMES[tensor.dtype], list(tensor.shape), begin, begin + size))
+
+    def close(self) -> None:
+        """Write the headers, and the index where there are several files."""
+        import shutil
+
+        count, total = len(self._files) or 1, 0
+        weight_map: dict[str, str] = {}
+        for index, written in enumerate(self._files or [[]]):
+            name = SINGLE if count == 1 else f"model-{index + 1:05}-of-{count:05}.safetensors"
+            header: dict[str, Any] = {"__metadata__": self._metadata}
+            header |= {w.name: {"dtype": w.dtype, "shape": w.shape, "data_offsets": [w.begin, w.end]} for w in written}
+            encoded = json.dumps(header, separators=(",", ":")).encode()
+            encoded += b" " * (-len(encoded) % 8)
+            with (self._folder / name).open("wb") as file:
+                file.write(len(encoded).to_bytes(8, "little") + encoded)
+                if written:
+                    with self._data(index).open("rb") as data:
+                        shutil.copyfileobj(data, file, 1 << 24)
+                    self._data(index).unlink()
+            weight_map |= {w.name: name for w in written}
+            total += written[-1].end if written else 0
+        if count > 1:
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
