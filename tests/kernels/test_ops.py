@@ -227,18 +227,9 @@ def test_float_linear_is_within_its_bound(each_isa, scheme):
 def test_float_conv_is_within_its_bound(each_isa, scheme):
     """As the products of patches, group by group."""
     for args, label in samples("conv", scheme, 6):
-        x, *weight, bias, name, geometry, _ = args
-        channels, n = x.shape[3] // geometry.groups, weight[0].shape[0] // geometry.groups
-        exact = exact_weight(*weight, geometry.in_features(x.shape[3]), name)
-        padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2).double(), geometry[6:10])
-        patches = torch.nn.functional.unfold(padded, geometry[:2], geometry[4:6], 0, geometry[2:4])
-        patches = patches.unflatten(1, (geometry.groups, channels, -1)).permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
         out = ops.conv(*args).flatten(0, 2)
-        for group in range(geometry.groups):
-            rows = slice(group * n, (group + 1) * n)
-            own = None if bias is None else bias[rows].to(torch.float64)
-            part = out[:, rows]
-            assert_within_float_bound(part, patches[group].to(x.dtype), exact[rows], own, f"{each_isa} {label}")
+        for rows, patches, exact, bias in op_samples.conv_products(args):
+            assert_within_float_bound(out[:, rows], patches, exact, bias, f"{each_isa} {label}")
 
 
 @pytest.mark.parametrize("scheme", tiered(SCHEMES))

@@ -230,6 +230,19 @@ def grouped_outer(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sampl
         yield Sample((grad_out, offsets, x, grouped_rows(draw, rows, sources)), label)
 
 
+def conv_products(args: tuple) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """A convolution as products, for each group: its output channels, patches, exact weight and bias."""
+    x, *weight, bias, scheme, geometry = args[:7]
+    channels, n = x.shape[3] // geometry.groups, weight[0].shape[0] // geometry.groups
+    exact = exact_weight(*weight, geometry.in_features(x.shape[3]), scheme)
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2).double(), geometry[6:10])
+    patches = torch.nn.functional.unfold(padded, geometry[:2], geometry[4:6], 0, geometry[2:4])
+    patches = patches.unflatten(1, (geometry.groups, channels, -1)).permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
+    for group in range(geometry.groups):
+        rows = slice(group * n, (group + 1) * n)
+        yield rows, patches[group].to(x.dtype), exact[rows], None if bias is None else bias[rows].to(torch.float64)
+
+
 def conv(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
     """The last sample has so many values that its output pixels are computed in blocks."""
     pick = draw.choose.choice
