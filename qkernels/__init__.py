@@ -5,6 +5,7 @@ from .convert.dequantize import dequantize_
 from .convert.model import freeze_, quantize_
 from .convert.report import QuantizationReport
 from .convert.static import convert_, prepare_
+from .diagnostics.compare import compare, compare_merge
 from .formats.scheme import QuantScheme
 from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
@@ -45,6 +46,8 @@ __all__ = [
     "QuantizationReport",
     "QuantizedWeight",
     "SplitLayer",
+    "compare",
+    "compare_merge",
     "convert_",
     "dequantize_",
     "dequantize_weight",

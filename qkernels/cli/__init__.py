@@ -8,6 +8,7 @@ import typer
 
 from .bench import bench
 from .common import one_line_errors
+from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
@@ -25,6 +26,7 @@ app.command()(info)
 app.command()(explain)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(generate)
 app.command()(demo)
 app.command()(tune)

@@ -1,1 +1,1 @@
-"""What a model would gain: `explain`."""
+"""What a model would gain: `explain`; what it lost: `compare`."""

@@ -65,6 +65,34 @@ def token_blocks(tokenizer: Any, texts: Sequence[str], seq_len: int, *, keep_tai
     return [block for block in blocks if len(block) > 1] if keep_tail else complete
 
 
+def check_tokenizers(a: Any, b: Any, texts: Sequence[str]) -> None:
+    """Refuse tokenizers by which the same token ids are not the same text.
+
+    Raises:
+        InputError: naming the first difference.
+    """
+    of_a, of_b = ({token: tokenizer_id for tokenizer_id, token in t.get_vocab().items()} for t in (a, b))
+    for token in of_a.keys() & of_b.keys():
+        if of_a[token] != of_b[token]:
+            raise InputError(
+                f"the tokenizers differ: token {token} is {of_a[token]!r} for the first model, "
+                f"{of_b[token]!r} for the other"
+            )
+    for text in texts:
+        ids = [t(text, add_special_tokens=False, verbose=False).input_ids for t in (a, b)]
+        if ids[0] != ids[1]:
+            at = next((i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1]), min(map(len, ids)))
+            raise InputError(
+                f"the tokenizers differ: token {at} of the text is {ids[0][at : at + 1]} for the first model, "
+                f"{ids[1][at : at + 1]} for the other"
+            )
+    if a.bos_token_id != b.bos_token_id:
+        raise InputError(
+            f"the tokenizers differ: a text begins with token {a.bos_token_id} for the first model, "
+            f"{b.bos_token_id} for the other"
+        )
+
+
 def split_blocks(blocks: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Training blocks and held-out blocks: the last tenth of the text, at least one block.
 
