@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 OnLoss = Literal["refuse", "report", "requantize"]
+_AT_ONCE = 1 << 20  # values that are compared in float64 at a time
 POLICIES = ("refuse", "report", "requantize")
 
 
@@ -65,12 +67,13 @@ class Losses:
         Raises:
             LossError: if some differ and the policy is "refuse".
         """
-        exact, kept = exact.to(torch.float64), kept.to(torch.float64)
-        differs = exact != kept
-        count = int(differs.sum())
+        count, largest, magnitude = 0, 0.0, 0.0
+        for a, b in zip(exact.flatten().split(_AT_ONCE), kept.flatten().split(_AT_ONCE), strict=True):
+            wide, change = a.to(torch.float64), a.to(torch.float64) - b.to(torch.float64)
+            count += int((change != 0).sum())
+            largest, magnitude = max(largest, float(change.abs().max())), max(magnitude, float(wide.abs().max()))
         if count:
-            largest = float((exact - kept).abs().max() / exact.abs().max())
-            self.add(Loss(tensor, what, count, exact.numel(), largest))
+            self.add(Loss(tensor, what, count, exact.numel(), largest / magnitude if magnitude else math.inf))
 
     def add(self, loss: Loss) -> None:
         """Account for a loss that is known.
@@ -84,6 +87,15 @@ class Losses:
                 "largest magnitude); pass on_loss='report' to accept that"
             )
         self.entries.append(loss)
+
+    def need_report(self, tensor: str, why: str) -> None:
+        """Ask whether a weight whose values will change may be read, because `why`: before any value is.
+
+        Raises:
+            LossError: if the policy is "refuse".
+        """
+        if self.on_loss == "refuse":
+            raise LossError(f"{tensor}: {why}; pass on_loss='report' to accept that")
 
     def need_requantization(self, tensor: str, why: str) -> None:
         """Ask whether a weight may be dequantized and quantized again, because `why`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint
 from .checkpoint_format import CheckpointFormat
 from .float_folder import FloatFolder
@@ -15,6 +16,7 @@ FORMATS: dict[str, CheckpointFormat] = {
     checkpoint_format.name: checkpoint_format
     for checkpoint_format in (
         QKernelsFolder(),
+        BitsAndBytes(),
         FloatFolder(),
     )
 }
