@@ -130,7 +130,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         clean.save_pretrained(scratch)
         scratch.rename(folder)
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"cannot convert {path} into {folder}: {_reason(error)}") from error
+        raise InputError(f"cannot convert {path} into {folder}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -146,7 +146,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"{folder} holds no tokenizer that transformers can load: {_reason(error)}") from error
+        raise InputError(f"{folder} holds no tokenizer that transformers can load: {reason_of(error)}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -167,7 +167,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"{folder} holds no causal language model that can be loaded: {_reason(error)}") from error
+        raise InputError(f"{folder} holds no causal language model that can be loaded: {reason_of(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise InputError(f"{folder} lacks weights of its model: {', '.join(missing[:3])} ({len(missing)} in all)")
     model.to(device()).eval()
@@ -279,10 +279,10 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, folder).eval()
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"adapter {str(folder)!r} cannot be put on the model: {_reason(error)}") from error
+        raise InputError(f"adapter {str(folder)!r} cannot be put on the model: {reason_of(error)}") from error
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
-            raise InputError(f"adapter {str(folder)!r} lacks weights: {_reason(warning.message)}")
+            raise InputError(f"adapter {str(folder)!r} lacks weights: {reason_of(warning.message)}")
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name and not parameter.isfinite().all():
@@ -313,7 +313,7 @@ def _stored_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _reason(error: object) -> str:
+def reason_of(error: object) -> str:
     """What an exception says, on one line."""
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, (OSError, ValueError, UserWarning)) else f"{type(error).__name__}: "
