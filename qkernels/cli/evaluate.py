@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,11 +60,10 @@ def evaluate(
             check_tokenizers(its_tokenizer, tokenizer, texts)
         result |= _of_texts(loaded, reference, blocks, scheme)
     if names:
-        options = {"limit": limit, "batch_size": batch_size, "folder": task_folder}
-        result["tasks"] = [score._asdict() for score in run_tasks(loaded, tokenizer, names, **options)]
+        ask = partial(run_tasks, names=names, limit=limit, batch_size=batch_size, folder=task_folder)
+        result["tasks"] = [score._asdict() for score in ask(loaded, tokenizer)]
         if reference is not None:
-            scores = run_tasks(reference, its_tokenizer, names, **options)
-            result["tasks_against"] = [score._asdict() for score in scores]
+            result["tasks_against"] = [score._asdict() for score in ask(reference, its_tokenizer)]
     if as_json:
         print(json.dumps(result))
         return

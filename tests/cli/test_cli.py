@@ -331,58 +331,6 @@ class TestEvalAndGenerate:
         refused = invoke("eval", tmp_path / "run", text, "--seq-len", 16, "--scheme", "w8a8")
         assert_refused(refused, "quantized already (w4a8-g32)", "w8a8")
 
-    def test_eval_against_another_model(self, llama, text):
-        options = ("--scheme", "w4a8-g32", "--seq-len", 16, "--eval-blocks", 4, "--dtype", "float32", "--json")
-        alone = json.loads(invoke("eval", llama, text, *options).stdout)
-        result = invoke("eval", llama, text, *options, "--against", llama)
-        assert result.exit_code == 0, result.output
-        found = json.loads(result.stdout)
-        assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
-        assert found["kl"]["mean"] > 0 and found["tokens"] == alone["tokens"] == 60
-        text_result = invoke("eval", llama, text, *options[:-1], "--against", llama)
-        assert f"KL divergence from {llama}: mean {found['kl']['mean']:.4f}" in text_result.stdout
-
-    def test_tasks_without_lm_eval_say_how_to_install_it(self, llama, monkeypatch):
-        monkeypatch.setitem(sys.modules, "lm_eval", None)
-        assert_refused(invoke("eval", llama, "--tasks", "arc_easy"), "pip install 'lm_eval[hf]'")
-        assert_refused(invoke("eval", llama), "text files", "--tasks")
-
-    def test_tasks_of_a_folder(self, llama, tmp_path):
-        pytest.importorskip("lm_eval")
-        pytest.importorskip("datasets")
-        questions = [
-            {"question": f"the quick brown {word}", "choices": ["fox", "dog"], "answer": at % 2}
-            for at, word in enumerate(("fox", "dog", "lazy", "jumps"))
-        ]
-        (tmp_path / "animals.json").write_text("\n".join(map(json.dumps, questions)))
-        (tmp_path / "animals.yaml").write_text(
-            f"task: animals\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/animals.json}}\n"
-            "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
-            "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
-        )
-        options = ("--tasks", "animals", "--task-folder", tmp_path, "--dtype", "float32")
-        result = invoke("eval", llama, *options, "--scheme", "w8a8", "--against", llama, "--json")
-        assert result.exit_code == 0, result.output
-        found = json.loads(result.stdout)
-        (score,), (reference,) = found["tasks"], found["tasks_against"]
-        assert (score["task"], score["metric"], score["samples"]) == ("animals", "acc", 4)
-        assert score["higher_is_better"]
-        model, tokenizer = load_model(llama, torch.float32), load_tokenizer(llama)
-        right = 0
-        for item in questions:
-            start = tokenizer(item["question"]).input_ids
-            losses = []
-            for choice in item["choices"]:
-                ids = torch.tensor(tokenizer(f"{item['question']} {choice}").input_ids)
-                logs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-                losses.append(float(logs.detach()[:-1].gather(-1, ids[1:, None])[len(start) - 1 :].sum()))
-            right += (losses[1] > losses[0]) == item["answer"]
-        assert reference["value"] == right / 4
-        limited = invoke("eval", llama, *options, "--limit", 2)
-        assert limited.exit_code == 0 and "animals" in limited.stdout
-        assert_refused(invoke("eval", llama, "--tasks", "no_such_task"), "no_such_task")
-        assert_refused(invoke("eval", llama, "--tasks", "x", "--task-folder", tmp_path / "none"), "not a folder")
-
     def test_empty_prompt(self, llama, tmp_path):
         assert invoke("generate", llama, "--prompt", "", "--max-new-tokens", 4).exit_code == 0
         without = shutil.copytree(llama, tmp_path / "without")
@@ -472,70 +420,6 @@ class TestEvalAndGenerate:
         (repo / "refs" / "main").write_text("abc")
         result = invoke("generate", "me/tiny", "--prompt", "the", "--max-new-tokens", 2)
         assert result.exit_code == 0, result.output
-
-
-class TestCompare:
-    def test_a_model_with_its_quantization(self, llama, text, tmp_path):
-        output = tmp_path / "compared"
-        options = ("--text", text, "--scheme", "w4a8-g32", "--seq-len", 16, "--dtype", "float32")
-        result = invoke("compare", llama, *options, "--tokens", 64, "--output", output)
-        assert result.exit_code == 0, result.output
-        assert all(
-            len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith(("A =", "written", "next"))
-        )
-        assert "KL divergence" in result.stdout and "perplexity of B" in result.stdout and "w4a8-g32" in result.stdout
-        found = json.loads((output / "comparison.json").read_text())
-        assert found["tokens"] == 4 * 15 and found["kl"]["mean"] > 0 and 0 <= found["top_1_agreement"] <= 1
-        assert len(found["layers"]) == 2 * 7 + 2
-        assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-        saved = load_model(llama, torch.float32)
-        quantize_(saved, "w4a8-g32")
-        folder = shutil.copytree(llama, tmp_path / "saved")
-        saved.save_pretrained(folder)
-        plot = tmp_path / "one.svg"
-        again = invoke(
-            "compare", llama, folder, "--text", text, "--seq-len", 16, "--dtype", "float32", "--json", "--plot", plot
-        )
-        assert again.exit_code == 0 and "<svg" in plot.read_text()
-        assert json.loads(again.stdout)["scheme"] == "w4a8-g32" and json.loads(again.stdout)["tokens"] > 60
-
-    def test_merged_model_beside_base_and_adapter(self, llama, text, tmp_path):
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
-        model = peft.get_peft_model(load_model(llama, torch.float32), config)
-        model.save_pretrained(tmp_path / "adapter")
-        folder = shutil.copytree(llama, tmp_path / "merged")
-        model.merge_and_unload().save_pretrained(folder)
-        options = ("--text", text, "--seq-len", 16, "--tokens", 64, "--dtype", "float32", "--no-layers")
-        adapter = ("--adapter", tmp_path / "adapter")
-        result = invoke("compare", llama, folder, *options, *adapter)
-        assert result.exit_code == 0, result.output
-        assert "adapter kept         100 %" in result.stdout
-        assert f"next: qkernels compare {llama} {folder} --text {text} --adapter" in result.stdout
-        result = invoke("compare", llama, llama, *options, *adapter, "--json")
-        found = json.loads(result.stdout)
-        assert found["kept"] == 0 and found["merged"]["tokens"] == 60
-
-    def test_refused(self, llama, gpt2, text, tmp_path):
-        short = tmp_path / "short.txt"
-        short.write_text("the quick brown fox")
-        assert_refused(invoke("compare", llama, "--text", text), "second model", "--scheme")
-        assert_refused(invoke("compare", llama, llama, "--text", short), "shorter than --seq-len 256")
-        assert_refused(invoke("compare", llama, llama, "--text", text, "--seq-len", 128), "too long", "64")
-        assert_refused(invoke("compare", llama, tmp_path / "none", "--text", text), "does not exist")
-        other = shutil.copytree(gpt2, tmp_path / "other")
-        content = json.loads((other / "tokenizer.json").read_text())
-        vocabulary = content["model"]["vocab"]
-        vocabulary["q"], vocabulary["u"] = vocabulary["u"], vocabulary["q"]
-        (other / "tokenizer.json").write_text(json.dumps(content))
-        refused = invoke("compare", llama, other, "--text", text, "--seq-len", 16)
-        assert_refused(refused, "tokenizers differ", "'q'", "'u'")
-        larger = load_model(llama, torch.float32)
-        larger.resize_token_embeddings(310)
-        folder = shutil.copytree(llama, tmp_path / "larger")
-        larger.save_pretrained(folder)
-        refused = invoke("compare", llama, folder, "--text", text, "--seq-len", 16, "--no-layers")
-        assert_refused(refused, "vocabularies differ", "300", "310")
 
 
 class TestParts:
