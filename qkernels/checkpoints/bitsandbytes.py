@@ -203,7 +203,7 @@ def _absmax(tensors: SafetensorsFiles, own: Mapping[str, str], state: _State) ->
     if state.nested_blocksize is None:
         return absmax.to(torch.float32)
     outer = tensors.tensor(own["nested_absmax"]).flatten().repeat_interleave(state.nested_blocksize)[: len(absmax)]
-    return tensors.tensor(own["nested_quant_map"])[absmax.to(torch.int64)] * outer + state.nested_offset
+    return tensors.tensor(own["nested_quant_map"]).flatten()[absmax.to(torch.int64)] * outer + state.nested_offset
 
 
 def table_as_integers(table: Tensor) -> tuple[Tensor, float]:

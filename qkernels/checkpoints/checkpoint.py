@@ -6,7 +6,8 @@ one tensor at a time. A model in memory has the same form (`integrations`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,28 @@ from torch import Tensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
 from ..formats.validate import storage_problems, x_scale_problem
+
+
+@contextmanager
+def describing(what: object) -> Iterator[None]:
+    """Turn what a reader stumbles over in a damaged file, which it did not foresee, into a `ValueError` that names it.
+
+    >>> with describing("model.safetensors"):
+    ...     {}["weight"]
+    Traceback (most recent call last):
+    ValueError: model.safetensors is damaged, or is not what it says: KeyError: 'weight'
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{what} is damaged, or is not what it says: {reason}") from error
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """What a file says, as a part of an error: a hostile file says megabytes."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,8 @@ class CheckpointLayer:
         Raises:
             ValueError: naming layer and tensor, if they are not the storage that the header promised.
         """
-        values = self.reader()
+        with describing(self.name):
+            values = self.reader()
         problems = storage_problems(values.weight._asdict(), self.in_features, self.out_features, self.scheme)
         x_scale = x_scale_problem(values.x_scale, self.scheme)
         if x_scale is not None:
@@ -98,7 +122,13 @@ class FloatTensor:
     source: object | None = None
 
     def read(self) -> Tensor:
-        return self.reader()
+        """The values.
+
+        Raises:
+            ValueError: if they are not what the header promised.
+        """
+        with describing(f"a float tensor {list(self.shape)}"):
+            return self.reader()
 
 
 @dataclass(frozen=True)

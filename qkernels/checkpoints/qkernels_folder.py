@@ -33,10 +33,12 @@ class QKernelsFolder(FolderFormat):
         self, tensors: SafetensorsFiles, config: dict[str, Any], losses: Losses
     ) -> Mapping[str, CheckpointLayer]:
         layers = {}
+        entries = config.get("layers", {})
+        if not isinstance(entries, dict) or not all(map(_names_a_scheme, entries.values())):
+            raise ValueError("layers of the quantization_config must be an object that names the scheme of each layer")
         for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
             module = name.removesuffix(".weight")  # an expert's tensors have the name of its float weight
             layers[module] = _layer(tensors, name, module, _scheme_of(module, config))
-        entries = config.get("layers", {})
         trained = [name for name, entry in entries.items() if isinstance(entry, dict) and entry.get("mode") == "qat"]
         if trained:
             raise ValueError(
@@ -80,6 +82,10 @@ def _scheme_of(module: str, config: dict[str, Any]) -> QuantScheme:
 def scheme_name(entry: str | dict[str, Any]) -> str:
     """The scheme in an entry of `layers`."""
     return entry["scheme"] if isinstance(entry, dict) else entry
+
+
+def _names_a_scheme(entry: object) -> bool:
+    return isinstance(entry.get("scheme") if isinstance(entry, dict) else entry, str)
 
 
 def _layer(tensors: SafetensorsFiles, name: str, module: str, scheme: QuantScheme) -> CheckpointLayer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .bitsandbytes import BitsAndBytes
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
 from .float_folder import FloatFolder
 from .losses import Losses
 from .qkernels_folder import QKernelsFolder
+from .safetensors_files import pickle_hint
 
 # By name. A path is asked in this order what it is, plain float tensors last.
 FORMATS: dict[str, CheckpointFormat] = {
@@ -31,10 +32,12 @@ def format_of(path: Path) -> CheckpointFormat:
     """
     if not path.exists():
         raise FileNotFoundError(2, "no such file or folder", str(path))
-    for checkpoint_format in FORMATS.values():
-        if checkpoint_format.detects(path):
-            return checkpoint_format
-    raise ValueError(f"{path} has no known format; known are {', '.join(f.title for f in FORMATS.values())}")
+    with describing(path):
+        for checkpoint_format in FORMATS.values():
+            if checkpoint_format.detects(path):
+                return checkpoint_format
+    known = ", ".join(f.title for f in FORMATS.values())
+    raise ValueError(f"{path} has no known format{pickle_hint(path)}; known are {known}")
 
 
 def parse_target(text: str) -> tuple[CheckpointFormat, str | None]:
@@ -67,4 +70,6 @@ def open_checkpoint(path: str | Path, losses: Losses | None = None) -> Checkpoin
         LossError: for what cannot be kept exactly.
     """
     path = Path(path)
-    return format_of(path).open(path, losses if losses is not None else Losses())
+    found = format_of(path)
+    with describing(path):
+        return found.open(path, losses if losses is not None else Losses())

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoint import shortened
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MOST_HEADER = 100_000_000  # bytes, as the library has it
@@ -34,6 +36,7 @@ _DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
+_PICKLES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -47,11 +50,22 @@ class TensorInfo(NamedTuple):
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, without names that stand in it twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands in it twice")
+        found[name] = value
     return found
+
+
+def pickle_hint(path: Path) -> str:
+    """What to say where nothing was found to read, if pickles are there; else nothing."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    name = next((file.name for file in files if file.suffix in _PICKLES), None)
+    if name is None:
+        return ""
+    what = "may hold pickles, which can" if name.endswith(".npz") else "is a pickle, which can"
+    return f"; {name} {what} run any program, and is not read: save the model as safetensors with what wrote it"
 
 
 def read_json(path: Path, most_bytes: int = _MOST_HEADER) -> dict[str, Any]:
@@ -65,7 +79,7 @@ def read_json(path: Path, most_bytes: int = _MOST_HEADER) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file that can be read: {error}") from error
+        raise ValueError(f"{path} is no JSON file that can be read: {shortened(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -91,11 +105,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise ValueError("its metadata are not texts")
             spans = [(*_span(name, entry), name) for name, entry in header.items()]
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise ValueError(f"{path} is no safetensors file: {shortened(error)}") from error
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise ValueError(f"{path} is no safetensors file: {name} begins at byte {begin} of the data, not at {at}")
+            where = f"{shortened(name)} begins at byte {begin} of the data, not at {at}"
+            raise ValueError(f"{path} is no safetensors file: {where}")
         at = end
     if at != size - 8 - length:
         raise ValueError(f"{path} is truncated or damaged: {size - 8 - length} bytes of data, its header says {at}")
@@ -111,8 +126,8 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{name} has the dtype {dtype!r}; known are {', '.join(_DTYPES)}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"{what} of {name} must be a list of numbers from 0 on, got {numbers!r}")
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            raise ValueError(f"{what} of {name} must be a list of numbers from 0 on, below 2**63, got {numbers!r}")
     if len(offsets) != 2 or len(shape) > 16:
         raise ValueError(f"{name} must have two offsets and at most 16 dimensions")
     begin, end = offsets
@@ -137,14 +152,12 @@ class SafetensorsFiles(Mapping[str, TensorInfo]):
         self.metadata: dict[str, str] = {}
         if path.is_file():
             self._add(path)
-        elif (path / INDEX).exists():
+        elif (path / INDEX).is_file():
             self._add_index(path)
-        elif (path / SINGLE).exists():
+        elif (path / SINGLE).is_file():
             self._add(path / SINGLE)
         else:
-            pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
-            hint = f"; {pickles[0]} is a pickle, which can run any program and is not read" if pickles else ""
-            raise FileNotFoundError(2, f"no {SINGLE} and no {INDEX}{hint}", str(path))
+            raise FileNotFoundError(2, f"no {SINGLE} and no {INDEX}{pickle_hint(path)}", str(path))
 
     def _add(self, file: Path) -> None:
         infos, metadata = read_header(file)
@@ -156,12 +169,15 @@ class SafetensorsFiles(Mapping[str, TensorInfo]):
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{folder / INDEX} must have a weight_map from tensors to files")
         for name in sorted(set(weight_map.values())):
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{folder / INDEX} must name .safetensors files of its own folder, got {name!r}")
+            if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+                own = f"must name .safetensors files of its own folder, got {shortened(repr(name))}"
+                raise ValueError(f"{folder / INDEX} {own}")
             self._add(folder / name)
         lost = [name for name, file in weight_map.items() if self._infos.get(name, (0, 0, folder))[2].name != file]
         if lost:
-            raise ValueError(f"{folder / INDEX} says that {lost[0]} is in {weight_map[lost[0]]}, where it is not")
+            raise ValueError(
+                f"{folder / INDEX} says that {shortened(lost[0])} is in {weight_map[lost[0]]}, where it is not"
+            )
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -177,11 +193,16 @@ class SafetensorsFiles(Mapping[str, TensorInfo]):
 
         Raises:
             KeyError: if there is none of that name.
+            ValueError: if the library does not read the file.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self._infos[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        path = self._infos[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {shortened(error)}") from error
 
 
 class _Written(NamedTuple):

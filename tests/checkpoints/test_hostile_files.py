@@ -1,0 +1,353 @@
+"""Checkpoints that somebody broke, by accident or on purpose: each is read, or refused by one clear error, at once.
+
+Every format is attacked alike: what `files/` holds, and what we write. Nothing but a `ValueError` (or the
+`FileNotFoundError` of a file that is named and not there) may come out, nothing large may be allocated for what a
+header only claims, and no pickle is ever loaded.
+"""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
+from qkernels.checkpoints.losses import Losses
+from qkernels.checkpoints.registry import FORMATS, open_checkpoint
+from qkernels.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsFiles
+from qkernels.formats.rules import quantize_weight
+from qkernels.formats.scheme import QuantScheme
+
+FILES = Path(__file__).parent / "files"
+CONFIG = "config.json"
+SECONDS = 5  # far more than any of these files takes, also on a busy machine
+BYTES = 1 << 30  # of address space, above what is in use
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+quickly = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@contextmanager
+def little_memory():
+    """Let an allocation of more than `BYTES` fail."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def is_read_or_refused(path: Path) -> str | None:
+    """Read all of a checkpoint; the message if it was refused."""
+    started = time.monotonic()
+    message = None
+    try:
+        with little_memory():
+            found = open_checkpoint(path, Losses("requantize"))
+            for part in (*found.layers.values(), *found.floats.values()):
+                part.read()
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+        assert 10 < len(message) < 3000, message
+    assert time.monotonic() - started < SECONDS, message
+    return message
+
+
+def ours(folder: Path, name: str) -> Path:
+    torch.manual_seed(0)
+    scheme = QuantScheme.parse("w4a8-g32-asym")
+    weight, norm = quantize_weight(torch.randn(8, 64), scheme), torch.randn(64)
+    layer = CheckpointLayer("block.proj", 64, 8, scheme, "", (), lambda: LayerWeight(weight))
+    floats = {"norm.weight": FloatTensor((64,), norm.dtype, lambda: norm)}
+    FORMATS[name].write(Checkpoint("", {"model_type": "x"}, {layer.name: layer}, floats), folder / name, Losses())
+    return folder / name
+
+
+def folders() -> list[str]:
+    return ["qkernels", "float", *sorted(path.parent.name for path in FILES.glob(f"*/{CONFIG}"))]
+
+
+@pytest.fixture(params=folders())
+def sound(request, tmp_path) -> Path:
+    """A folder that is read."""
+    name = request.param
+    folder = tmp_path / "sound" / name
+    if (FILES / name).is_dir():
+        shutil.copytree(FILES / name, folder)
+        for file in folder.glob("expected*"):
+            file.unlink()
+    else:
+        ours(tmp_path / "sound", name)
+    assert is_read_or_refused(folder) is None
+    return folder
+
+
+def copied(sound: Path) -> Path:
+    """The folder of one example."""
+    folder = sound.parents[1] / "broken"
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(sound, folder)
+
+
+def test_an_allocation_is_noticed():
+    with little_memory(), pytest.raises(RuntimeError, match="memory"):
+        torch.empty(2 * BYTES, dtype=torch.uint8)
+
+
+numbers = st.sampled_from([-1, 0, 1, 3, 7, 16, 1 << 31, 1 << 40, 1 << 62, 10**300, 0.5, -0.0, 1e308, True])
+texts = st.sampled_from(["", "x", "F32", "U8", "../x", "\0", "é" * 300, "re:(a+)+$", "w8a8", "w4a8-g32", "-1"])
+plain = st.none() | numbers | texts
+hostile = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=5
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def changed(value, data):
+    """The value with one place replaced, removed or doubled."""
+    value = json.loads(json.dumps(value))
+    path = data.draw(st.sampled_from(list(places(value))))
+    if not path:
+        return data.draw(hostile)
+    *above, key = path
+    parent = value
+    for step in above:
+        parent = parent[step]
+    action = data.draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
+    if action == "replace":
+        parent[key] = data.draw(hostile)
+    else:
+        old = parent.pop(key)
+        if action == "rename" and isinstance(parent, dict):
+            parent[data.draw(texts) + str(key)] = old
+    return value
+
+
+@quickly
+@given(data=st.data())
+def test_a_changed_config(sound, data):
+    folder = copied(sound)
+    config = json.loads((folder / CONFIG).read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        config = changed(config, data)
+    (folder / CONFIG).write_text(json.dumps(config))
+    is_read_or_refused(folder)
+
+
+def split(file: Path) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and the data."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(file: Path, header: object, data: bytes) -> None:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+@quickly
+@given(data=st.data())
+def test_a_changed_header(sound, data):
+    folder = copied(sound)
+    header, content = split(folder / SINGLE)
+    join(folder / SINGLE, changed(header, data), content)
+    is_read_or_refused(folder)
+
+
+SIZES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+
+
+@quickly
+@given(data=st.data())
+def test_tensors_of_another_shape_dtype_content_or_name_under_a_sound_header(sound, data):
+    folder = copied(sound)
+    header, content = split(folder / SINGLE)
+    metadata = header.pop("__metadata__", {})
+    tensors = {n: [e["dtype"], e["shape"], content[slice(*e["data_offsets"])]] for n, e in header.items()}
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        dtype, shape, raw = tensors[name]
+        action = data.draw(st.sampled_from(["dtype", "shape", "cut", "bytes", "drop", "rename", "swap"]))
+        count = len(raw) // SIZES[dtype]
+        if action == "dtype":
+            dtype = data.draw(st.sampled_from([d for d, size in SIZES.items() if len(raw) % size == 0]))
+            shape = [len(raw) // SIZES[dtype]] if data.draw(st.booleans()) else [1, len(raw) // SIZES[dtype]]
+        elif action == "shape":
+            shape = data.draw(st.sampled_from([[count], [1, count], [count, 1], [1, count, 1]]))
+        elif action == "cut":
+            count = data.draw(st.integers(0, count))
+            raw, shape = raw[: count * SIZES[dtype]], [count]
+        elif action == "bytes" and raw:
+            at = data.draw(st.integers(0, len(raw) - 1))
+            new = data.draw(st.binary(min_size=1, max_size=16))[: len(raw) - at]
+            raw = raw[:at] + new + raw[at + len(new) :]
+        elif action == "drop" and len(tensors) > 1:
+            del tensors[name]
+            continue
+        elif action == "rename":
+            suffix = data.draw(st.sampled_from(["x", ".weight", ".qweight", ".scales", ".g_idx", ".weight_packed"]))
+            del tensors[name]
+            name = name.rpartition(".")[0] + suffix
+        elif action == "swap":
+            dtype, shape, raw = tensors[data.draw(st.sampled_from(sorted(tensors)))]
+        tensors[name] = [dtype, shape, raw]
+    header, joined = {"__metadata__": metadata}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(joined), len(joined) + len(raw)]}
+        joined += raw
+    join(folder / SINGLE, header, joined)
+    is_read_or_refused(folder)
+
+
+@quickly
+@given(data=st.data())
+def test_bytes_that_changed_or_are_missing(sound, data):
+    folder = copied(sound)
+    file = folder / data.draw(st.sampled_from([SINGLE, CONFIG]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content), 3000) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    is_read_or_refused(folder)
+
+
+def entry(begin: int, end: int, **other) -> dict:
+    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} | other
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "b begins at byte 4 of the data, not at 8"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8), "b begins at byte 0 of the data, not at 8"),
+        ({"a": entry(0, 8), "b": entry(9, 12)}, bytes(12), "b begins at byte 9"),
+        ({"a": entry(8, 0, shape=[8])}, bytes(8), "cannot lie in bytes 8 to 0"),
+        ({"a": entry(0, 8)}, bytes(9), "9 bytes of data, its header says 8"),
+        ({"a": entry(0, 1 << 62)}, bytes(8), "8 bytes of data"),
+        ({"a": entry(0, 8, shape=[1 << 40, 1 << 40])}, bytes(8), "cannot lie"),
+        ({"a": entry(0, 8, shape=[10**4000] * 16)}, bytes(8), "below 2**63"),
+        ({"a": entry(0, 8, shape=[1] * 40)}, bytes(8), "at most 16 dimensions"),
+        ({"a": entry(0, 8, shape=[True])}, bytes(8), "from 0 on"),
+        ({"a": entry(0, 8, dtype=["U8"])}, bytes(8), "dtype"),
+        ({"a": entry(0, 8, dtype="F4")}, bytes(8), "'F4'"),
+        ({"a": 5}, bytes(8), "dtype, shape and data_offsets"),
+        ({"__metadata__": {"a": {}}}, b"", "metadata"),
+        (b'{"a":' + b"[" * 50_000, b"", "recursion"),
+        (b"{" + b'"a":{},' * 100_000 + b'"b":{}}', b"", "'a' stands in it twice"),
+        (
+            b"{" + b",".join(b'"%d":0' % at for at in range(200_000)) + b',"199999":0}',
+            b"",
+            "'199999' stands in it twice",
+        ),
+    ],
+)
+def test_what_a_header_may_not_say(tmp_path, header, data, words):
+    join(tmp_path / SINGLE, header, data)
+    message = is_read_or_refused(tmp_path)
+    assert message is not None and words in message and SINGLE in message, message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/etc/model.safetensors", "a/../model.safetensors", ".", "..", "", "a\0.safetensors"],
+)
+def test_an_index_that_points_elsewhere(tmp_path, name):
+    save_file({"w": torch.ones(2)}, tmp_path / SINGLE)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
+    message = is_read_or_refused(folder)
+    assert message is not None and INDEX in message, message
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"w": 5}}', "[" * 50_000])
+def test_an_index_that_is_none(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    message = is_read_or_refused(tmp_path)
+    assert message is not None and INDEX in message
+
+
+def test_a_link_is_followed_as_the_cache_of_the_hub_is_made_of_them(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "blob")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / SINGLE).symlink_to(tmp_path / "blob")
+    assert is_read_or_refused(folder) is None
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / SINGLE)
+    assert is_read_or_refused(tmp_path) is not None
+    (tmp_path / SINGLE).unlink()
+    (tmp_path / SINGLE).mkdir()
+    assert is_read_or_refused(tmp_path) is not None
+
+
+class Bomb:
+    """Its pickle writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "qmodel.pt", "model.npz", "model.pkl", "model.ckpt"]
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_pickle_is_refused_by_name_and_never_run(tmp_path, name, inside):
+    exploded = tmp_path / "exploded"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if name.endswith(".npz"):
+        np.savez(folder / name, np.array([Bomb(exploded)], dtype=object), allow_pickle=True)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Bomb(exploded)))
+    (folder / CONFIG).write_text(json.dumps({"model_type": "llama"}))
+    message = is_read_or_refused(folder if inside else folder / name)
+    assert not exploded.exists()
+    assert message is not None and name in message and "pickle" in message and "safetensors" in message, message
+
+
+def test_a_pickle_under_the_name_of_safetensors(tmp_path):
+    exploded = tmp_path / "exploded"
+    (tmp_path / SINGLE).write_bytes(pickle.dumps(Bomb(exploded)))
+    assert "no safetensors file" in (is_read_or_refused(tmp_path) or "") and not exploded.exists()
+
+
+def test_the_same_tensor_in_two_files(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    weight_map = {"w": "a.safetensors", "v": "b.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert is_read_or_refused(tmp_path) is not None
+
+
+def test_reading_gives_the_values_that_the_header_names(tmp_path):
+    tensors = {"a": torch.arange(4, dtype=torch.int8), "b": torch.randn(2, 3)}
+    save_file(tensors, tmp_path / SINGLE)
+    files = SafetensorsFiles(tmp_path)
+    assert all(torch.equal(files.tensor(name), tensor) for name, tensor in tensors.items())
