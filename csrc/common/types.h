@@ -17,7 +17,8 @@ constexpr size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 
-// |sum qx * qw| <= 131072 * 127 * 127 < 2^31.
+// |qx| <= 127 and -128 <= qw <= 127, so |sum qx * qw| <= 131072 * 127 * 128 = 2^31 - 2^24. Sums of shifted operands
+// may wrap on the way (NOTE [shift] in cpu/kernels/kernels.h).
 constexpr int64_t kMaxReduction = 131072;
 
 // The integers of a weight in memory, the twin of qkernels/formats/weight_format.py. A stored value is the integer that
@@ -27,7 +28,7 @@ constexpr int64_t kMaxReduction = 131072;
 // and, to be fast for few rows of x, by dots (RowDotKernels, GroupDotKernels in cpu/kernels/kernels.h).
 struct WeightFormat {
   int bits;             // of a stored value; the first of a byte lies in its low bits
-  int least, greatest;  // of the integers of a weight without zero points
+  int least, greatest;  // that rounding gives a weight without zero points; a stored byte may also be -128
   int offset;
   bool has_zeros;  // groups may have zero points
 

@@ -153,15 +153,22 @@ def _of_integers(q: Tensor, weight: QuantizedWeight, scheme: QuantScheme) -> Ten
 def integer_sums(q: Tensor, weight: QuantizedWeight, scheme: QuantScheme) -> Tensor:
     """int32 [M, N]: the sums of the products of int8 q [M, k] and the integers of a weight with one scale a row.
 
-    The kernels return float32. So that no sum exceeds 2^24, q is multiplied as 16 * high + low where k is large.
+    The kernels return float32. So that no sum exceeds 2^24, q is multiplied as 16 * high + low where k is large, with
+    so many columns at a time that those sums (|high|, |low| <= 8) do not either.
     """
-    most = max(-scheme.weight_format.least, scheme.weight_format.greatest) if scheme.symmetric else 15
+    weight_format = scheme.weight_format
     unscaled = weight._replace(scales=torch.ones_like(weight.scales))
-    if q.shape[1] * 127 * most <= _EXACT:
+    if q.shape[1] * 127 * weight_format.largest <= _EXACT:
         return _of_integers(q, unscaled, scheme).to(torch.int32)
     high = (q.to(torch.int16) + 8 >> 4).to(torch.int8)
     parts = torch.cat([high, q - 16 * high])
-    high_sums, low_sums = _of_integers(parts, unscaled, scheme).to(torch.int32).chunk(2)
+    sums = torch.zeros(len(parts), len(weight.qweight), dtype=torch.int32, device=q.device)
+    step = _EXACT // (8 * weight_format.largest) // weight_format.per_byte * weight_format.per_byte
+    for start in range(0, q.shape[1], step):
+        packed = slice(start // weight_format.per_byte, (start + step) // weight_format.per_byte)
+        block = unscaled._replace(qweight=weight.qweight[:, packed].contiguous())
+        sums += _of_integers(parts[:, start : start + step], block, scheme).to(torch.int32)
+    high_sums, low_sums = sums.chunk(2)
     return 16 * high_sums + low_sums
 
 

@@ -184,8 +184,8 @@ def int4_nibbles(weight: Tensor, inverse: Tensor, zeros: Tensor) -> Tensor:
 def int8_on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int8 [N, K], scales [N, 1], and bool [N, 1]: which rows of float32 values are their product, bit for bit.
 
-    The quotient of the largest magnitude and 127 may be off by one or two units in the last place from the scale that
-    the values were multiplied with.
+    The largest magnitude is 127 times the scale or, in weights of other writers, -128 times it. Its quotient by 127 may
+    be off by one or two units in the last place from the scale that the values were multiplied with.
     """
     absmax = values.abs().amax(dim=1, keepdim=True)
     scales = torch.where(absmax > 0, absmax / 127.0, 1.0)
@@ -196,4 +196,11 @@ def int8_on_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         candidate = (scales.view(torch.int32) + ulps).view(torch.float32)
         matches = (qweight * candidate == values).all(dim=1, keepdim=True) & ~exact
         chosen, exact = torch.where(matches, candidate, chosen), exact | matches
-    return qweight.clamp(-127, 127).to(torch.int8), chosen, exact
+    extreme = values.gather(1, values.abs().argmax(dim=1, keepdim=True))
+    scales = torch.where(absmax > 0, extreme / -128.0, 1.0)
+    integers = (values / scales).round()
+    matches = (integers * scales == values).all(dim=1, keepdim=True) & (integers.amax(dim=1, keepdim=True) <= 127)
+    matches &= ~exact
+    qweight = torch.where(matches, integers, qweight)
+    chosen, exact = torch.where(matches, scales, chosen), exact | matches
+    return qweight.clamp(-128, 127).to(torch.int8), chosen, exact

@@ -12,7 +12,7 @@ from torch import Tensor
 from .scheme import QuantScheme
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# |sum qx * qw| <= 131072 * 127 * 127 < 2^31, with room for the shifted operands' corrected sum.
+# |qx| <= 127 and -128 <= qw <= 127, so |sum qx * qw| <= 131072 * 127 * 128 = 2^31 - 2^24.
 MAX_REDUCTION = 131072
 
 

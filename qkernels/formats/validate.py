@@ -31,7 +31,7 @@ def storage_problems(
     Args:
         weight: the tensors by their names; None, or no entry, for one that is not there.
         leading: (E,) for the weights of E experts.
-        values: look at the values too: scales must be finite, zero points at most 15, 8-bit integers not -128.
+        values: look at the values too: scales must be finite and zero points at most 15.
 
     Returns:
         By the name of a tensor that does not fit: what it must be, and what came. Empty if all of them fit.
@@ -90,6 +90,4 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
         return f"must be finite and at least 2^-96, got {local.tolist()}"
     if name == "zeros" and (most := local.max().item()) > 15:
         return f"must be at most 15, got {most}"
-    if name == "qweight" and local.dtype == torch.int8 and local.min().item() == -128:
-        return "must be in [-127, 127], got -128"
     return None

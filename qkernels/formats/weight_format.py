@@ -18,7 +18,8 @@ class WeightFormat:
     Attributes:
         bits: of a stored value.
         dtype: of `qweight`.
-        least, greatest: the integers of a weight without zero points.
+        least, greatest: the integers that rounding gives a weight without zero points. A stored int8 may also be
+            -128, which other writers use.
         offset: what is added to them in memory.
         has_zeros: True if its groups may have zero points.
     """
@@ -29,6 +30,11 @@ class WeightFormat:
     greatest: int
     offset: int
     has_zeros: bool
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of an integer that is multiplied, with zero points or without."""
+        return 2**self.bits - 1 if self.has_zeros else 2 ** (self.bits - 1)
 
     @property
     def per_byte(self) -> int:

@@ -63,7 +63,7 @@ def linear(
     Args:
         x: float32, bfloat16 or float16 [M, K].
         qweight, scales, zeros: the canonical storage of a weight [N, K] (`QuantScheme.storage_shapes`). Values are
-            not looked at: with -128 in int8 or a zero point above 15 the result is unspecified.
+            not looked at: with a zero point above 15 the result is unspecified.
         bias: float [N] or None.
         scheme: the scheme or its canonical name.
         out_dtype: dtype of the result; None: x.dtype.

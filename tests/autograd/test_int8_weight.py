@@ -91,6 +91,16 @@ def test_arithmetic_is_in_float32(dtype):
     assert_same_bits(other.dequantize(torch.float32), values)
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_floats_of_a_weight_that_holds_minus_128_are_taken_over_exactly(scale):
+    qweight = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    qweight[:, 3] = -128
+    weight = Int8Weight(torch.zeros_like(qweight), torch.ones(N, 1), torch.float32)
+    weight.copy_(qweight * torch.full((N, 1), scale))
+    assert_same_bits(weight.qweight, qweight)
+    assert_same_bits(weight.scales, torch.full((N, 1), scale))
+
+
 @pytest.mark.parametrize(
     "use",
     [

@@ -11,7 +11,7 @@ from qkernels import QuantScheme, _native
 
 
 def to_numpy(tensor):
-    return None if tensor is None else tensor.numpy()
+    return None if tensor is None else tensor.contiguous().numpy()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g32", "w4a8-asym", "w4a16-g64"])
@@ -34,7 +34,7 @@ def test_gradient_from_integers(scheme):
 def test_static_activations(scheme):
     draw = op_samples.Draw(f"native {scheme}")
     weight, x, x_scale = draw.weight(33, 130, QuantScheme.parse(scheme)), draw.floats(9, 130), torch.tensor([0.02])
-    arrays = (x.numpy(), *(to_numpy(None if t is None else t.contiguous()) for t in weight), None, scheme)
+    arrays = (x.numpy(), *map(to_numpy, weight), None, scheme)
     out = _native.linear(*arrays, threads=2, x_scale=x_scale.numpy())
     assert_same_bits(torch.from_numpy(out), reference_ops.linear(x, *weight, None, scheme, None, x_scale))
     q, _ = _native.quantize_activation(x.numpy(), scheme, x_scale=x_scale.numpy())

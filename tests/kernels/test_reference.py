@@ -136,14 +136,14 @@ def test_every_16_bit_value_is_read_and_written_exactly(each_isa, dtype):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-asym", "w4a8-g128-asym", "w8a8-ag128"])
 @pytest.mark.parametrize("rows", [1, 3, 13])
 def test_sums_at_the_limit_are_exact(each_isa, scheme, rows):
-    """|q| = 127 everywhere at the largest K: the int32 sum is 131072 * 127 * 127 = 2^31 - 33423360."""
+    """The largest integers at the largest K: the int32 sum is up to 131072 * 127 * 128 = 2^31 - 2^24."""
     parsed, columns = QuantScheme.parse(scheme), MAX_REDUCTION
     x = torch.ones(rows, columns)
     x[rows // 2] = -1.0
     shapes = parsed.storage_shapes(columns, 3)
     if parsed.weight_bits == 8:
-        qweight, extreme = torch.full(shapes["qweight"], 127, dtype=torch.int8), 127
-        qweight[1] = -127
+        qweight, extreme = torch.full(shapes["qweight"], -128, dtype=torch.int8), 128
+        qweight[1] = 127
     else:
         qweight, extreme = torch.full(shapes["qweight"], 0xFF, dtype=torch.uint8), 7 if parsed.symmetric else 15
         qweight[1] = 0
@@ -157,6 +157,34 @@ def test_sums_at_the_limit_are_exact(each_isa, scheme, rows):
     if not parsed.group_size and not parsed.act_group_size:
         top = np.float32(columns * 127 * extreme) * (np.float32(1) / np.float32(127))
         assert out[-1 if rows > 1 else 0, 0].abs().item() == top
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_sums_of_a_gradient_at_the_limit_are_exact(each_isa, rows):
+    """Over as many output features: 131072 weights of -128 sum to -2^24, whose shift by 128 is 2^31."""
+    qweight = torch.full((MAX_REDUCTION, 3), -128, dtype=torch.int8)
+    qweight[:, 1] = 127
+    q_grad = torch.full((rows, MAX_REDUCTION), 127, dtype=torch.int8)
+    q_grad[rows // 2] = -127
+    args = (q_grad, torch.ones(rows), qweight, torch.ones(MAX_REDUCTION, 1), None, 3, "w8a8")
+    out = ops.int_grad_input(*args)
+    with one_thread():
+        assert_same_bits(out, reference_ops.int_grad_input(*args), each_isa)
+    assert out[0].tolist() == [MAX_REDUCTION * 127.0 * w for w in (-128, 127, -128)]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g32"])
+@pytest.mark.parametrize("rows", [1, 4, 9, 40])
+def test_the_smallest_8_bit_integer_saturates_nowhere(each_isa, scheme, rows):
+    """-128 in every place, or in every other one, with x of the largest magnitude and either sign."""
+    columns = 301
+    qweight = torch.full((35, columns), -128, dtype=torch.int8)
+    qweight[1::3, ::2], qweight[2::3, 1::2] = 127, -1
+    signs = torch.where(torch.arange(rows * columns).view(rows, columns) % 3 < 1, -1.0, 1.0)
+    signs[::2] = signs[::2].abs()
+    scales = torch.full(QuantScheme.parse(scheme).storage_shapes(columns, 35)["scales"], -0.5)
+    args = (signs, qweight, scales, None, None, scheme)
+    assert_same_bits(ops.linear(*args), reference_ops.linear(*args), f"{each_isa} {rows} rows")
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])

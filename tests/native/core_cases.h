@@ -106,7 +106,7 @@ struct StoredWeight {
         scales(n * scheme.weight_groups(k)),
         zeros(n * scheme.weight_groups(k)) {
     for (int64_t i = 0; i < n * scheme.packed_features(k); ++i) {
-      qweight[i] = static_cast<uint8_t>(scheme.weight->in_place() ? random.integer(-127, 127) : random.integer(0, 255));
+      qweight[i] = static_cast<uint8_t>(scheme.weight->in_place() ? random.integer(-128, 127) : random.integer(0, 255));
     }
     for (int64_t i = 0; i < n * scheme.weight_groups(k); ++i) {
       scales[i] = random.unit(DType::float32) * 0x1p-5f;

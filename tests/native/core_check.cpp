@@ -263,14 +263,14 @@ void check_given_scales(Checker& checker, const std::string& scheme_name, const 
   });
 }
 
-// The longest sum there is, of the largest products: 131072 * 127 * 127 < 2^31, with any shift in between.
+// The longest sum there is, of the largest products: 131072 * 127 * 128 < 2^31, with any shift in between.
 void check_longest_sum(Checker& checker, int64_t m) {
   constexpr int64_t n = 3, k = qk::kMaxReduction;
   Random random("longest sum");
   Input x(m, k, DType::float32, random, false);
   for (int64_t i = 0; i < m * k; ++i) x.set(i, i / k % 2 == 0 ? 1.0f : -1.0f);
   StoredWeight stored(qk::parse_scheme("w8a8"), n, k, random);
-  for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i / k % 2 == 0 ? 127 : -127);
+  for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i / k % 2 == 0 ? 127 : -128);
   const qk::Weight weight = stored.weight();
   checker.exact("w8a8 linear, longest sum, " + std::to_string(m) + " rows", m * n, DType::float32, [&](void* out) {
     qk::linear(x.matrix(), weight, {nullptr, DType::float32}, out, DType::float32, threads);
@@ -282,7 +282,7 @@ void check_longest_gradient_sum(Checker& checker) {
   constexpr int64_t m = 3, n = qk::kMaxReduction, k = 3;
   Random random("longest gradient sum");
   StoredWeight stored(qk::parse_scheme("w8a8"), n, k, random);
-  for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i % k == 1 ? -127 : 127);
+  for (int64_t i = 0; i < n * k; ++i) stored.qweight[i] = static_cast<uint8_t>(i % k == 1 ? -128 : 127);
   Guarded<int8_t> q(m * n);
   Guarded<float> scales(m);
   for (int64_t i = 0; i < m * n; ++i) q[i] = i / n == 1 ? -127 : 127;

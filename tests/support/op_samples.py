@@ -97,11 +97,13 @@ class Draw:
     def weight(self, out_features: int, in_features: int, scheme: QuantScheme, tiny: bool = False) -> tuple:
         """Any storage a checkpoint may hold: the full range of integers, any sign of scale, any pad nibble."""
         shapes = scheme.storage_shapes(in_features, out_features)
-        low, high, dtype = (-127, 128, torch.int8) if scheme.weight_bits == 8 else (0, 256, torch.uint8)
+        low, high, dtype = (-128, 128, torch.int8) if scheme.weight_bits == 8 else (0, 256, torch.uint8)
         qweight = torch.randint(low, high, shapes["qweight"], dtype=dtype, generator=self.generator)
         if self.choose.random() < 0.1:
             qweight = torch.full_like(qweight, self.choose.choice((low, high - 1)))
         scales = self.floats(*shapes["scales"]) * (2.0**-120 if tiny else 0.02)
+        if self.choose.random() < 0.3:
+            scales[:: self.choose.randint(1, 5)] = self.choose.choice((0.0, -0.0))
         zeros = None
         if not scheme.symmetric:
             zeros = torch.randint(0, 16, shapes["zeros"], dtype=torch.uint8, generator=self.generator)

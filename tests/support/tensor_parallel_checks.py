@@ -267,13 +267,15 @@ def embedding_in_parts(folder: Path) -> None:
 
 @check
 def integer_sums_are_exact(folder: Path) -> None:
-    """Sums above 2^24, which a float32 does not hold."""
-    for scheme, columns in (("w8a8", 9000), ("w4a8-asym", 20000)):
+    """Sums above 2^24, which a float32 does not hold, also of the parts that q is cut into."""
+    for scheme, columns in (("w8a8", 9000), ("w8a8", 40001), ("w4a8-asym", 20000)):
         parsed = QuantScheme.parse(scheme)
         q = torch.full((3, columns), 127, dtype=torch.int8)
         q[1] = torch.randint(-127, 128, (columns,), dtype=torch.int8)
         weight = qk.quantize_weight(torch.rand(5, columns) + 0.5, scheme)
         weight = QuantizedWeight(*(None if t is None else t.contiguous() for t in weight))
+        if parsed.weight_bits == 8:
+            weight.qweight[1] = -128
         integers = weight_integers(weight.qweight, weight.zeros, columns, parsed)
         expected = q.to(torch.int64) @ integers.to(torch.int64).t()
         assert expected.max() > 2**24

@@ -44,6 +44,11 @@ struct Depth {
   int64_t first, units, k0, k, g0, groups;
 };
 
+// What the sums of a column start from, given the sum of its integers: NOTE [shift]. 2^31 wraps, as the sums do.
+int32_t shift_term(int32_t column_sum, const PanelKernels& panels) {
+  return static_cast<int32_t>(static_cast<uint32_t>(column_sum) * -static_cast<uint32_t>(panels.a_shift));
+}
+
 // What follows from the scheme and the shapes, for one call. The sums of the gradient are not grouped.
 struct MatmulShape {
   const Kernels& kernels;
@@ -271,7 +276,7 @@ class PackAlong {
     }
     for (int64_t g = 0, u = 0; g < depth.groups; ++g, u += units)
       panels.column_sums(std::min(units, depth.units - u), panel + u * nr, start + g * nr);
-    for (int64_t i = 0; i < depth.groups * nr; ++i) start[i] *= -panels.a_shift;
+    for (int64_t i = 0; i < depth.groups * nr; ++i) start[i] = shift_term(start[i], panels);
   }
 
   // Row n of the weight as units, in place or in `encoded`.
@@ -361,7 +366,7 @@ class PackAcross {
         std::fill_n(start, shape_.nr, 0);
       } else {
         kernels.panels.column_sums(depth.units, units, start);
-        for (int j = 0; j < shape_.nr; ++j) start[j] *= -kernels.panels.a_shift;
+        for (int j = 0; j < shape_.nr; ++j) start[j] = shift_term(start[j], kernels.panels);
       }
     }
   }

@@ -25,7 +25,7 @@
 // In the forward product depth runs along the stored rows of the weight; in the gradient with respect to x it runs
 // across them: a unit then holds `unit` consecutive rows of one column (`interleave_across`).
 //
-// NOTE [bf16]. The integers of a weight (|q| <= 127) are bfloat16 numbers, so in a forward product of a bfloat16 x the
+// NOTE [bf16]. The integers of a weight (|q| <= 128) are bfloat16 numbers, so in a forward product of a bfloat16 x the
 // panels hold them exactly and the scales are applied to the float32 sums. The scales of the gradient run along the
 // depth; its panels hold q * scale rounded to bfloat16. Products of two bfloat16 numbers are exact in float32. Where
 // x is bfloat16 and the ISA has Bf16Kernels, float products are computed like this, otherwise in float32.
@@ -33,8 +33,9 @@
 // NOTE [shift]. vpdpbusd multiplies unsigned by signed bytes. A is therefore stored as a + 128, and
 //     sum a * b = sum (a + 128) * b - 128 * sum b,
 // where the last term depends on the column only. Kernels start their accumulators from it (`start`), so it costs
-// nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. Intermediate sums may
-// wrap modulo 2^32; the corrected sum is exact.
+// nothing per row. An ISA that multiplies signed values has a_shift = 0 and start values of 0. vpdpbusd does not
+// saturate, and intermediate sums may wrap modulo 2^32: 131072 weights of -128 already make the last term 2^31. The
+// corrected sum fits (kMaxReduction), so it is exact. Any byte may stand for b, and for a.
 //
 // NOTE [nibbles]. An ISA without a 32-bit multiply-add of bytes may multiply 4-bit weights in 16-bit lanes instead. B
 // then holds nibbles (0..15) and A signed bytes, 4 k a unit, of which a lane takes the even or the odd pair. Within

@@ -2,9 +2,10 @@
 //
 // NOTE [no saturation]. vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits with saturation.
 // It is used only where that cannot happen:
-//   |x| <= 127 and |w| <= 127 (dot_int8, with the sign of w moved to x): 2 * 127 * 127 = 32258 <= 32767;
-//   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767;
-//   the same in the matrix kernel for nibbles, where later sums wrap:    2 *  15 * 127 =  3810, see NOTE [nibbles].
+//   |x| <= 127 and -128 <= w <= 127 (dot_int8): the unsigned byte is |w| <= 128 and the signed one x with the sign of
+//   w, of which -127 .. 127 has both signs:                                 2 * 128 * 127 = 32512 <= 32767; nibble <=
+//   15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767; the same in the matrix
+//   kernel for nibbles, where later sums wrap:    2 *  15 * 127 =  3810, see NOTE [nibbles].
 // The matrix kernel for int8 multiplies 16-bit values by vpmaddwd, which is exact.
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,12 +18,14 @@ QK_BEGIN_TARGET("avx2,fma,f16c")
 namespace qk {
 namespace {
 
-static_assert(2 * 127 * 127 <= 32767 && 4 * 15 * 127 <= 32767, "see NOTE [no saturation]");
+static_assert(2 * 128 * 127 <= 32767 && 4 * 15 * 127 <= 32767, "see NOTE [no saturation]");
 
 inline __m256i add_products(__m256i acc, __m256i a, __m256i b) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
 
+// The magnitude of -128 is the byte 128, which is read as unsigned. Not the other way round: x with a magnitude and w
+// with a sign would need +128 as a signed byte.
 inline __m256i add_dot(__m256i acc, __m256i w, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return add_products(acc, pairs, _mm256_set1_epi16(1));

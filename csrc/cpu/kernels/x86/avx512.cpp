@@ -23,7 +23,7 @@ inline __m512i add_dot_int4(__m512i acc, __m512i w, __m512i x) {
   return add_products(acc, _mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
 }
 
-// |w| times x with the sign of w: 2 * 127 * 127 <= 32767.
+// |w| times x with the sign of w: 2 * 128 * 127 <= 32767.
 inline __m512i add_dot(__m512i acc, __m512i w, __m512i x) {
   const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
   return add_products(acc, _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x), _mm512_set1_epi16(1));
