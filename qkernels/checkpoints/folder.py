@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from .losses import Losses
 from .safetensors_files import INDEX, SINGLE, SafetensorsFiles, SafetensorsWriter, read_json
 
 CONFIG = "config.json"
+# What early libraries wrote beside a `config.json`, and the `quant_method` that some of these do not say.
+_CONFIGS_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Of a folder, what belongs to the model beside its tensors: tokenizers, processors, templates, licenses.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
 
@@ -34,10 +37,35 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def files_beside(folder: Path) -> tuple[Path, ...]:
     """The files of a folder that a writer copies."""
-    ours = {CONFIG, INDEX, SINGLE, "quantize_config.json", "quant_config.json", "quantization_config.json"}
+    ours = {CONFIG, INDEX, SINGLE, "quantization_config.json", *_CONFIGS_BESIDE}
     return tuple(
         sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in _BESIDE and f.name not in ours)
     )
+
+
+def quantized_names(tensors: Mapping[str, Any]) -> list[str]:
+    """The modules whose weight is called `qweight`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    if not names:
+        raise ValueError("the config says that the model is quantized, but no tensor is called .qweight")
+    return names
+
+
+def unquantized_beside(checkpoint: Checkpoint) -> list[str]:
+    """The modules with a float matrix that lie in a numbered block together with quantized layers."""
+    blocks = {block for name in checkpoint.layers if (block := _block(name))}
+    matrices = [n.removesuffix(".weight") for n, t in checkpoint.floats.items() if len(t.shape) == 2]
+    return [name for name in matrices if f"{name}.weight" in checkpoint.floats and _block(name) in blocks]
+
+
+def _block(name: str) -> str:
+    """The block "model.layers.0" of "model.layers.0.mlp.up_proj"; empty without a number."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else ""
 
 
 @contextmanager
@@ -72,9 +100,15 @@ class FolderFormat(CheckpointFormat):
     quant_methods: ClassVar[tuple[str, ...]] = ()
 
     def quantization_config(self, folder: Path) -> dict[str, Any]:
-        """The `quantization_config` of a folder; empty if it has none."""
+        """The `quantization_config` of a folder, in `config.json` or a file beside; empty if it has none."""
         found = read_config(folder).get("quantization_config")
-        return found if isinstance(found, dict) else {}
+        if isinstance(found, dict):
+            return found
+        for name, quant_method in _CONFIGS_BESIDE.items():
+            if (folder / name).is_file():
+                beside = read_json(folder / name)
+                return {"quant_method": beside.get("method", quant_method), **beside}
+        return {}
 
     def detects(self, path: Path) -> bool:
         return path.is_dir() and self.quantization_config(path).get("quant_method") in self.quant_methods

@@ -8,6 +8,7 @@ from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
 from .float_folder import FloatFolder
+from .gptq import GPTQFolder
 from .losses import Losses
 from .qkernels_folder import QKernelsFolder
 from .safetensors_files import pickle_hint
@@ -18,6 +19,7 @@ FORMATS: dict[str, CheckpointFormat] = {
     for checkpoint_format in (
         QKernelsFolder(),
         BitsAndBytes(),
+        GPTQFolder(),
         FloatFolder(),
     )
 }

@@ -1,0 +1,117 @@
+"""Weights of unsigned codes with scales by groups, as weight-only files state them, in the canonical storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats.rules import quantize_weight
+from ..formats.scheme import GROUP_SIZES, QuantScheme
+from ..formats.storage import QuantizedWeight, dequantize_weight, expand_groups
+from ..formats.weight_format import INT4
+from .losses import Losses
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """How a file states a weight [N, K]: `w = (code - zero) * scale`, by groups along K.
+
+    Attributes:
+        bits: of a code: 2, 3, 4 or 8. Codes of 2 and 3 bits are stored as 4.
+        group_size: codes that share a scale; None: those of a row.
+        symmetric: the zero point of every group is 2^(bits - 1), and is not given.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @property
+    def problem(self) -> str | None:
+        """Why no scheme has these codes; None: one has."""
+        if self.bits == 8 and not self.symmetric:
+            return "no scheme has 8-bit weights with zero points"
+        if self._stored_group is None and self.group_size is not None:
+            return f"no scheme has groups of {self.group_size}"
+        return None
+
+    @property
+    def _stored_group(self) -> int | None:
+        """The largest group of a scheme that all groups consist of."""
+        if self.group_size is None:
+            return None
+        return next((size for size in sorted(GROUP_SIZES, reverse=True) if self.group_size % size == 0), None)
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """What they are stored as; where no scheme has them, what they are quantized again to."""
+        bits = 8 if self.bits == 8 else 4
+        group = 32 if self.problem and self._stored_group is None and self.group_size is not None else None
+        return QuantScheme(bits, 16, group or self._stored_group, bits == 8 or self.symmetric)
+
+    def store(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, losses: Losses) -> QuantizedWeight:
+        """The canonical storage in `scheme`.
+
+        Args:
+            name: of the layer.
+            codes: uint8 [N, K].
+            scales: float32 [N, groups].
+            zeros: uint8 [N, groups]; None where `symmetric`.
+            losses: takes what a requantization changes.
+
+        Raises:
+            LossError: if it must be quantized again and the policy does not allow that.
+        """
+        scheme, in_features = self.scheme, codes.shape[1]
+        half = 1 << self.bits - 1
+        if self.problem is not None:
+            losses.need_requantization(name, self.problem)
+            integers = codes.to(torch.float32) - (
+                half if zeros is None else expand_groups(zeros.to(torch.float32), self.group_size, in_features)
+            )
+            exact = integers * expand_groups(scales, self.group_size, in_features)
+            weight = quantize_weight(exact, scheme)
+            kept = dequantize_weight(*weight, in_features, scheme)
+            losses.changed(name, f"weights that {scheme} cannot hold", exact, kept)
+            return weight
+        if self.bits == 8:
+            return QuantizedWeight((codes ^ 0x80).view(torch.int8), self.split(scales, in_features), None)
+        if zeros is None:
+            codes = codes + (INT4.offset - half)
+        return self.store_nibbles(INT4.pack(codes), scales, zeros, in_features)
+
+    def store_nibbles(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int) -> QuantizedWeight:
+        """As `store`, of codes of 4 bits that lie as the canonical storage has them, uint8 [N, ceil(K / 2)]."""
+        zeros = None if zeros is None else self.split(zeros, in_features)
+        return QuantizedWeight(qweight.contiguous(), self.split(scales, in_features), zeros)
+
+    def split(self, per_group: Tensor, in_features: int) -> Tensor:
+        """[N, groups] of the file -> [N, groups] of the scheme, which may be smaller."""
+        stored = self.scheme.group_size
+        if self.group_size is None or stored is None or self.group_size == stored:
+            return per_group.contiguous()
+        groups = self.scheme.weight_groups(in_features)
+        return per_group.repeat_interleave(self.group_size // stored, dim=1)[:, :groups].contiguous()
+
+
+def stored_codes(weight: QuantizedWeight, in_features: int, scheme: QuantScheme) -> Tensor:
+    """The inverse of `store`: unsigned codes, uint8 [N, K]; those of a symmetric weight are around 2^(bits - 1)."""
+    if scheme.weight_bits == 8:
+        return weight.qweight.view(torch.uint8) ^ 0x80
+    return INT4.unpack(weight.qweight, in_features)
+
+
+def half_scales(name: str, scales: Tensor, losses: Losses) -> Tensor:
+    """The scales of a layer as float16, which weight-only formats hold.
+
+    Raises:
+        LossError: if some are rounded and the policy does not allow that.
+        ValueError: if some are too large.
+    """
+    half = scales.to(torch.float16)
+    if not bool(half.isfinite().all()):
+        raise ValueError(f"{name}.scales must be at most 65504 for float16, got {float(scales.abs().max()):g}")
+    losses.changed(f"{name}.scales", "scales that float16 cannot hold", scales, half)
+    return half
