@@ -44,6 +44,8 @@ class CheckpointFormat(ABC):
         title: by which people know it.
         variants: what it can hold.
         targets: what may follow its name in `--to NAME:TARGET`, such as "q4_0"; empty: nothing.
+        act_group_size: of the int8 activations that its engines multiply weights with where the file says nothing of
+            them; None: one scale a token.
     """
 
     name: ClassVar[str]
@@ -51,6 +53,7 @@ class CheckpointFormat(ABC):
     variants: ClassVar[tuple[Variant, ...]]
     targets: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = True
+    act_group_size: ClassVar[int | None] = None
 
     @abstractmethod
     def detects(self, path: Path) -> bool:

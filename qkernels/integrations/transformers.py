@@ -1,4 +1,4 @@
-"""transformers: `QKernelsConfig` and the quantizer behind `from_pretrained(..., quantization_config=...)`.
+"""transformers: the quantizer behind `from_pretrained(..., quantization_config=...)`.
 
 A float checkpoint is quantized while it is read: the model's layers stay as they are (on the meta device) until their
 weight arrives, and each is then swapped for a `QuantLinear`, so that one float weight is in memory at a time. A folder
@@ -14,9 +14,8 @@ import torch
 import transformers
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..convert.dequantize import AFTER_DEQUANTIZE, dequantize_
 from ..convert.layers import Layer, Split, put_in_place, rows_of
@@ -30,8 +29,8 @@ from ..formats.storage import QuantizedWeight, storage_dtypes
 from ..nn.adapters import float_twin
 from ..nn.matrix_layer import MatrixLayer
 from ..nn.storage import Storage
-from .config_options import ConfigOptions
-from .folders import METHOD, current_names, describe, empty_like, finish_loading, layer_entry, unclaimed
+from .folders import METHOD, describe, empty_like, finish_loading, layer_entry, unclaimed
+from .transformers_config import QKernelsConfig
 from .transformers_experts import expect_split_x_scale, join_x_scale
 from .transformers_offload import DiskTensors
 
@@ -48,34 +47,6 @@ _NO_CALIBRATION = (
     "quantization_config and call qkernels.quantize_(model, '{scheme}', calibration=batches); what save_pretrained "
     "then writes is loaded with its scales"
 )
-
-
-@register_quantization_config(METHOD)
-class QKernelsConfig(ConfigOptions, QuantizationConfigMixin):
-    """How to quantize a transformers model: `from_pretrained(path, quantization_config=QKernelsConfig("w8a8"))`.
-
-    Args:
-        scheme: scheme name or `QuantScheme`, or a mapping from patterns to those, as in `quantize_`. It is kept as a
-            list of pairs, because its order counts and JSON loses it.
-        skip: patterns of the layers to leave in float; see `quantize_`. A layer that `quantize_` would leave in float
-            (such as a head tied to the embedding) is left here too.
-        mode, grad_dtype, weight_scale: of the layers; see `QuantLinear`.
-        embeddings: quantize embeddings too, and the head that is tied to one, to `scheme` (True) or to the scheme given
-            here; see `quantize_`.
-        include: patterns of the layers to quantize; None: all.
-        modules_to_not_convert: another name of `skip`, that of transformers' own configurations.
-        layers: name -> scheme of the quantized layers of a saved model, or a mapping with scheme, mode, grad_dtype and
-            weight_scale; filled in when a model is quantized or saved.
-
-    Raises:
-        ValueError: for an unknown scheme, mode, grad_dtype or weight_scale.
-        TypeError: if `skip` is a single string, or for an unknown argument.
-    """
-
-    @classmethod
-    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        arguments = {key: value for key, value in current_names(config_dict).items() if key != "quant_method"}
-        return super().from_dict(arguments, return_unused_kwargs, **kwargs)
 
 
 class _QuantizeLinear(ConversionOps):

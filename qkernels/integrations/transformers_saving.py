@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from . import transformers_resizing  # noqa: F401  it replaces another method of the class
+from . import transformers_loading, transformers_resizing  # noqa: F401  they replace other methods of the class
 from .counting import count_weights
 
 _original = PreTrainedModel.save_pretrained
