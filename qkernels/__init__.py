@@ -9,6 +9,7 @@ from .diagnostics.compare import compare, compare_merge
 from .formats.scheme import QuantScheme
 from .formats.storage import QuantizedWeight
 from .integrations.fused_loss import patch_loss
+from .integrations.loading import load, load_tokenizer
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
 from .nn import expert_families as _expert_families  # noqa: F401  it registers them
@@ -54,6 +55,8 @@ __all__ = [
     "freeze_",
     "isa",
     "linear_cross_entropy",
+    "load",
+    "load_tokenizer",
     "ops",
     "patch_loss",
     "prepare_",

@@ -73,13 +73,7 @@ class Wishes:
 
 
 def read_as(layer: CheckpointLayer, scheme: QuantScheme, losses: Losses) -> LayerWeight:
-    """The values of a layer in a scheme; if its weight has other integers than the stored, they are found again.
-
-    Raises:
-        LossError: if they must be, and the policy is another than "requantize".
-    """
-    if layer.scheme.of_floats != scheme.of_floats:
-        losses.need_requantization(layer.name, f"its integers are those of {layer.scheme.of_floats}, not of {scheme}")
+    """The values of a layer in a scheme; if its weight has other integers than the stored, they are found again."""
     values = layer.read()
     if layer.scheme.of_floats == scheme.of_floats:
         return values if scheme.static_activations else replace(values, x_scale=None)

@@ -72,6 +72,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         self._checkpoint: Checkpoint | None = None
         self._targets: dict[str, _Target] = {}
         self._notes: dict[str, str] = {}  # by the name of a weight that is in float: why
+        self._moved: dict[str, str] = {}  # by the name of a parameter of a layer that was split: its name now
         self._lock = threading.Lock()
 
     @property
@@ -141,6 +142,10 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         config.layers = chosen
         config.scheme = Counter(chosen.values()).most_common(1)[0][0]
         super()._restore_layers(model)
+        splits = {id(layer.split): (layer, layer.split) for layer in self._layers if layer.split is not None}
+        for layer, split in splits.values():
+            for whole in layer.aliases[1::2]:
+                self._moved |= {f"{whole}.{old}": f"{whole}.{new}" for old, new in split.new_names().items()}
 
     def _no_layers(self, model: Any) -> None:
         if self.checkpoint.layers and all(target.scheme is None for target in self._targets.values()):
@@ -193,19 +198,20 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
             return
         schemes = {wishes.scheme(source.scheme, layer.all_names, layer.is_lookup) for source in sources}
         if None in schemes:
-            target.reason = "asked for"
+            target.reason = "asked for in float"
             return
         found = sorted(
             (scheme for scheme in schemes if scheme is not None), key=lambda own: (own.weight_bits, own.name)
         )
-        if len(found) > 1:
-            names = ", ".join(scheme.name for scheme in found)
-            self.losses.need_requantization(name, f"one matrix in the model, and in the checkpoint several of {names}")
         scheme = found[-1]
         reason = layer.adapter.reason(layer.module, scheme)
         if reason is not None:
             target.reason = reason
             return
+        for source in sources:
+            if source.scheme.of_floats != scheme.of_floats:
+                why = f"its integers are those of {source.scheme.of_floats}, not of {scheme.of_floats}"
+                self.losses.need_requantization(source.name, why)
         target.scheme = scheme
 
     def _share_with_tied(self, model: Any) -> None:
@@ -235,15 +241,29 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
                     continue
                 done.add(source.name)
                 if target.scheme is None:
-                    key = f"{source.name}.weight" if target.converter is not None else name
+                    key = self._key_of_float(model, f"{source.name}.weight")
                     found[key] = self._float_weight(source, target, name)
                 else:
                     prefix = f"{source.name}.weight" if target.converter is not None else _module_name(target)
                     found |= self._quantized_weight(prefix, source, target.scheme, target.converter is not None)
         for key, tensor in self.checkpoint.floats.items():
             if not self._is_zero_bias(model, key, tensor.read):
-                found[key] = LazyTensor(tensor.shape, tensor.dtype, self._locked(tensor.read))
+                found[self._key_of_float(model, key)] = LazyTensor(
+                    tensor.shape, tensor.dtype, self._locked(tensor.read)
+                )
         return found
+
+    def _key_of_float(self, model: Any, key: str) -> str:
+        """The name by which transformers finds the place of a tensor that is in float.
+
+        It is another than the checkpoint's for a parameter of experts of which other matrices are quantized: these are
+        split, and each matrix is a layer with a `weight`.
+        """
+        name, converter = self._rename(model, key)
+        if name not in self._moved:
+            return key
+        moved = self._moved[name]
+        return moved if converter is None else f"{key}{moved.removeprefix(name)}"
 
     def _locked(self, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def locked() -> Tensor:
@@ -274,7 +294,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         if target.converter is None and name in self._expected and not transposed:
             shape = tuple(self._expected[name].shape)
         if target.reason is not None:
-            self._notes[name] = target.reason
+            self._notes[self._moved.get(name, name)] = target.reason
 
         def read() -> Tensor:
             weight = dequantize(source.read(), source.in_features, source.scheme)
