@@ -8,6 +8,7 @@ those of the checkpoint under the names that such a folder has.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import Counter
@@ -32,9 +33,11 @@ from ..convert.schemes import SchemeRules
 from ..convert.selection import find_layers, find_weights
 from ..formats.scheme import QuantScheme
 from ..formats.storage import storage_dtypes
+from ..nn.storage import Storage
 from .checkpoint_layers import LayerTensors, LazyTensor, Wishes, read_as
 from .folders import describe
-from .transformers import QKernelsConfig, QKernelsHfQuantizer
+from .transformers import QKernelsHfQuantizer
+from .transformers_config import QKernelsConfig
 
 _CONVERT = "convert it first (qkernels convert IN OUT --to qkernels), and load that folder"
 _NO_QAT = (
@@ -352,8 +355,8 @@ def _shaped(tensors: LayerTensors, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _float_bytes(layer: Layer) -> int:
-    module = layer.module
-    return int(torch.Size(module.weight_shape).numel()) * module.compute_dtype.itemsize
+    assert isinstance(layer.module, Storage)
+    return math.prod(layer.module.weight_shape) * layer.module.compute_dtype.itemsize
 
 
 def _summaries(losses: Losses) -> list[str]:

@@ -34,8 +34,8 @@ def _takes_over(config: Any, wanted: Any, gguf_file: str | None) -> bool:
 
 
 def get_hf_quantizer(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
-    from .transformers import QKernelsConfig
     from .transformers_checkpoints import CheckpointQuantizer
+    from .transformers_config import QKernelsConfig
 
     ours = isinstance(quantization_config, QKernelsConfig)
     if not ours or not _takes_over(config, quantization_config, kwargs.get("gguf_file")):

@@ -107,13 +107,13 @@ def test_activations_and_schemes(stored):
     close_integers(grouped, expected)
     with pytest.raises(ValueError, match=r"activations must be one of int8, float or None, got 'int4'"):
         qk.load(folder, activations="int4")
-    with pytest.raises(LossError, match=r"its integers are those of w8a16, not of w4a16-g32; pass on_loss='requantize'"):
+    with pytest.raises(LossError, match=r"integers are those of w8a16, not of w4a16-g32; pass on_loss='requantize'"):
         qk.load(folder, "w4a8-g32")
     with pytest.warns(UserWarning, match=r"weights that w4a8-g32 rounds \(largest change 0.0"):
         again = qk.load(folder, "w4a8-g32", on_loss="requantize")
     assert set(schemes(again).values()) == {"w4a8-g32"}
     assert again.quantization_report.warnings
-    with pytest.raises(ValueError, match="mode must be 'frozen' or 'int8'.*got 'qat'"):
+    with pytest.raises(ValueError, match=r"mode must be 'frozen' or 'int8'.*got 'qat'"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=qk.QKernelsConfig(mode="qat"))
     trained = AutoModelForCausalLM.from_pretrained(folder, quantization_config=qk.QKernelsConfig(mode="int8"))
     assert {layer.mode for layer in trained.modules() if hasattr(layer, "scheme")} == {"int8"}
@@ -130,7 +130,8 @@ def test_what_is_asked_for_in_float_is_dequantized(stored):
     assert 0 < len(schemes(model)) < len(schemes(floats))
     torch.testing.assert_close(outputs(model), outputs(floats), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs(everything), outputs(floats), rtol=1e-4, atol=1e-5)
-    assert {row.reason for row in model.quantization_report.left} == {"in float in the checkpoint", "asked for in float"}
+    reasons = {row.reason for row in model.quantization_report.left}
+    assert reasons == {"in float in the checkpoint", "asked for in float"}
 
 
 def test_the_model_below_the_head(tmp_path):
@@ -163,7 +164,7 @@ def test_biases(tmp_path):
     save_file({**tensors, name: torch.zeros(rows)}, folder / "model.safetensors")  # as some writers add
     close_integers(qk.load(folder), expected)
     save_file({**tensors, name: torch.ones(rows)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name} of the checkpoint is not zero, and LlamaForCausalLM has no such bias"):
+    with pytest.raises(ValueError, match=f"{name} of the checkpoint is not zero, and Llama.* has no such bias"):
         qk.load(folder)
 
 
@@ -185,12 +186,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         qk.load(folder)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         qk.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="layers on disk is not possible while a checkpoint.* is loaded: convert"):
+    with pytest.raises(ValueError, match=r"layers on disk is not possible while a checkpoint.* is loaded: convert"):
         AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=qk.QKernelsConfig(), device_map={"model": "disk", "lm_head": "cpu"}
         )
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         qk.load(folder)
 
 
