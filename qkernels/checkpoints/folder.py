@@ -36,7 +36,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def files_beside(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that a writer copies."""
+    """The files of a folder that a writer copies; a path that is a file has none."""
+    if not folder.is_dir():
+        return ()
     ours = {CONFIG, INDEX, SINGLE, "quantization_config.json", *_CONFIGS_BESIDE}
     return tuple(
         sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in _BESIDE and f.name not in ours)

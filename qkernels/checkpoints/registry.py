@@ -12,6 +12,7 @@ from .gptq import GPTQFolder
 from .losses import Losses
 from .qkernels_folder import QKernelsFolder
 from .safetensors_files import pickle_hint
+from .torchao import TorchAO
 
 # By name. A path is asked in this order what it is, plain float tensors last.
 FORMATS: dict[str, CheckpointFormat] = {
@@ -20,6 +21,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         QKernelsFolder(),
         BitsAndBytes(),
         GPTQFolder(),
+        TorchAO(),
         FloatFolder(),
     )
 }
