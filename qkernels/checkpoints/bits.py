@@ -21,7 +21,8 @@ def unpack_codes(words: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         ValueError: if the words hold fewer codes.
     """
-    stream = words.contiguous().view(torch.uint8)
+    # Of a dimension of 1 any stride is contiguous, but not any has a view of bytes: the flat words have.
+    stream = words.flatten().view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * words.element_size())
     if stream.shape[-1] * 8 < count * bits:
         raise ValueError(f"words must hold {count} codes of {bits} bits a row, got {stream.shape[-1]} bytes")
     if 8 % bits == 0:  # no code lies in two bytes

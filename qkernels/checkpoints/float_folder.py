@@ -9,25 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.scheme import QuantScheme
-from ..formats.storage import dequantize_weight
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
 from .checkpoint_format import Progress, Variant, no_progress
 from .folder import FolderFormat
 from .losses import Losses
+from .requantize import dequantize
 from .safetensors_files import INDEX, SINGLE, SafetensorsFiles
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-
-
-def dequantize(values: LayerWeight, in_features: int, scheme: QuantScheme) -> Tensor:
-    """float32 [N, K] of a layer, its columns in the order of the input's features."""
-    weight = dequantize_weight(*values.weight, in_features, scheme)
-    if values.input_order is None:
-        return weight
-    out = torch.empty_like(weight)
-    out[:, values.input_order.to(torch.int64)] = weight
-    return out
 
 
 class FloatFolder(FolderFormat):

@@ -7,6 +7,7 @@ from pathlib import Path
 from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
+from .compressed_tensors import CompressedTensors
 from .float_folder import FloatFolder
 from .gptq import GPTQFolder
 from .losses import Losses
@@ -20,6 +21,7 @@ FORMATS: dict[str, CheckpointFormat] = {
     for checkpoint_format in (
         QKernelsFolder(),
         BitsAndBytes(),
+        CompressedTensors(),
         GPTQFolder(),
         TorchAO(),
         FloatFolder(),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import CheckpointLayer, LayerWeight
-from ..checkpoints.float_folder import dequantize
 from ..checkpoints.losses import Losses
+from ..checkpoints.requantize import dequantize
 from ..convert.schemes import SchemeRules, matches
 from ..formats.scheme import QuantScheme
 from ..kernels.quantizers import quantize_weight

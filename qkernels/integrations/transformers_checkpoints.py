@@ -24,9 +24,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointLayer
-from ..checkpoints.float_folder import dequantize
 from ..checkpoints.losses import Losses
 from ..checkpoints.registry import FORMATS, open_checkpoint
+from ..checkpoints.requantize import dequantize
 from ..convert.layers import Layer, rows_of
 from ..convert.report import QuantizationReport
 from ..convert.schemes import SchemeRules
