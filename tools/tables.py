@@ -1,4 +1,4 @@
-"""Numbers of README.md and of pages in docs, from rows in benchmarks/results: `python tools/tables.py` writes them.
+"""Numbers and tables of README.md and docs, from benchmarks/results and the package: `python tools/tables.py`.
 
 A page holds each block between `<!-- NAME: generated -->` and `<!-- end -->`; a test compares them with these. The
 picture of README.md is drawn as well.
@@ -7,6 +7,7 @@ picture of README.md is drawn as well.
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -20,6 +21,7 @@ KEPT_MEMORY = "training-models-kept-memory-intel-xeon-amx-2t"
 QUALITY = "quality-intel-xeon-amx-2t"
 TORCH_LAYERS, EXPERTS = "torch-layers-amd-epyc-avx512bf16-1t", "experts-amd-epyc-avx512bf16"
 STATIC, RESNET = "static-amd-epyc-avx512bf16-1t", "resnet18-amd-epyc-avx512bf16-1t"
+DIVERGENCE = "divergence-gemma-amd-epyc-avx512bf16"
 PEFT, PEFT_STEPS = "peft-matrix", ("train", "save", "disable", "copy", "merge", "unmerge", "bfloat16")
 FLOAT, INT8, INT4 = "torch bfloat16", "w8a8 frozen int8 + loss", "w4a8-g32-asym frozen int8 + loss"
 COLUMNS = (FLOAT, "torch.ao int8 onednn", "w8a8", "w4a8-g128", "w4a8-g32-asym")
@@ -204,11 +206,47 @@ def static_table() -> str:
     return "\n".join(["| | error |", "| --- | ---: |", *(f"| {titles[n]} | {errors[n]:.3f} |" for n in titles)])
 
 
+def formats_table() -> str:
+    """What each format of checkpoints holds, as its entry in the registry says."""
+    from qkernels.checkpoints.registry import FORMATS
+
+    lines = ["| format | weights | scheme here | in | out | |", "| --- |" + " --- |" * 5]
+    for name, found in FORMATS.items():
+        for at, variant in enumerate(found.variants):
+            title = f"{found.title} (`{name}`)" if at == 0 else ""
+            cells = (title, variant.what, f"`{variant.scheme}`", variant.imported, variant.exported, variant.note)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def divergence_table() -> str:
+    found = rows(DIVERGENCE)
+    texts = list(dict.fromkeys(row["text"] for row in found))
+    lines = ["| Gemma-3-270M, rounded to nearest | " + " | ".join(texts) + " |", "| --- |" + " --- |" * len(texts)]
+    for scheme in dict.fromkeys(row["scheme"] for row in found):
+        cells = []
+        for text in texts:
+            row = next(row for row in found if (row["scheme"], row["text"]) == (scheme, text))
+            change = math.expm1(row["loss_change"]["mean"])
+            cells.append(
+                f"{row['kl']['mean']:.4f}; {100 * row['top_1_agreement']:.0f} %; "
+                f"{row['perplexity_a']['value']:.1f}, {100 * change:+.1f} %"
+            )
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    tokens = found[0]["tokens"]
+    note = (
+        f"Mean KL divergence; same first choice; perplexity of the float model and its change. {tokens} tokens of each "
+        "text, the head in float; `python benchmarks/divergence.py`."
+    )
+    return "\n".join([*lines, "", textwrap.fill(note, 120)])
+
+
 # The blocks of each page, by its path.
 PAGES = {
     "README.md": {"claims": claims, "layers": layer_table, "training": training_table},
     "docs/performance.md": {"experts": experts_table},
     "docs/guide/attention-recurrent.md": {"torch layers": torch_layer_table},
+    "docs/guide/checkpoints.md": {"formats": formats_table, "divergence": divergence_table},
     "docs/guide/coming-from.md": {"static": static_table},
     "docs/guide/convolutions.md": {"resnet18": resnet_table},
     "docs/guide/peft.md": {"matrix": peft_table},

@@ -72,8 +72,8 @@ def evaluate(
     if "kl" in result:
         kl = result["kl"]
         print(
-            f"KL divergence from {against}: mean {kl['mean']:.4f} ± {kl['standard_error']:.4f} nats, "
-            f"median {kl['median']:.4f}, 99 % {kl['quantile_99']:.3f}; same first choice "
+            f"KL divergence from {against}: mean {kl['mean']:.3g} ± {kl['standard_error']:.2g} nats, "
+            f"median {kl['median']:.3g}, 99 % {kl['quantile_99']:.3g}; same first choice "
             f"{100 * result['top_1_agreement']:.1f} %"
         )
     if names:

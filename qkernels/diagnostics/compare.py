@@ -98,11 +98,11 @@ class Comparison:
         """The few rows to print: what was measured, its value, and what it means in one line."""
         rows = []
         if len(self.kl):
-            kl = f"{self.kl.mean():.4f} ± {standard_error(self.kl):.4f}"
+            kl = f"{self.kl.mean():.3g} ± {standard_error(self.kl):.2g}"
             rows = [
                 ("KL divergence, mean", kl, "nats between the predictions; 0: equal"),
-                ("median", f"{self.kl.median():.4f}", "half of the tokens are closer than this"),
-                ("99 %", f"{self.kl_quantile(0.99):.3f}", "1 token in 100 is further away"),
+                ("median", f"{self.kl.median():.3g}", "half of the tokens are closer than this"),
+                ("99 %", f"{self.kl_quantile(0.99):.3g}", "1 token in 100 is further away"),
                 ("same first choice", f"{100 * self.agreement:.1f} %", "tokens where both prefer the same next one"),
             ]
         if len(self.loss_a):
@@ -113,7 +113,7 @@ class Comparison:
                 ("perplexity of B", _with_error(self.loss_b), f"{percent} of A's"),
             ]
         else:
-            rows.append(("output error", f"{self.output_error:.4f}", "change of the outputs, relative to their size"))
+            rows.append(("output error", f"{self.output_error:.3g}", "change of the outputs, relative to their size"))
         if self.layers:
             worst = max(self.layers, key=lambda row: -1.0 if math.isnan(row.error) else row.error)
             middle = statistics.median(row.error for row in self.layers)
@@ -137,35 +137,36 @@ class MergeLoss:
 
     Attributes:
         merged: the merged model beside the model with its adapter.
-        base: the model without its adapter beside the model with it: what a merge that lost everything would show.
+        base: the model without its adapter beside the model with it: how much the adapter changes.
+        kept: the share of the adapter's change of the outputs that is in the merged model: 1, all of it, whatever noise
+            the rounding adds; 0, none. It is the coefficient of the regression of one change on the other, weighted by
+            the probabilities; not a number if the adapter changes nothing.
+        kept_error: the standard error of `kept`.
     """
 
     merged: Comparison
     base: Comparison
-
-    @property
-    def kept(self) -> float:
-        """1 - KL(adapted || merged) / KL(adapted || base): 1, the merge changed nothing; 0 or less, it gained nothing.
-
-        It is not a number if the adapter changes nothing.
-        """
-        changed = float(self.base.kl.mean()) if len(self.base.kl) else self.base.output_error
-        lost = float(self.merged.kl.mean()) if len(self.merged.kl) else self.merged.output_error
-        return 1 - lost / changed if changed else math.nan
+    kept: float
+    kept_error: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; JSON can hold it."""
-        return {"kept": _finite(self.kept), "merged": self.merged.to_dict(), "base": self.base.to_dict()}
+        kept = {"share": _finite(self.kept), "standard_error": _finite(self.kept_error)}
+        return {"kept": kept, "merged": self.merged.to_dict(), "base": self.base.to_dict()}
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The few rows to print: what was measured, its value, and what it means in one line."""
+        value = f"{100 * self.kept:.0f} ± {100 * self.kept_error:.0f} %"
         if math.isnan(self.kept):
-            kept = ("adapter kept", "-", "the adapter changes nothing on this text")
+            value, meaning = "-", "the adapter changes nothing on this text"
+        elif not self.kept_error < 0.2:
+            meaning = "of the adapter's change: too much noise to tell, give more text"
+        elif self.kept < 0.5:
+            meaning = "THE MERGE LOSES WHAT THE ADAPTER LEARNED"
         else:
-            verdict = "of what the adapter changed" if self.kept > 0.5 else "THE MERGE LOSES WHAT THE ADAPTER LEARNED"
-            kept = ("adapter kept", f"{100 * self.kept:.0f} %", verdict)
-        without = ("without the adapter", self.base.rows()[0][1], f"{self.base.rows()[0][0]} of the base, for scale")
-        return [kept, *self.merged.rows(), without]
+            meaning = "of the change that the adapter makes"
+        name, without, _ = self.base.rows()[0]
+        return [("adapter kept", value, meaning), *self.merged.rows(), ("the adapter's change", without, name)]
 
     def __str__(self) -> str:
         return "\n".join(aligned(self.rows()))
@@ -231,7 +232,7 @@ def compare_merge(
     layers: bool = False,
     causal: bool | None = None,
 ) -> MergeLoss:
-    """Measure what merging an adapter lost, and set it against all that the adapter changes.
+    """Measure what merging an adapter lost, and how much of what the adapter changes is left.
 
     Args:
         adapted: the PEFT model with its adapter, not merged.
@@ -246,18 +247,20 @@ def compare_merge(
     if disable_adapter is None:
         raise TypeError(f"adapted must be a PEFT model with its adapter, got {type(adapted).__name__}")
     causal = _is_causal(adapted) if causal is None else causal
-    of_merged, of_base = _Predictions(causal), _Predictions(causal)
+    of_merged, of_base, kept = _Predictions(causal), _Predictions(causal), _Kept(causal)
     errors = _LayerErrors(adapted, merged, layers)
     with _evaluating(adapted, merged):
         for number, kwargs in enumerate(_arguments(inputs)):
             where = f"inputs[{number}]"
             with errors.watching():
                 reference = _output(adapted, kwargs, "adapted")
-            of_merged.add(reference, _output(merged, kwargs, "merged"), kwargs, where)
+            after = _output(merged, kwargs, "merged")
+            of_merged.add(reference, after, kwargs, where)
             with disable_adapter():
                 base = _output(adapted, kwargs, "adapted without its adapter")
             of_base.add(reference, base, kwargs, where)
-    return MergeLoss(of_merged.result(*errors.result()), of_base.result())
+            kept.add(reference, base, after, kwargs, where)
+    return MergeLoss(of_merged.result(*errors.result()), of_base.result(), *kept.result())
 
 
 def standard_error(values: Tensor) -> float:
@@ -276,30 +279,14 @@ class _Predictions:
 
     def add(self, of_a: _Output, of_b: _Output, kwargs: Mapping[str, Any], where: str) -> None:
         """Account for the outputs of one input."""
-        a, b, predicts = of_a.values, of_b.values, of_a.predicts
-        if a.shape != b.shape:
-            differ = "the vocabularies differ: " if a.shape[:-1] == b.shape[:-1] else ""
-            raise ValueError(f"{differ}a gives outputs of shape {list(a.shape)} for {where}, b {list(b.shape)}")
-        targets, shown = None, None
-        tokens = next((kwargs[key] for key in ("input_ids", "input") if key in kwargs), None)
-        mask = kwargs.get("attention_mask")
-        if self._causal:
-            if not predicts or a.dim() != 3 or tokens is None or a.shape[:2] != tokens.shape:
-                raise ValueError(f"a causal model must give logits [1, T, V] for token ids, got {list(a.shape)}")
-            if a.shape[1] < 2:
-                raise ValueError(f"{where} must have at least 2 tokens: the first one is not predicted")
-            a, b, targets = a[:, :-1], b[:, :-1], tokens[:, 1:].to(a.device)
-            shown = None if mask is None else mask[:, 1:]
-        elif mask is not None and a.shape[:-1] == mask.shape:
-            shown = mask
-        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).to(a.device)
-        keep = slice(None) if shown is None else shown.reshape(-1).to(a.device, torch.bool)
-        if targets is not None:
-            targets = targets.reshape(-1)[keep]
-        self._add_rows(_Output(a[keep], predicts), b[keep], targets, where)
+        if of_a.values.shape != of_b.values.shape:
+            shapes = [list(output.values.shape) for output in (of_a, of_b)]
+            differ = "the vocabularies differ: " if shapes[0][:-1] == shapes[1][:-1] else ""
+            raise ValueError(f"{differ}a gives outputs of shape {shapes[0]} for {where}, b {shapes[1]}")
+        keep, targets = _counted(of_a, kwargs, self._causal, where)
+        self._add_rows(of_a.rows(keep), of_b.rows(keep).to(of_a.values.device), of_a.predicts, targets, where)
 
-    def _add_rows(self, of_a: _Output, b: Tensor, targets: Tensor | None, where: str) -> None:
-        a = of_a.values
+    def _add_rows(self, a: Tensor, b: Tensor, predicts: bool, targets: Tensor | None, where: str) -> None:
         rows = max(1, _CHUNK // a.shape[-1])
         for at in range(0, len(a), rows):
             p, q = a[at : at + rows].to(torch.float64), b[at : at + rows].to(torch.float64)
@@ -311,7 +298,7 @@ class _Predictions:
                 finite = p.isfinite() & q.isfinite()
                 change, size = _squares((q - p)[finite]), _squares(p[finite])
             self._change, self._size = self._change + change, self._size + size
-            if not of_a.predicts:
+            if not predicts:
                 continue
             self._agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
             log_p, log_q = log_softmax(p, -1), log_softmax(q, -1)
@@ -332,6 +319,61 @@ class _Predictions:
         agreement = self._agreeing / len(kl) if len(kl) else math.nan
         error = _relative(self._change, self._size)
         return Comparison(kl, agreement, loss_a, loss_b, error, layers, unmatched or {})
+
+
+class _Kept:
+    """How much of the change that an adapter makes to the outputs is in those of the merged model."""
+
+    def __init__(self, causal: bool) -> None:
+        self._causal = causal
+        self._products: list[Tensor] = []
+        self._squares: list[Tensor] = []
+
+    def add(self, adapted: _Output, base: _Output, merged: _Output, kwargs: Mapping[str, Any], where: str) -> None:
+        """Account for the outputs of one input."""
+        keep, _ = _counted(adapted, kwargs, self._causal, where)
+        outputs = [output.rows(keep).to(adapted.values.device) for output in (adapted, base, merged)]
+        rows = max(1, _CHUNK // outputs[0].shape[-1])
+        for at in range(0, len(outputs[0]), rows):
+            z, without, after = (output[at : at + rows].to(torch.float64) for output in outputs)
+            weight = log_softmax(z, -1).exp_() if adapted.predicts else torch.ones_like(z)
+            change, found = (torch.where(weight > 0, other - without, 0) for other in (z, after))
+            if adapted.predicts:  # logits are what they are up to a number for all of them
+                change, found = (x - (weight * x).sum(-1, keepdim=True) for x in (change, found))
+            weighted = weight.mul_(change)
+            self._products.append((weighted * found).sum(-1).cpu())
+            self._squares.append((weighted * change).sum(-1).cpu())
+
+    def result(self) -> tuple[float, float]:
+        """The share and its standard error; not numbers if the adapter changes nothing."""
+        products, squares = _joined(self._products), _joined(self._squares)
+        total = float(squares.sum())
+        if total == 0:
+            return math.nan, math.nan
+        share = float(products.sum()) / total
+        return share, float((products - share * squares).square().sum().sqrt()) / total
+
+
+def _counted(
+    output: _Output, kwargs: Mapping[str, Any], causal: bool, where: str
+) -> tuple[Tensor | slice, Tensor | None]:
+    """Which rows of an output count, and the tokens that these predict, of a causal model."""
+    z = output.values
+    tokens = next((kwargs[key] for key in ("input_ids", "input") if key in kwargs), None)
+    mask = kwargs.get("attention_mask")
+    if not causal:
+        shown = mask is not None and z.shape[:-1] == mask.shape
+        return (mask.reshape(-1).to(z.device, torch.bool) if shown else slice(None)), None  # type: ignore[union-attr]
+    if not output.predicts or z.dim() != 3 or tokens is None or z.shape[:2] != tokens.shape:
+        raise ValueError(f"a causal model must give logits [1, T, V] for token ids, got {list(z.shape)}")
+    if z.shape[1] < 2:
+        raise ValueError(f"{where} must have at least 2 tokens: the first one is not predicted")
+    keep = torch.ones(z.shape[:2], dtype=torch.bool)
+    keep[:, -1] = False
+    if mask is not None:
+        keep[:, :-1] &= mask[:, 1:].cpu().to(torch.bool)
+    targets = tokens.roll(-1, 1).cpu()[keep].to(z.device)
+    return keep.reshape(-1).to(z.device), targets
 
 
 class _LayerErrors:
@@ -466,6 +508,11 @@ class _Output(NamedTuple):
 
     values: Tensor
     predicts: bool  # logits of a distribution
+
+    def rows(self, keep: Tensor | slice) -> Tensor:
+        """[n, V] of the rows that count."""
+        flat = self.values.reshape(-1, self.values.shape[-1])
+        return flat[keep if isinstance(keep, slice) else keep.to(flat.device)]
 
 
 def _output(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> _Output:

@@ -57,11 +57,11 @@ def test_merged_model_beside_base_and_adapter(llama, text, tmp_path):
     adapter = ("--adapter", tmp_path / "adapter")
     result = invoke("compare", llama, folder, *options, *adapter)
     assert result.exit_code == 0, result.output
-    assert "adapter kept         100 %" in result.stdout
+    assert "100 ± 0 %" in result.stdout
     assert f"next: qkernels compare {llama} {folder} --text {text} --adapter" in result.stdout
     result = invoke("compare", llama, llama, *options, *adapter, "--json")
     found = json.loads(result.stdout)
-    assert found["kept"] == 0 and found["merged"]["tokens"] == 60
+    assert found["kept"]["share"] == 0 and found["merged"]["tokens"] == 60
 
 
 def test_refused(llama, text, tmp_path):

@@ -29,7 +29,7 @@ def test_eval_against_another_model(llama, text):
     assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
     assert found["kl"]["mean"] > 0 and found["tokens"] == alone["tokens"] == 60
     text_result = invoke("eval", llama, text, *options[:-1], "--against", llama)
-    assert f"KL divergence from {llama}: mean {found['kl']['mean']:.4f}" in text_result.stdout
+    assert f"KL divergence from {llama}: mean {found['kl']['mean']:.3g}" in text_result.stdout
 
 
 def test_tasks_without_lm_eval_say_how_to_install_it(llama, monkeypatch):

@@ -238,10 +238,12 @@ class TestOtherModels:
 
 
 class TestAdapters:
-    def adapted(self, scale: float) -> nn.Module:
+    def adapted(self, scale: float, base: nn.Module | None = None) -> nn.Module:
         peft = pytest.importorskip("peft")
+        base = llama() if base is None else base
         config = peft.LoraConfig(r=4, target_modules=["up_proj", "down_proj"], init_lora_weights=False)
-        model = peft.get_peft_model(llama(), config).eval()
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, config).eval()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data *= scale
@@ -259,16 +261,37 @@ class TestAdapters:
         assert row.kinds == ("float32 + adapter", "float32")
 
     def test_a_merge_that_keeps_the_adapter_and_one_that_destroys_it(self, blocks):
-        adapted = self.adapted(0.02)
-        exact = qk.compare_merge(adapted, self.merged(adapted), blocks, layers=True)
-        assert exact.kept > 0.999 and exact.merged.layers
-        coarse = qk.compare_merge(adapted, quantized(self.merged(adapted), "w4a8"), blocks)
-        assert coarse.kept < 0 and "LOSES" in str(coarse)
-        assert coarse.base.to_dict() == exact.base.to_dict()
+        on_grid = llama()
+        qk.quantize_(on_grid, "w4a16")
+        in_float = copy.deepcopy(on_grid)
+        qk.dequantize_(in_float)
+        exact = self.adapted(0.02, in_float).merge_and_unload()
+        adapted = self.adapted(0.02, on_grid)
+        found = qk.compare_merge(adapted, exact, blocks, layers=True)
+        assert found.kept == pytest.approx(1, abs=1e-3) and found.kept_error < 1e-3 and found.merged.layers
+        assert "of the change" in str(found)
+        rounded = copy.deepcopy(exact)
+        qk.quantize_(rounded, "w4a16")  # to the integers of the base: the adapter is less than half a step
+        lost = qk.compare_merge(adapted, rounded, blocks)
+        assert abs(lost.kept) < 0.1 and "LOSES" in str(lost)
+        assert lost.base.to_dict() == found.base.to_dict()
+        json.dumps(lost.to_dict(), allow_nan=False)
+
+    def test_the_share_that_is_kept_is_its_definition(self, blocks):
+        adapted = self.adapted(0.3)
+        merged = quantized(self.merged(adapted), "w8a8")
+        found = qk.compare_merge(adapted, merged, blocks)
+        with torch.no_grad():
+            of = [torch.cat([m(input_ids=x[None]).logits[0, :-1] for x in blocks]).double() for m in (adapted, merged)]
+            with adapted.disable_adapter():
+                base = torch.cat([adapted(input_ids=x[None]).logits[0, :-1] for x in blocks]).double()
+        p = of[0].softmax(-1)
+        change, after = (x - base - (p * (x - base)).sum(-1, keepdim=True) for x in of)
+        products, squares = (p * change * after).sum(-1), (p * change * change).sum(-1)
+        assert found.kept == pytest.approx(float(products.sum() / squares.sum()), rel=1e-9)
+        assert 0.8 < found.kept < 1.2 and 0 < found.kept_error < 0.1
         against_base = qk.compare(adapted, llama(), blocks, layers=False)
-        assert torch.allclose(coarse.base.kl, against_base.kl, rtol=1e-6, atol=1e-12)
-        assert coarse.kept == pytest.approx(1 - float(coarse.merged.kl.mean() / against_base.kl.mean()), rel=1e-6)
-        json.dumps(coarse.to_dict(), allow_nan=False)
+        assert torch.allclose(found.base.kl, against_base.kl, rtol=1e-6, atol=1e-12)
 
     def test_an_adapter_that_changes_nothing(self, blocks):
         adapted = self.adapted(0)
