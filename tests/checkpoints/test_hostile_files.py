@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
+from qkernels.checkpoints.folder import FolderFormat
 from qkernels.checkpoints.losses import Losses
 from qkernels.checkpoints.registry import FORMATS, open_checkpoint
 from qkernels.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsFiles
@@ -66,38 +67,46 @@ def is_read_or_refused(path: Path) -> str | None:
     return message
 
 
-def ours(folder: Path, name: str) -> Path:
+def ours(folder: Path, name: str) -> None:
+    """A folder that we write in the format of this name."""
     torch.manual_seed(0)
-    scheme = QuantScheme.parse("w4a8-g32-asym")
-    weight, norm = quantize_weight(torch.randn(8, 64), scheme), torch.randn(64)
-    layer = CheckpointLayer("block.proj", 64, 8, scheme, "", (), lambda: LayerWeight(weight))
+    scheme = QuantScheme.parse("w4a16-g32-asym")
+    weight, norm = quantize_weight(torch.randn(32, 64), scheme), torch.randn(64)
+    layer = CheckpointLayer("block.proj", 64, 32, scheme, "", (), lambda: LayerWeight(weight))
     floats = {"norm.weight": FloatTensor((64,), norm.dtype, lambda: norm)}
-    FORMATS[name].write(Checkpoint("", {"model_type": "x"}, {layer.name: layer}, floats), folder / name, Losses())
-    return folder / name
+    checkpoint = Checkpoint("", {"model_type": "x"}, {layer.name: layer}, floats)
+    FORMATS[name].write(checkpoint, folder, Losses("report"))
 
 
 def folders() -> list[str]:
-    return ["qkernels", "float", *sorted(path.parent.name for path in FILES.glob(f"*/{CONFIG}"))]
+    """What can stand in a folder: all that we write, and what other libraries wrote."""
+    written = [f"ours/{name}" for name, found in FORMATS.items() if found.writes and isinstance(found, FolderFormat)]
+    files = [path.name for path in FILES.glob("*.safetensors") if "expected" not in path.name]
+    return [*written, *sorted(path.parent.relative_to(FILES).as_posix() for path in FILES.glob(f"**/{CONFIG}")), *files]
 
 
 @pytest.fixture(params=folders())
 def sound(request, tmp_path) -> Path:
     """A folder that is read."""
     name = request.param
-    folder = tmp_path / "sound" / name
-    if (FILES / name).is_dir():
+    folder = tmp_path / "sound" / name.replace("/", "-")
+    if name.endswith(".safetensors"):
+        folder.mkdir(parents=True)
+        shutil.copyfile(FILES / name, folder / SINGLE)
+        (folder / CONFIG).write_text(json.dumps({"model_type": "x"}))
+    elif (FILES / name).is_dir():
         shutil.copytree(FILES / name, folder)
         for file in folder.glob("expected*"):
             file.unlink()
     else:
-        ours(tmp_path / "sound", name)
+        ours(folder, name.removeprefix("ours/"))
     assert is_read_or_refused(folder) is None
     return folder
 
 
 def copied(sound: Path) -> Path:
     """The folder of one example."""
-    folder = sound.parents[1] / "broken"
+    folder = sound.parent.parent / "broken"
     shutil.rmtree(folder, ignore_errors=True)
     return shutil.copytree(sound, folder)
 
@@ -218,6 +227,25 @@ def test_tensors_of_another_shape_dtype_content_or_name_under_a_sound_header(sou
         joined += raw
     join(folder / SINGLE, header, joined)
     is_read_or_refused(folder)
+
+
+def single_files() -> list[str]:
+    """Files that are a checkpoint by themselves, such as .gguf."""
+    return sorted(path.name for path in FILES.glob("*.*") if path.is_file() and "expected" not in path.name)
+
+
+@pytest.mark.parametrize("name", single_files())
+@quickly
+@given(data=st.data())
+def test_a_single_file_whose_bytes_changed_or_are_missing(tmp_path, name, data):
+    content = bytearray((FILES / name).read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, min(len(content), 4000) - 4))
+        new = data.draw(st.sampled_from([b"\0", b"\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"{", b"9"]))
+        content[at : at + len(new)] = new
+    path = tmp_path / name
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    is_read_or_refused(path)
 
 
 @quickly
