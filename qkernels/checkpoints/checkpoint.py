@@ -143,6 +143,8 @@ class Checkpoint:
         files: others that belong to the model, such as its tokenizer's, which a writer copies.
         metadata: what its format says beside that, for a writer of the same format.
         path: where it lies; None for a model in memory.
+        identity: a text that is another for other values (`identity_of`), by which a writer that was stopped goes on
+            with the same checkpoint only; None: nobody knows. Who changes values beside schemes sets it to None.
     """
 
     format: str
@@ -152,3 +154,4 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    identity: str | None = None

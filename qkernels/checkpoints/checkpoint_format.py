@@ -82,6 +82,9 @@ class CheckpointFormat(ABC):
     ) -> None:
         """Write the checkpoint to `path`, whole or not at all.
 
+        A folder that was not finished, because the process was killed, or the disk full, lies in `.NAME.partial` beside
+        it. The same call goes on from there if the checkpoint has an `identity`.
+
         Raises:
             ValueError: for a layer or model that the format has no place for; nothing is written.
             LossError: for what it cannot hold exactly, by the policy of `losses`.

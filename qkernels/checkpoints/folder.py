@@ -6,18 +6,20 @@ import json
 import re
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..version import __version__
 from .checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
 from .checkpoint_format import CheckpointFormat, Progress, no_progress
-from .losses import Losses
-from .safetensors_files import INDEX, SINGLE, SafetensorsFiles, SafetensorsWriter, read_json
+from .losses import Loss, Losses
+from .partial_folder import fingerprint, written_whole
+from .safetensors_files import INDEX, SINGLE, SafetensorsFiles, read_json
+from .safetensors_writer import SafetensorsWriter
 
 CONFIG = "config.json"
 # What early libraries wrote beside a `config.json`, and the `quant_method` that some of these do not say.
@@ -68,28 +70,6 @@ def _block(name: str) -> str:
     """The block "model.layers.0" of "model.layers.0.mlp.up_proj"; empty without a number."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else ""
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `path` at the end; after an error nothing is left.
-
-    Raises:
-        FileExistsError: if `path` is there and not an empty folder.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(17, "is there already; remove it, or name another", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        if path.exists():
-            path.rmdir()
-        scratch.rename(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class FolderFormat(CheckpointFormat):
@@ -173,19 +153,38 @@ class FolderFormat(CheckpointFormat):
         config = dict(checkpoint.config)
         if checkpoint.layers:
             config["quantization_config"] = self.written_config(checkpoint)
-        total, done = len(checkpoint.layers) + len(checkpoint.floats), 0
-        with written_whole(path) as folder:
-            writer = SafetensorsWriter(folder)
-            for name, layer in checkpoint.layers.items():
-                for suffix, tensor in self.encode(layer, layer.read(), losses).items():
-                    writer.add(f"{name}.{suffix}", tensor)
-                done += 1
-                progress(done, total, name)
-            for name, plain in checkpoint.floats.items():
-                writer.add(name, plain.read())
-                done += 1
-                progress(done, total, name)
-            writer.close()
+        with written_whole(path, self._identity(checkpoint, config, losses, target)) as folder:
+            self._write_tensors(checkpoint, folder, losses, progress)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for file in checkpoint.files:
                 shutil.copyfile(file, folder / file.name)
+
+    def _identity(
+        self, checkpoint: Checkpoint, config: dict[str, Any], losses: Losses, target: str | None
+    ) -> str | None:
+        """What a writer must have in common with one that was stopped, to go on where that was."""
+        if checkpoint.identity is None:
+            return None
+        layers = [(name, layer.scheme.name, layer.has_input_order) for name, layer in checkpoint.layers.items()]
+        floats = [(name, plain.shape, plain.dtype) for name, plain in checkpoint.floats.items()]
+        return fingerprint(
+            [checkpoint.identity, self.name, target, losses.on_loss, config, layers, floats, __version__]
+        )
+
+    def _write_tensors(self, checkpoint: Checkpoint, folder: Path, losses: Losses, progress: Progress) -> None:
+        """The tensors that are not in the folder yet; what the others lost is accounted for again."""
+        writer = SafetensorsWriter(folder)
+        losses.entries += [Loss(*entry) for note in writer.notes.values() for entry in note]
+        parts: list[tuple[str, CheckpointLayer | FloatTensor]] = list(checkpoint.layers.items())
+        parts += checkpoint.floats.items()
+        for done, (name, part) in enumerate(parts, 1):
+            if name not in writer.notes:
+                before = len(losses.entries)
+                if isinstance(part, CheckpointLayer):
+                    encoded = self.encode(part, part.read(), losses)
+                    tensors = {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
+                else:
+                    tensors = {name: part.read()}
+                writer.add(name, tensors, losses.entries[before:])
+            progress(done, len(parts), name)
+        writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .bitsandbytes import BitsAndBytes
@@ -11,6 +12,7 @@ from .compressed_tensors import CompressedTensors
 from .float_folder import FloatFolder
 from .gptq import GPTQFolder
 from .losses import Losses
+from .partial_folder import identity_of
 from .qkernels_folder import QKernelsFolder
 from .safetensors_files import pickle_hint
 from .torchao import TorchAO
@@ -78,4 +80,5 @@ def open_checkpoint(path: str | Path, losses: Losses | None = None) -> Checkpoin
     path = Path(path)
     found = format_of(path)
     with describing(path):
-        return found.open(path, losses if losses is not None else Losses())
+        checkpoint = found.open(path, losses if losses is not None else Losses())
+    return replace(checkpoint, identity=identity_of([path]))

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read one at a time after their headers were checked, written one at a time.
+"""Tensors in safetensors files, read one at a time after their headers were checked.
 
 The layout is that of https://huggingface.co/docs/safetensors: the length of a JSON header, the header, the data.
 """
@@ -37,7 +37,7 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _PICKLES = {".bin", ".ckpt", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -203,67 +203,3 @@ class SafetensorsFiles(Mapping[str, TensorInfo]):
                 return file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {shortened(error)}") from error
-
-
-class _Written(NamedTuple):
-    name: str
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
-
-
-class SafetensorsWriter:
-    """Writes tensors one after the other into files of a folder; no more than one is in memory.
-
-    The data of a file is collected beside it, because its header, which stands first, names all of its tensors.
-
-    Args:
-        folder: that exists.
-        most_bytes: of a file's data; a larger tensor has a file of its own.
-        metadata: texts for the header of each file.
-    """
-
-    def __init__(self, folder: Path, most_bytes: int = 4 << 30, metadata: Mapping[str, str] | None = None) -> None:
-        self._folder, self._most_bytes, self._metadata = folder, most_bytes, {"format": "pt", **(metadata or {})}
-        self._files: list[list[_Written]] = []
-
-    def _data(self, index: int) -> Path:
-        return self._folder / f".{index}.data"
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor."""
-        tensor = tensor.detach().cpu().contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if not self._files or (self._files[-1] and self._files[-1][-1].end + size > self._most_bytes):
-            self._files.append([])
-        written = self._files[-1]
-        begin = written[-1].end if written else 0
-        with self._data(len(self._files) - 1).open("ab") as file:
-            if size:
-                tensor.flatten().view(torch.uint8).numpy().tofile(file)
-        written.append(_Written(name, _NAMES[tensor.dtype], list(tensor.shape), begin, begin + size))
-
-    def close(self) -> None:
-        """Write the headers, and the index where there are several files."""
-        import shutil
-
-        count, total = len(self._files) or 1, 0
-        weight_map: dict[str, str] = {}
-        for index, written in enumerate(self._files or [[]]):
-            name = SINGLE if count == 1 else f"model-{index + 1:05}-of-{count:05}.safetensors"
-            header: dict[str, Any] = {"__metadata__": self._metadata}
-            header |= {w.name: {"dtype": w.dtype, "shape": w.shape, "data_offsets": [w.begin, w.end]} for w in written}
-            encoded = json.dumps(header, separators=(",", ":")).encode()
-            encoded += b" " * (-len(encoded) % 8)
-            with (self._folder / name).open("wb") as file:
-                file.write(len(encoded).to_bytes(8, "little") + encoded)
-                if written:
-                    with self._data(index).open("rb") as data:
-                        shutil.copyfileobj(data, file, 1 << 24)
-                    self._data(index).unlink()
-            weight_map |= {w.name: name for w in written}
-            total += written[-1].end if written else 0
-        if count > 1:
-            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._folder / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")

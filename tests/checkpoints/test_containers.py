@@ -12,7 +12,8 @@ from qkernels.checkpoints.bits import pack_codes, unpack_codes
 from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
 from qkernels.checkpoints.losses import Loss, LossError, Losses
 from qkernels.checkpoints.registry import open_checkpoint, parse_target
-from qkernels.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsFiles, SafetensorsWriter
+from qkernels.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsFiles
+from qkernels.checkpoints.safetensors_writer import SafetensorsWriter
 from qkernels.formats.rules import quantize_weight
 from qkernels.formats.scheme import QuantScheme
 
@@ -45,13 +46,13 @@ def test_written_tensors_are_those_that_the_library_reads(tmp_path):
     (tmp_path / "one").mkdir()
     writer = SafetensorsWriter(tmp_path / "one")
     for name, tensor in tensors.items():
-        writer.add(name, tensor)
+        writer.add(name, {name: tensor})
     writer.close()
     assert [file.name for file in (tmp_path / "one").iterdir()] == [SINGLE]
     (tmp_path / "many").mkdir()
     writer = SafetensorsWriter(tmp_path / "many", most_bytes=64)
     for name, tensor in tensors.items():
-        writer.add(name, tensor)
+        writer.add(name, {name: tensor})
     writer.close()
     assert (tmp_path / "many" / INDEX).exists()
     read = {
