@@ -16,7 +16,8 @@ constexpr float kRoundMagic = 12582912.0f;
 constexpr uint32_t kDitherStep = 0x9e3779b9;
 
 // Sizes of groups along k. The smaller ones divide the larger ones.
-constexpr int64_t kGroupSizes[] = {32, 64, 128};
-constexpr int64_t kMinGroup = 32, kMaxGroup = 128;
+constexpr int64_t kGroupSizes[] = {16, 32, 64, 128};
+constexpr int64_t kMinGroup = 16, kMaxGroup = 128;
+constexpr int64_t kMinActGroup = 32;  // of activations; WeightFormat::least_group: of a weight
 
 }  // namespace qk

@@ -16,16 +16,17 @@ bool take(std::string_view& text, std::string_view prefix) {
   return true;
 }
 
-// Consumes one of the group sizes; 0 if there is none.
-int64_t take_group(std::string_view& text) {
+// Consumes one of the group sizes from `least` on; 0 if there is none.
+int64_t take_group(std::string_view& text, int64_t least) {
   for (const int64_t size : kGroupSizes) {
-    if (take(text, std::to_string(size))) return size;
+    if (size >= least && take(text, std::to_string(size))) return size;
   }
   return 0;
 }
 
-bool is_group(int64_t size) {
-  return size == 0 || std::find(std::begin(kGroupSizes), std::end(kGroupSizes), size) != std::end(kGroupSizes);
+bool is_group(int64_t size, int64_t least) {
+  const bool known = std::find(std::begin(kGroupSizes), std::end(kGroupSizes), size) != std::end(kGroupSizes);
+  return size == 0 || (known && size >= least);
 }
 
 // Null for bits that no format has.
@@ -51,12 +52,12 @@ Scheme parse_scheme(std::string_view name) {
   }
   scheme.static_activations = scheme.act_bits == 8 && take(rest, "s");
   if (scheme.weight == nullptr || scheme.act_bits == 0) throw invalid();
-  if (take(rest, "-g") && (scheme.group_size = take_group(rest)) == 0) throw invalid();
+  if (take(rest, "-g") && (scheme.group_size = take_group(rest, scheme.weight->least_group)) == 0) throw invalid();
   scheme.symmetric = !take(rest, "-asym");
   if (!scheme.symmetric && !scheme.weight->has_zeros) throw invalid();
   if (take(rest, "-ag")) {
     if (scheme.act_bits != 8 || scheme.static_activations) throw invalid();
-    if ((scheme.act_group_size = take_group(rest)) == 0) throw invalid();
+    if ((scheme.act_group_size = take_group(rest, kMinActGroup)) == 0) throw invalid();
   }
   if (!rest.empty()) throw invalid();
   return scheme;
@@ -73,7 +74,8 @@ Scheme scheme_of(int64_t code) {
                       .symmetric = asymmetric == 0,
                       .static_activations = code / 10'000'000'000 == 1};
   const bool valid = scheme.weight != nullptr && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
-                     is_group(scheme.group_size) && is_group(scheme.act_group_size) && asymmetric <= 1 &&
+                     is_group(scheme.group_size, scheme.weight->least_group) &&
+                     is_group(scheme.act_group_size, kMinActGroup) && asymmetric <= 1 &&
                      (scheme.symmetric || scheme.weight->has_zeros) &&
                      (scheme.act_group_size == 0 || (scheme.act_bits == 8 && !scheme.static_activations)) &&
                      (!scheme.static_activations || scheme.act_bits == 8);

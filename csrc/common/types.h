@@ -30,14 +30,15 @@ struct WeightFormat {
   int bits;             // of a stored value; the first of a byte lies in its low bits
   int least, greatest;  // that rounding gives a weight without zero points; a stored byte may also be -128
   int offset;
-  bool has_zeros;  // groups may have zero points
+  bool has_zeros;       // groups may have zero points
+  int64_t least_group;  // the smallest size of a group
 
   int per_byte() const { return 8 / bits; }
   bool in_place() const { return bits == 8 && offset == 0; }  // the bytes of a row are its integers
 };
 
-inline constexpr WeightFormat kInt8Weight = {8, -127, 127, 0, false};
-inline constexpr WeightFormat kInt4Weight = {4, -8, 7, 8, true};
+inline constexpr WeightFormat kInt8Weight = {8, -127, 127, 0, false, 16};
+inline constexpr WeightFormat kInt4Weight = {4, -8, 7, 8, true, 32};
 
 // The twin of qkernels/formats/scheme.py: a group size of 0 means one group per row.
 struct Scheme {

@@ -14,6 +14,7 @@ enum class Storage { int8, int4, int8_across };
 constexpr int kWholeRow = 30;
 
 // log2 of a group size of a scheme, where 0 means the row.
+// Groups of 16 are not supported (kernels/cuda_library.py).
 constexpr int group_shift(int64_t group) { return group == 0 ? kWholeRow : (group == 32 ? 5 : (group == 64 ? 6 : 7)); }
 
 // out[m, n] = x[m, k] times the weight [n, k], scaled; docs/numerics.md, rules 4, 5 and 6.

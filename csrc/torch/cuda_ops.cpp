@@ -69,6 +69,12 @@ void check_rows(const char* name, int64_t rows) {
   require(rows <= INT32_MAX, name, " must have less than 2^31 rows, got ", rows);
 }
 
+// Half the depth of a product on tensor cores is not a group that these kernels sum apart.
+const qk::Scheme& supported(const qk::Scheme& scheme) {
+  require(scheme.group_size != 16, "groups of 16 have no CUDA C++ kernels, got scheme ", scheme);
+  return scheme;
+}
+
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
   require(scheme.int_activations(), "scheme must be an a8 scheme, got ", scheme);
@@ -110,7 +116,7 @@ Tensor linear(const Tensor& x_arg, const Tensor& qweight, const Tensor& scales, 
               std::optional<Tensor> bias_arg, int64_t scheme_code, std::optional<ScalarType> out_dtype) {
   Call call(x_arg);
   FloatMatrix x("x", x_arg);
-  const CanonicalWeight weight(qweight, scales, zeros, x.cols, qk::scheme_of(scheme_code));
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, supported(qk::scheme_of(scheme_code)));
   check_linear(x_arg, weight.get());
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
@@ -130,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_with_saved_input(const Tensor& x_arg, 
           "scheme must be an a8 scheme without groups of activations, got ", scheme);
   Call call(x_arg);
   FloatMatrix x("x", x_arg);
-  const CanonicalWeight weight(qweight, scales, zeros, x.cols, scheme);
+  const CanonicalWeight weight(qweight, scales, zeros, x.cols, supported(scheme));
   check_linear(x_arg, weight.get());
   const ScalarType dtype = out_dtype.value_or(x_arg.scalar_type());
   const qk::DType out_type = dtype_of("out_dtype", dtype);
@@ -149,7 +155,7 @@ Tensor int_grad_input(const Tensor& grad_arg, const Tensor& grad_scales_arg, con
                       const Tensor& scales, std::optional<Tensor> zeros, int64_t in_features, int64_t scheme_code,
                       std::optional<Tensor> column_scales_arg, std::optional<ScalarType> out_dtype) {
   Call call(grad_arg);
-  const CanonicalWeight weight(qweight, scales, zeros, in_features, qk::scheme_of(scheme_code));
+  const CanonicalWeight weight(qweight, scales, zeros, in_features, supported(qk::scheme_of(scheme_code)));
   const IntGradient args(grad_arg, grad_scales_arg, weight.get(), column_scales_arg);
   check_rows("q_grad", args.rows().rows);
   require(in_features <= INT32_MAX, "in_features must be less than 2^31, got ", in_features);

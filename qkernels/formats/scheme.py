@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .weight_format import WEIGHT_FORMATS, WeightFormat
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)  # of activations, and of weights of every format; `WeightFormat.group_sizes` may have more
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class QuantScheme:
         act_group_size: activation elements along K that share a scale; None: one scale per token.
         static_activations: one scale for all activations of a layer, which calibration chose (`x_scale`).
 
-    The canonical name is ``w{4,8}a{8,8s,16}[-g{32,64,128}][-asym][-ag{32,64,128}]``.
+    The canonical name is ``w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym][-ag{32,64,128}]``.
     """
 
     weight_bits: int
@@ -40,7 +40,8 @@ class QuantScheme:
 
         expect(self.weight_bits in WEIGHT_FORMATS, "weight_bits", "4 or 8")
         expect(self.act_bits in (8, 16), "act_bits", "8 or 16")
-        expect(self.group_size in (None, *GROUP_SIZES), "group_size", f"None or one of {GROUP_SIZES}")
+        sizes = self.weight_format.group_sizes
+        expect(self.group_size in (None, *sizes), "group_size", f"None or one of {sizes}")
         expect(self.act_group_size in (None, *GROUP_SIZES), "act_group_size", f"None or one of {GROUP_SIZES}")
         expect(self.symmetric or self.weight_format.has_zeros, "symmetric", "True for 8-bit weights")
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
@@ -73,8 +74,8 @@ class QuantScheme:
         if scheme not in _BY_NAME:
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {_nearest(scheme)!r}? "
-                "Schemes are named w{4,8}a{8,8s,16}[-g{32,64,128}][-asym][-ag{32,64,128}] "
-                "(-asym for w4, -ag for a8 only)."
+                "Schemes are named w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym][-ag{32,64,128}] "
+                "(-g16 for w8, -asym for w4, -ag for a8 only)."
             )
         return _BY_NAME[scheme]
 
@@ -178,14 +179,14 @@ def _nearest(scheme: str) -> str:
 
 
 def _all_schemes() -> list[QuantScheme]:
-    groups = (None, *GROUP_SIZES)
+    act_groups = (None, *GROUP_SIZES)
     return [
         QuantScheme(bits, act_bits, group, symmetric, act_group, static)
         for bits in WEIGHT_FORMATS
         for act_bits, static in ((8, False), (16, False), (8, True))
-        for group in groups
+        for group in (None, *WEIGHT_FORMATS[bits].group_sizes)
         for symmetric in ((True, False) if WEIGHT_FORMATS[bits].has_zeros else (True,))
-        for act_group in (groups if act_bits == 8 and not static else (None,))
+        for act_group in (act_groups if act_bits == 8 and not static else (None,))
     ]
 
 

@@ -22,6 +22,7 @@ class WeightFormat:
             -128, which other writers use.
         offset: what is added to them in memory.
         has_zeros: True if its groups may have zero points.
+        group_sizes: how many of them may share a scale.
     """
 
     bits: int
@@ -30,6 +31,7 @@ class WeightFormat:
     greatest: int
     offset: int
     has_zeros: bool
+    group_sizes: tuple[int, ...] = (32, 64, 128)
 
     @property
     def largest(self) -> int:
@@ -69,6 +71,8 @@ class WeightFormat:
         return torch.stack(parts, dim=-1).flatten(-2)[..., :in_features]
 
 
-INT8 = WeightFormat(bits=8, dtype=torch.int8, least=-127, greatest=127, offset=0, has_zeros=False)
+INT8 = WeightFormat(
+    bits=8, dtype=torch.int8, least=-127, greatest=127, offset=0, has_zeros=False, group_sizes=(16, 32, 64, 128)
+)
 INT4 = WeightFormat(bits=4, dtype=torch.uint8, least=-8, greatest=7, offset=8, has_zeros=True)
 WEIGHT_FORMATS = {weight_format.bits: weight_format for weight_format in (INT8, INT4)}

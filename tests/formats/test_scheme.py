@@ -16,7 +16,7 @@ NAMES = QuantScheme.names()
 
 
 def test_names_are_all_combinations_once():
-    assert len(NAMES) == len(set(NAMES)) == 72  # (w8: 4, w4: 4 * 2) groupings x (a8: 4, a16: 1, a8s: 1)
+    assert len(NAMES) == len(set(NAMES)) == 78  # (w8: 5, w4: 4 * 2) groupings x (a8: 4, a16: 1, a8s: 1)
     for name in ("w8a8", "w8a16", "w8a8-ag128", "w4a8-g32", "w4a16-g128-asym", "w4a8-g32-asym-ag64", "w4a8s-g32"):
         assert name in NAMES
 
@@ -41,14 +41,29 @@ def test_code_is_read_back(name):
 def test_codes_are_the_digits_of_the_name():
     """Exported graphs hold them: they never change."""
     codes = {"w8a8": 8080000000, "w8a16-g128": 8161280000, "w4a8-ag128": 4080000128, "w4a8-g32-asym-ag64": 4080321064}
-    codes |= {"w8a8s": 18080000000, "w4a8s-g32-asym": 14080321000}
+    codes |= {"w8a8s": 18080000000, "w8a8-g16-ag32": 8080160032, "w4a8s-g32-asym": 14080321000}
     assert {name: QuantScheme.parse(name).code for name in codes} == codes
     assert len({QuantScheme.parse(name).code for name in NAMES}) == len(NAMES)
 
 
 @pytest.mark.parametrize(
     "code",
-    [0, -1, 8, 8080000001, 8081000000, 2080000000, 8160000032, 48080000000, 18160000000, 18080000032, 2**62, "w8a8"],
+    [
+        0,
+        -1,
+        8,
+        8080000001,
+        8081000000,
+        2080000000,
+        8160000032,
+        4080160000,
+        8080000016,
+        48080000000,
+        18160000000,
+        18080000032,
+        2**62,
+        "w8a8",
+    ],
 )
 def test_other_codes_are_refused(code):
     with pytest.raises(ValueError, match=f"unknown scheme code {code!r}; "):
@@ -113,7 +128,9 @@ def test_other_types_are_refused(wrong):
         ("weight_bits", {"weight_bits": 3}),
         ("weight_bits", {"weight_bits": "8"}),
         ("act_bits", {"act_bits": 32}),
-        ("group_size", {"group_size": 16}),
+        ("group_size", {"group_size": 16, "weight_bits": 4}),
+        ("group_size", {"group_size": 8}),
+        ("act_group_size", {"act_group_size": 16}),
         ("group_size", {"group_size": 0}),
         ("group_size", {"group_size": -32}),
         ("act_group_size", {"act_group_size": 256}),
@@ -139,4 +156,4 @@ def test_storage_shapes(name, in_features):
     sizes = [size for size in (scheme.group_size, scheme.act_group_size) if size]
     step = min(sizes, default=in_features)
     assert [*range(0, in_features, scheme.acc_group_size(in_features))] == [*range(0, in_features, step)]
-    assert set(sizes) <= set(GROUP_SIZES)
+    assert set(sizes) <= {*GROUP_SIZES, 16}

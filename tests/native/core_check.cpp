@@ -44,11 +44,12 @@ qk::Parallel threads = {1, run_threads};
 std::vector<std::string> scheme_names() {
   std::vector<std::string> names;
   for (const char* format : {"w8a8", "w8a16", "w4a8", "w4a16"}) {
-    for (const char* group : {"", "-g32", "-g64", "-g128"}) {
+    for (const char* group : {"", "-g16", "-g32", "-g64", "-g128"}) {
       for (const char* zeros : {"", "-asym"}) {
         for (const char* act_group : {"", "-ag32", "-ag64", "-ag128"}) {
           const std::string name = std::string(format) + group + zeros + act_group;
           const bool four_bits = format[1] == '4', int_activations = name.find("a8") == 2;
+          if (four_bits && std::strcmp(group, "-g16") == 0) continue;
           if ((*zeros == 0 || four_bits) && (*act_group == 0 || int_activations)) names.push_back(name);
         }
       }

@@ -32,15 +32,15 @@ CPUS = {
 TILES = {
     "neon_dotprod": {
         ("int_tile<Sdot>", "sdot"): 24,
-        ("grouped<Sdot, true>", "sdot"): 96,
-        ("grouped<Sdot, false>", "sdot"): 96,
+        ("grouped<Sdot, true, 8l>", "sdot"): 96,
+        ("grouped<Sdot, false, 8l>", "sdot"): 96,
         ("dot_int8_x4", "sdot"): 16,
         ("float_tile", "fmla"): 24,
     },
     "neon_i8mm": {
         ("int_tile<Smmla>", "smmla"): 24,
-        ("grouped<Smmla, true>", "smmla"): 48,
-        ("grouped<Smmla, false>", "smmla"): 48,
+        ("grouped<Smmla, true, 8l>", "smmla"): 48,
+        ("grouped<Smmla, false, 8l>", "smmla"): 48,
         ("dot_int8_x4", "sdot"): 16,
         ("float_tile", "fmla"): 24,
     },

@@ -27,7 +27,7 @@ FLOAT_SCHEMES = [name for name in SCHEMES if not QuantScheme.parse(name).int_act
 # 0, 1, odd, one less and one more than the edges of tiles, row groups and K steps of the kernels, and large.
 ROWS = (0, 1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 25, 33, 64, 65, 70, 130)
 OUT_FEATURES = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 65, 100, 129)
-IN_FEATURES = (1, 2, 3, 4, 5, 7, 31, 32, 33, 63, 64, 65, 95, 127, 128, 129, 191, 193, 255, 257, 300)
+IN_FEATURES = (1, 2, 3, 4, 5, 7, 15, 17, 31, 32, 33, 63, 64, 65, 80, 95, 127, 128, 129, 191, 193, 255, 257, 300)
 LARGE = ((129, 259, 1030), (1, 1001, 2051), (40, 515, 771), (300, 70, 600))
 
 LAYOUTS = ("contiguous", "contiguous", "transposed", "columns", "window", "offset")

@@ -132,7 +132,7 @@ class Bfloat16 {
   }
 
  private:
-  static constexpr int64_t kMaxGroups = kBlockUnits * kUnit / kGroupStep;
+  static constexpr int64_t kMaxGroups = kBlockUnits * kUnit / kMinGroup;
 
   const Kernels& kernels_;
   const Weight& w_;
@@ -336,7 +336,11 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
 
 void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_input, const float* bias, Output out,
             const Parallel& parallel) {
-  const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr;
+  // Tile registers may be deeper than the smallest groups, whose sums are scaled apart.
+  const auto whole_groups = [&] {
+    return w.groups == 1 || w.group % (kernels.bf16->depth_step * Bfloat16::kUnit) == 0;
+  };
+  const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr && (grad_input || whole_groups());
   (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
 }
 

@@ -6,7 +6,7 @@
 //   panel       some rows of an operand (mr of A, nr of B), unit by unit: NOTE [panels]
 //   tile        mr x nr results, computed from a panel of A and a panel of B
 //   depth       the dimension that is summed: k in the forward product, n in the gradient with respect to x
-//   group step  kGroupStep k: all group sizes are multiples of it
+//   group step  kGroupStep k: all group sizes but kMinGroup, its half, are multiples of it
 //   row dot     the product of a row of x with a row of the weight as it is stored: no panels
 //   A, B        the left operand (x, or a gradient) and the right one (the weight)
 //
@@ -19,8 +19,8 @@
 //     d0 d1 d2                                     A step of a tile multiplies one such column of A with one of B.
 //
 // Rows are first encoded (`encode_a`, `encode_b`) and then transposed by 32-bit units (`interleave`), whatever their
-// format. Integer panels may use another order inside a group step (`interleave_int`; A: inside `depth_step` units,
-// `interleave_a`): only whole group steps (A: whole depth steps) must stay contiguous.
+// format. Integer panels may use another order inside kMinGroup k (`interleave_int`; A: inside `depth_step` units,
+// `interleave_a`): only these (A: whole depth steps) must stay contiguous.
 //
 // In the forward product depth runs along the stored rows of the weight; in the gradient with respect to x it runs
 // across them: a unit then holds `unit` consecutive rows of one column (`interleave_across`).
@@ -55,13 +55,13 @@
 namespace qk {
 
 // The panels of grouped products are padded with zeros to a multiple of this many k.
-constexpr int64_t kGroupStep = kMinGroup;
+constexpr int64_t kGroupStep = 2 * kMinGroup;
 constexpr int64_t kNibbleStep = 32;
 
 // One grouped tile: tile[i][j] += float(sum over a group) * (w_scales[g][j] * x_scales[g][i]), groups ascending, on the
 // tile of the groups before (or zeros).
 struct GroupedTile {
-  int64_t units;          // units along k, a multiple of kGroupStep / unit
+  int64_t units;          // units along k, a multiple of kMinGroup / unit
   int64_t group_units;    // units in a group, a multiple of the same; the last group may be shorter
   const uint32_t* a;      // panel of mr_grouped rows
   const uint32_t* b;      // panel of nr rows

@@ -2,7 +2,8 @@
 
 Names: x [M, K], weight [N, K] in the canonical storage, of row_bytes bytes a row, out [M, N]. BITS is 8 or 4; W_GROUP
 and A_GROUP are the group sizes of weight and activations, 0 for one group per row. Where there are groups, BLOCK_K is
-the finer one for integers, and divides it for floats, so that a tile of the loop lies in one group of each.
+the finer one for integers, and divides it for floats, so that a tile of the loop lies in one group of each. The least
+depth of an integer product on tensor cores is 32: a tile holds two groups of 16, and is multiplied once for each.
 
 EXPERTS is 0, or a power of two above the number of fused experts. Then the rows are sorted by expert, those of expert e
 end before row offsets[e], the weights [experts, N, K] lie one after the other, and a tile of rows belongs to one expert
@@ -91,24 +92,31 @@ def linear_int_kernel(
         if W_GROUP == 0 and A_GROUP == 0:
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         else:
-            part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
             if A_GROUP > 0:
                 group = x_rows * tl.cdiv(K, A_GROUP) + first // A_GROUP
                 x_scale = tl.load(x_scales + group, mask=inside_rows, other=0.0)[:, None]
-            if W_GROUP > 0:
-                group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
-                w_scale = tl.load(scales + group, mask=cols < N, other=0.0)[None, :]
-            if A_GROUP == 0:
-                part = part * w_scale
-            elif W_GROUP == 0:
-                part = part * x_scale
-            else:
-                part = part * (x_scale * w_scale)
-            if SLICE > 0:
-                group_at = tl.cast(first // BLOCK_K, tl.int64) * M * N
-                tl.store(out + group_at + at, part, mask=inside)
-            else:
-                total = total + part
+            HALVES: tl.constexpr = BLOCK_K // W_GROUP if W_GROUP > 0 and W_GROUP < BLOCK_K else 1
+            for half in tl.static_range(HALVES):
+                of_group = x
+                if HALVES > 1:
+                    place = tl.arange(0, BLOCK_K)[None, :] // W_GROUP
+                    of_group = tl.where(place == half, x, 0).to(tl.int8)
+                part = tl.dot(of_group, w, out_dtype=tl.int32).to(tl.float32)
+                there = tl.zeros_like(cols) + first + half * W_GROUP < K
+                if W_GROUP > 0:
+                    group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP + half
+                    w_scale = tl.load(scales + group, mask=(cols < N) & there, other=0.0)[None, :]
+                if A_GROUP == 0:
+                    part = part * w_scale
+                elif W_GROUP == 0:
+                    part = part * x_scale
+                else:
+                    part = part * (x_scale * w_scale)
+                if SLICE > 0:
+                    group_at = tl.cast(first // BLOCK_K * HALVES + half, tl.int64) * M * N
+                    tl.store(out + group_at + at, part, mask=inside & there[None, :])
+                else:
+                    total = total + part
     if SLICE > 0:
         if W_GROUP == 0 and A_GROUP == 0:
             tl.store(out + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=inside)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from .target import Target
 
 OPERAND_BYTES = {"int8": 1, "float16": 2, "float32": 4}
+LEAST_INT8_DEPTH = 32  # of a product on tensor cores
 FEW_ROWS = 16  # rows of the smallest tensor-core tile: up to here the weight's bytes, not the products, take the time
 MAX_SLICES = 16
 MIN_SLICE = 256  # columns of a slice of the depth, so that its loop is worth its start
@@ -79,17 +80,19 @@ def choose(product: MatmulShape, target: Target) -> Tile:
 
 def _tile(product: MatmulShape, target: Target) -> Tile:
     # 128 bytes of each row, a cache line, are read at a time, or 64 where their conversion takes registers. A tile of
-    # the loop lies in one group, whose sum of integers must be whole.
+    # the loop lies in one group, whose sum of integers must be whole; or it holds two groups, which are summed apart.
     depth = (64 if product.converted else 128) // OPERAND_BYTES[product.operand]
     if product.group:
-        depth = product.group if product.operand == "int8" else min(product.group, depth)
+        depth = max(product.group, LEAST_INT8_DEPTH) if product.operand == "int8" else min(product.group, depth)
     if product.operand == "float32":
         size = 16 if product.rows <= FEW_ROWS else 32
         return Tile(size, 32, min(depth, 32), 4, 2, "float32 has no tensor-core product that rounds like float32")
     if product.rows <= FEW_ROWS:
         columns = 128 if product.group == 32 else 64  # 16 bytes of 4-bit weights for each thread
+        if product.group > depth:
+            depth = product.group
         reason = f"at most {FEW_ROWS} rows: bound by the bytes of the weight, deep pipeline"
-        return Tile(16, columns, product.group or depth, 4, 4, reason)
+        return Tile(16, columns, depth, 4, 4, reason)
     if product.rows <= 64:
         rows = 32 if product.rows <= 32 else 64
         return Tile(rows, 64, depth, 4, 4, "at most 64 rows: one row of tiles, narrow so that more programs run")

@@ -53,7 +53,7 @@ def candidates(product: MatmulShape, target: Target) -> Iterator[Tile]:
     yield first
     rows = [size for size in (16, 32, 64, 128) if size <= max(16, bucket(product).rows)]
     depths = {first.depth} if product.operand == "int8" and product.group else {first.depth, 2 * first.depth}
-    if product.group:
+    if product.group and product.operand != "int8":
         depths = {depth for depth in depths if product.group % depth == 0}
     warps = (1, 2, 4, 8) if product.rows <= 16 else (4, 8)
     for size, columns, depth, num_warps, stages in combinations(rows, (32, 64, 128, 256), depths, warps, (2, 3, 4, 5)):

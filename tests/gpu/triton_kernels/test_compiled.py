@@ -42,14 +42,20 @@ LINEAR = (
     "w4a16-g128",
     "w4a16-g32-asym",
     "w8a8s",
+    "w8a8-g16",
+    "w8a8-g16-ag32",
+    "w8a16-g16",
 )
 CASES = [
     *(("linear", scheme) for scheme in LINEAR),
-    *(("grouped_linear", scheme) for scheme in ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w4a16-g128", "w8a8s")),
+    *(
+        ("grouped_linear", scheme)
+        for scheme in ("w8a8", "w4a8-g32-asym", "w8a8-ag32", "w8a8-g16", "w4a16-g128", "w8a8s")
+    ),
     *(("grouped_linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128", "w8a8s")),
     *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
-    *(("column_scales", scheme) for scheme in ("w8a8-g64", "w4a8-g32-asym")),
+    *(("column_scales", scheme) for scheme in ("w8a8-g16", "w8a8-g64", "w4a8-g32-asym")),
     *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym")),
     *(("linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     ("quantize_rows_stochastic", "w8a8"),

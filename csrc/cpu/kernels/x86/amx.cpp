@@ -35,9 +35,11 @@ struct alignas(64) TileConfig {
     }
   }
 };
-constexpr TileConfig kWhole(kRowBytes), kHalf(kRowBytes / 2);
+constexpr TileConfig kWhole(kRowBytes), kHalf(kRowBytes / 2), kQuarter(kRowBytes / 4);
 
-void begin_tiles(int64_t bytes) { _tile_loadconfig(bytes < kRowBytes ? &kHalf : &kWhole); }
+void begin_tiles(int64_t bytes) {
+  _tile_loadconfig(bytes < kRowBytes / 2 ? &kQuarter : bytes < kRowBytes ? &kHalf : &kWhole);
+}
 
 void end_tiles() { _tile_release(); }
 
