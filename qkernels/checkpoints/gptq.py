@@ -22,7 +22,7 @@ from .bits import pack_codes, unpack_codes
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
 from .checkpoint_format import Progress, Variant, no_progress
 from .folder import FolderFormat, quantized_names, unquantized_beside
-from .grouped_codes import GroupedCodes, half_scales, stored_codes
+from .grouped_codes import GroupedCodes, half_scales, input_order, stored_codes
 from .losses import Losses
 from .safetensors_files import SafetensorsFiles
 
@@ -122,20 +122,8 @@ class GPTQTensors:
                     f"{name}.{part} must be {dtypes[0]} of shape {list(shape)} for {bits} bits and groups of "
                     f"{settings.group_size}, got {info.dtype} of shape {list(info.shape)}"
                 )
-        return cls(files, name, settings, in_features, out_features, cls._order(name, indices, group_size))
-
-    @staticmethod
-    def _order(name: str, indices: Tensor | None, group_size: int) -> Tensor | None:
-        """The permutation that `g_idx` stands for."""
-        if indices is None:
-            return None
-        trivial = torch.arange(len(indices)) // group_size
-        if torch.equal(indices, trivial):
-            return None
-        sorted_indices, order = indices.sort(stable=True)
-        if not torch.equal(sorted_indices, trivial):
-            raise ValueError(f"{name}.g_idx must give each group {group_size} input features, and the last the rest")
-        return order
+        order = None if indices is None else input_order(f"{name}.g_idx", indices, group_size)
+        return cls(files, name, settings, in_features, out_features, order)
 
     def tensor(self, part: str) -> Tensor:
         """Read the tensor of the layer of this name."""

@@ -115,3 +115,23 @@ def half_scales(name: str, scales: Tensor, losses: Losses) -> Tensor:
         raise ValueError(f"{name}.scales must be at most 65504 for float16, got {float(scales.abs().max()):g}")
     losses.changed(f"{name}.scales", "scales that float16 cannot hold", scales, half)
     return half
+
+
+def input_order(name: str, indices: Tensor, group_size: int) -> Tensor | None:
+    """The permutation of input features that sorts them by their groups; None if they are in order.
+
+    Args:
+        name: of the tensor.
+        indices: int64 [K], the group of each feature.
+        group_size: features that each group must have, but the last.
+
+    Raises:
+        ValueError: if groups have other sizes.
+    """
+    in_order = torch.arange(len(indices)) // group_size
+    if torch.equal(indices, in_order):
+        return None
+    sorted_indices, order = indices.sort(stable=True)
+    if not torch.equal(sorted_indices, in_order):
+        raise ValueError(f"{name} must give each group {group_size} input features, and the last the rest")
+    return order

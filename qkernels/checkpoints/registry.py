@@ -12,6 +12,7 @@ from .compressed_tensors import CompressedTensors
 from .float_folder import FloatFolder
 from .gptq import GPTQFolder
 from .losses import Losses
+from .onnx_file import OnnxFile
 from .partial_folder import identity_of
 from .qkernels_folder import QKernelsFolder
 from .safetensors_files import pickle_hint
@@ -26,6 +27,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         CompressedTensors(),
         GPTQFolder(),
         TorchAO(),
+        OnnxFile(),
         FloatFolder(),
     )
 }

@@ -1,7 +1,7 @@
 """Safetensors that torchao wrote: parameters of its tensor classes, flattened, with their classes in the header.
 
-A parameter `a.weight` is `a._weight_qdata`, `a._weight_scale` and so on; the metadata of the file hold a JSON object for
-each parameter, with its class and attributes
+A parameter `a.weight` is `a._weight_qdata`, `a._weight_scale` and so on; the metadata of the file hold a JSON object
+for each parameter, with its class and attributes
 (https://github.com/pytorch/ao/tree/main/torchao/prototype/safetensors). Pickles of torchao are not read.
 """
 

@@ -1,4 +1,4 @@
-"""Write files/torchao.safetensors: layers that torchao quantized, and the float weights that it reads from them.
+"""Write files/torchao: layers that torchao quantized, and the float weights that it reads from them.
 
 Run it where torchao is installed (`pip install torch torchao safetensors`): python make_torchao.py
 """
@@ -22,7 +22,7 @@ from torchao.quantization import (
     quantize_,
 )
 
-FILES = Path(__file__).with_name("files")
+FOLDER = Path(__file__).with_name("files") / "torchao"
 IN, OUT = 64, 6
 ASYM = MappingType.ASYMMETRIC
 CONFIGS = {
@@ -63,5 +63,7 @@ for name, config in CONFIGS.items():
 torch.manual_seed(0)
 state["int4.weight"] = int4(torch.nn.Linear(IN, OUT).weight.data)
 tensors, metadata = flatten_tensor_state_dict(state)
-save_file(tensors, FILES / "torchao.safetensors", metadata)
-save_file(expected, FILES / "torchao-expected.safetensors")
+FOLDER.mkdir(exist_ok=True)
+(FOLDER / "config.json").write_text('{"quantization_config": {"quant_method": "torchao"}}\n')
+save_file(tensors, FOLDER / "model.safetensors", metadata)
+save_file(expected, FOLDER / "expected.safetensors")

@@ -12,9 +12,9 @@ from qkernels.checkpoints.losses import LossError, Losses
 from qkernels.checkpoints.registry import format_of, open_checkpoint, parse_target
 from qkernels.formats.storage import dequantize_weight
 
-FILES = Path(__file__).with_name("files")
-FILE = FILES / "torchao.safetensors"
-EXPECTED = load_file(FILES / "torchao-expected.safetensors")
+FOLDER = Path(__file__).with_name("files") / "torchao"
+FILE = FOLDER / "model.safetensors"
+EXPECTED = load_file(FOLDER / "expected.safetensors")
 SCHEMES = {
     "dynamic": "w8a8",
     "static": "w8a8s",
