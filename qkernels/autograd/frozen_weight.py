@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, restore_features
 from ..kernels import ops
+from .input_order import gather_features
 from .layer_calls import refuse_write
 from .weight_products import ReadOnly
 
@@ -42,6 +43,7 @@ class FrozenWeight(ReadOnly):
     Attributes:
         stored: the canonical storage of [N, K]; None: `floats` are held instead (a view, or a copy written to).
         scheme, in_features, column_scales, x_scale: as in `quant_linear`.
+        input_order: int32 [K], the feature that each stored column multiplies; None: in order.
         grad_mode: its `grad_dtype`, a name that means something else on tensors.
         transposed: True if the shape is [K, N].
         floats: a plain tensor, in place of the stored weight.
@@ -66,6 +68,7 @@ class FrozenWeight(ReadOnly):
         writable: bool = False,
         *,
         x_scale: Tensor | None = None,
+        input_order: Tensor | None = None,
     ) -> FrozenWeight:
         shape: tuple[int, ...]
         strides: tuple[int, ...]
@@ -80,14 +83,15 @@ class FrozenWeight(ReadOnly):
         weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         weight.stored, weight.scheme, weight.in_features, weight.grad_mode = stored, scheme, in_features, grad_dtype
         weight.column_scales, weight.transposed, weight.floats = column_scales, transposed, floats
-        weight.writable, weight.x_scale = writable, x_scale
+        weight.writable, weight.x_scale, weight.input_order = writable, x_scale, input_order
         return weight
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        tensors = {"column_scales": self.column_scales, "floats": self.floats, "x_scale": self.x_scale}
+        names = ("column_scales", "floats", "x_scale", "input_order")
+        tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         if self.stored is not None:
             for name, tensor in self.stored._asdict().items():
                 tensors[name] = tensor
@@ -105,7 +109,8 @@ class FrozenWeight(ReadOnly):
             stored = QuantizedWeight(inner["qweight"], inner["scales"], inner.get("zeros"))
         scales, floats = inner.get("column_scales"), inner.get("floats")
         rest = (scales, transposed, floats, writable)
-        return cls(stored, scheme, in_features, dtype, grad_dtype, *rest, x_scale=inner.get("x_scale"))
+        more = {name: inner.get(name) for name in ("x_scale", "input_order")}
+        return cls(stored, scheme, in_features, dtype, grad_dtype, *rest, **more)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -122,6 +127,7 @@ class FrozenWeight(ReadOnly):
             assert self.floats is not None
             return self.floats
         values = ops.dequantize_weight(*self.stored, self.in_features, self.scheme).to(self.dtype)
+        values = restore_features(values, self.input_order)
         return values.t() if self.transposed else values
 
     def contiguous(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,6 +159,7 @@ class FrozenWeight(ReadOnly):
             "floats": self.floats,
             "writable": self.writable,
             "x_scale": self.x_scale,
+            "input_order": self.input_order,
         }
         return FrozenWeight(**{**given, **changes})
 
@@ -161,6 +168,7 @@ class FrozenWeight(ReadOnly):
         assert self.stored is not None
         found = self.stored.map(lambda tensor: tensor.index_select(0, indices.reshape(-1)))
         values = ops.dequantize_weight(*found, self.in_features, self.scheme).to(self.dtype)
+        values = restore_features(values, self.input_order)
         return values.reshape(*indices.shape, self.in_features)
 
     @classmethod
@@ -196,6 +204,7 @@ class FrozenKernel(FrozenWeight):
         weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.qweight.device)
         weight.stored, weight.scheme, weight.in_features, weight.grad_mode = stored, scheme, in_features, "float"
         weight.column_scales, weight.transposed, weight.floats, weight.writable = None, False, None, False
+        weight.input_order = None
         return weight
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -245,8 +254,9 @@ def _on_storage(func: Any, weight: FrozenWeight, args: tuple[Any, ...], kwargs: 
         if torch.device(device).type == weight.device.type or weight.is_meta:
             return weight.like(dtype=dtype, writable=True)
         stored = weight.stored.map(lambda tensor: tensor.detach().to(device))
-        scales, x_scale = (None if t is None else t.to(device) for t in (weight.column_scales, weight.x_scale))
-        return weight.like(stored=stored, column_scales=scales, x_scale=x_scale, dtype=dtype, writable=True)
+        others = {name: getattr(weight, name) for name in ("column_scales", "x_scale", "input_order")}
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in others.items()}
+        return weight.like(stored=stored, **moved, dtype=dtype, writable=True)
     swaps = (
         func is _aten.t.default
         or (func is _aten.transpose.int and {axis % 2 for axis in args} == {0, 1})
@@ -289,6 +299,7 @@ def _product_without_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str
         return None
     if isinstance(x, FrozenWeight) or isinstance(bias, FrozenWeight) or kwargs or x.dtype not in FLOAT_DTYPES:
         return None
+    x = gather_features(x, weight.input_order)
     if bias is None or bias.shape == weight.shape[1:]:
         return ops.linear(x, *stored, bias, weight.scheme, x_scale=weight.x_scale)
     return ops.linear(x, *stored, None, weight.scheme, x_scale=weight.x_scale) + bias

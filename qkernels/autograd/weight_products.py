@@ -23,6 +23,7 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from ..kernels import ops
 from .frozen import quant_linear
+from .input_order import gather_features
 from .int8_weight import Int8Weight, Int8WeightView
 from .layer_calls import autocast_dtype, check_input, refuse_write
 from .trained import trained_linear
@@ -59,6 +60,7 @@ class ReadOnly(Operand):
     grad_mode: str
     column_scales: Tensor | None
     x_scale: Tensor | None
+    input_order: Tensor | None
 
     def dequantize(self) -> Tensor:
         raise NotImplementedError
@@ -337,7 +339,7 @@ def _multiply(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
         assert weight.stored is not None
         check_input(x, weight.in_features)
         args = (weight.scheme, dtype, weight.grad_mode, weight.column_scales, weight.x_scale)
-        return quant_linear(x, weight.stored, bias, *args)
+        return quant_linear(gather_features(x, weight.input_order), weight.stored, bias, *args)
     if isinstance(weight, TracedWeight):
         check_input(x, weight.rows.shape[1])
         own = (weight.scheme, dtype, weight.grad_mode, weight.scales, weight.x_scale)

@@ -59,7 +59,11 @@ class QKernelsFolder(FolderFormat):
         names = {name: layer.scheme.name for name, layer in checkpoint.layers.items()}
         scheme = Counter(names.values()).most_common(1)[0][0]
         options = {"mode": "frozen", "grad_dtype": "float", "weight_scale": "absmax"}
-        return {"quant_method": "qkernels", "scheme": scheme, **options, "layers": names}
+        ordered = {name for name, layer in checkpoint.layers.items() if layer.has_input_order}
+        entries = {
+            n: {"scheme": own, **options, "input_order": True} if n in ordered else own for n, own in names.items()
+        }
+        return {"quant_method": "qkernels", "scheme": scheme, **options, "layers": entries}
 
 
 def _scheme_of(module: str, config: dict[str, Any]) -> QuantScheme:

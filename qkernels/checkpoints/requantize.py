@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..formats.rules import quantize_weight
 from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedWeight, dequantize_weight, weight_integers
+from ..formats.storage import QuantizedWeight, dequantize_weight, restore_features, weight_integers
 from ..formats.weight_format import WEIGHT_FORMATS
 from .checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
 from .losses import Losses
@@ -85,12 +85,7 @@ def quantize_again(name: str, exact: Tensor, scheme: QuantScheme, losses: Losses
 
 def dequantize(values: LayerWeight, in_features: int, scheme: QuantScheme) -> Tensor:
     """float32 [N, K] of a layer, its columns in the order of the input's features."""
-    weight = dequantize_weight(*values.weight, in_features, scheme)
-    if values.input_order is None:
-        return weight
-    out = torch.empty_like(weight)
-    out[:, values.input_order.to(torch.int64)] = weight
-    return out
+    return restore_features(dequantize_weight(*values.weight, in_features, scheme), values.input_order)
 
 
 def _changed(layer: CheckpointLayer, scheme: QuantScheme, losses: Losses, ordered: bool) -> CheckpointLayer:

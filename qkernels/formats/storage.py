@@ -51,6 +51,13 @@ def expand_groups(per_group: Tensor, group_size: int | None, in_features: int) -
     return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
 
 
+def restore_features(weight: Tensor, input_order: Tensor | None) -> Tensor:
+    """[N, K] whose column j is that of feature `input_order[j]` -> in the order of the features; None: as it is."""
+    if input_order is None:
+        return weight
+    return weight.index_select(1, input_order.argsort())
+
+
 def dequantize_weight(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:

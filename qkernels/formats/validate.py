@@ -77,6 +77,20 @@ def x_scale_problem(x_scale: object, scheme: QuantScheme, *, values: bool = True
     return problem
 
 
+def input_order_problem(input_order: object, in_features: int) -> str | None:
+    """Why `input_order` is no permutation of the features; None: it is, or there is none."""
+    if input_order is None:
+        return None
+    if not isinstance(input_order, Tensor):
+        return f"must be a tensor, got {type(input_order).__name__}"
+    if input_order.dtype != torch.int32 or input_order.shape != (in_features,):
+        return f"must be torch.int32 of shape [{in_features}], got {input_order.dtype} of {list(input_order.shape)}"
+    features = torch.arange(in_features, dtype=torch.int32, device=input_order.device)
+    if not input_order.is_meta and not torch.equal(input_order.sort().values, features):
+        return f"must be a permutation of {in_features} features"
+    return None
+
+
 def value_problem(name: str, tensor: Tensor) -> str | None:
     """Why the values of a stored tensor are none; a tensor on the meta device has no values."""
     if tensor.is_meta or tensor.numel() == 0:

@@ -43,8 +43,8 @@ def quantized_layers(model: nn.Module) -> dict[str, Storage]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The arguments of `QKernelsConfig` that describe the quantized layers of `model`; empty if it has none.
 
-    `layers` says the scheme of each by name. A layer whose mode, grad_dtype or weight_scale is not that of most is a
-    mapping.
+    `layers` says the scheme of each by name. A layer whose mode, grad_dtype or weight_scale is not that of most, or
+    whose columns have an order of their own, is a mapping.
     """
     layers = quantized_layers(model)
     if not layers:
@@ -54,10 +54,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if options:
         ((most, _),) = Counter(tuple(own.values()) for own in options.values()).most_common(1)
         common = dict(zip(LAYER_OPTIONS, most, strict=True))
-    entries: dict[str, str | dict[str, str]] = {}
+    entries: dict[str, str | dict[str, Any]] = {}
     for name, module in layers.items():
         own = options.get(name, common)
-        entries[name] = module.scheme.name if own == common else {"scheme": module.scheme.name, **own}
+        ordered = {"input_order": True} if "input_order" in module._buffers else {}
+        plain = own == common and not ordered
+        entries[name] = module.scheme.name if plain else {"scheme": module.scheme.name, **own, **ordered}
     scheme = Counter(module.scheme.name for module in layers.values()).most_common(1)[0][0]
     return {"scheme": scheme, **common, "layers": entries}
 
@@ -84,12 +86,16 @@ def layer_options_of(module: MatrixLayer) -> dict[str, str]:
     return {key: getattr(module, key) for key in LAYER_OPTIONS}
 
 
-def layer_entry(entry: str | dict[str, str], common: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Scheme and options of a layer from its entry in `layers`; one that is a scheme alone has the `common` options."""
+def layer_entry(entry: str | dict[str, Any], common: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Scheme and options of a layer from its entry in `layers`; one that is a scheme alone has the `common` options.
+
+    `input_order` is among the options, True, where the columns have an order of their own.
+    """
     if isinstance(entry, str):
         return entry, common
     entry = current_names(entry)
-    return entry["scheme"], {key: entry[key] for key in LAYER_OPTIONS}
+    ordered = {"input_order": True} if entry.get("input_order") else {}
+    return entry["scheme"], {**{key: entry[key] for key in LAYER_OPTIONS}, **ordered}
 
 
 def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,12 +104,16 @@ def current_names(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def empty_like(
-    module: nn.Module, scheme: str, layer_options: dict[str, str], dtype: torch.dtype | None = None
+    module: nn.Module, scheme: str, layer_options: dict[str, Any], dtype: torch.dtype | None = None
 ) -> Storage:
     """The quantized twin of a float layer, on the meta device, as it is stored: mode "int8" as "frozen"."""
     if layer_options["mode"] == "int8":
         layer_options = {**layer_options, "mode": "frozen"}
-    return adapter_of(module).empty(module, scheme, dtype=dtype, **layer_options)
+    options = {key: value for key, value in layer_options.items() if key != "input_order"}
+    layer = adapter_of(module).empty(module, scheme, dtype=dtype, **options)
+    if "input_order" in layer_options:
+        layer._order_input(torch.empty(layer.in_features, dtype=torch.int32, device="meta"))
+    return layer
 
 
 def finish_loading(module: Storage, mode: str) -> None:

@@ -393,7 +393,9 @@ def _module_of(model: nn.Module, key: str) -> nn.Module | None:
 
 def _same_format(a: nn.Module | None, b: nn.Module | None) -> bool:
     quantized = isinstance(a, Storage) and isinstance(b, Storage)
-    return quantized and a.scheme == b.scheme and a.weight_shape == b.weight_shape
+    if not quantized or any("input_order" in layer._buffers for layer in (a, b)):
+        return False
+    return a.scheme == b.scheme and a.weight_shape == b.weight_shape
 
 
 def _tie_storage(model: transformers.PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..formats.storage import QuantizedWeight
 from ..kernels.quantizers import quantize_weight
 from ..nn.adapters import adapter_of, float_twin, is_frozen
+from ..nn.linear import stored_columns
 from ..nn.storage import Storage
 from .folders import layer_options_of
 
@@ -91,7 +92,7 @@ def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
     if layer.mode != "frozen":
         return adapter.quantize(resized, layer.scheme, **options).train(layer.training)
     kept = min(len(resized.weight), layer.out_features)
-    added = quantize_weight(resized.weight.detach()[kept:], layer.scheme)
+    added = quantize_weight(stored_columns(layer, resized.weight.detach()[kept:]), layer.scheme)
     pairs = zip(layer.quantized_weight(), added, strict=True)
     weight = QuantizedWeight(*(None if old is None else torch.cat([old[:kept], new]) for old, new in pairs))
     new = adapter.empty(resized, layer.scheme, dtype=layer.compute_dtype, **options)
@@ -101,6 +102,7 @@ def _quantized_again(resized: nn.Module, layer: nn.Module) -> nn.Module:
     else:
         new.bias = resized.bias
     new.set_weight(weight)
+    new._order_input(layer._buffers.get("input_order"))
     return new.train(layer.training)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.frozen import LowRank, adapted_linear, quant_linear
+from ..autograd.input_order import gather_features
 from ..autograd.layer_calls import autocast_dtype, check_input, traced
 from ..autograd.trained import trained_linear
 from ..distributed.dtensors import is_dtensor
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
-from ..formats.validate import STORAGE, x_scale_problem
+from ..formats.validate import STORAGE, input_order_problem, x_scale_problem
 from ..kernels import ops
 from ..kernels.quantizers import quantize_weight
 from ..system.deprecation import renamed_keywords
@@ -51,6 +52,10 @@ class QuantLinear(MatrixLayer, nn.Linear):
     Under static activations (`a8s` schemes) each mode also holds `x_scale`, float32 [1], which calibration has chosen
     (`quantize_(..., calibration=...)` or `prepare_` and `convert_`); a new layer has 1. What lies outside of 127 scales
     is clamped. Gradients pass straight through that too, but for learned scales.
+
+    A frozen weight may have its columns in an order of their own, in which GPTQ grouped them: the buffer `input_order`
+    (see `set_weight`). Then each call gathers the input's features once; all that reads the weight, but for the stored
+    tensors themselves, sees its columns in the order of the features.
 
     Shape: input float32, bfloat16 or float16 [..., in_features]; output [..., out_features] of the input's dtype, or
     of the autocast dtype under autocast. Any leading shape, also empty.
@@ -147,9 +152,47 @@ class QuantLinear(MatrixLayer, nn.Linear):
     def _reset_weight(self) -> None:
         nn.Linear.reset_parameters(self)
 
+    @property
+    def input_order(self) -> Tensor | None:
+        """int32 [K]: stored column j of the weight multiplies feature `input_order[j]`; None: feature j."""
+        return self._buffers.get("input_order")
+
+    @property
+    def _may_order_input(self) -> bool:
+        return self.mode == "frozen"
+
+    def set_weight(self, weight: QuantizedWeight, input_order: Tensor | None = None) -> None:
+        """Replace the quantized weight, and the order of its columns; see `MatrixLayer.set_weight`.
+
+        >>> layer, order = qk.QuantLinear(4, 2, scheme="w8a16"), torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+        >>> layer.set_weight(qk.quantize_weight(torch.eye(4)[:2, order.long()], "w8a16"), order)
+        >>> layer.dequantize().round().tolist()
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
+        Args:
+            weight: the canonical storage of [N, K], as it is multiplied with the features in the order `input_order`.
+            input_order: int32 [K], which is copied: column j of `weight` multiplies feature `input_order[j]` of the
+                input. None: feature j.
+
+        Raises:
+            ValueError: naming the tensor that does not fit; the layer is left as it was.
+        """
+        if input_order is not None and not self._may_order_input:
+            raise ValueError(f"input_order must be None in mode {self.mode!r}, which has no order of columns")
+        if (problem := input_order_problem(input_order, self.in_features)) is not None:
+            raise ValueError(f"input_order {problem}")
+        super().set_weight(weight)
+        with torch.inference_mode(False):
+            self._order_input(None if input_order is None else input_order.detach().to(self._device()).clone())
+
     def _share_out(self, name: str, like: DTensor) -> None:
         from ..distributed.tensor_parallel import COLUMNS, check_columns, distribute, split_dimension
 
+        if self.input_order is not None:
+            raise NotImplementedError(
+                "a layer with an input_order (activation order of GPTQ) cannot be shared out by tensor parallelism; "
+                "use DDP or FSDP2 (fully_shard)"
+            )
         if "weight_mask" in self._buffers:
             raise NotImplementedError(
                 "a layer with a mask cannot be shared out by tensor parallelism; use DDP or FSDP2 (fully_shard)"
@@ -182,6 +225,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
         if self.mode == "frozen":
             args = (self._frozen_weight(), self.bias, self._scheme_name, dtype, self.grad_dtype)
             column_scales = self._column_scales_for(input) if self.grad_dtype == "int8" else None
+            if "input_order" in self._buffers:
+                input = gather_features(input, self.input_order)
             return quant_linear(input, *args, column_scales, self._activation_scale())
         weight, scales = self._trained_weight(), self._parameters.get("scales")
         if self.mode == "int8" and "weight_mask" in self._buffers:
@@ -194,6 +239,8 @@ class QuantLinear(MatrixLayer, nn.Linear):
         if x.is_nested:
             return over_values(lambda values: self.forward_adapted(values, adapter), x, trailing=1)
         check_input(x, self.in_features)
+        if (order := self.input_order) is not None:
+            x, adapter = gather_features(x, order), adapter._replace(down=gather_features(adapter.down, order))
         args = (self._frozen_weight(), self.bias, self._scheme_name, adapter, autocast_dtype(x.device.type))
         return adapted_linear(x, *args, self.grad_dtype, self._column_scales_for(x), x_scale=self._activation_scale())
 
@@ -204,6 +251,12 @@ class QuantLinear(MatrixLayer, nn.Linear):
         )
 
 
+def stored_columns(quantized: Storage, weight: Tensor) -> Tensor:
+    """A float weight [..., K] with its columns in the order in which the layer stores them."""
+    order = quantized._buffers.get("input_order")
+    return weight if order is None else weight.index_select(-1, order)
+
+
 def relative_error(weight: Tensor, quantized: Storage) -> float:
     """Frobenius norm of (dequantized - weight) over that of the weight; 0 for a zero weight.
 
@@ -212,6 +265,7 @@ def relative_error(weight: Tensor, quantized: Storage) -> float:
         quantized: a layer with that weight.
     """
     stored = quantized.quantized_weight().map(plain)
+    weight = stored_columns(quantized, weight)
     error, norm = 0.0, 0.0
     for matrix, own in [(weight, stored)] if weight.dim() == 2 else _each_expert(weight, stored):
         errors, norms = _squared_norms(matrix, own, quantized, torch.float32)

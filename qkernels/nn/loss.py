@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autograd.input_order import gather_features
 from ..autograd.layer_calls import autocast_dtype
 from ..formats.storage import QuantizedWeight
 from ..kernels import ops
@@ -136,6 +137,7 @@ def _quantized_losses(
     dither = torch.randint(2**32, target.shape).to(hidden.device) if wanted else None
     scheme = head.scheme.name
     weight, x_scale = head.quantized_weight(), head._activation_scale()
+    hidden = gather_features(hidden, head._buffers.get("input_order"))
     return _QuantizedCrossEntropy.apply(hidden, bias, target, *weight, scheme, dither, x_scale, terms)
 
 

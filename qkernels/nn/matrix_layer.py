@@ -237,6 +237,7 @@ class MatrixLayer(Storage):
             self.grad_dtype,
             self._current_column_scales(),
             x_scale=self._activation_scale(),
+            input_order=self._buffers.get("input_order"),
         )
 
     @property
@@ -368,9 +369,14 @@ class MatrixLayer(Storage):
         """Make a frozen layer one of mode "int8", in place; its weight stays as it is.
 
         Raises:
-            ValueError: if the scheme has 4-bit or grouped weights.
+            ValueError: if the scheme has 4-bit or grouped weights, or the columns have an order of their own.
         """
         _check_trainable(self.scheme)
+        if "input_order" in self._buffers:
+            raise ValueError(
+                "input_order must be None for mode='int8': call "
+                "layer.set_weight(quantize_weight(layer.dequantize(), layer.scheme)) first, which rounds again"
+            )
         weight = self.quantized_weight()
         for name in STORAGE:
             del self._parameters[name]

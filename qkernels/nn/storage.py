@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, storage_dtypes
-from ..formats.validate import STORAGE, storage_problems, x_scale_problem
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, restore_features, storage_dtypes
+from ..formats.validate import STORAGE, input_order_problem, storage_problems, x_scale_problem
 from ..kernels import ops
 from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 
@@ -134,6 +134,8 @@ class Storage(nn.Module):
         scales.fill_(1.0)
         if zeros is not None:
             zeros.zero_()
+        if (order := self._buffers.get("input_order")) is not None:
+            order.copy_(torch.arange(self.in_features))
 
     def _keep(self, weight: QuantizedWeight) -> None:
         """Make the tensors the parameters of the frozen weight; a parameter is shared with the layer that owns it."""
@@ -151,13 +153,17 @@ class Storage(nn.Module):
 
     def storage_problems(self) -> dict[str, str]:
         """By the name of each tensor of a frozen layer that does not fit its scheme: why (see `validate.py`)."""
-        return self._problems({**self.quantized_weight()._asdict(), "x_scale": self._activation_scale()})
+        others = {"x_scale": self._activation_scale(), "input_order": self._buffers.get("input_order")}
+        return self._problems({**self.quantized_weight()._asdict(), **others})
 
     def _problems(self, tensors: Mapping[str, object]) -> dict[str, str]:
-        """Why the tensors of the weight, and `x_scale`, are not those of this layer."""
+        """Why the tensors of the weight, `x_scale` and `input_order` are not those of this layer."""
         problems = storage_problems(tensors, self.in_features, self.out_features, self.scheme, leading=self.leading)
-        x_scale = x_scale_problem(tensors.get("x_scale"), self.scheme)
-        return problems if x_scale is None else {**problems, "x_scale": x_scale}
+        others = {
+            "x_scale": x_scale_problem(tensors.get("x_scale"), self.scheme),
+            "input_order": input_order_problem(tensors.get("input_order"), self.in_features),
+        }
+        return problems | {name: problem for name, problem in others.items() if problem is not None}
 
     def _check_weight(self, weight: QuantizedWeight) -> None:
         """Raise ValueError, naming the tensor, unless `weight` is the canonical storage of this scheme and shape."""
@@ -198,6 +204,7 @@ class Storage(nn.Module):
         """The weight as it is multiplied: float32 [N, K], or [E, N, K] of E experts."""
         rows = self.quantized_weight().map(lambda tensor: tensor.flatten(0, -2))
         weight = ops.dequantize_weight(*rows, self.in_features, self.scheme)
+        weight = restore_features(weight, self._buffers.get("input_order"))
         return weight.view(self.weight_shape) if self.leading else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Storage:
@@ -272,7 +279,7 @@ class Storage(nn.Module):
 
     def _storage_errors(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """Why the tensors of a state dict cannot be this layer's weight; none at all are no error."""
-        given = {name: state_dict.get(prefix + name) for name in (*STORAGE, "x_scale")}
+        given = {name: state_dict.get(prefix + name) for name in (*STORAGE, "x_scale", "input_order")}
         if all(tensor is None for tensor in given.values()):
             return []
         for name in ("scales", "x_scale"):
@@ -280,11 +287,29 @@ class Storage(nn.Module):
             if isinstance(tensor, Tensor) and tensor.dtype == torch.int32:  # a parameter
                 given[name] = reinterpret(tensor.detach(), torch.float32)
         problems = self._problems(given)
+        if given["input_order"] is not None and not self._may_order_input:
+            problems["input_order"] = f"is given, but a {type(self).__name__} of mode {self.mode!r} has none"
         return [f"{prefix}{name} {problem}" for name, problem in problems.items()]
+
+    @property
+    def _may_order_input(self) -> bool:
+        """Whether the columns of the weight may have an order of their own, the buffer `input_order`."""
+        return False
+
+    def _order_input(self, order: Tensor | None) -> None:
+        """Replace the buffer `input_order`, which is there only where the columns have an order of their own."""
+        if order is None:
+            self._buffers.pop("input_order", None)
+        else:
+            self._buffers["input_order"] = order
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict whose storage has been checked."""
         self._sample = None
+        if prefix + "qweight" in state_dict:
+            order = state_dict.get(prefix + "input_order")
+            if order is None or "input_order" not in self._buffers:
+                self._order_input(None if order is None else torch.empty_like(order, device=self._device()))
         for name in ("scales", "x_scale"):
             scales = state_dict.get(prefix + name)
             if self._is_stored(name) and scales is not None and scales.dtype != torch.int32:

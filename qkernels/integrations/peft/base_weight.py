@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...formats.storage import QuantizedWeight
 from ...kernels.quantizers import quantize_weight
 from ...nn.adapters import adapter_of, float_twin
-from ...nn.linear import relative_error
+from ...nn.linear import relative_error, stored_columns
 from ...nn.matrix_layer import MatrixLayer
 from ...nn.storage import Storage
 
@@ -43,14 +43,18 @@ def tensors_of(base: Storage) -> dict[str, Tensor]:
 def put_weight(base: Storage, weight: QuantizedWeight) -> None:
     """Make `weight` that of a frozen layer, or of one of mode "int8", whose parameter stays the same one.
 
+    Its columns have the order in which the layer stores them: `stored_columns`.
+
     Raises:
         RuntimeError: for mode "qat", whose float weight is written to itself.
     """
     if base.mode == "qat":
         raise RuntimeError('the weight of a layer of mode "qat" is its parameter: write to that')
     if base.mode == "frozen":
+        order = base._buffers.get("input_order")
         with _registered_as_given():
             base.set_weight(weight)
+        base._order_input(order)
         return
     for own, new in zip(base.quantized_weight(), weight, strict=True):
         if own is not None and new is not None:
@@ -104,7 +108,7 @@ def float_base(layer: BaseTunerLayer) -> Iterator[None]:
     before, after = _values(base), adapter_of(twin).weight(twin).to(torch.float32)
     if after.is_meta or torch.equal(before, after):
         return
-    put_weight(base, quantize_weight(after, base.scheme))
+    put_weight(base, quantize_weight(stored_columns(base, after), base.scheme))
     base.__dict__["initialization_error"] = relative_error(after, base) * (after.norm() / before.norm()).item()
     warnings.warn(
         "this initialization changes the weight of the base, which is rounded again; "
@@ -141,7 +145,7 @@ class QKernelsBackend(QuantizationBackend):
         """Quantize a float weight of that shape with the scheme of the base layer, and store it."""
         base = peft_layer.get_base_layer()
         if isinstance(base, MatrixLayer):
-            put_weight(base, quantize_weight(base._rows(weight_data), base.scheme))
+            put_weight(base, quantize_weight(stored_columns(base, base._rows(weight_data)), base.scheme))
         else:
             base.weight.data = weight_data
 

@@ -15,11 +15,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...formats.storage import QuantizedWeight
+from ...formats.storage import QuantizedWeight, restore_features
 from ...kernels import ops
 from ...kernels.quantizers import quantize_weight
 from ...nn.adapters import adapter_of
-from ...nn.linear import QuantLinear, relative_error
+from ...nn.linear import QuantLinear, relative_error, stored_columns
 from ...nn.matrix_layer import MatrixLayer
 from ...nn.storage import Storage
 from .base_weight import QKernelsBackend, float_copy, innermost, put_weight, stores_integers, tensors_of
@@ -125,9 +125,8 @@ def _remerge(holder: Any, original: dict[str, Tensor], wanted: list[tuple[Any, l
     """
     base, before = holder.base_layer, [list(layer.merged_adapters) for layer, _ in wanted]
     layer_name = getattr(holder, "kwargs", {}).get("target_name", "layer")
-    twin = holder.base_layer = float_copy(
-        base, ops.dequantize_weight(*_weight(base, original), base.in_features, base.scheme)
-    )
+    values = ops.dequantize_weight(*_weight(base, original), base.in_features, base.scheme)
+    twin = holder.base_layer = float_copy(base, restore_features(values, base._buffers.get("input_order")))
     if "bias" in original:
         twin.bias = nn.Parameter(original["bias"].to(base.bias.device, torch.float32, copy=True), requires_grad=False)
     try:
@@ -148,7 +147,7 @@ def _remerge(holder: Any, original: dict[str, Tensor], wanted: list[tuple[Any, l
         raise RuntimeError(f"{layer_name}: merging {new} needs a bias, and the layer has none; nothing was changed")
     for (layer, _), names in zip(wanted, merged, strict=True):
         layer.merged_adapters = names
-    put_weight(base, quantize_weight(weight, base.scheme))
+    put_weight(base, quantize_weight(stored_columns(base, weight), base.scheme))
     if bias is not None:
         base.bias.data = bias.detach().to(base.bias.dtype)
     base.merge_error = relative_error(weight, base)
