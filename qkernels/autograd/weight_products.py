@@ -382,13 +382,8 @@ def _reversed_matmul(input: Any, other: Any) -> Any:
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Any:
-    if (
-        beta == alpha == 1
-        and input.shape == mat2.shape[1:]
-        and _is_operand(mat2)
-        and mat2.transposed
-        and _is_factor(mat1)
-    ):
+    plain = beta == alpha == 1 and input.shape == mat2.shape[1:]
+    if plain and _is_operand(mat2) and mat2.transposed and _is_factor(mat1):
         result = _multiply(mat1, mat2, input)
     else:
         product = _matmul(mat1, mat2)
