@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight
-from ..formats.validate import storage_problems, x_scale_problem
+from ..formats.validate import input_order_problem, storage_problems, x_scale_problem
 
 
 @contextmanager
@@ -90,7 +90,7 @@ class CheckpointLayer:
         Raises:
             ValueError: naming layer and tensor, if they are not the storage that the header promised.
         """
-        with describing(self.name):
+        with torch.device("cpu"), describing(self.name):
             values = self.reader()
         problems = storage_problems(values.weight._asdict(), self.in_features, self.out_features, self.scheme)
         x_scale = x_scale_problem(values.x_scale, self.scheme)
@@ -98,10 +98,8 @@ class CheckpointLayer:
             problems["x_scale"] = x_scale
         if (values.input_order is not None) != self.has_input_order:
             problems["input_order"] = "must be there" if self.has_input_order else "must be None"
-        elif values.input_order is not None:
-            expected = torch.arange(self.in_features)
-            if not torch.equal(values.input_order.to(torch.int64).sort().values, expected):
-                problems["input_order"] = f"must be a permutation of {self.in_features} features"
+        elif (problem := input_order_problem(values.input_order, self.in_features)) is not None:
+            problems["input_order"] = problem
         for name, problem in problems.items():
             raise ValueError(f"{self.name}.{name} {problem}")
         return values
@@ -127,7 +125,7 @@ class FloatTensor:
         Raises:
             ValueError: if they are not what the header promised.
         """
-        with describing(f"a float tensor {list(self.shape)}"):
+        with torch.device("cpu"), describing(f"a float tensor {list(self.shape)}"):
             return self.reader()
 
 

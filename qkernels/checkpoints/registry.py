@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
@@ -81,6 +83,6 @@ def open_checkpoint(path: str | Path, losses: Losses | None = None) -> Checkpoin
     """
     path = Path(path)
     found = format_of(path)
-    with describing(path):
+    with torch.device("cpu"), describing(path):  # also where a model is made on "meta"
         checkpoint = found.open(path, losses if losses is not None else Losses())
     return replace(checkpoint, identity=identity_of([path]))

@@ -27,7 +27,7 @@ class ConfigOptions:
         embeddings: bool | str | QuantScheme = False,
         include: list[str] | None = None,
         modules_to_not_convert: list[str] | None = None,
-        layers: dict[str, str | dict[str, str]] | None = None,
+        layers: dict[str, str | dict[str, object]] | None = None,
         **unknown: object,
     ) -> None:
         if unknown:

@@ -59,6 +59,11 @@ class _Target:
     scheme: QuantScheme | None = None
     reason: str | None = None  # why it is in float
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether columns of it have an order of their own."""
+        return any(source.has_input_order for source in self.sources)
+
 
 class CheckpointQuantizer(QKernelsHfQuantizer):
     """Loads a checkpoint that another library has quantized.
@@ -142,7 +147,11 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
             self._no_layers(model)
             return
         config = self.quantization_config
-        config.layers = chosen
+        ordered = {t.layer.name for t in self._targets.values() if t.layer is not None and t.is_ordered}
+        config.layers = {
+            name: {"scheme": scheme, **config.layer_options, "input_order": True} if name in ordered else scheme
+            for name, scheme in chosen.items()
+        }
         config.scheme = Counter(chosen.values()).most_common(1)[0][0]
         super()._restore_layers(model)
         splits = {id(layer.split): (layer, layer.split) for layer in self._layers if layer.split is not None}
@@ -196,8 +205,8 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
                     f"{sources[0].name} of the checkpoint is {list(stored_shape)}, and the model's layer "
                     f"{list(expected)}"
                 )
-        if any(source.has_input_order for source in sources) and target.converter is not None:
-            target.reason = "activation order of fused matrices"
+        if target.is_ordered and (target.converter is not None or layer.is_lookup):
+            target.reason = f"activation order of {'an embedding' if target.converter is None else 'fused matrices'}"
             return
         schemes = {wishes.scheme(source.scheme, layer.all_names, layer.is_lookup) for source in sources}
         if None in schemes:
@@ -227,7 +236,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
                 if target is None or target.scheme is None or name in held or name not in layers:
                     continue
                 layer = layers[name]
-                if layer.adapter.reason(layer.module, target.scheme) is None:
+                if layer.adapter.reason(layer.module, target.scheme) is None and not target.is_ordered:
                     self._targets[name] = _Target(layer, target.sources, None, target.scheme)
                 else:
                     target.scheme, target.reason = None, f"tied to {name}, which cannot be quantized"

@@ -59,7 +59,7 @@ class QKernelsConfig(ConfigOptions, QuantizationConfigMixin):
         embeddings: bool | str | QuantScheme = False,
         include: list[str] | None = None,
         modules_to_not_convert: list[str] | None = None,
-        layers: dict[str, str | dict[str, str]] | None = None,
+        layers: dict[str, str | dict[str, object]] | None = None,
         activations: Activations | None = None,
         on_loss: OnLoss = "refuse",
         **unknown: object,

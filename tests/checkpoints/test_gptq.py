@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, LayerWeight
-from qkernels.checkpoints.requantize import dequantize
 from qkernels.checkpoints.losses import LossError, Losses
 from qkernels.checkpoints.registry import open_checkpoint, parse_target
+from qkernels.checkpoints.requantize import dequantize
 from qkernels.formats.rules import quantize_weight
 from qkernels.formats.scheme import QuantScheme
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers_models import build
 
 import qkernels as qk
+from qkernels.checkpoints.losses import Losses
+from qkernels.checkpoints.registry import open_checkpoint, parse_target
 from qkernels.checkpoints.requantize import dequantize
-from qkernels.checkpoints.registry import open_checkpoint
 
 SCHEMES = ("w8a8", "w4a16-g32", "w4a8-g32-asym")
 
@@ -214,6 +215,7 @@ def test_adapters_train_and_merge():
 
 
 def test_a_saved_model_keeps_the_orders(tmp_path):
+    """In our own folder, and in one of GPTQ with activation order, which transformers loads too."""
     model, ids = llama_with_order(), torch.arange(12).view(2, 6)
     model.save_pretrained(tmp_path / "model")
     entries = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["layers"]
@@ -225,9 +227,16 @@ def test_a_saved_model_keeps_the_orders(tmp_path):
     found = open_checkpoint(tmp_path / "model")
     assert {name for name, layer in found.layers.items() if layer.has_input_order} == ordered
     for name, layer in found.layers.items():
-        assert torch.equal(
-            dequantize(layer.read(), layer.in_features, layer.scheme), model.get_submodule(name).dequantize()
-        )
+        read = dequantize(layer.read(), layer.in_features, layer.scheme)
+        assert torch.equal(read, model.get_submodule(name).dequantize())
+    parse_target("gptq")[0].write(found, tmp_path / "gptq", Losses("report"))
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] and open_checkpoint(tmp_path / "gptq").format == "gptq"
+    imported = qk.load(tmp_path / "gptq")
+    with torch.no_grad():
+        torch.testing.assert_close(imported(ids).logits, model(ids).logits, atol=2e-3, rtol=1e-3)
+    orders = {name for name, module in imported.named_modules() if getattr(module, "input_order", None) is not None}
+    assert orders == ordered
 
 
 def test_tensor_parallelism_refuses_an_order():
