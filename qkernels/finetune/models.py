@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..checkpoints.losses import LossError
+from ..checkpoints.registry import format_of
 from ..convert.model import quantize_
 from ..convert.report import QuantizationReport
 from ..formats.scheme import QuantScheme
+from ..integrations.loading import load as load_checkpoint
 from ..nn.matrix_layer import MatrixLayer
 from ..ptq.smoothquant import smooth_
 from ..system import heap
@@ -152,8 +155,10 @@ def load_tokenizer(folder: Path) -> Any:
 def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The causal language model in a transformers folder, in evaluation mode, on `device()`.
 
+    A folder that another library quantized is loaded on its integers (`qkernels.load`).
+
     Raises:
-        InputError: if the folder holds no model, or one of another kind.
+        InputError: if the folder holds no model, one of another kind, or one that is not read exactly.
     """
     from transformers import AutoModelForCausalLM
 
@@ -163,9 +168,16 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
             "and the adapter's weights to a folder of their own and give that as --adapter"
         )
     try:
+        if _other_format(folder):
+            return load_checkpoint(folder, dtype=dtype, local_files_only=True).to(device()).eval()
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    except LossError as error:
+        convert = (
+            "convert it first, with the loss that you accept: qkernels convert IN OUT --to qkernels --on-loss report"
+        )
+        raise InputError(f"{folder} is not read exactly: {reason_of(error)}; {convert}") from error
     except Exception as error:  # whatever a damaged file makes a parser raise
         raise InputError(f"{folder} holds no causal language model that can be loaded: {reason_of(error)}") from error
     if missing := sorted(loading["missing_keys"]):
@@ -176,6 +188,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def _other_format(folder: Path) -> bool:
+    """Whether another library quantized the checkpoint in a folder."""
+    try:
+        return format_of(folder).name not in ("float", "qkernels")
+    except ValueError:  # transformers says what is wrong
+        return False
 
 
 def check_scheme(scheme: str) -> str:

@@ -9,6 +9,8 @@ import torch
 from helpers import TEXT, assert_refused, invoke
 
 from qkernels import quantize_
+from qkernels.checkpoints.losses import Losses
+from qkernels.checkpoints.registry import open_checkpoint, parse_target
 from qkernels.finetune.models import load_model
 
 pytest.importorskip("transformers")
@@ -44,6 +46,23 @@ def test_a_model_with_its_quantization(llama, text, tmp_path):
     )
     assert again.exit_code == 0 and "<svg" in plot.read_text()
     assert json.loads(again.stdout)["scheme"] == "w4a8-g32" and json.loads(again.stdout)["tokens"] > 60
+
+
+def test_a_folder_of_another_library(llama, text, tmp_path):
+    model = load_model(llama, torch.float32)
+    quantize_(model, "w8a8", skip=["lm_head"])
+    model.save_pretrained(tmp_path / "ours")
+    target, _ = parse_target("compressed-tensors")
+    target.write(open_checkpoint(tmp_path / "ours"), tmp_path / "theirs", Losses())
+    for file in llama.glob("tokenizer*"):
+        for name in ("ours", "theirs"):
+            shutil.copy(file, tmp_path / name)
+    options = ("--text", text, "--seq-len", 16, "--tokens", 64, "--dtype", "float32", "--json")
+    result = invoke("compare", tmp_path / "ours", tmp_path / "theirs", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["kl"]["mean"] == 0 and found["top_1_agreement"] == 1 and found["scheme"] == "w8a8"
+    assert {row["a"] for row in found["layers"]} == {row["b"] for row in found["layers"]}
 
 
 def test_merged_model_beside_base_and_adapter(llama, text, tmp_path):
