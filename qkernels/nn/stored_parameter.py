@@ -22,7 +22,7 @@ from ..distributed.dtensors import is_dtensor, with_local
 _ROUNDING = 6e-5
 # An average of equal scales is that far from them, relative to their bits.
 _BITS_ROUNDING = 1e-6
-# The bits of a scale are greater in magnitude (a scale is at least 2^-96 / 15), and a scale is smaller.
+# The bits of a scale that rounding gives are greater in magnitude (it is at least 2^-96 / 15), and a scale is smaller.
 _LEAST_BITS = 2.0**27
 
 _ADVICE = (
@@ -112,7 +112,9 @@ class _Integers(_Constant):
         if isinstance(values, Tensor) and values.dtype.is_floating_point and not values.is_meta and not self.is_meta:
             if self.dtype == torch.int32 and values.dtype == torch.float32:
                 values = values.detach()
-                if not bool((values.abs() >= _LEAST_BITS).any()):
+                # Other writers' scales may be 0 or, all of them, so small that their bits are small, too.
+                tiny_average = bool(plain(self).any()) and self._is_average(values)
+                if not tiny_average and not bool((values.abs() >= _LEAST_BITS).any()):
                     return values.contiguous().view(torch.int32)
             if self._is_average(values):
                 return None

@@ -432,3 +432,28 @@ def test_the_8_bit_integer_without_a_negative_is_loaded():
     )
     assert layer.dequantize().tolist() == [[-64.0] * 4, [128.0] * 4]
     assert torch.equal(layer(127 * torch.eye(4)), 127 * layer.dequantize().t())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g16", "w4a8-g32", "w4a8-g32-asym"])
+@pytest.mark.parametrize("scale", [-0.01, 0.0, 1e-39])
+def test_scales_of_any_sign_and_size_are_used_kept_and_averaged(scheme, scale):
+    """Rounding gives 8-bit scales that are positive, and none below 2^-96 / 15; other writers' files hold others."""
+    model = nn.Sequential(model_of(scheme)[1])
+    given = model[0].quantized_weight()
+    scales = torch.full_like(given.scales, scale)
+    scales[::3] *= -1.0
+    model[0].set_weight(given._replace(scales=scales))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(2):
+        averaged.update_parameters(model)
+    loaded = nn.Sequential(QuantLinear(K, N, scheme=scheme, grad_dtype="int8"))
+    loaded.load_state_dict(averaged.module.state_dict())
+    assert_same_bits(loaded[0].scales, scales)
+    x, weight = torch.randn(40, K, requires_grad=True), loaded[0].dequantize()
+    out = loaded(x)
+    exact = x @ weight.t() + loaded[0].bias
+    assert ((out - exact).abs() <= 0.02 * x.abs().amax() * weight.abs().sum(dim=1)).all()
+    grad_out = torch.randn(40, N)
+    out.backward(grad_out)
+    bound = 0.05 * grad_out.abs().amax() * weight.abs().sum(dim=0)
+    assert ((x.grad - grad_out @ weight).abs() <= bound).all()
