@@ -452,8 +452,8 @@ def test_scales_of_any_sign_and_size_are_used_kept_and_averaged(scheme, scale):
     x, weight = torch.randn(40, K, requires_grad=True), loaded[0].dequantize()
     out = loaded(x)
     exact = x @ weight.t() + loaded[0].bias
-    assert ((out - exact).abs() <= 0.02 * x.abs().amax() * weight.abs().sum(dim=1)).all()
+    assert ((out - exact).abs() <= 0.02 * x.abs().amax() * weight.abs().sum(dim=1) + 1e-6).all()
     grad_out = torch.randn(40, N)
     out.backward(grad_out)
     bound = 0.05 * grad_out.abs().amax() * weight.abs().sum(dim=0)
-    assert ((x.grad - grad_out @ weight).abs() <= bound).all()
+    assert ((x.grad - grad_out @ weight).abs() <= bound + N * 128 * 2.0**-96).all()  # rule 1 takes less for 0
