@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
 from .compressed_tensors import CompressedTensors
 from .float_folder import FloatFolder
+from .gguf import GGUF
 from .gptq import GPTQFolder
 from .losses import Losses
 from .onnx_file import OnnxFile
@@ -28,6 +29,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         BitsAndBytes(),
         CompressedTensors(),
         GPTQFolder(),
+        GGUF(),
         TorchAO(),
         OnnxFile(),
         FloatFolder(),
