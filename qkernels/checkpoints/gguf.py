@@ -34,7 +34,7 @@ class GGUF(CheckpointFormat):
     variants = (
         Variant("Q8_0", "w8a16-g32", "exact", "exact", "scales that are float16 values"),
         Variant("Q4_0", "w4a16-g32", "exact", "exact", "scales that are float16 values"),
-        Variant("Q5_0", "w8a16-g32", "exact", "exact", "`gguf:q5_0`; codes of 5 bits"),
+        Variant("Q5_0", "w8a16-g32", "exact", "exact", "likewise, and codes of 5 bits"),
         Variant(
             "Q4_1, of zero points too", "w4a16-g32-min", "exact", "exact", "scales and mins that are float16 values"
         ),

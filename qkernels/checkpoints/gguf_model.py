@@ -1,7 +1,7 @@
 """What model a GGUF file holds: its config, where each tensor belongs, and how its values were changed.
 
-The tables are those of transformers (`modeling_gguf_pytorch_utils.py`) and of the package gguf (`TensorNameMap`): a
-file is read here if both know its architecture.
+The tables are those of transformers (`transformers.modeling_gguf_pytorch_utils`) and of the package gguf
+(`TensorNameMap`): a file is read here if both know its architecture.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_other_groups_repeat_their_scales(tmp_path, scheme):
 
 def test_what_float16_rounds_is_refused_and_nothing_is_left(tmp_path):
     tiny = open_checkpoint(write_tiny(tmp_path / "tiny.gguf", "llama", ("Q8_0",)))
-    found, values = with_layer(tiny, "w8a16-g32", torch.float32)
+    found, _ = with_layer(tiny, "w8a16-g32", torch.float32)
     target = parse_target("gguf")[0]
     with pytest.raises(LossError, match=r"q_proj.scales: \d+ of 2048 scales that float16 cannot hold"):
         target.write(found, tmp_path / "out.gguf", Losses())
@@ -234,7 +234,7 @@ def test_positions_of_llama_3_are_read_from_their_factors(tmp_path):
     assert {**found, "factor": round(found["factor"], 4)} == config.rope_parameters
     parse_target("gguf")[0].write(open_checkpoint(path), tmp_path / "out.gguf", Losses())
     assert (tmp_path / "out.gguf").read_bytes() == path.read_bytes()
-    with pytest.raises(ValueError, match="rope_freqs.weight has factors that are not those of Llama 3"):
+    with pytest.raises(ValueError, match=r"rope_freqs.weight has factors that are not those of Llama 3"):
         open_checkpoint(broken)
 
 
