@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,13 @@ def compare(
     tokens: Annotated[int, typer.Option(min=1, help="Use at most this many tokens of the text.")] = 2048,
     seq_len: Annotated[int, typer.Option(help="Cut the text into blocks of this many tokens.")] = 256,
     layers: Annotated[bool, typer.Option(help="Measure each layer, too.")] = True,
+    one_at_a_time: Annotated[
+        bool,
+        typer.Option(
+            "--one-at-a-time",
+            help="Hold one model in memory: the outputs of A wait on the disk, and layers are not measured.",
+        ),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a picture.")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write comparison.json and comparison.png to this folder.")
@@ -47,33 +55,42 @@ def compare(
     from ..diagnostics.compare import MergeLoss, compare_merge
     from ..diagnostics.compare import compare as compare_models
     from ..diagnostics.compare_plot import save_plot
+    from ..diagnostics.recorded import record_outputs
     from ..finetune import InputError, read_texts, token_blocks
-    from ..finetune.models import check_length, require
+    from ..finetune.models import check_length, default_cache, require, resolve_model
     from ..finetune.text import check_tokenizers
-    from ..system import json_file
+    from ..system import heap, json_file
 
     if b is None and scheme in (None, "none"):
         raise InputError("give a second model, or --scheme to compare A with its own quantization")
+    if one_at_a_time and adapter:
+        raise InputError("--one-at-a-time and --adapter exclude each other: how much a merge keeps needs both models")
     if plot is not None or output is not None:
         require("matplotlib")
     for path in filter(None, (plot, output and output / "comparison.json")):
         json_file.expect_writable(path)
     texts = read_texts(text)
-    reference, tokenizer, _ = load(a, None, adapter, dtype, cache)
-    other, its_tokenizer, its_scheme = load(b or a, scheme, None, dtype, cache)
-    check_tokenizers(tokenizer, its_tokenizer, texts)
-    blocks = token_blocks(tokenizer, texts, seq_len)[: max(1, tokens // seq_len)]
-    if not blocks:
-        raise InputError(f"the text is shorter than --seq-len {seq_len}: give more text or a smaller --seq-len")
-    for model in (reference, other):
-        check_length(model, seq_len)
-    names = f"A = {a}{f' with {adapter}' if adapter else ''}, B = {b or a} ({scheme or its_scheme})"
-    bar = tqdm(blocks, desc="comparing", unit="block", leave=False)
-    try:
-        measure = compare_merge if adapter else compare_models
-        measured = measure(reference, other, bar, layers=layers)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+    resolve_model(b or a, cache or default_cache())  # a wrong name is refused before A is run
+    with tempfile.TemporaryDirectory(prefix="qkernels-compare-") as scratch:
+        reference, tokenizer, _ = load(a, None, adapter, dtype, cache)
+        blocks = token_blocks(tokenizer, texts, seq_len)[: max(1, tokens // seq_len)]
+        if not blocks:
+            raise InputError(f"the text is shorter than --seq-len {seq_len}: give more text or a smaller --seq-len")
+        check_length(reference, seq_len)
+        if one_at_a_time:
+            bar = tqdm(blocks, desc="recording A", unit="block", leave=False)
+            reference = record_outputs(reference, bar, scratch)
+            heap.trim()
+        other, its_tokenizer, its_scheme = load(b or a, scheme, None, dtype, cache)
+        check_tokenizers(tokenizer, its_tokenizer, texts)
+        check_length(other, seq_len)
+        names = f"A = {a}{f' with {adapter}' if adapter else ''}, B = {b or a} ({scheme or its_scheme})"
+        bar = tqdm(blocks, desc="comparing", unit="block", leave=False)
+        try:
+            measure = compare_merge if adapter else compare_models
+            measured = measure(reference, other, bar, layers=layers and not one_at_a_time)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
     found = measured.merged if isinstance(measured, MergeLoss) else measured
     result = {"a": a, "b": b or a, "scheme": scheme or its_scheme, "seq_len": seq_len, **measured.to_dict()}
     if output is not None:

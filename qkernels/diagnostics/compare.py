@@ -214,13 +214,13 @@ def compare(
         >>> [row.name for row in found.layers], 0 < found.kl.mean() < 1e-3
         (['0', '2'], tensor(True))
     """
-    predictions = _Predictions(_is_causal(a) if causal is None else causal)
+    predictions = _Predictions(is_causal(a) if causal is None else causal)
     errors = _LayerErrors(a, b, layers)
-    with _evaluating(a, b):
-        for number, kwargs in enumerate(_arguments(inputs)):
+    with evaluating(a, b):
+        for number, kwargs in enumerate(keyword_arguments(inputs)):
             with errors.watching():
-                reference = _output(a, kwargs, "a")
-            predictions.add(reference, _output(b, kwargs, "b"), kwargs, f"inputs[{number}]")
+                reference = output_of(a, kwargs, "a")
+            predictions.add(reference, output_of(b, kwargs, "b"), kwargs, f"inputs[{number}]")
     return predictions.result(*errors.result())
 
 
@@ -246,18 +246,18 @@ def compare_merge(
     disable_adapter: Callable[[], AbstractContextManager[None]] | None = getattr(adapted, "disable_adapter", None)
     if disable_adapter is None:
         raise TypeError(f"adapted must be a PEFT model with its adapter, got {type(adapted).__name__}")
-    causal = _is_causal(adapted) if causal is None else causal
+    causal = is_causal(adapted) if causal is None else causal
     of_merged, of_base, kept = _Predictions(causal), _Predictions(causal), _Kept(causal)
     errors = _LayerErrors(adapted, merged, layers)
-    with _evaluating(adapted, merged):
-        for number, kwargs in enumerate(_arguments(inputs)):
+    with evaluating(adapted, merged):
+        for number, kwargs in enumerate(keyword_arguments(inputs)):
             where = f"inputs[{number}]"
             with errors.watching():
-                reference = _output(adapted, kwargs, "adapted")
-            after = _output(merged, kwargs, "merged")
+                reference = output_of(adapted, kwargs, "adapted")
+            after = output_of(merged, kwargs, "merged")
             of_merged.add(reference, after, kwargs, where)
             with disable_adapter():
-                base = _output(adapted, kwargs, "adapted without its adapter")
+                base = output_of(adapted, kwargs, "adapted without its adapter")
             of_base.add(reference, base, kwargs, where)
             kept.add(reference, base, after, kwargs, where)
     return MergeLoss(of_merged.result(*errors.result()), of_base.result(), *kept.result())
@@ -277,7 +277,7 @@ class _Predictions:
         self._losses: tuple[list[Tensor], list[Tensor]] = [], []
         self._agreeing, self._change, self._size = 0, 0.0, 0.0
 
-    def add(self, of_a: _Output, of_b: _Output, kwargs: Mapping[str, Any], where: str) -> None:
+    def add(self, of_a: Output, of_b: Output, kwargs: Mapping[str, Any], where: str) -> None:
         """Account for the outputs of one input."""
         if of_a.values.shape != of_b.values.shape:
             shapes = [list(output.values.shape) for output in (of_a, of_b)]
@@ -329,7 +329,7 @@ class _Kept:
         self._products: list[Tensor] = []
         self._squares: list[Tensor] = []
 
-    def add(self, adapted: _Output, base: _Output, merged: _Output, kwargs: Mapping[str, Any], where: str) -> None:
+    def add(self, adapted: Output, base: Output, merged: Output, kwargs: Mapping[str, Any], where: str) -> None:
         """Account for the outputs of one input."""
         keep, _ = _counted(adapted, kwargs, self._causal, where)
         outputs = [output.rows(keep).to(adapted.values.device) for output in (adapted, base, merged)]
@@ -355,7 +355,7 @@ class _Kept:
 
 
 def _counted(
-    output: _Output, kwargs: Mapping[str, Any], causal: bool, where: str
+    output: Output, kwargs: Mapping[str, Any], causal: bool, where: str
 ) -> tuple[Tensor | slice, Tensor | None]:
     """Which rows of an output count, and the tokens that these predict, of a causal model."""
     z = output.values
@@ -482,7 +482,7 @@ def _first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
-def _arguments(inputs: Any) -> Iterator[dict[str, Any]]:
+def keyword_arguments(inputs: Any) -> Iterator[dict[str, Any]]:
     """The keyword arguments of each input; a tensor of another dtype than int64 is under "input"."""
     if isinstance(inputs, Tensor | Mapping | str | bytes) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs must be a list of tensors or mappings, got {type(inputs).__name__}; pass [input]")
@@ -503,7 +503,7 @@ def _arguments(inputs: Any) -> Iterator[dict[str, Any]]:
         raise ValueError("inputs must hold at least one input, got none")
 
 
-class _Output(NamedTuple):
+class Output(NamedTuple):
     """What a model gives: logits, or its first output."""
 
     values: Tensor
@@ -515,7 +515,12 @@ class _Output(NamedTuple):
         return flat[keep if isinstance(keep, slice) else keep.to(flat.device)]
 
 
-def _output(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> _Output:
+def output_of(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Output:
+    """Run a model.
+
+    Raises:
+        TypeError: if it gives no output that can be compared; `name` is the model's.
+    """
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
     if getattr(getattr(model, "config", None), "use_cache", False):
@@ -528,10 +533,10 @@ def _output(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> _Output:
     found = _first_tensor(output)
     if found is None or found.dim() == 0:
         raise TypeError(f"model {name} must give logits or another float tensor, got {type(output).__name__}")
-    return _Output(found, predicts and found.shape[-1] > 1)  # one number is a regression
+    return Output(found, predicts and found.shape[-1] > 1)  # one number is a regression
 
 
-def _is_causal(model: nn.Module) -> bool:
+def is_causal(model: nn.Module) -> bool:
     """Whether it is a model of transformers that generates text, and has no encoder."""
     if (base := getattr(model, "get_base_model", None)) is not None:
         model = base()
@@ -540,7 +545,8 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; afterwards each module is in its mode again."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()

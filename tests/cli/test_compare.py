@@ -83,6 +83,16 @@ def test_merged_model_beside_base_and_adapter(llama, text, tmp_path):
     assert found["kept"]["share"] == 0 and found["merged"]["tokens"] == 60
 
 
+def test_one_at_a_time_has_the_same_result(llama, text, tmp_path):
+    options = ("--text", text, "--scheme", "w8a8", "--seq-len", 16, "--tokens", 64, "--dtype", "float32", "--json")
+    both, one = (
+        json.loads(invoke("compare", llama, *options, how).stdout) for how in ("--no-layers", "--one-at-a-time")
+    )
+    assert both == one and one["kl"]["mean"] > 0 and one["layers"] == []
+    refused = invoke("compare", llama, llama, *options, "--one-at-a-time", "--adapter", tmp_path)
+    assert_refused(refused, "--one-at-a-time", "--adapter")
+
+
 def test_refused(llama, text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("the quick brown fox")
