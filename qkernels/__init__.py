@@ -6,8 +6,10 @@ from .convert.model import freeze_, quantize_
 from .convert.report import QuantizationReport
 from .convert.static import convert_, prepare_
 from .diagnostics.compare import compare, compare_merge
+from .diagnostics.inspection import inspect
 from .formats.scheme import QuantScheme
 from .formats.storage import QuantizedWeight
+from .integrations.exporting import export
 from .integrations.fused_loss import patch_loss
 from .integrations.loading import load, load_tokenizer
 from .kernels import isa, ops
@@ -52,7 +54,9 @@ __all__ = [
     "convert_",
     "dequantize_",
     "dequantize_weight",
+    "export",
     "freeze_",
+    "inspect",
     "isa",
     "linear_cross_entropy",
     "load",

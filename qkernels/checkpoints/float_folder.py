@@ -16,6 +16,9 @@ from .losses import Losses
 from .requantize import dequantize
 from .safetensors_files import INDEX, SINGLE, SafetensorsFiles
 
+# Models with layers of transformers' `Conv1D`, whose float weight is [K, N], and the names of these.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -43,6 +46,8 @@ class FloatFolder(FolderFormat):
 
     def encode(self, layer: CheckpointLayer, values: LayerWeight, losses: Losses) -> dict[str, Tensor]:
         weight = dequantize(values, layer.in_features, layer.scheme)
+        if layer.name.rpartition(".")[2] in self._transposed:
+            weight = weight.t().contiguous()
         rounded = weight.to(self._dtype)
         losses.changed(f"{layer.name}.weight", f"weights that {self._dtype} cannot hold", weight, rounded)
         return {"weight": rounded}
@@ -57,6 +62,8 @@ class FloatFolder(FolderFormat):
     ) -> None:
         writer = FloatFolder()
         writer._dtype = _DTYPES[target or "f32"]
+        if checkpoint.config.get("model_type") in _CONV1D_MODELS:
+            writer._transposed = _CONV1D
         config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
         if checkpoint.config:
             config["dtype"] = str(writer._dtype).removeprefix("torch.")
@@ -69,3 +76,4 @@ class FloatFolder(FolderFormat):
         return {}
 
     _dtype = torch.float32
+    _transposed: tuple[str, ...] = ()  # layers whose weight is written as [K, N]

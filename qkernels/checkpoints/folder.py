@@ -151,8 +151,8 @@ class FolderFormat(CheckpointFormat):
             if problem is not None:
                 raise ValueError(f"{self.title} cannot hold {name} ({checkpoint.layers[name].scheme}): {problem}")
         config = dict(checkpoint.config)
-        if checkpoint.layers:
-            config["quantization_config"] = self.written_config(checkpoint)
+        if checkpoint.layers and (said := self.written_config(checkpoint)):
+            config["quantization_config"] = said
         with written_whole(path, self._identity(checkpoint, config, losses, target)) as folder:
             self._write_tensors(checkpoint, folder, losses, progress)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

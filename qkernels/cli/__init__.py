@@ -9,12 +9,14 @@ import typer
 from .bench import bench
 from .common import one_line_errors
 from .compare import compare
+from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .inspect import inspect
 from .tune import tune
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app.command()(explain)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(inspect)
+app.command()(convert)
 app.command()(generate)
 app.command()(demo)
 app.command()(tune)

@@ -10,12 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import CheckpointLayer, LayerWeight
-from ..checkpoints.losses import Losses
-from ..checkpoints.requantize import dequantize
+from ..checkpoints.checkpoint import LayerWeight
 from ..convert.schemes import SchemeRules, matches
 from ..formats.scheme import QuantScheme
-from ..kernels.quantizers import quantize_weight
 
 Activations = Literal["int8", "float"]
 ACTIVATIONS = ("int8", "float")
@@ -70,18 +67,6 @@ class Wishes:
         if self.activations == "int8" and not stored.int_activations:
             return replace(stored, act_bits=8, act_group_size=self.act_group_size)
         return stored
-
-
-def read_as(layer: CheckpointLayer, scheme: QuantScheme, losses: Losses) -> LayerWeight:
-    """The values of a layer in a scheme; if its weight has other integers than the stored, they are found again."""
-    values = layer.read()
-    if layer.scheme.of_floats == scheme.of_floats:
-        return values if scheme.static_activations else replace(values, x_scale=None)
-    exact = dequantize(values, layer.in_features, layer.scheme)
-    weight = quantize_weight(exact, scheme)
-    found = LayerWeight(weight)
-    losses.changed(layer.name, f"weights that {scheme} rounds", exact, dequantize(found, layer.in_features, scheme))
-    return found
 
 
 class LayerTensors:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..checkpoints.checkpoint import Checkpoint, CheckpointLayer
 from ..checkpoints.losses import Losses
 from ..checkpoints.registry import FORMATS, open_checkpoint
-from ..checkpoints.requantize import dequantize
+from ..checkpoints.requantize import dequantize, requantized
 from ..convert.layers import Layer, rows_of
 from ..convert.report import QuantizationReport
 from ..convert.schemes import SchemeRules
@@ -34,7 +34,7 @@ from ..convert.selection import find_layers, find_weights
 from ..formats.scheme import QuantScheme
 from ..formats.storage import storage_dtypes
 from ..nn.storage import Storage
-from .checkpoint_layers import LayerTensors, LazyTensor, Wishes, read_as
+from .checkpoint_layers import LayerTensors, LazyTensor, Wishes
 from .folders import describe
 from .transformers import QKernelsHfQuantizer
 from .transformers_config import QKernelsConfig
@@ -89,7 +89,8 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         return self._checkpoint
 
     def open(self, path: Path) -> None:
-        self._checkpoint = open_checkpoint(path, self.losses)
+        with torch.device("cpu"):  # transformers calls this where new tensors are on the meta device
+            self._checkpoint = open_checkpoint(path, self.losses)
 
     def read_header(self, gguf_file: str) -> None:
         self.open(Path(gguf_file))
@@ -220,10 +221,9 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         if reason is not None:
             target.reason = reason
             return
-        for source in sources:
-            if source.scheme.of_floats != scheme.of_floats:
-                why = f"its integers are those of {source.scheme.of_floats}, not of {scheme.of_floats}"
-                self.losses.need_requantization(source.name, why)
+        wanted = {source.name: scheme for source in sources if source.scheme != scheme}
+        layers = requantized(self.checkpoint, wanted, self.losses).layers
+        target.sources = [layers[source.name] for source in sources]
         target.scheme = scheme
 
     def _share_with_tied(self, model: Any) -> None:
@@ -293,7 +293,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
             shapes["x_scale"] = (1, 1) if merged else (1,)  # of experts, with the dimensions of a matrix
         if source.has_input_order:
             shapes["input_order"] = (source.in_features,)
-        tensors = LayerTensors(tuple(shapes), partial(read_as, source, scheme, self.losses), self._lock)
+        tensors = LayerTensors(tuple(shapes), source.read, self._lock)
         return {
             f"{prefix}.{name}": LazyTensor(shape, dtypes[name], partial(_shaped, tensors, name, shape))
             for name, shape in shapes.items()

@@ -6,6 +6,7 @@ and hands the tensors of the checkpoint on as those of a folder of ours.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import modeling_utils
@@ -17,6 +18,7 @@ _get_hf_quantizer = modeling_utils.get_hf_quantizer
 _load_pretrained_model = PreTrainedModel._load_pretrained_model
 # Where a config says how its checkpoint is quantized; "quantization" is MLX's name.
 _SAID_IN = ("quantization_config", "quantization")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def _parts(config: Any) -> list[Any]:
@@ -24,27 +26,37 @@ def _parts(config: Any) -> list[Any]:
     return [config] if text is config else [config, text]
 
 
-def _takes_over(config: Any, wanted: Any, gguf_file: str | None) -> bool:
-    """Whether the checkpoint that a config belongs to is read by our reader of its format, for a `QKernelsConfig`."""
-    said = [getattr(part, name, None) for part in _parts(config) for name in _SAID_IN]
-    methods = [own.get("quant_method") for own in said if isinstance(own, dict)]
-    if METHOD in methods:
-        return wanted.activations is not None
-    return gguf_file is not None or bool(methods)
+def _taken_over(config: Any, wanted: Any, gguf_file: str | None) -> Any:
+    """The `QKernelsConfig` by which the checkpoint of a config is read as one of another library; None: it is not."""
+    from .transformers_config import QKernelsConfig
+
+    names = [(part, name) for part in _parts(config) for name in _SAID_IN]
+    said: list[dict[str, Any]] = [own for own in (getattr(*pair, None) for pair in names) if isinstance(own, dict)]
+    ours = next((own for own in said if own.get("quant_method") == METHOD), None)
+    if wanted is not None and not isinstance(wanted, QKernelsConfig):
+        return None
+    if ours is None:
+        return wanted if gguf_file is not None or said else None
+    if wanted is not None and wanted.activations is not None:
+        return wanted
+    # A folder that was converted names each expert; what a model of ours saves names the matrices that it holds.
+    entries = ours.get("layers") or {}
+    if any(_EXPERT.search(name) for name in entries) and all(isinstance(entry, str) for entry in entries.values()):
+        return QKernelsConfig(mode=ours.get("mode", "frozen"), grad_dtype=ours.get("grad_dtype", "float"))
+    return None
 
 
 def get_hf_quantizer(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
     from .transformers_checkpoints import CheckpointQuantizer
-    from .transformers_config import QKernelsConfig
 
-    ours = isinstance(quantization_config, QKernelsConfig)
-    if not ours or not _takes_over(config, quantization_config, kwargs.get("gguf_file")):
+    wanted = _taken_over(config, quantization_config, kwargs.get("gguf_file"))
+    if wanted is None:
         return _get_hf_quantizer(config, quantization_config, device_map, *args, **kwargs)
     for part in _parts(config):
         for name in _SAID_IN:
             if isinstance(getattr(part, name, None), dict):
                 delattr(part, name)
-    quantizer = CheckpointQuantizer(quantization_config)
+    quantizer = CheckpointQuantizer(wanted)
     quantizer.validate_environment(device_map=device_map)
     config.quantization_config = quantizer.quantization_config
     return quantizer, config, device_map

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -107,9 +108,9 @@ def test_activations_and_schemes(stored):
     close_integers(grouped, expected)
     with pytest.raises(ValueError, match=r"activations must be one of int8, float or None, got 'int4'"):
         qk.load(folder, activations="int4")
-    with pytest.raises(LossError, match=r"integers are those of w8a16, not of w4a16-g32; pass on_loss='requantize'"):
+    with pytest.raises(LossError, match=r"w8a16 does not keep its integers as w4a16-g32; pass on_loss='requantize'"):
         qk.load(folder, "w4a8-g32")
-    with pytest.warns(UserWarning, match=r"weights that w4a8-g32 rounds \(largest change 0.0"):
+    with pytest.warns(UserWarning, match=r"weights that were quantized again as w4a16-g32 \(largest change 0.0"):
         again = qk.load(folder, "w4a8-g32", on_loss="requantize")
     assert set(schemes(again).values()) == {"w4a8-g32"}
     assert again.quantization_report.warnings
@@ -193,6 +194,76 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
         qk.load(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    ("scheme", "to"),
+    [("w8a8s", "qkernels"), ("w4a8-g32-asym", "qkernels"), ("w8a8", "float"), ("w4a16-g32", "gptq"),
+     ("w8a8", "compressed-tensors")],
+)  # fmt: skip
+def test_a_model_in_memory_is_written_and_loads_again(family, scheme, to, tmp_path):
+    model = mixtral() if family == "mixtral" else build(family)
+    batches = [{"input_ids": TOKENS}] if scheme == "w8a8s" else None
+    qk.quantize_(model, scheme, calibration=batches)
+    losses = qk.export(model, tmp_path / "out", to, on_loss="report")
+    assert all(loss.largest < 0.001 for loss in losses)  # scales of float16
+    again = qk.load(tmp_path / "out")
+    assert len(schemes(again)) == (0 if to == "float" else len(schemes(model)))
+    if to == "qkernels":
+        assert_same_bits(outputs(again), outputs(model))
+    else:
+        torch.testing.assert_close(outputs(again), outputs(model), rtol=0.02, atol=0.02 if to == "float" else 0.002)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    model = build("llama")
+    with pytest.raises(TypeError, match="model must be a model of transformers, got Linear"):
+        qk.export(torch.nn.Linear(2, 2), tmp_path / "out", "float")
+    with pytest.raises(ValueError, match=r"format must be one of .*got 'nothing'"):
+        qk.export(model, tmp_path / "out", "nothing")
+    qk.quantize_(model, "w4a8", "qat")
+    with pytest.raises(ValueError, match=r"q_proj is in mode 'qat', with a float weight: call qkernels.freeze_"):
+        qk.export(model, tmp_path / "out", "qkernels")
+    adapted = peft.get_peft_model(qk.freeze_(model) or model, peft.LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(TypeError, match=r"got PeftModel; call merge_and_unload\(\) first"):
+        qk.export(adapted, tmp_path / "out", "qkernels")
+    with pytest.raises(TypeError, match=r"no adapter that is not merged, and model.layers.0.mlp.up_proj has one"):
+        qk.export(adapted.base_model.model, tmp_path / "out", "qkernels")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is there already"):
+        qk.export(build("llama"), tmp_path / "out", "float")
+
+
+def test_lora_trains_on_imported_integers_and_the_merged_model_is_exported(tmp_path):
+    expected = build("llama")
+    qk.quantize_(expected, "w4a16-g32")
+    qk.export(expected, tmp_path / "gptq", "gptq", on_loss="report")
+    model = qk.load(tmp_path / "gptq", activations="int8")
+    assert set(schemes(model).values()) == {"w4a8-g32"}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj", "q_proj"], init_lora_weights=False))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = adapted(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, tensor in before.items():
+        inside = name.replace("_proj.", "_proj.base_layer.") if ".up_proj" in name or ".q_proj" in name else name
+        assert_same_bits(adapted.base_model.model.state_dict()[inside], tensor, name)
+    with torch.no_grad():
+        trained = adapted(TOKENS).logits
+    merged = adapted.merge_and_unload()
+    qk.export(merged, tmp_path / "served", "gptq", on_loss="report")
+    served = outputs(qk.load(tmp_path / "served", activations="int8"))
+    torch.testing.assert_close(served, outputs(merged), rtol=0.02, atol=0.01)
+    assert (served - trained).norm() < (outputs(qk.load(tmp_path / "gptq")) - trained).norm()  # it kept the adapter
 
 
 def test_folders_of_floats_and_of_ours(tmp_path):
