@@ -200,6 +200,13 @@ class CompressedTensors(FolderFormat):
         if losses.requantizes:
             schemes = {n: _writable(layer) for n, layer in checkpoint.layers.items() if writer.problem(layer)}
             checkpoint = requantized(checkpoint, schemes, losses, ordered=True)
+        embeddings = [n for n, layer in checkpoint.layers.items() if _embeds(n) and not writer._kept(layer)]
+        if embeddings:
+            warnings.warn(
+                f"{embeddings[0]} is a quantized embedding, which transformers and vLLM do not load from this format: "
+                "leave embeddings in float, with embeddings=None",
+                stacklevel=3,
+            )
         super(CompressedTensors, writer).write(checkpoint, path, losses, target, progress)
 
     _dtype: torch.dtype | None = None  # of the scales; None: float32, or as the folder has them
@@ -293,14 +300,20 @@ def _group_of(module: str, groups: list[_Group], tensors: SafetensorsFiles) -> _
         if target.startswith("re:") and _matches(target.removeprefix("re:"), module):
             return group
     classes = [(target, group) for target, group in patterns if not target.startswith("re:") and "." not in target]
-    embeds = any(word in module.rpartition(".")[2] for word in ("embed", "wte", "wpe"))
-    wanted = [(t, g) for t, g in classes if ("Embedding" in t) == embeds and f"{t}.weight_scale" not in tensors]
+    wanted = [
+        (t, g) for t, g in classes if ("Embedding" in t) == _embeds(module) and f"{t}.weight_scale" not in tensors
+    ]
     if not wanted:
         raise ValueError(f"{module} has a weight_scale, but no config group has it as a target")
     if any(group.written != wanted[0][1].written for _, group in wanted):
         names = ", ".join(target for target, _ in wanted)
         raise ValueError(f"{module} may be of any of the classes {names}, which are quantized in different ways")
     return wanted[0][1]
+
+
+def _embeds(module: str) -> bool:
+    """Whether a module is an embedding, by its name: a folder does not say it."""
+    return any(word in module.rpartition(".")[2] for word in ("embed", "wte", "wpe"))
 
 
 def _matches(pattern: str, module: str) -> bool:
