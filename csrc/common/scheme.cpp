@@ -29,6 +29,8 @@ bool is_group(int64_t size, int64_t least) {
   return size == 0 || (known && size >= least);
 }
 
+const char* suffix_of(Zeros zeros) { return zeros == Zeros::points ? "-asym" : zeros == Zeros::minima ? "-min" : ""; }
+
 // Null for bits that no format has.
 const WeightFormat* format_of(int64_t bits) {
   for (const WeightFormat* format : {&kInt8Weight, &kInt4Weight}) {
@@ -53,8 +55,10 @@ Scheme parse_scheme(std::string_view name) {
   scheme.static_activations = scheme.act_bits == 8 && take(rest, "s");
   if (scheme.weight == nullptr || scheme.act_bits == 0) throw invalid();
   if (take(rest, "-g") && (scheme.group_size = take_group(rest, scheme.weight->least_group)) == 0) throw invalid();
-  scheme.symmetric = !take(rest, "-asym");
-  if (!scheme.symmetric && !scheme.weight->has_zeros) throw invalid();
+  for (const Zeros zeros : {Zeros::points, Zeros::minima}) {
+    if (scheme.symmetric() && take(rest, suffix_of(zeros))) scheme.zeros = zeros;
+  }
+  if (scheme.zeros == Zeros::points && !scheme.weight->has_zeros) throw invalid();
   if (take(rest, "-ag")) {
     if (scheme.act_bits != 8 || scheme.static_activations) throw invalid();
     if ((scheme.act_group_size = take_group(rest, kMinActGroup)) == 0) throw invalid();
@@ -66,17 +70,17 @@ Scheme parse_scheme(std::string_view name) {
 Scheme scheme_of(int64_t code) {
   const auto invalid = [&] { return std::invalid_argument("unknown scheme code " + std::to_string(code)); };
   if (code < 0 || code / 10'000'000'000 > 1) throw invalid();
-  const int64_t asymmetric = code / 1000 % 10;
+  const int64_t zeros = code / 1000 % 10;
   const Scheme scheme{.weight = format_of(code / 1'000'000'000 % 10),
                       .act_bits = static_cast<int>(code / 10'000'000 % 100),
                       .group_size = code / 10'000 % 1000,
                       .act_group_size = code % 1000,
-                      .symmetric = asymmetric == 0,
+                      .zeros = static_cast<Zeros>(zeros),
                       .static_activations = code / 10'000'000'000 == 1};
   const bool valid = scheme.weight != nullptr && (scheme.act_bits == 8 || scheme.act_bits == 16) &&
                      is_group(scheme.group_size, scheme.weight->least_group) &&
-                     is_group(scheme.act_group_size, kMinActGroup) && asymmetric <= 1 &&
-                     (scheme.symmetric || scheme.weight->has_zeros) &&
+                     is_group(scheme.act_group_size, kMinActGroup) && zeros <= static_cast<int64_t>(Zeros::minima) &&
+                     (scheme.zeros != Zeros::points || scheme.weight->has_zeros) &&
                      (scheme.act_group_size == 0 || (scheme.act_bits == 8 && !scheme.static_activations)) &&
                      (!scheme.static_activations || scheme.act_bits == 8);
   if (!valid) throw invalid();
@@ -86,7 +90,7 @@ Scheme scheme_of(int64_t code) {
 std::string name_of(const Scheme& scheme) {
   const auto group = [](const char* prefix, int64_t size) { return size == 0 ? "" : prefix + std::to_string(size); };
   return "w" + std::to_string(scheme.weight->bits) + "a" + std::to_string(scheme.act_bits) +
-         (scheme.static_activations ? "s" : "") + group("-g", scheme.group_size) + (scheme.symmetric ? "" : "-asym") +
+         (scheme.static_activations ? "s" : "") + group("-g", scheme.group_size) + suffix_of(scheme.zeros) +
          group("-ag", scheme.act_group_size);
 }
 

@@ -22,7 +22,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
 constexpr int64_t kMaxReduction = 131072;
 
 // The integers of a weight in memory, the twin of qkernels/formats/weight_format.py. A stored value is the integer that
-// is multiplied plus `offset`, or plus the zero point of its group.
+// is multiplied plus `offset`, or plus the zero point of its group; of a weight with minima it is that integer itself.
 //
 // A format is added here, in scheme.cpp (its name), by kernels that read its rows (integer_row in cpu/drivers/rows.cpp)
 // and, to be fast for few rows of x, by dots (RowDotKernels, GroupDotKernels in cpu/kernels/kernels.h).
@@ -30,15 +30,20 @@ struct WeightFormat {
   int bits;             // of a stored value; the first of a byte lies in its low bits
   int least, greatest;  // that rounding gives a weight without zero points; a stored byte may also be -128
   int offset;
-  bool has_zeros;       // groups may have zero points
-  int64_t least_group;  // the smallest size of a group
+  int least_code, greatest_code;  // of what a weight with minima is rounded to
+  bool has_zeros;                 // groups may have zero points
+  int64_t least_group;            // the smallest size of a group
 
   int per_byte() const { return 8 / bits; }
   bool in_place() const { return bits == 8 && offset == 0; }  // the bytes of a row are its integers
 };
 
-inline constexpr WeightFormat kInt8Weight = {8, -127, 127, 0, false, 16};
-inline constexpr WeightFormat kInt4Weight = {4, -8, 7, 8, true, 32};
+inline constexpr WeightFormat kInt8Weight = {8, -127, 127, 0, -127, 127, false, 16};
+inline constexpr WeightFormat kInt4Weight = {4, -8, 7, 8, 0, 15, true, 32};
+
+// What the third tensor of a weight holds for each group: a zero point is subtracted from the stored integer, a minimum
+// is added to the product of integer and scale.
+enum class Zeros { none, points, minima };
 
 // The twin of qkernels/formats/scheme.py: a group size of 0 means one group per row.
 struct Scheme {
@@ -46,10 +51,18 @@ struct Scheme {
   int act_bits;
   int64_t group_size;
   int64_t act_group_size;
-  bool symmetric;
+  Zeros zeros = Zeros::none;
   bool static_activations = false;  // one calibrated scale for all activations (a8s)
 
   bool int_activations() const { return act_bits == 8; }
+  bool symmetric() const { return zeros == Zeros::none; }
+  bool has_min() const { return zeros == Zeros::minima; }
+  // One scale a row is all that makes numbers of the integers, so that gradients can fold it.
+  bool row_scaled() const { return group_size == 0 && !has_min(); }
+  // The stored value of the integer 0, where groups have no zero points of their own.
+  int stored_zero() const { return has_min() ? 0 : weight->offset; }
+  // Bytes of `groups` elements of the third tensor.
+  int64_t zeros_bytes(int64_t groups) const { return groups * static_cast<int64_t>(has_min() ? sizeof(float) : 1); }
   bool grouped() const { return group_size != 0 || act_group_size != 0; }
   int64_t weight_group(int64_t k) const { return group_size != 0 ? group_size : k; }
   int64_t act_group(int64_t k) const { return act_group_size != 0 ? act_group_size : k; }
@@ -107,7 +120,8 @@ struct Random {
 
 // The canonical storage of a weight [n, k] (docs/formats.md).
 struct Weight {
-  Weight(const Scheme& scheme, int64_t n, int64_t k, const void* qweight, const float* scales, const uint8_t* zeros)
+  // zeros: what scheme.zeros says, or null.
+  Weight(const Scheme& scheme, int64_t n, int64_t k, const void* qweight, const float* scales, const void* zeros)
       : scheme(scheme),
         n(n),
         k(k),
@@ -116,7 +130,8 @@ struct Weight {
         row_bytes(scheme.packed_features(k)),
         qweight(static_cast<const uint8_t*>(qweight)),
         scales(scales),
-        zeros(zeros) {}
+        zeros(scheme.has_min() ? nullptr : static_cast<const uint8_t*>(zeros)),
+        minima(scheme.has_min() ? static_cast<const float*>(zeros) : nullptr) {}
 
   const uint8_t* row(int64_t i) const { return qweight + i * row_bytes; }
 
@@ -127,6 +142,7 @@ struct Weight {
     part.qweight = row(begin);
     part.scales += begin * groups;
     if (zeros != nullptr) part.zeros += begin * groups;
+    if (minima != nullptr) part.minima += begin * groups;
     return part;
   }
 
@@ -136,7 +152,8 @@ struct Weight {
   int64_t row_bytes;
   const uint8_t* qweight;          // int8 [n, k], or nibbles [n, ceil(k / 2)] with even k in the low one
   const float* scales;             // [n, groups]
-  const uint8_t* zeros;            // [n, groups], or null: symmetric
+  const uint8_t* zeros;            // zero points [n, groups], or null: there are none
+  const float* minima;             // [n, groups], or null: there are none
   const float* x_scale = nullptr;  // [1], of the activations of a8s schemes where they are read; else null
 };
 
@@ -149,14 +166,14 @@ struct ExpertWeights {
             k,
             qweight + rows * scheme.packed_features(k),
             scales + rows * groups,
-            zeros != nullptr ? zeros + rows * groups : nullptr};
+            zeros != nullptr ? static_cast<const char*>(zeros) + scheme.zeros_bytes(rows * groups) : nullptr};
   }
 
   Scheme scheme;
   int64_t experts, n, k;
   const uint8_t* qweight;
   const float* scales;
-  const uint8_t* zeros;
+  const void* zeros;               // as the constructor of a Weight takes them
   const float* x_scale = nullptr;  // as of a Weight
 };
 

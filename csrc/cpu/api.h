@@ -122,7 +122,7 @@ QK_API void linear_cross_entropy(const CrossEntropyArgs& args, const Weight& w, 
 
 // The canonical storage of w [n, k]; zeros [n, groups] for asymmetric schemes, else null. False if w, or the range of a
 // group, is not finite: what was written is then of no use.
-QK_API bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
+QK_API bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, void* zeros,
                             const Parallel& parallel);
 
 // out [n, k] = grad where quantizing w to 4 bits clamps nothing, else 0. It has the dtype of grad.

@@ -68,8 +68,8 @@ class CrossEntropy {
     clear_ignored();
     if (valid_.empty()) return;
     const bool gradient = result_.grad_hidden != nullptr;
-    if (gradient && w_.scheme.group_size != 0) column_scales_of_chunks();
-    if (gradient && w_.scheme.group_size == 0) scales_of_rows();
+    if (gradient && !w_.scheme.row_scaled()) column_scales_of_chunks();
+    if (gradient && w_.scheme.row_scaled()) scales_of_rows();
     if (gradient && args_.label_smoothing != 0.0) sum_columns();
     const int64_t blocks = div_up(parallel_.num_threads, kRanges), step = blocks * kProductRows;
     const int64_t most = std::min<int64_t>(step, valid_.size());
@@ -187,7 +187,7 @@ class CrossEntropy {
         const LogitRow row = {
             .logits = &logits[i * w.n],
             .n = w.n,
-            .w_scales = gradient && w_.scheme.group_size == 0 ? &row_scales_[n0] : nullptr,
+            .w_scales = gradient && w_.scheme.row_scaled() ? &row_scales_[n0] : nullptr,
             .softcap = args_.softcap,
             .target = args_.target[m] - n0,
             .dither = gradient ? static_cast<uint32_t>(args_.dither[m]) + static_cast<uint32_t>(n0) * kDitherStep : 0,
@@ -199,7 +199,7 @@ class CrossEntropy {
         scales[i] = gradient ? int8_scale(factors.absmax_bits) * factors.own : 0.0f;
       }
       if (!gradient) continue;
-      const float* columns = w_.scheme.group_size != 0 ? &column_scales_[c * k] : nullptr;
+      const float* columns = !w_.scheme.row_scaled() ? &column_scales_[c * k] : nullptr;
       int_matmul_grad_input(kernels_, {q.get(), scales.get(), rows, w.n}, w, columns, {product.get(), DType::float32},
                             kSerial);
       for (int64_t i = 0; i < rows; ++i) {

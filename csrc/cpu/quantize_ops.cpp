@@ -46,9 +46,47 @@ struct Int4Group {
   }
 };
 
+// Rule 16 for a group: codes from least to greatest, and the minimum that is added to them.
+struct MinGroup {
+  float scale = 1.0f, inverse = 0.0f, minimum;
+  bool finite;
+
+  MinGroup(const Kernels& kernels, const float* w, int64_t count, const WeightFormat& format) {
+    float low, high;
+    kernels.elementwise.range(w, count, &low, &high);
+    low = low + 0.0f;  // of zeros the positive one
+    const float span = high - low, levels = static_cast<float>(format.greatest_code - format.least_code);
+    finite = std::isfinite(low) && std::isfinite(high) && std::isfinite(span);
+    minimum = low;
+    if (!finite || span < kTinyRange) return;
+    scale = span / levels;
+    inverse = levels / span;
+    minimum = low - static_cast<float>(format.least_code) * scale;
+  }
+};
+
+// Row `row` of a weight with minima.
+bool quantize_row_min(const Kernels& kernels, const float* row, int64_t k, const Scheme& scheme, int8_t* codes,
+                      float* scales, float* minima) {
+  const WeightFormat& format = *scheme.weight;
+  const int64_t group = scheme.weight_group(k);
+  bool finite = true;
+  for (int64_t k0 = 0; k0 < k; k0 += group, ++scales, ++minima) {
+    const int64_t count = std::min(group, k - k0);
+    const MinGroup range(kernels, row + k0, count, format);
+    finite = finite && range.finite;
+    *scales = range.scale;
+    *minima = range.minimum;
+    if (!range.finite) continue;
+    kernels.elementwise.quantize_min(row + k0, count, range.minimum, range.inverse, format.least_code,
+                                     format.greatest_code, codes + k0);
+  }
+  return finite;
+}
+
 }  // namespace
 
-bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, uint8_t* zeros,
+bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float* scales, void* zeros,
                      const Parallel& parallel) {
   const Kernels& kernels = qk::kernels();
   const int64_t group = scheme.weight_group(w.cols), groups = scheme.weight_groups(w.cols);
@@ -59,6 +97,17 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
     for (int64_t n = begin; n < end; ++n) {
       auto* out = static_cast<uint8_t*>(qweight) + n * scheme.packed_features(w.cols);
       float* row_scales = scales + n * groups;
+      if (scheme.has_min()) {
+        auto* codes = reinterpret_cast<int8_t*>(scheme.weight->in_place() ? out : nibbles.get());
+        const float* row = float_row(kernels, w, n, floats.get());
+        float* row_minima = static_cast<float*>(zeros) + n * groups;
+        if (!quantize_row_min(kernels, row, w.cols, scheme, codes, row_scales, row_minima)) {
+          finite = false;
+        } else if (!scheme.weight->in_place()) {
+          kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
+        }
+        continue;
+      }
       if (scheme.weight->in_place()) {
         quantize_row(kernels, w, n, group, reinterpret_cast<int8_t*>(out), row_scales, floats.get());
         if (std::any_of(row_scales, row_scales + groups, [](float s) { return std::isnan(s); })) finite = false;
@@ -67,11 +116,11 @@ bool quantize_weight(const Matrix& w, const Scheme& scheme, void* qweight, float
       const float* row = float_row(kernels, w, n, floats.get());
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t k0 = g * group, count = std::min(group, w.cols - k0);
-        const Int4Group range(kernels, row + k0, count, scheme.symmetric);
+        const Int4Group range(kernels, row + k0, count, scheme.symmetric());
         if (!range.finite) finite = false;
         kernels.elementwise.quantize_int4(row + k0, count, range.inverse, range.zero, &nibbles[k0]);
         row_scales[g] = range.scale;
-        if (zeros != nullptr) zeros[n * groups + g] = static_cast<uint8_t>(range.zero);
+        if (zeros != nullptr) static_cast<uint8_t*>(zeros)[n * groups + g] = static_cast<uint8_t>(range.zero);
       }
       kernels.elementwise.pack_int4(nibbles.get(), w.cols, out);
     }
@@ -90,7 +139,7 @@ void mask_clipped(const Matrix& grad, const Matrix& w, const Scheme& scheme, voi
       kernels.elementwise.to_float(grad.row(n), grad.dtype, grad.cols, masked.get());
       for (int64_t k = 0; k < w.cols; k += group) {
         const int64_t count = std::min(group, w.cols - k);
-        const Int4Group range(kernels, row + k, count, scheme.symmetric);
+        const Int4Group range(kernels, row + k, count, scheme.symmetric());
         kernels.elementwise.mask_clipped(row + k, count, range.inverse, range.zero, &masked[k]);
       }
       kernels.elementwise.from_float(masked.get(), grad.cols, grad.dtype,

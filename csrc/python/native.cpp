@@ -41,8 +41,11 @@ qk::Matrix matrix(const char* name, const Array<float>& a) {
   return {a.data(), qk::DType::float32, a.shape(0), a.shape(1)};
 }
 
-qk::Weight weight(const py::array& qweight, const Array<float>& scales, const std::optional<Array<uint8_t>>& zeros,
-                  int64_t k, const std::string& scheme_name) {
+// Zero points or minima, as the scheme says.
+using Zeros = std::optional<py::array>;
+
+qk::Weight weight(const py::array& qweight, const Array<float>& scales, const Zeros& zeros, int64_t k,
+                  const std::string& scheme_name) {
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
   if (k < 1 || (scheme.int_activations() && k > qk::kMaxReduction)) {
     throw std::invalid_argument("in_features must be between 1 and " + std::to_string(qk::kMaxReduction) + ", got " +
@@ -58,11 +61,17 @@ qk::Weight weight(const py::array& qweight, const Array<float>& scales, const st
   const int64_t n = qweight.ndim() > 0 ? qweight.shape(0) : 0, groups = scheme.weight_groups(k);
   expect_shape("qweight", qweight, {n, scheme.packed_features(k)});
   expect_shape("scales", scales, {n, groups});
-  if (zeros.has_value() == scheme.symmetric) {
-    throw std::invalid_argument(std::string("zeros ") + (scheme.symmetric ? "must be None" : "is required") +
+  if (zeros.has_value() == scheme.symmetric()) {
+    throw std::invalid_argument(std::string("zeros ") + (scheme.symmetric() ? "must be None" : "is required") +
                                 " for scheme " + scheme_name);
   }
-  if (zeros.has_value()) expect_shape("zeros", *zeros, {n, groups});
+  if (zeros.has_value()) {
+    if (!(scheme.has_min() ? py::isinstance<Array<float>>(*zeros) : py::isinstance<Array<uint8_t>>(*zeros))) {
+      throw std::invalid_argument("zeros must be a contiguous " + std::string(scheme.has_min() ? "float32" : "uint8") +
+                                  " array for scheme " + scheme_name);
+    }
+    expect_shape("zeros", *zeros, {n, groups});
+  }
   return {scheme, n, k, qweight.data(), scales.data(), zeros ? zeros->data() : nullptr};
 }
 
@@ -121,9 +130,8 @@ py::tuple quantize_activation(const Array<float>& x, const std::string& scheme_n
   return py::make_tuple(q, scales);
 }
 
-Array<float> dequantize_weight(const py::array& qweight, const Array<float>& scales,
-                               const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
-                               const std::string& scheme, int num_threads) {
+Array<float> dequantize_weight(const py::array& qweight, const Array<float>& scales, const Zeros& zeros,
+                               int64_t in_features, const std::string& scheme, int num_threads) {
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   Array<float> out({w.n, w.k});
   const qk::Parallel parallel = threads(num_threads);
@@ -132,9 +140,9 @@ Array<float> dequantize_weight(const py::array& qweight, const Array<float>& sca
   return out;
 }
 
-Array<float> linear(const Array<float>& x, const py::array& qweight, const Array<float>& scales,
-                    const std::optional<Array<uint8_t>>& zeros, const std::optional<Array<float>>& bias,
-                    const std::string& scheme, int num_threads, const std::optional<Array<float>>& x_scale) {
+Array<float> linear(const Array<float>& x, const py::array& qweight, const Array<float>& scales, const Zeros& zeros,
+                    const std::optional<Array<float>>& bias, const std::string& scheme, int num_threads,
+                    const std::optional<Array<float>>& x_scale) {
   const qk::Matrix view = matrix("x", x);
   qk::Weight w = weight(qweight, scales, zeros, view.cols, scheme);
   w.x_scale = activation_scale(x_scale, w.scheme);
@@ -148,8 +156,7 @@ Array<float> linear(const Array<float>& x, const py::array& qweight, const Array
 }
 
 Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qweight, const Array<float>& scales,
-                               const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
-                               const std::string& scheme, int num_threads) {
+                               const Zeros& zeros, int64_t in_features, const std::string& scheme, int num_threads) {
   const qk::Matrix view = matrix("grad_out", grad_out);
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   expect_shape("grad_out", grad_out, {view.rows, w.n});
@@ -160,9 +167,8 @@ Array<float> linear_grad_input(const Array<float>& grad_out, const py::array& qw
   return out;
 }
 
-Array<float> column_scales(const py::array& qweight, const Array<float>& scales,
-                           const std::optional<Array<uint8_t>>& zeros, int64_t in_features, const std::string& scheme,
-                           int num_threads) {
+Array<float> column_scales(const py::array& qweight, const Array<float>& scales, const Zeros& zeros,
+                           int64_t in_features, const std::string& scheme, int num_threads) {
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
   Array<float> out(w.k);
   const qk::Parallel parallel = threads(num_threads);
@@ -172,7 +178,7 @@ Array<float> column_scales(const py::array& qweight, const Array<float>& scales,
 }
 
 Array<float> int_grad_input(const Array<int8_t>& q_grad, const Array<float>& grad_scales, const py::array& qweight,
-                            const Array<float>& scales, const std::optional<Array<uint8_t>>& zeros, int64_t in_features,
+                            const Array<float>& scales, const Zeros& zeros, int64_t in_features,
                             const std::string& scheme, const std::optional<Array<float>>& column_scales,
                             int num_threads) {
   const qk::Weight w = weight(qweight, scales, zeros, in_features, scheme);
@@ -183,17 +189,17 @@ Array<float> int_grad_input(const Array<int8_t>& q_grad, const Array<float>& gra
   const int64_t m = q_grad.ndim() > 0 ? q_grad.shape(0) : 0;
   expect_shape("q_grad", q_grad, {m, w.n});
   expect_shape("grad_scales", grad_scales, {m});
-  const bool grouped = w.scheme.group_size != 0;
-  if (column_scales.has_value() != grouped) {
-    throw std::invalid_argument(std::string("column_scales ") + (grouped ? "is required" : "must be None") +
+  const bool by_column = !w.scheme.row_scaled();
+  if (column_scales.has_value() != by_column) {
+    throw std::invalid_argument(std::string("column_scales ") + (by_column ? "is required" : "must be None") +
                                 " for scheme " + scheme);
   }
-  if (grouped) expect_shape("column_scales", *column_scales, {w.k});
+  if (by_column) expect_shape("column_scales", *column_scales, {w.k});
   Array<float> out({m, w.k});
   const qk::Parallel parallel = threads(num_threads);
   auto* const data = out.mutable_data();
   const qk::QuantizedRows rows = {q_grad.data(), grad_scales.data(), m, w.n};
-  const float* const columns = grouped ? column_scales->data() : nullptr;
+  const float* const columns = by_column ? column_scales->data() : nullptr;
   without_gil([&] { qk::int_grad_input(rows, w, columns, data, qk::DType::float32, parallel); });
   return out;
 }

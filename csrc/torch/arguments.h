@@ -165,6 +165,11 @@ inline ScalarType storage_type(const qk::Scheme& scheme) {
   return scheme.weight->in_place() ? ScalarType::Char : ScalarType::Byte;
 }
 
+// Of zeros.
+inline ScalarType zeros_type(const qk::Scheme& scheme) {
+  return scheme.has_min() ? ScalarType::Float : ScalarType::Byte;
+}
+
 // The scale of static activations: float32 [1] for a8s schemes, else none; keeps the tensor alive.
 class ActivationScale {
  public:
@@ -196,10 +201,10 @@ class CanonicalStorage {
     n = qweight.dim() > first ? qweight.size(first) : 0;
     check("qweight", qweight, storage_type(scheme), n, scheme.packed_features(k), scheme, k, experts);
     check("scales", scales, ScalarType::Float, n, groups, scheme, k, experts);
-    require(zeros.has_value() == !scheme.symmetric, "zeros ", scheme.symmetric ? "must be None" : "is required",
+    require(zeros.has_value() == !scheme.symmetric(), "zeros ", scheme.symmetric() ? "must be None" : "is required",
             " for scheme ", scheme);
     if (zeros.has_value()) {
-      check("zeros", *zeros, ScalarType::Byte, n, groups, scheme, k, experts);
+      check("zeros", *zeros, zeros_type(scheme), n, groups, scheme, k, experts);
       zeros_ = readable("zeros", *zeros);
     }
     qweight_ = readable("qweight", qweight);
@@ -208,7 +213,7 @@ class CanonicalStorage {
 
   const uint8_t* qweight() const { return static_cast<const uint8_t*>(qweight_.const_data_ptr()); }
   const float* scales() const { return static_cast<const float*>(scales_.const_data_ptr()); }
-  const uint8_t* zeros() const { return zeros_ ? static_cast<const uint8_t*>(zeros_->const_data_ptr()) : nullptr; }
+  const void* zeros() const { return zeros_ ? zeros_->const_data_ptr() : nullptr; }
 
   int64_t experts = -1, n;  // -1: one weight
 
@@ -345,10 +350,10 @@ class IntGradient {
             "q_grad must be torch.int8 with ", n_, " columns, got ", name_of(q_grad.scalar_type()), " of shape ",
             shape_of(q_grad));
     check_vector("grad_scales", grad_scales, q_grad.size(0));
-    const bool grouped = weight.scheme.group_size != 0;
-    require(column_scales.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
+    const bool by_column = !weight.scheme.row_scaled();
+    require(column_scales.has_value() == by_column, "column_scales ", by_column ? "is required" : "must be None",
             " for scheme ", weight.scheme);
-    if (grouped) {
+    if (by_column) {
       check_vector("column_scales", *column_scales, weight.k);
       column_scales_ = readable("column_scales", *column_scales);
     }
@@ -361,7 +366,7 @@ class IntGradient {
             static_cast<const float*>(grad_scales_.const_data_ptr()), q_grad_.size(0), n_};
   }
 
-  // [weight.k], or null for a weight without groups.
+  // [weight.k], or null for a weight with one scale a row.
   const float* column_scales() const {
     return column_scales_ ? static_cast<const float*>(column_scales_->const_data_ptr()) : nullptr;
   }

@@ -149,10 +149,10 @@ Tensor grouped_linear_grad_input(const Tensor& grad_arg, const Tensor& offsets_a
   const qk::ExpertWeights& w = weights.get();
   FloatMatrix grad_out("grad_out", grad_arg, w.n);
   const ExpertOffsets offsets(offsets_arg, w.experts, grad_out.rows);
-  const bool grouped = seed.has_value() && w.scheme.group_size != 0;
-  require(column_scales.has_value() == grouped, "column_scales ", grouped ? "is required" : "must be None",
+  const bool by_column = seed.has_value() && !w.scheme.row_scaled();
+  require(column_scales.has_value() == by_column, "column_scales ", by_column ? "is required" : "must be None",
           " for scheme ", w.scheme, seed.has_value() ? " with" : " without", " a seed");
-  if (grouped) {
+  if (by_column) {
     check("column_scales", *column_scales, ScalarType::Float, w.experts, in_features, w.scheme, in_features);
     column_scales = readable("column_scales", *column_scales);
   }
@@ -161,7 +161,7 @@ Tensor grouped_linear_grad_input(const Tensor& grad_arg, const Tensor& offsets_a
   const qk::DType out_type = dtype_of("out_dtype", dtype);
   Tensor out = new_tensor(grad_arg, {grad_out.rows, in_features}, dtype);
   qk::grouped_linear_grad_input({grad_out.read(), offsets.get(), seed ? &random : nullptr}, w,
-                                grouped ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
+                                by_column ? static_cast<const float*>(column_scales->const_data_ptr()) : nullptr,
                                 out.mutable_data_ptr(), out_type, parallel());
   return out;
 }
@@ -301,8 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int
   const int64_t n = weight.rows, groups = scheme.weight_groups(weight.cols);
   Tensor qweight = new_tensor(weight_arg, {n, scheme.packed_features(weight.cols)}, storage_type(scheme));
   Tensor scales = new_tensor(weight_arg, {n, groups}, ScalarType::Float);
-  Tensor zeros = new_tensor(weight_arg, {n, scheme.symmetric ? 0 : groups}, ScalarType::Byte);
-  auto* zero_data = scheme.symmetric ? nullptr : static_cast<uint8_t*>(zeros.mutable_data_ptr());
+  Tensor zeros = new_tensor(weight_arg, {n, scheme.symmetric() ? 0 : groups}, zeros_type(scheme));
+  void* const zero_data = scheme.symmetric() ? nullptr : zeros.mutable_data_ptr();
   const bool finite = qk::quantize_weight(weight.read(), scheme, qweight.mutable_data_ptr(),
                                           static_cast<float*>(scales.mutable_data_ptr()), zero_data, parallel());
   require(finite, "weight must be finite, and so must be the range of each group, got NaN or Inf");
@@ -311,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& weight_arg, int
 
 Tensor mask_clipped(const Tensor& grad_arg, const Tensor& weight_arg, int64_t scheme_code) {
   const qk::Scheme scheme = qk::scheme_of(scheme_code);
-  require(scheme.weight->bits == 4, "scheme must be a w4 scheme, got ", scheme);
+  require(scheme.weight->bits == 4 && !scheme.has_min(), "scheme must be a w4 scheme without minima, got ", scheme);
   FloatMatrix weight("weight", weight_arg);
   FloatMatrix grad("grad", grad_arg, weight.cols);
   require(grad.rows == weight.rows, "grad must have ", weight.rows, " rows, got shape ", shape_of(grad_arg));
@@ -325,7 +325,7 @@ class GivenScales {
  public:
   GivenScales(const Tensor& scales, const FloatMatrix& weight, int64_t scheme_code)
       : scheme_(qk::scheme_of(scheme_code)), scales_(scales) {
-    require(scheme_.symmetric, "scheme must be symmetric, got ", scheme_);
+    require(scheme_.symmetric(), "scheme must be symmetric, got ", scheme_);
     check("scales", scales, ScalarType::Float, weight.rows, scheme_.weight_groups(weight.cols), scheme_, weight.cols);
     scales_ = readable("scales", scales);
   }

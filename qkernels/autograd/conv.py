@@ -351,7 +351,7 @@ def _int8_input_gradient(grad_out: Tensor, kernel: Kernel, seed: Tensor) -> Tens
     for group in range(geometry.groups):
         own = slice(group * outputs, (group + 1) * outputs)
         stored = kernel.stored.map(lambda tensor, own=own: tensor[own])  # type: ignore[misc]
-        grouped = kernel.scheme.group_size is not None
+        grouped = not kernel.scheme.row_scaled
         columns = ops.column_scales(*stored, kernel.in_features, kernel.scheme.name) if grouped else None
         weight = LinearWeight(stored, kernel.in_features, kernel.scheme.name, columns)
         q_grad, grad_scales = quantized_rows(rows[:, own], weight, seed)

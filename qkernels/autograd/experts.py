@@ -202,7 +202,7 @@ class _TrainedExperts(torch.autograd.Function):
         grad_x = grad_weight = grad_scales = grad_bias = grad_x_scale = None
         if needs_x or x_scale is not None:
             stored = _by_expert(QuantizedWeight(qweight, scales, zeros), len(offsets))
-            grouped = seed is not None and ctx.scheme.group_size
+            grouped = seed is not None and not ctx.scheme.row_scaled
             column_scales = grouped_column_scales(stored, ctx.x_shape[1], name) if grouped else None
             grad_x = _input_gradient(ctx, grad_out, rows, offsets, stored, seed, column_scales)
         if x_scale is not None:
@@ -293,7 +293,7 @@ def grouped_linear(
     if not (needs_x or needs_bias):
         return ops.grouped_linear(x, offsets, *weight, bias, scheme.name, out_dtype, rows=rows, x_scale=x_scale)
     seed = draw_seed() if grad_dtype == "int8" and needs_x else None
-    if seed is not None and scheme.group_size and column_scales is None:
+    if seed is not None and not scheme.row_scaled and column_scales is None:
         column_scales = grouped_column_scales(weight, x.shape[1], scheme.name)
     return _frozen_experts(x, rows, offsets, *weight, bias, scheme, out_dtype, seed, column_scales, x_scale)
 

@@ -137,9 +137,12 @@ class FrozenWeight(ReadOnly):
     def is_of(self, layer: Layer) -> bool:
         """True if this is the whole weight of the layer."""
         own, stored = self.stored, layer.quantized_weight()
-        if own is None or own.qweight is not stored.qweight or own.zeros is not stored.zeros:
+        if own is None or own.qweight is not stored.qweight:
             return False
-        return own.scales.data_ptr() == stored.scales.data_ptr()  # each is a view made when it was read
+        return all(  # of floats each is a view, made when it was read
+            mine is its or (mine is not None and its is not None and mine.data_ptr() == its.data_ptr())
+            for mine, its in zip(own, stored, strict=True)
+        )
 
     @property
     def multiplies(self) -> bool:

@@ -88,7 +88,7 @@ class _TrainedLinear(torch.autograd.Function):
         name, in_features = ctx.scheme.name, ctx.in_features
         grad_x = grad_weight = grad_scales = grad_bias = grad_x_scale = None
         if needs_x or x_scale is not None:
-            grouped = seed is not None and ctx.scheme.group_size
+            grouped = seed is not None and not ctx.scheme.row_scaled
             stored = QuantizedWeight(qweight, scales, zeros)
             column_scales = ops.column_scales(*stored, in_features, name) if grouped else None
             weight = LinearWeight(stored, in_features, name, column_scales)

@@ -115,7 +115,7 @@ class IntGradient(Operator):
 
     def prepare(self, weight: Tensor, bias: Tensor) -> Callable[[Any], Tensor]:
         stored, k, name = self.stored(weight).map(Tensor.clone), self.case.k, self.scheme.name
-        column_scales = None if self.scheme.group_size is None else ops.column_scales(*stored, k, name)
+        column_scales = None if self.scheme.row_scaled else ops.column_scales(*stored, k, name)
 
         def call(grad: tuple[Tensor, Tensor]) -> Tensor:
             q, scales = grad
@@ -125,7 +125,7 @@ class IntGradient(Operator):
 
     def verify(self, x: Any, out: Tensor, weight: Tensor, bias: Tensor) -> str:
         known = StoredWeight(*self.stored(weight), self.case.k, self.scheme)
-        column_scales = None if self.scheme.group_size is None else reference.column_scales(known)
+        column_scales = None if self.scheme.row_scaled else reference.column_scales(known)
         expected = reference.int_grad_input(QuantizedRows(*x), known, column_scales, self.dtype)
         return self._expect_equal(out, expected)
 

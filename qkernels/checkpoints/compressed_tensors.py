@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -343,8 +343,9 @@ def _layer(tensors: SafetensorsFiles, module: str, group: _Group, losses: Losses
     exact = stored.exact_problem()
     if exact is not None:
         losses.need_requantization(f"{module}.weight", exact)
+    zeros: Literal["zero_point"] | None = None if stored.symmetric else "zero_point"
     scheme = QuantScheme(
-        stored.weight_bits, act_bits, stored.group_size, stored.symmetric, act_group_size, static_activations=static
+        stored.weight_bits, act_bits, stored.group_size, zeros, act_group_size, static_activations=static
     )
 
     def read() -> LayerWeight:
@@ -378,6 +379,8 @@ def _writable(layer: CheckpointLayer) -> QuantScheme:
     if size is not None and layer.in_features % size:
         fitting = [s for s in (128, 64, 32) if s < size and layer.in_features % s == 0]
         scheme = replace(scheme, group_size=fitting[0] if fitting else None)
+    if scheme.has_min:
+        scheme = replace(scheme, zeros="zero_point" if scheme.weight_format.has_zeros else None)
     return scheme
 
 

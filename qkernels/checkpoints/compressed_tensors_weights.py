@@ -256,5 +256,5 @@ def _quantized_again(
     size, half = stored.arguments.group_size, 1 << stored.arguments.bits - 1
     zero = torch.tensor(half) if zeros is None else expand_groups(zeros.to(torch.int16), size, stored.in_features)
     exact = (codes.to(torch.int16) - zero).to(torch.float32) * expand_groups(scales, size, stored.in_features)
-    scheme = QuantScheme(stored.weight_bits, 16, stored.group_size, stored.symmetric)
+    scheme = QuantScheme(stored.weight_bits, 16, stored.group_size, None if stored.symmetric else "zero_point")
     return quantize_again(f"{stored.module}.weight", exact, scheme, losses)

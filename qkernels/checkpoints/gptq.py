@@ -322,6 +322,8 @@ class GPTQFolder(FolderFormat):
     def problem(self, layer: CheckpointLayer) -> str | None:
         if layer.scheme.static_activations:
             return "it has no place for the scale of static activations"
+        if layer.scheme.has_min:
+            return "it has no place for float minima"
         per_word = 32 // layer.scheme.weight_bits
         for what, size in (("input", layer.in_features), ("output", layer.out_features)):
             if size % per_word:

@@ -49,7 +49,8 @@ class GroupedCodes:
         """What they are stored as; where no scheme has them, what they are quantized again to."""
         bits = 8 if self.bits == 8 else 4
         group = 32 if self.problem and self._stored_group is None and self.group_size is not None else None
-        return QuantScheme(bits, 16, group or self._stored_group, bits == 8 or self.symmetric)
+        symmetric = bits == 8 or self.symmetric
+        return QuantScheme(bits, 16, group or self._stored_group, None if symmetric else "zero_point")
 
     def store(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, losses: Losses) -> QuantizedWeight:
         """The canonical storage in `scheme`.

@@ -71,6 +71,8 @@ def keeps_integers(old: QuantScheme, new: QuantScheme) -> bool:
     finer = old.group_size == new.group_size or (
         new.group_size is not None and (old.group_size is None or old.group_size % new.group_size == 0)
     )
+    if old.has_min or new.has_min:
+        return finer and old.zeros == new.zeros and old.weight_bits == new.weight_bits
     zeros = old.symmetric or not new.symmetric or (old.weight_bits, new.weight_bits) == (4, 8)
     return finer and zeros and old.weight_bits <= new.weight_bits
 

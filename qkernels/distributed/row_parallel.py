@@ -130,7 +130,7 @@ def product(
         part, q, x_scales = ops.linear_with_saved_input(x, *stored, None, scheme.name, torch.float32)
         return _finish(all_reduce(part, "sum", group), bias, out_dtype), q, x_scales
     q, x_scales = quantize_activation(x, scheme, group, x_scale)
-    if scheme.group_size is None:
+    if scheme.row_scaled:
         sums = all_reduce(integer_sums(q, stored, scheme), "sum", group).to(torch.float32)
         out = sums * (x_scales * stored.scales.t())
     else:

@@ -157,7 +157,7 @@ def _local(layer: StoredLayer, name: str, partial: bool = False) -> Tensor | Non
     if is_dtensor(local):
         replicated = isinstance(local.placements[0], Replicate)
         local = local.to_local(grad_placements=[Partial()] if partial and replicated else None)
-    if name in ("scales", "x_scale") and local is not None and local.dtype == torch.int32:
+    if name in ("scales", "zeros", "x_scale") and local is not None and local.dtype == torch.int32:
         return local.view(torch.float32)
     return local
 
@@ -168,7 +168,7 @@ def _stored(layer: StoredLayer) -> QuantizedWeight:
 
 def _column_scales(layer: ParallelLayer, stored: QuantizedWeight, columns: int) -> Tensor | None:
     """What an integer gradient of a grouped weight needs, of this process's part of it."""
-    if layer.grad_dtype == "float" or layer.scheme.group_size is None:
+    if layer.grad_dtype == "float" or layer.scheme.row_scaled:
         return None
     return ops.column_scales(*stored, columns, layer.scheme.name)
 

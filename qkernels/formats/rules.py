@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from .scheme import QuantScheme
 from .storage import QuantizedWeight, storage_dtypes
-from .weight_format import INT4, INT8
+from .weight_format import INT4, INT8, WeightFormat
 
 # Below this magnitude a range counts as zero: 127 / absmax and scale products then stay far from overflow.
 TINY = 2.0**-96
@@ -104,7 +104,7 @@ def int8_static(x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_weight(weight: Tensor, scheme: str | QuantScheme) -> QuantizedWeight:
-    """Quantize a weight (rules 1 to 3).
+    """Quantize a weight (rules 1 to 3, and rule 16 for its minima).
 
     Args:
         weight: float [N, K], any float dtype.
@@ -140,6 +140,9 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or Inf values")
     in_features = weight.shape[1]
+    if scheme.has_min:
+        codes, scales, minima = min_codes(_repeated(weight, scheme.group_size), scheme.weight_format)
+        return QuantizedWeight(scheme.weight_format.pack(codes.flatten(1)[:, :in_features]), scales, minima)
     groups = grouped(weight, scheme.group_size)
     if scheme.weight_format is INT8:
         q, scales = int8_groups(groups)
@@ -147,6 +150,33 @@ def _quantize_rows(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     scales, inverse, zeros = int4_parameters(groups.amin(dim=-1), groups.amax(dim=-1), scheme.symmetric)
     nibbles = int4_nibbles(groups, inverse.unsqueeze(-1), zeros.unsqueeze(-1)).flatten(1)[:, :in_features]
     return QuantizedWeight(INT4.pack(nibbles), scales, None if scheme.symmetric else zeros.to(torch.uint8))
+
+
+def _repeated(weight: Tensor, group_size: int | None) -> Tensor:
+    """float32 [R, K] -> [R, groups, group_size], padded with the last value of each row: no range changes."""
+    group_size = group_size or weight.shape[1]
+    last = weight[:, -1:].expand(-1, -weight.shape[1] % group_size)
+    return torch.cat([weight, last], dim=1).unflatten(-1, (-1, group_size))
+
+
+def min_codes(groups: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 16: float32 [R, groups, G] -> codes of that shape, and the scales and minima [R, groups] of each group.
+
+    Raises:
+        ValueError: if the greatest minus the least value of a group overflows.
+    """
+    low, high = groups.amin(dim=-1) + 0.0, groups.amax(dim=-1)  # of zeros the positive one
+    span = high - low
+    if not span.isfinite().all():
+        raise ValueError("weight range of a group must be finite in float32, got max - min = Inf")
+    least, greatest = weight_format.codes
+    usable, levels = span >= TINY, float(greatest - least)
+    safe = torch.where(usable, span, 1.0)
+    scales = torch.where(usable, divide(safe, levels), 1.0)
+    inverse = torch.where(usable, divide(levels, safe), 0.0)
+    minima = torch.where(usable, low - float(least) * scales, low)
+    codes = ((groups - minima.unsqueeze(-1)) * inverse.unsqueeze(-1)).round().clamp(least, greatest)
+    return codes.to(weight_format.dtype), scales, minima
 
 
 def int4_parameters(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

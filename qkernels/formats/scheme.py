@@ -5,10 +5,25 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from .weight_format import WEIGHT_FORMATS, WeightFormat
 
 GROUP_SIZES = (32, 64, 128)  # of activations, and of weights of every format; `WeightFormat.group_sizes` may have more
+
+
+class _Zeros(NamedTuple):
+    """How a name and a code say what `zeros` holds."""
+
+    suffix: str
+    digit: int
+
+
+_ZEROS: dict[Literal["zero_point", "min"] | None, _Zeros] = {
+    None: _Zeros("", 0),
+    "zero_point": _Zeros("-asym", 1),
+    "min": _Zeros("-min", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -19,17 +34,18 @@ class QuantScheme:
         weight_bits: 8 or 4.
         act_bits: 8 (activations are quantized to int8 in every call) or 16 (activations stay float).
         group_size: weight elements along K that share a scale; None: one scale per output channel.
-        symmetric: False: 4-bit weights carry a zero point per group.
+        zeros: what the stored tensor `zeros` holds for each group: "zero_point" (4 bits only), an integer that is
+            subtracted; "min", a float that is added; None: there is none, and the weight is symmetric.
         act_group_size: activation elements along K that share a scale; None: one scale per token.
         static_activations: one scale for all activations of a layer, which calibration chose (`x_scale`).
 
-    The canonical name is ``w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym][-ag{32,64,128}]``.
+    The canonical name is ``w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym | -min][-ag{32,64,128}]``.
     """
 
     weight_bits: int
     act_bits: int
     group_size: int | None = None
-    symmetric: bool = True
+    zeros: Literal["zero_point", "min"] | None = None
     act_group_size: int | None = None
     static_activations: bool = False
 
@@ -43,7 +59,9 @@ class QuantScheme:
         sizes = self.weight_format.group_sizes
         expect(self.group_size in (None, *sizes), "group_size", f"None or one of {sizes}")
         expect(self.act_group_size in (None, *GROUP_SIZES), "act_group_size", f"None or one of {GROUP_SIZES}")
-        expect(self.symmetric or self.weight_format.has_zeros, "symmetric", "True for 8-bit weights")
+        expect(self.zeros in _ZEROS, "zeros", "None, 'zero_point' or 'min'")
+        has_point = self.zeros != "zero_point" or self.weight_format.has_zeros
+        expect(has_point, "zeros", "None or 'min' for 8-bit weights")
         expect(self.act_group_size is None or self.act_bits == 8, "act_group_size", "None for float activations")
         expect(not self.static_activations or self.act_bits == 8, "static_activations", "False for float activations")
         one_scale = self.act_group_size is None or not self.static_activations
@@ -74,7 +92,7 @@ class QuantScheme:
         if scheme not in _BY_NAME:
             raise ValueError(
                 f"unknown scheme {scheme!r}; did you mean {_nearest(scheme)!r}? "
-                "Schemes are named w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym][-ag{32,64,128}] "
+                "Schemes are named w{4,8}a{8,8s,16}[-g{16,32,64,128}][-asym | -min][-ag{32,64,128}] "
                 "(-g16 for w8, -asym for w4, -ag for a8 only)."
             )
         return _BY_NAME[scheme]
@@ -84,7 +102,7 @@ class QuantScheme:
         return (
             f"w{self.weight_bits}a{self.act_bits}{'s' if self.static_activations else ''}"
             + (f"-g{self.group_size}" if self.group_size else "")
-            + ("" if self.symmetric else "-asym")
+            + _ZEROS[self.zeros].suffix
             + (f"-ag{self.act_group_size}" if self.act_group_size else "")
         )
 
@@ -96,7 +114,8 @@ class QuantScheme:
         """The integer that the operators of `torch.ops.qkernels` take for the scheme; it is the same in every version.
 
         Its decimal digits are the name in order: one of the bits of the weight, two of the bits of the activations,
-        three of the group size, one that is 1 for `-asym`, three of the activation group size; 0 where there is none.
+        three of the group size, one that is 1 for `-asym` and 2 for `-min`, three of the activation group size; 0
+        where there is none.
         A 1 before them all means `a8s`.
 
         >>> QuantScheme.parse("w4a8-g32-asym-ag64").code
@@ -104,7 +123,7 @@ class QuantScheme:
         """
         bits = self.static_activations * 10**10 + self.weight_bits * 10**9 + self.act_bits * 10**7
         groups = (self.group_size or 0) * 10**4 + (self.act_group_size or 0)
-        return bits + groups + (0 if self.symmetric else 1000)
+        return bits + groups + 1000 * _ZEROS[self.zeros].digit
 
     @staticmethod
     def from_code(code: int) -> QuantScheme:
@@ -121,6 +140,21 @@ class QuantScheme:
     @property
     def int_activations(self) -> bool:
         return self.act_bits == 8
+
+    @property
+    def symmetric(self) -> bool:
+        """True if a weight has neither zero points nor minima: an integer times its scale is its value."""
+        return self.zeros is None
+
+    @property
+    def has_min(self) -> bool:
+        """True if a weight has a float minimum per group, which is added to integer times scale."""
+        return self.zeros == "min"
+
+    @property
+    def row_scaled(self) -> bool:
+        """True if one scale a row is all that makes numbers of a weight's integers, so that gradients can fold it."""
+        return self.group_size is None and not self.has_min
 
     @property
     def of_dynamic(self) -> QuantScheme:
@@ -154,7 +188,7 @@ class QuantScheme:
         return self.weight_format.packed_columns(in_features)
 
     def storage_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
-        """Shapes of the stored tensors by name; `zeros` is present for asymmetric schemes only."""
+        """Shapes of the stored tensors by name; `zeros` is present for `-asym` and `-min` schemes only."""
         groups = self.weight_groups(in_features)
         shapes = {
             "qweight": (out_features, self.packed_features(in_features)),
@@ -181,11 +215,12 @@ def _nearest(scheme: str) -> str:
 def _all_schemes() -> list[QuantScheme]:
     act_groups = (None, *GROUP_SIZES)
     return [
-        QuantScheme(bits, act_bits, group, symmetric, act_group, static)
+        QuantScheme(bits, act_bits, group, zeros, act_group, static)
         for bits in WEIGHT_FORMATS
         for act_bits, static in ((8, False), (16, False), (8, True))
         for group in (None, *WEIGHT_FORMATS[bits].group_sizes)
-        for symmetric in ((True, False) if WEIGHT_FORMATS[bits].has_zeros else (True,))
+        for zeros in _ZEROS
+        if zeros != "zero_point" or WEIGHT_FORMATS[bits].has_zeros
         for act_group in (act_groups if act_bits == 8 and not static else (None,))
     ]
 

@@ -21,7 +21,7 @@ class QuantizedWeight(NamedTuple):
 
     qweight: Tensor  # int8 [N, K] or uint8 [N, ceil(K / 2)]
     scales: Tensor  # float32 [N, groups]
-    zeros: Tensor | None  # uint8 [N, groups], asymmetric schemes only
+    zeros: Tensor | None  # [N, groups]: uint8 zero points (`-asym`), float32 minima (`-min`), else None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """The weight of `function(tensor)` for each tensor that there is, such as some rows of it."""
@@ -31,13 +31,16 @@ class QuantizedWeight(NamedTuple):
 
 def storage_dtypes(scheme: QuantScheme) -> dict[str, torch.dtype]:
     """Dtypes of the stored tensors by name."""
-    return {"qweight": scheme.weight_format.dtype, "scales": torch.float32, "zeros": torch.uint8}
+    zeros = torch.float32 if scheme.has_min else torch.uint8
+    return {"qweight": scheme.weight_format.dtype, "scales": torch.float32, "zeros": zeros}
 
 
 def weight_integers(qweight: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme) -> Tensor:
-    """The signed integers a weight is multiplied as: int8 [N, K]; for 4 bits `nibble - zero` (-15..15)."""
+    """The integers a weight is multiplied as: int8 [N, K]; for 4 bits `nibble - zero` (-15..15), or the nibble."""
     scheme = QuantScheme.parse(scheme)
     stored = scheme.weight_format.unpack(qweight, in_features).to(torch.int8)
+    if scheme.has_min:
+        return stored
     if zeros is not None:
         return stored - expand_groups(zeros.to(torch.int8), scheme.group_size, in_features)
     offset = scheme.weight_format.offset
@@ -61,10 +64,13 @@ def restore_features(weight: Tensor, input_order: Tensor | None) -> Tensor:
 def dequantize_weight(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, scheme: str | QuantScheme
 ) -> Tensor:
-    """float32 [N, K]: each integer times its group's scale, rounded once."""
+    """float32 [N, K]: each integer times its group's scale, rounded; plus its group's minimum, rounded again."""
     scheme = QuantScheme.parse(scheme)
     integers = weight_integers(qweight, zeros, in_features, scheme).to(torch.float32)
-    return integers * expand_groups(scales, scheme.group_size, in_features)
+    values = integers * expand_groups(scales, scheme.group_size, in_features)
+    if scheme.has_min and zeros is not None:
+        values = values + expand_groups(zeros, scheme.group_size, in_features)
+    return values
 
 
 class QuantizedRows(NamedTuple):

@@ -31,7 +31,7 @@ def storage_problems(
     Args:
         weight: the tensors by their names; None, or no entry, for one that is not there.
         leading: (E,) for the weights of E experts.
-        values: look at the values too: scales must be finite and zero points at most 15.
+        values: look at the values too: scales and minima must be finite, and zero points at most 15.
 
     Returns:
         By the name of a tensor that does not fit: what it must be, and what came. Empty if all of them fit.
@@ -54,7 +54,7 @@ def tensor_problem(
 ) -> str | None:
     """Why `tensor` has not this shape (None: `scheme` has no such tensor) and dtype."""
     if shape is None:
-        return None if tensor is None else f"is given, but {scheme} has no zero points"
+        return None if tensor is None else f"is given, but {scheme} has no zero points and no minima"
     if tensor is None:
         return f"is missing for {scheme}"
     expected = f"must be {dtype} of shape {list(shape)} for {scheme}"
@@ -98,10 +98,10 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
     local = tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor
     if local.numel() == 0:
         return None
-    if name == "scales" and not bool(local.isfinite().all()):
+    if name in ("scales", "zeros") and local.is_floating_point() and not bool(local.isfinite().all()):
         return "must be finite, got NaN or Inf"
     if name == "x_scale" and not bool((local.isfinite() & (local.abs() >= 2.0**-96)).all()):
         return f"must be finite and at least 2^-96, got {local.tolist()}"
-    if name == "zeros" and (most := local.max().item()) > 15:
+    if name == "zeros" and local.dtype == torch.uint8 and (most := local.max().item()) > 15:
         return f"must be at most 15, got {most}"
     return None

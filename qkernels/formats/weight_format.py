@@ -21,6 +21,7 @@ class WeightFormat:
         least, greatest: the integers that rounding gives a weight without zero points. A stored int8 may also be
             -128, which other writers use.
         offset: what is added to them in memory.
+        codes: the least and the greatest stored value that a weight with minima is rounded to.
         has_zeros: True if its groups may have zero points.
         group_sizes: how many of them may share a scale.
     """
@@ -30,6 +31,7 @@ class WeightFormat:
     least: int
     greatest: int
     offset: int
+    codes: tuple[int, int]
     has_zeros: bool
     group_sizes: tuple[int, ...] = (32, 64, 128)
 
@@ -72,7 +74,14 @@ class WeightFormat:
 
 
 INT8 = WeightFormat(
-    bits=8, dtype=torch.int8, least=-127, greatest=127, offset=0, has_zeros=False, group_sizes=(16, 32, 64, 128)
+    bits=8,
+    dtype=torch.int8,
+    least=-127,
+    greatest=127,
+    offset=0,
+    codes=(-127, 127),
+    has_zeros=False,
+    group_sizes=(16, 32, 64, 128),
 )
-INT4 = WeightFormat(bits=4, dtype=torch.uint8, least=-8, greatest=7, offset=8, has_zeros=True)
+INT4 = WeightFormat(bits=4, dtype=torch.uint8, least=-8, greatest=7, offset=8, codes=(0, 15), has_zeros=True)
 WEIGHT_FORMATS = {weight_format.bits: weight_format for weight_format in (INT8, INT4)}

@@ -193,7 +193,7 @@ class _Translator:
     ) -> ir.Value:
         """Translate the operator: of rows that an embedding looked up, say."""
         parsed, graph = QuantScheme.from_code(scheme), self._graph()
-        zeros = None if parsed.symmetric else zeros
+        minima, zeros = (zeros, None) if parsed.has_min else (None, None if parsed.symmetric else zeros)
         groups = None if parsed.group_size is None else graph.integers(*np.arange(in_features) // parsed.group_size)
 
         def by_column(per_group: ir.Value) -> ir.Value:
@@ -206,11 +206,14 @@ class _Translator:
             pairs = graph.add("Concat", *(graph.add("Unsqueeze", part, last) for part in (low, high)), axis=-1)
             nibbles = graph.add("Reshape", pairs, graph.integers(-1, 2 * parsed.packed_features(in_features)))
             stored = graph.add("Slice", nibbles, graph.integers(0), graph.integers(in_features), last)
-            offset = graph.constant(8.0) if zeros is None else by_column(graph.cast(zeros, _FLOAT))
-            integers = graph.add("Sub", graph.cast(stored, _FLOAT), offset)
+            integers = graph.cast(stored, _FLOAT)
+            if minima is None:
+                offset = graph.constant(8.0) if zeros is None else by_column(graph.cast(zeros, _FLOAT))
+                integers = graph.add("Sub", integers, offset)
         else:
             integers = graph.cast(qweight, _FLOAT)
-        return graph.done(graph.add("Mul", integers, by_column(scales)))
+        values = graph.add("Mul", integers, by_column(scales))
+        return graph.done(values if minima is None else graph.add("Add", values, by_column(minima)))
 
     def linear(
         self,
@@ -296,6 +299,11 @@ class _Translator:
         x_scale: ir.Value | None,
     ) -> StoredWeight:
         parsed = QuantScheme.from_code(scheme)
+        if parsed.has_min:
+            raise ValueError(
+                f"a layer of scheme {parsed} cannot be exported to ONNX, whose operators know no minima; call "
+                "qkernels.dequantize_ before, or quantize it with a scheme without -min"
+            )
         return StoredWeight(
             self._tensor(qweight, "qweight"),
             self._tensor(scales, "scales"),

@@ -91,9 +91,9 @@ class QKernelsHfQuantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """Bytes of a weight, with its share of a group; of several schemes, those of the largest."""
-        group_bytes = {True: 4, False: 5}  # a scale, and a zero point
+        group_bytes = {None: 4, "zero_point": 5, "min": 8}  # a scale, and what else a group has
         return max(
-            scheme.weight_bits / 8 + (group_bytes[scheme.symmetric] / scheme.group_size if scheme.group_size else 0)
+            scheme.weight_bits / 8 + (group_bytes[scheme.zeros] / scheme.group_size if scheme.group_size else 0)
             for scheme in self.rules.schemes
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedRows, StoredWeight
+from ..formats.storage import FLOAT_DTYPES, MAX_REDUCTION, QuantizedRows, StoredWeight, storage_dtypes
 from .arguments import ConvGeometry, LossOptions
 
 
@@ -41,7 +41,7 @@ def check_weight(weight: StoredWeight, of_experts: bool = False) -> None:
         return
     if zeros is None:
         raise RuntimeError(f"zeros is required for scheme {scheme}")
-    _check_stored("zeros", zeros, torch.uint8, (*rows, groups), in_features, scheme)
+    _check_stored("zeros", zeros, storage_dtypes(scheme)["zeros"], (*rows, groups), in_features, scheme)
     _check_device("zeros", zeros, qweight.device)
 
 
@@ -233,7 +233,7 @@ def grouped_linear_grad_input(
     _check_shaped("offsets", offsets, torch.int64, (experts,), grad_out.device)
     if seed is not None:
         _check_seed(seed, grad_out)
-    if seed is None or weight.scheme.group_size is None:
+    if seed is None or weight.scheme.row_scaled:
         if column_scales is not None:
             without = "without a seed" if seed is None else f"for scheme {weight.scheme}"
             raise RuntimeError(f"column_scales must be None {without}")
@@ -282,8 +282,8 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> None:
 
 
 def mask_clipped(grad: Tensor, weight: Tensor, scheme: QuantScheme) -> None:
-    if scheme.weight_bits != 4:
-        raise RuntimeError(f"scheme must be a w4 scheme, got {scheme}")
+    if scheme.weight_bits != 4 or scheme.has_min:
+        raise RuntimeError(f"scheme must be a w4 scheme without minima, got {scheme}")
     _check_matrix("weight", weight)
     _check_gradient(grad, weight)
 
@@ -331,7 +331,7 @@ def int_grad_input(
         )
     _check_device("qweight", qweight, q_grad.device)
     _check_shaped("grad_scales", grad_scales, torch.float32, (q_grad.shape[0],), q_grad.device)
-    if scheme.group_size is None:
+    if scheme.row_scaled:
         if column_scales is not None:
             raise RuntimeError(f"column_scales must be None for scheme {scheme}")
     elif column_scales is None:

@@ -87,7 +87,25 @@ def _int_product(x: Tensor, weight: StoredWeight) -> Tensor:
 
 
 def _scaled_sums(qx: Tensor, x_scales: Tensor, weight: StoredWeight) -> Tensor:
-    """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending."""
+    """Rule 4: exact integer sums per group, scaled and added in float32, groups ascending; rule 16: plus minima."""
+    product = _code_product(qx, x_scales, weight)
+    return product + _min_product(qx, x_scales, weight) if weight.scheme.has_min else product
+
+
+def _min_product(qx: Tensor, x_scales: Tensor, weight: StoredWeight) -> Tensor:
+    """Rule 16: the sum of x over each group times the minimum of each row there, groups ascending."""
+    scheme, step = weight.scheme, weight.scheme.acc_group_size(weight.in_features)
+    assert weight.zeros is not None
+    total = torch.zeros(qx.shape[0], weight.out_features, dtype=torch.float32, device=qx.device)
+    for start in range(0, weight.in_features, step):
+        sums = qx[:, start : start + step].sum(dim=1, keepdim=True, dtype=torch.int64).to(torch.float32)
+        x_scale = x_scales[:, start // (scheme.act_group_size or weight.in_features), None]
+        total = total + (sums * x_scale) * weight.zeros[None, :, start // (scheme.group_size or weight.in_features)]
+    return total
+
+
+def _code_product(qx: Tensor, x_scales: Tensor, weight: StoredWeight) -> Tensor:
+    """Rule 4."""
     scheme, in_features = weight.scheme, weight.in_features
     a, b = qx.to(torch.float64), weight.integers().to(torch.float64)
     w_scales = weight.scales.t()  # [groups, N]
@@ -232,7 +250,7 @@ def linear_with_saved_input(
 
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
-    """The canonical storage; zeros is [N, 0] for symmetric schemes."""
+    """The canonical storage; zeros is uint8 [N, 0] for symmetric schemes."""
     qweight, scales, zeros = rules.quantize_weight(weight, scheme)
     return qweight, scales, scales.new_empty((len(scales), 0), dtype=torch.uint8) if zeros is None else zeros
 
@@ -289,7 +307,7 @@ def column_scales(weight: StoredWeight) -> Tensor:
 def int_grad_input(
     grad: QuantizedRows, weight: StoredWeight, column_scales: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Rule 6: the quantized gradient times the integers of the weight, made anew by column where it is grouped."""
+    """Rule 6: the quantized gradient times the integers of the weight, made anew by column unless scaled by row."""
     if column_scales is None:
         integers, out_scales = weight.integers(), grad.scales[:, None]
     else:
@@ -443,11 +461,11 @@ def linear_cross_entropy(
                 t = y * rules.divide(1.0, torch.tensor(softcap, dtype=torch.float32, device=y.device))
                 slope = 1.0 - t * t
                 e = torch.where(slope > 0, e * slope, 0.0)
-            if not scheme.group_size:  # a row of zeros has a scale of 1, which would set the scale of all others
+            if scheme.row_scaled:  # a row of zeros has a scale of 1, which would set the scale of all others
                 zero = (chunk.integers() == 0).all(dim=1)
                 e = e * torch.where(zero, 0.0, chunk.scales[:, 0])
             q, scale = _quantize_dithered(e.masked_fill(is_target, 0.0), dither[valid], first)
-            factors = column_scales(chunk) if scheme.group_size else None
+            factors = None if scheme.row_scaled else column_scales(chunk)
             product = int_grad_input(QuantizedRows(q, (scale * own)[:, 0]), chunk, factors)
             part.product = part.product * before + product
         before, own = state.fold(part.max, part.sum, part.total)

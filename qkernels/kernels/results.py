@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedRows, StoredWeight
+from ..formats.storage import QuantizedRows, StoredWeight, storage_dtypes
 from .arguments import ConvGeometry
 
 
@@ -80,7 +80,7 @@ def grouped_outer(grad_out: Tensor, offsets: Tensor, x: Tensor, rows: Tensor | N
 def quantize_weight(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     shapes = scheme.storage_shapes(weight.shape[1], weight.shape[0])
     qweight = weight.new_empty(shapes["qweight"], dtype=scheme.weight_format.dtype)
-    zeros = weight.new_empty(shapes.get("zeros", (weight.shape[0], 0)), dtype=torch.uint8)
+    zeros = weight.new_empty(shapes.get("zeros", (weight.shape[0], 0)), dtype=storage_dtypes(scheme)["zeros"])
     return qweight, weight.new_empty(shapes["scales"], dtype=torch.float32), zeros
 
 

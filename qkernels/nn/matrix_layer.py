@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +35,13 @@ GRAD_DTYPES = ("float", "int8")
 WEIGHT_SCALES = ("absmax", "learned")
 
 
-def _check_trainable(scheme: QuantScheme) -> None:
-    if scheme.weight_bits != 8 or scheme.group_size is not None:
+def _check_trainable(scheme: QuantScheme, mode: str) -> None:
+    if mode == "qat" and scheme.has_min:
+        instead = replace(scheme, zeros="zero_point" if scheme.weight_format.has_zeros else None)
+        raise ValueError(
+            f"scheme must have no minima for mode='qat', got {scheme}; train {instead}, or adapters over a frozen layer"
+        )
+    if mode == "int8" and (scheme.weight_bits != 8 or not scheme.row_scaled):
         raise ValueError(f"scheme must have 8-bit weights with one scale a row for mode='int8', got {scheme}")
 
 
@@ -88,8 +94,7 @@ class MatrixLayer(Storage):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if grad_dtype not in GRAD_DTYPES:
             raise ValueError(f"grad_dtype must be one of {GRAD_DTYPES}, got {grad_dtype!r}")
-        if mode == "int8":
-            _check_trainable(self.scheme)
+        _check_trainable(self.scheme, mode)
         _check_weight_scale(weight_scale, mode, self.scheme)
         if in_features < 1:
             raise ValueError(f"in_features must be at least 1, got {in_features}")
@@ -371,7 +376,7 @@ class MatrixLayer(Storage):
         Raises:
             ValueError: if the scheme has 4-bit or grouped weights, or the columns have an order of their own.
         """
-        _check_trainable(self.scheme)
+        _check_trainable(self.scheme, "int8")
         if "input_order" in self._buffers:
             raise ValueError(
                 "input_order must be None for mode='int8': call "
@@ -428,7 +433,7 @@ class MatrixLayer(Storage):
         if self.mode != "frozen":
             return
         scales = None
-        if self.grad_dtype == "int8" and self.scheme.group_size is not None:
+        if self.grad_dtype == "int8" and not self.scheme.row_scaled:
             scales = torch.ones(self.in_features, dtype=torch.float32, device=device)
         self.register_buffer("column_scales", scales, persistent=scales is None)
 

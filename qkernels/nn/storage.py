@@ -15,14 +15,17 @@ from ..formats.validate import STORAGE, input_order_problem, storage_problems, x
 from ..kernels import ops
 from .stored_parameter import ScalesView, StoredParameter, float_scales, plain, reinterpret, store
 
+# What may be float32, and is held as its bits.
+_FLOATS = ("scales", "zeros", "x_scale")
+
 
 class Storage(nn.Module):
     """A module whose frozen weight is the parameters `qweight`, `scales` and `zeros`.
 
-    The parameter registered as `scales` holds the bits of the float32 scales (see `stored_parameter.py`); the
-    attribute, the state dict and `quantized_weight` show them as float32, and either form can be assigned or loaded.
-    `zeros` is None for symmetric schemes. In the modes "qat" and "int8" the names do not exist, but for the learned
-    scales of "qat".
+    The parameter registered as `scales` holds the bits of the float32 scales (see `stored_parameter.py`), and so does
+    `zeros` of a `-min` scheme; the attributes, the state dict and `quantized_weight` show them as float32, and either
+    form can be assigned or loaded. `zeros` is None for symmetric schemes. In the modes "qat" and "int8" the names do
+    not exist, but for the learned scales of "qat".
     """
 
     scheme: QuantScheme
@@ -30,7 +33,6 @@ class Storage(nn.Module):
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
-    zeros: nn.Parameter | None  # uint8 [N, groups], asymmetric schemes only
     float_type: type[nn.Module]  # what was quantized, and what `dequantize_` makes of the layer again
     leading: tuple[int, ...] = ()  # (E,) if the weight is those of E experts: [E, N, K]
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = FLOAT_DTYPES
@@ -63,6 +65,14 @@ class Storage(nn.Module):
             raise AttributeError(f"{type(self).__name__} has no scales in mode {self.mode!r}")
         # FSDP, whose parameter is of another class, must find here what is registered.
         return ScalesView.of(scales) if isinstance(scales, StoredParameter) else scales
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """[N, groups]: uint8 zero points (`-asym`), or a view of float32 minima (`-min`); None for other schemes."""
+        if "zeros" not in self._parameters:
+            raise AttributeError(f"{type(self).__name__} has no zeros in mode {self.mode!r}")
+        zeros = self._parameters["zeros"]
+        return ScalesView.of(zeros) if self.scheme.has_min and isinstance(zeros, StoredParameter) else zeros
 
     @property
     def x_scale(self) -> Tensor | None:
@@ -145,11 +155,13 @@ class Storage(nn.Module):
 
     def _frozen_weight(self) -> QuantizedWeight:
         """The frozen weight as the kernels read it."""
+        return self._floats_by(float_scales)
+
+    def _floats_by(self, view: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The parameters of the frozen weight, of which `view` makes floats where they are bits."""
         own: dict[str, Any] = self._parameters
-        scales = own["scales"]
-        return QuantizedWeight(
-            own["qweight"], float_scales(scales) if scales.dtype == torch.int32 else scales, own["zeros"]
-        )
+        scales, zeros = (t if t is None or t.dtype != torch.int32 else view(t) for t in (own["scales"], own["zeros"]))
+        return QuantizedWeight(own["qweight"], scales, zeros)
 
     def storage_problems(self) -> dict[str, str]:
         """By the name of each tensor of a frozen layer that does not fit its scheme: why (see `validate.py`)."""
@@ -190,11 +202,7 @@ class Storage(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it is multiplied, in the canonical storage."""
-        own: dict[str, Any] = self._parameters
-        scales = own["scales"]
-        return QuantizedWeight(
-            own["qweight"], reinterpret(scales, torch.float32) if scales.dtype == torch.int32 else scales, own["zeros"]
-        )
+        return self._floats_by(lambda bits: reinterpret(bits, torch.float32))
 
     def storage_bytes(self) -> int:
         """Bytes of the weight that the layer keeps (without the bias)."""
@@ -282,7 +290,7 @@ class Storage(nn.Module):
         given = {name: state_dict.get(prefix + name) for name in (*STORAGE, "x_scale", "input_order")}
         if all(tensor is None for tensor in given.values()):
             return []
-        for name in ("scales", "x_scale"):
+        for name in _FLOATS:
             tensor = given[name]
             if isinstance(tensor, Tensor) and tensor.dtype == torch.int32:  # a parameter
                 given[name] = reinterpret(tensor.detach(), torch.float32)
@@ -310,8 +318,8 @@ class Storage(nn.Module):
             order = state_dict.get(prefix + "input_order")
             if order is None or "input_order" not in self._buffers:
                 self._order_input(None if order is None else torch.empty_like(order, device=self._device()))
-        for name in ("scales", "x_scale"):
-            scales = state_dict.get(prefix + name)
-            if self._is_stored(name) and scales is not None and scales.dtype != torch.int32:
-                state_dict = {**state_dict, prefix + name: reinterpret(scales.detach(), torch.int32)}
+        for name in _FLOATS:
+            floats = state_dict.get(prefix + name)
+            if self._is_stored(name) and floats is not None and floats.dtype == torch.float32:
+                state_dict = {**state_dict, prefix + name: reinterpret(floats.detach(), torch.int32)}
         super()._load_from_state_dict(state_dict, prefix, *args)

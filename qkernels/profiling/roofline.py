@@ -46,7 +46,7 @@ class MatmulCost:
             parsed = QuantScheme.parse(scheme)
             kind = "int8" if parsed.int_activations and not gradient else dtype
             groups = n * parsed.weight_groups(k)
-            weight = n * parsed.packed_features(k) + groups * (4 if parsed.symmetric else 5)
+            weight = n * parsed.packed_features(k) + groups * (4 + {None: 0, "zero_point": 1, "min": 4}[parsed.zeros])
         return cls(m, n, k, kind, weight, m * (n + k) * DTYPE_BYTES[dtype])
 
 

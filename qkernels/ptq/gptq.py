@@ -43,15 +43,15 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, statistics: Input
 
     Args:
         weight: float [N, K], finite.
-        scheme: any scheme with 4-bit weights.
+        scheme: any scheme with 4-bit weights, but those with minima.
         statistics: of sample inputs of the layer.
 
     Raises:
-        ValueError: if the scheme has 8-bit weights, or the statistics do not fit or are not finite.
+        ValueError: if the scheme has 8-bit weights or minima, or the statistics do not fit or are not finite.
     """
     scheme = QuantScheme.parse(scheme)
     if not applies(scheme):
-        raise ValueError(f"scheme must have 4-bit weights, got {scheme}")
+        raise ValueError(f"scheme must have 4-bit weights without minima, got {scheme}")
     columns = weight.shape[1]
     for name, shape in (("gram", [columns, columns]), ("quant_error", [columns])):
         sums = getattr(statistics, name)
@@ -64,16 +64,20 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, statistics: Input
 
 def applies(scheme: QuantScheme) -> bool:
     """True if calibration is known to improve a scheme, on text that it has not seen too."""
-    return scheme.weight_bits == 4
+    return scheme.weight_bits == 4 and not scheme.has_min
 
 
 def check_applies(scheme: str | QuantScheme) -> None:
     """Refuse a scheme that calibration does not improve.
 
     Raises:
-        ValueError: if the scheme has 8-bit weights; the message says what helps there.
+        ValueError: if the scheme has 8-bit weights or minima; the message says what helps there.
     """
-    if not applies(scheme := QuantScheme.parse(scheme)):
+    scheme = QuantScheme.parse(scheme)
+    if scheme.has_min:
+        instead = "-asym in the place of -min" if scheme.weight_format.has_zeros else "a w4 scheme"
+        raise ValueError(f"calibration must be None for {scheme}: it chooses no minima; use {instead}")
+    if not applies(scheme):
         smooth = (
             "; to lose less to int8 activations call qkernels.smooth_(model, calibration) before quantize_"
             if scheme.int_activations

@@ -116,7 +116,15 @@ class Subject:
 
     def probe_bound(self, weight: Tensor) -> Tensor:
         eps = torch.finfo(self.dtype).eps
-        return 4 * eps * (weight.abs() + 2 * self.bias.abs().unsqueeze(-1) / self._one)
+        return 4 * eps * (weight.abs() + 2 * self.bias.abs().unsqueeze(-1) / self._one + self._minima)
+
+    @property
+    def _minima(self) -> Tensor:
+        """The largest minimum of each row, [N, 1], which is rounded where it cancels most of a product; or 0."""
+        minima = getattr(self.layer, "zeros", None)
+        if not isinstance(minima, Tensor) or not minima.is_floating_point():
+            return torch.zeros((), dtype=torch.float64)
+        return minima.detach().double().abs().amax(-1, keepdim=True)
 
     def rounding(self, x: Tensor) -> Tensor:
         """How far each element of x [M, K] may be from what is multiplied, half of a step of 127: float64 [M, 1]."""

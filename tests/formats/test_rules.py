@@ -174,7 +174,9 @@ def test_storage_has_the_promised_shapes_and_ranges(scheme, columns):
         assert (got.qweight != -128).all()
     elif columns % 2:
         assert (got.qweight[:, -1] >> 4 == 0).all()
-    if got.zeros is not None:
+    if scheme.has_min:
+        assert got.zeros.dtype == torch.float32 and got.zeros.isfinite().all()
+    elif got.zeros is not None:
         assert got.zeros.dtype == torch.uint8 and (got.zeros <= 15).all()
 
 
@@ -191,6 +193,10 @@ def test_dequantize_is_within_half_a_step(scheme, columns):
     steps = weight.to(torch.float64) / scale
     bound = torch.where((scheme.weight_bits == 4) & scheme.symmetric & (steps > 7.5), WHOLE_STEP, HALF_STEP)
     error = (weight.to(torch.float64) - restored.to(torch.float64)).abs()
+    if scheme.has_min:  # the minimum, the distance from it and the last sum are rounded
+        minima = got.zeros.to(torch.float64).repeat_interleave(size, dim=1)[:, :columns]
+        assert (error <= bound * scale.abs() + 2.0**-22 * (weight.to(torch.float64).abs() + minima.abs())).all()
+        return
     assert (error <= bound * scale.abs()).all()
     group_starts = range(0, columns, size)
     tiny = torch.stack([weight[:, s : s + size].abs().amax(dim=1) < TINY / 2 for s in group_starts], dim=1)
@@ -222,6 +228,23 @@ def test_quantizing_the_dequantized_weight_reproduces_it(scheme):
     restored = dequantize_weight(*quantize_weight(weight, scheme), 130, scheme)
     again = dequantize_weight(*quantize_weight(restored, scheme), 130, scheme)
     torch.testing.assert_close(again, restored, rtol=2.0**-21, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-min", "w8a16-g32-min", "w8a16-min"])
+def test_minima_keep_a_constant_group_and_both_ends(scheme):
+    """A group of one value, however small or large, is exact; the last group is shorter and holds no padding."""
+    weight = torch.randn(6, 1).expand(6, 70) * torch.tensor([1e-40, 1e-30, 1.0, -3.0, 1e30, 0.0]).unsqueeze(1)
+    got = quantize_weight(weight, scheme)
+    assert_same_bits(dequantize_weight(*got, 70, scheme), weight + 0.0)
+    levels = torch.tensor([0.0, 15.0, 5.0]).repeat(24)[:70] if "w4" in scheme else torch.arange(70) * 3.0 + 20
+    ends = (levels - 1000.0).expand(2, 70)
+    back = dequantize_weight(*quantize_weight(ends, scheme), 70, scheme)
+    size = QuantScheme.parse(scheme).group_size or 70
+    for start in range(0, 70, size):
+        part = slice(start, start + size)
+        step = (ends[:, part].max() - ends[:, part].min()) / 254
+        assert back[:, part].min() == ends[:, part].min()
+        assert ((back - ends)[:, part].abs() <= 0.51 * step + 2.0**-12).all()
 
 
 def test_symmetric_int4_keeps_the_extreme_by_a_negative_scale():

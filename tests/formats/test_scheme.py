@@ -16,8 +16,8 @@ NAMES = QuantScheme.names()
 
 
 def test_names_are_all_combinations_once():
-    assert len(NAMES) == len(set(NAMES)) == 78  # (w8: 5, w4: 4 * 2) groupings x (a8: 4, a16: 1, a8s: 1)
-    for name in ("w8a8", "w8a16", "w8a8-ag128", "w4a8-g32", "w4a16-g128-asym", "w4a8-g32-asym-ag64", "w4a8s-g32"):
+    assert len(NAMES) == len(set(NAMES)) == 132  # (w8: 5 * 2, w4: 4 * 3) groupings x (a8: 4, a16: 1, a8s: 1)
+    for name in ("w8a8", "w8a16", "w8a8-ag128", "w4a8-g32", "w4a16-g128-asym", "w4a8-g32-asym-ag64", "w8a8-g16-min"):
         assert name in NAMES
 
 
@@ -42,6 +42,7 @@ def test_codes_are_the_digits_of_the_name():
     """Exported graphs hold them: they never change."""
     codes = {"w8a8": 8080000000, "w8a16-g128": 8161280000, "w4a8-ag128": 4080000128, "w4a8-g32-asym-ag64": 4080321064}
     codes |= {"w8a8s": 18080000000, "w8a8-g16-ag32": 8080160032, "w4a8s-g32-asym": 14080321000}
+    codes |= {"w4a8-g32-min-ag64": 4080322064, "w8a8s-min": 18080002000}
     assert {name: QuantScheme.parse(name).code for name in codes} == codes
     assert len({QuantScheme.parse(name).code for name in NAMES}) == len(NAMES)
 
@@ -134,7 +135,8 @@ def test_other_types_are_refused(wrong):
         ("group_size", {"group_size": 0}),
         ("group_size", {"group_size": -32}),
         ("act_group_size", {"act_group_size": 256}),
-        ("symmetric", {"symmetric": False}),
+        ("zeros", {"zeros": "zero_point"}),
+        ("zeros", {"zeros": "mins"}),
         ("act_group_size", {"act_bits": 16, "act_group_size": 32}),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import reference_ops
 import torch
 from helpers import assert_same_bits, assert_within_float_bound
-from op_samples import FLOAT_SCHEMES, INT_SCHEMES, SCHEMES, exact_weight, expected, results, samples
+from op_samples import FLOAT_SCHEMES, INT_SCHEMES, SCHEMES, exact_weight, expected, magnitudes, results, samples
 from tiers import tiered
 
 from qkernels import QuantScheme
@@ -67,7 +67,9 @@ def test_grouped_float_products_are_within_their_bound(each_isa, scheme):
         for expert, part in slices(offsets):
             exact = exact_weight(*of_expert(weight, expert), x.shape[1], name)
             own = None if bias is None else bias[expert].double()
-            assert_within_float_bound(out[part], taken[part], exact, own, f"{each_isa} {label} expert {expert}")
+            words = f"{each_isa} {label} expert {expert}"
+            sizes = magnitudes(*of_expert(weight, expert), x.shape[1], name)
+            assert_within_float_bound(out[part], taken[part], exact, own, words, magnitudes=sizes)
         assert not out[offsets[-1] :].any()
 
 
@@ -81,7 +83,8 @@ def test_grouped_gradient_is_within_its_bound(each_isa, scheme):
         for expert, part in slices(offsets):
             exact = exact_weight(*of_expert(weight, expert), in_features, name).t()
             words = f"{each_isa} {label} expert {expert}"
-            assert_within_float_bound(out[part], grad_out[part], exact, None, words, gradient=True)
+            sizes = magnitudes(*of_expert(weight, expert), in_features, name).t()
+            assert_within_float_bound(out[part], grad_out[part], exact, None, words, gradient=True, magnitudes=sizes)
         assert not out[offsets[-1] :].any()
 
 

@@ -15,6 +15,7 @@ from op_samples import (
     SCHEMES,
     exact_weight,
     expected,
+    magnitudes,
     results,
     samples,
 )
@@ -220,7 +221,8 @@ def test_float_linear_is_within_its_bound(each_isa, scheme):
         x, *weight, bias, name, _ = args
         bias = None if bias is None else bias.to(torch.float64)
         exact = exact_weight(*weight, x.shape[1], name)
-        assert_within_float_bound(ops.linear(*args), x, exact, bias, f"{each_isa} {label}")
+        sizes = magnitudes(*weight, x.shape[1], name)
+        assert_within_float_bound(ops.linear(*args), x, exact, bias, f"{each_isa} {label}", magnitudes=sizes)
 
 
 @pytest.mark.parametrize("scheme", tiered(FLOAT_SCHEMES))
@@ -228,8 +230,8 @@ def test_float_conv_is_within_its_bound(each_isa, scheme):
     """As the products of patches, group by group."""
     for args, label in samples("conv", scheme, 6):
         out = ops.conv(*args).flatten(0, 2)
-        for rows, patches, exact, bias in op_samples.conv_products(args):
-            assert_within_float_bound(out[:, rows], patches, exact, bias, f"{each_isa} {label}")
+        for rows, patches, exact, bias, sizes in op_samples.conv_products(args):
+            assert_within_float_bound(out[:, rows], patches, exact, bias, f"{each_isa} {label}", magnitudes=sizes)
 
 
 @pytest.mark.parametrize("scheme", tiered(SCHEMES))
@@ -237,8 +239,9 @@ def test_linear_grad_input_is_within_its_bound(each_isa, scheme):
     for args, label in samples("linear_grad_input", scheme, 6):
         grad_out, *weight, in_features, name, _ = args
         exact = exact_weight(*weight, in_features, name).t()
-        gradient = ops.linear_grad_input(*args)
-        assert_within_float_bound(gradient, grad_out, exact, None, f"{each_isa} {label}", gradient=True)
+        gradient, sizes = ops.linear_grad_input(*args), magnitudes(*weight, in_features, name).t()
+        words = f"{each_isa} {label}"
+        assert_within_float_bound(gradient, grad_out, exact, None, words, gradient=True, magnitudes=sizes)
 
 
 @pytest.mark.parametrize("name", [name for name in isa.supported() if name in BFLOAT16_ISAS])

@@ -109,11 +109,13 @@ def test_float_products_are_within_their_bound(scheme):
     for args, label in op_samples.samples("linear", scheme, 4):
         x, *weight, bias, name, _ = args
         exact, bias = op_samples.exact_weight(*weight, x.shape[1], name), None if bias is None else bias.double()
-        assert_within_float_bound(reference_ops.linear(*args), x, exact, bias, label)
+        sizes = op_samples.magnitudes(*weight, x.shape[1], name)
+        assert_within_float_bound(reference_ops.linear(*args), x, exact, bias, label, magnitudes=sizes)
     for args, label in op_samples.samples("linear_grad_input", scheme, 4):
         grad_out, *weight, in_features, name, _ = args
-        exact = op_samples.exact_weight(*weight, in_features, name).t()
-        assert_within_float_bound(reference_ops.linear_grad_input(*args), grad_out, exact, None, label)
+        exact, sizes = (of(*weight, in_features, name).t() for of in (op_samples.exact_weight, op_samples.magnitudes))
+        gradient = reference_ops.linear_grad_input(*args)
+        assert_within_float_bound(gradient, grad_out, exact, None, label, magnitudes=sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -97,6 +97,7 @@ struct StoredWeight {
   Guarded<uint8_t> qweight;
   Guarded<float> scales;
   Guarded<uint8_t> zeros;
+  Guarded<float> minima;
 
   StoredWeight(const qk::Scheme& scheme, int64_t n, int64_t k, Random& random)
       : scheme(scheme),
@@ -104,18 +105,23 @@ struct StoredWeight {
         k(k),
         qweight(n * scheme.packed_features(k)),
         scales(n * scheme.weight_groups(k)),
-        zeros(n * scheme.weight_groups(k)) {
+        zeros(n * scheme.weight_groups(k)),
+        minima(n * scheme.weight_groups(k)) {
     for (int64_t i = 0; i < n * scheme.packed_features(k); ++i) {
       qweight[i] = static_cast<uint8_t>(scheme.weight->in_place() ? random.integer(-128, 127) : random.integer(0, 255));
     }
     for (int64_t i = 0; i < n * scheme.weight_groups(k); ++i) {
       scales[i] = random.unit(DType::float32) * 0x1p-5f;
       zeros[i] = static_cast<uint8_t>(random.integer(0, 15));
+      minima[i] = random.unit(DType::float32) * 0x1p-3f;
     }
   }
 
-  qk::Weight weight() const {
-    return {scheme, n, k, qweight.get(), scales.get(), scheme.symmetric ? nullptr : zeros.get()};
+  qk::Weight weight() const { return {scheme, n, k, qweight.get(), scales.get(), third()}; }
+
+  const void* third() const {
+    if (scheme.has_min()) return minima.get();
+    return scheme.symmetric() ? nullptr : zeros.get();
   }
 };
 

@@ -45,12 +45,15 @@ std::vector<std::string> scheme_names() {
   std::vector<std::string> names;
   for (const char* format : {"w8a8", "w8a16", "w4a8", "w4a16"}) {
     for (const char* group : {"", "-g16", "-g32", "-g64", "-g128"}) {
-      for (const char* zeros : {"", "-asym"}) {
+      for (const char* zeros : {"", "-asym", "-min"}) {
         for (const char* act_group : {"", "-ag32", "-ag64", "-ag128"}) {
           const std::string name = std::string(format) + group + zeros + act_group;
           const bool four_bits = format[1] == '4', int_activations = name.find("a8") == 2;
           if (four_bits && std::strcmp(group, "-g16") == 0) continue;
-          if ((*zeros == 0 || four_bits) && (*act_group == 0 || int_activations)) names.push_back(name);
+          if (!four_bits && std::strcmp(zeros, "-asym") == 0) continue;
+          // Minima are added to what the codes give, whatever their groups.
+          if (std::strcmp(zeros, "-min") == 0 && std::strcmp(group, "-g32") > 0) continue;
+          if (*act_group == 0 || int_activations) names.push_back(name);
         }
       }
     }
@@ -117,7 +120,7 @@ void check_int_gradient(Checker& checker, const std::string& scheme_name, const 
   const auto columns = [&](void* out) { qk::column_scales(weight, static_cast<float*>(out), threads); };
   checker.exact(scheme_name + " column_scales " + sizes, k, DType::float32, columns);
   columns(column_scales.get());
-  const float* const used = stored.scheme.group_size != 0 ? column_scales.get() : nullptr;
+  const float* const used = !stored.scheme.row_scaled() ? column_scales.get() : nullptr;
   checker.exact(scheme_name + " int_grad_input " + sizes + " -> " + name_of(out_dtype), m * k, out_dtype,
                 [&, out_dtype = out_dtype](void* out) {
                   qk::int_grad_input({q.get(), scales.get(), m, n}, weight, used, out, out_dtype, threads);
@@ -135,7 +138,7 @@ void check_experts(Checker& checker, const std::string& scheme_name, const Shape
   const Input grad_out(rows, n, shape.x, random, false);
   const StoredWeight stored(scheme, count * n, k, random);
   const qk::Weight all = stored.weight();
-  const qk::ExpertWeights weights = {scheme, count, n, k, all.qweight, all.scales, all.zeros};
+  const qk::ExpertWeights weights = {scheme, count, n, k, all.qweight, all.scales, stored.third()};
   Guarded<int64_t> index(rows);
   for (int64_t i = 0; i < rows; ++i) index[i] = m - 1 - i % m;
   const qk::ExpertRows experts = {ends, count, rows};
@@ -153,7 +156,7 @@ void check_experts(Checker& checker, const std::string& scheme_name, const Shape
   const qk::Random bits = {0x123456789abcdef0, 0};
   const qk::GroupedGradient gradient = {grad_out.matrix(), experts, &bits};
   checker.exact(label + ", gradient of x", rows * k, shape.out, [&](void* out) {
-    const float* const used = scheme.group_size != 0 ? columns.get() : nullptr;
+    const float* const used = !scheme.row_scaled() ? columns.get() : nullptr;
     qk::grouped_linear_grad_input(gradient, weights, used, out, shape.out, threads);
   });
   for (int64_t i = 0; i < m * k; ++i) qx[i] = static_cast<int8_t>(random.integer(-127, 127));
@@ -207,14 +210,15 @@ void check_quantized_weight(Checker& checker, const std::string& scheme_name, co
   Random random("weight");
   const Input w(n, k, shape.x, random, false);
   const int64_t groups = n * scheme.weight_groups(k), bytes = n * scheme.packed_features(k);
-  const bool masked = scheme.weight->bits == 4;
+  const bool masked = scheme.weight->bits == 4 && !scheme.has_min();
   const std::string label = scheme_name + " quantize_weight " + std::to_string(n) + "x" + std::to_string(k);
   checker.exact(label, 2 * groups + bytes + (masked ? n * k : 0), DType::float32, [&](void* out) {
     Guarded<uint8_t> q(bytes), zeros(groups);
     auto* floats = static_cast<float*>(out);
     for (int64_t g = 0; g < groups; ++g) zeros[g] = 0;
-    qk::quantize_weight(w.matrix(), scheme, q.get(), floats, scheme.symmetric ? nullptr : zeros.get(), threads);
-    for (int64_t g = 0; g < groups; ++g) floats[groups + g] = zeros[g];
+    void* const points = scheme.symmetric() ? nullptr : zeros.get();
+    qk::quantize_weight(w.matrix(), scheme, q.get(), floats, scheme.has_min() ? floats + groups : points, threads);
+    for (int64_t g = 0; g < groups && !scheme.has_min(); ++g) floats[groups + g] = zeros[g];
     for (int64_t i = 0; i < bytes; ++i) floats[2 * groups + i] = q[i];
     if (!masked) return;
     Guarded<float> grad(n * k), clipped(n * k);
@@ -247,7 +251,7 @@ void check_saving(Checker& checker, const std::string& scheme_name, const Shape&
 void check_given_scales(Checker& checker, const std::string& scheme_name, const Shape& shape) {
   const int64_t n = shape.n, k = shape.k;
   const qk::Scheme scheme = qk::parse_scheme(scheme_name);
-  if (!scheme.symmetric) return;
+  if (!scheme.symmetric()) return;
   Random random("given scales");
   const Input w(n, k, shape.x, random, false), grad(n, k, DType::float32, random, false);
   const int64_t groups = n * scheme.weight_groups(k), bytes = n * scheme.packed_features(k);
@@ -335,11 +339,12 @@ int check() {
   }
   for (const Shape& shape : kShapes) {
     for (const bool columns : {false, true}) check_stochastic(checker, shape, columns);
-    for (const char* scheme : {"w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym"}) {
+    for (const char* scheme : {"w8a8", "w8a8-g32", "w4a8", "w4a8-g32-asym", "w4a8-g32-min", "w8a8-min"}) {
       check_quantized_weight(checker, scheme, shape);
       check_given_scales(checker, scheme, shape);
     }
-    for (const char* scheme : {"w8a8", "w4a8", "w8a16", "w4a8-g32-asym-ag64"}) check_experts(checker, scheme, shape);
+    for (const char* scheme : {"w8a8", "w4a8", "w8a16", "w4a8-g32-asym-ag64", "w4a8-g32-min"})
+      check_experts(checker, scheme, shape);
     for (const char* scheme : {"w8a8", "w4a8-asym-ag32", "w4a8-g64"}) check_saving(checker, scheme, shape);
   }
   for (const int64_t rows : {2, 6}) check_longest_sum(checker, rows);

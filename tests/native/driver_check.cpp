@@ -100,11 +100,13 @@ bool check(const qk::Kernels& table) {
   constexpr int64_t kN = 40, kK = 200;
   Check same;
   for (const char* name : {"w8a8", "w8a8-g32", "w8a8-ag64", "w4a8", "w4a8-g128", "w4a8-g32-asym-ag32", "w4a8-asym",
-                           "w8a16", "w4a16-g64-asym"}) {
+                           "w8a16", "w4a16-g64-asym", "w8a8-min", "w4a8-g32-min", "w4a16-g64-min"}) {
     const qk::Scheme scheme = qk::parse_scheme(name);
     std::vector<uint8_t> stored(kN * scheme.packed_features(kK), 0x12), zeros(kN * scheme.weight_groups(kK), 7);
     std::vector<float> scales(kN * scheme.weight_groups(kK), 0.5f);
-    const qk::Weight w(scheme, kN, kK, stored.data(), scales.data(), scheme.symmetric ? nullptr : zeros.data());
+    const void* third = scheme.symmetric() ? nullptr : zeros.data();
+    if (scheme.has_min()) third = scales.data();
+    const qk::Weight w(scheme, kN, kK, stored.data(), scales.data(), third);
     const qk::Bias bias = {nullptr, qk::DType::float32};
     for (const int64_t m : {1, 2, 3, 4, 5, 8, 12, 13, 16, 17, 24, 25, 32, 33, 64, 65, 130}) {
       for (const qk::DType dtype : {qk::DType::float32, qk::DType::bfloat16}) {

@@ -25,7 +25,7 @@ class Tied(nn.Module):
         return self.head(self.mix(self.embed(ids)))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16-g32", "w4a8-asym", "w4a8-g32-asym", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16-g32", "w4a8-asym", "w4a8-g32-asym", "w4a16", "w4a8-g32-min"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_those_of_the_dequantized_weight(scheme, dtype):
     embedding = nn.Embedding(70, 35, padding_idx=3).to(dtype)

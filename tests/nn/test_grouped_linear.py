@@ -14,7 +14,7 @@ from qkernels.nn.grouped_linear import GroupedLinear, QuantGroupedLinear
 
 E, N, K = 4, 24, 64
 OFFSETS = torch.tensor([3, 3, 10, 12])  # the second expert has no row
-SCHEMES = ["w8a8", "w8a16", "w4a8-g32", "w4a8-g32-asym", "w4a16-g32", "w4a8-ag32", "w8a8s", "w4a8s-g32"]
+SCHEMES = ["w8a8", "w8a16", "w4a8-g32", "w4a8-g32-asym", "w4a16-g32", "w4a8-ag32", "w8a8s", "w4a8s-g32", "w4a8-g32-min"]
 
 
 def layer_of(bias=True, transposed=False, flat=False, dtype=torch.float32) -> GroupedLinear:

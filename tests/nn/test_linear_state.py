@@ -13,7 +13,7 @@ from qkernels import QuantizedWeight, QuantLinear, QuantScheme, quantize_weight
 from qkernels.formats.weight_format import INT4
 
 K, N = 70, 19
-CLASSES = ["w8a8", "w8a16-g32", "w4a8", "w4a8-g32-asym", "w4a16-asym", "w8a8-g64-ag32"]
+CLASSES = ["w8a8", "w8a16-g32", "w4a8", "w4a8-g32-asym", "w4a16-asym", "w8a8-g64-ag32", "w4a8-g32-min"]
 
 
 def layer_of(scheme: str, seed: int = 1, **options) -> QuantLinear:
@@ -180,6 +180,9 @@ CORRUPTIONS = [
     ("w4a8-g32-asym", replaced("zeros", set_first(16)), "zeros must be at most 15, got 16"),
     ("w4a8-g32-asym", replaced("zeros", lambda t: t.float()), r"zeros must be torch\.uint8 .* got torch\.float32"),
     ("w4a8-g32-asym", removed("zeros"), "zeros"),
+    ("w4a8-g32-min", replaced("zeros", set_first(torch.inf)), "zeros must be finite"),
+    ("w4a8-g32-min", replaced("zeros", lambda t: t.byte()), r"zeros must be torch\.float32 .* got torch\.uint8"),
+    ("w8a8-min", removed("zeros"), "zeros"),
     ("w4a8-g32", lambda s: s.update(zeros=torch.zeros(N, 3, dtype=torch.uint8)), "zeros .*w4a8-g32 has no zero points"),
     (
         "w8a8",
@@ -275,5 +278,5 @@ def test_int4_storage_can_be_read_by_hand():
 def test_storage_bytes(scheme):
     layer = layer_of(scheme)
     shapes = layer.scheme.storage_shapes(K, N)
-    sizes = {"qweight": 1, "scales": 4, "zeros": 1}
+    sizes = {"qweight": 1, "scales": 4, "zeros": 4 if layer.scheme.has_min else 1}
     assert layer.storage_bytes() == sum(rows * columns * sizes[name] for name, (rows, columns) in shapes.items())

@@ -37,7 +37,7 @@ def case(scheme: str, rows: int = 13, out_features: int = 2 * CHUNK + 33, in_fea
 
 
 @pytest.mark.parametrize("terms", OPTIONS, ids=str)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag32", "w4a8", "w4a8-g32-asym", "w8a8-g64-ag32"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-ag32", "w4a8", "w4a8-g32-asym", "w8a8-g64-ag32", "w4a8-g32-min"])
 def test_loss_and_gradient_are_within_their_bounds(scheme, terms):
     hidden, target, storage, bias = case(scheme)
     dither = torch.randint(2**32, target.shape)

@@ -18,7 +18,7 @@ from qkernels import QuantEmbedding, QuantLinear
 from qkernels.formats import rules
 from qkernels.nn.stored_parameter import StoredParameter
 
-SCHEMES = ["w8a8", "w4a8-g32-asym"]
+SCHEMES = ["w8a8", "w4a8-g32-asym", "w4a8-g32-min"]
 K, N = 70, 33
 
 

@@ -66,7 +66,7 @@ def sample(op: str, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
         weight = quantize_weight(torch.randn(n, shape[2], generator=generator), scheme)
         q_grad = torch.randint(-127, 128, (rows, n), dtype=torch.int8, generator=generator)
         columns = (
-            reference_ops.column_scales(*weight, shape[2], scheme) if QuantScheme.parse(scheme).group_size else None
+            None if QuantScheme.parse(scheme).row_scaled else reference_ops.column_scales(*weight, shape[2], scheme)
         )
         scales = torch.rand(rows, generator=generator)
         return op_samples.Sample((q_grad, scales, *weight, shape[2], scheme, columns), label)

@@ -95,14 +95,18 @@ def float_sum_bound(x: torch.Tensor, weight: torch.Tensor, magnitude: torch.Tens
     return relative * magnitude + BFLOAT16_FLUSH * flushed
 
 
-def assert_within_float_bound(actual, x, weight, bias=None, label: str = "", gradient: bool = False) -> None:
+def assert_within_float_bound(
+    actual, x, weight, bias=None, label: str = "", gradient: bool = False, magnitudes=None
+) -> None:
     """Check `actual` against `x @ weight.T + bias` computed in float in any order and rounded once at the end.
 
     weight [N, K] and bias are exact, in float64; x [M, K] is as it was passed to the product, and `gradient` tells
-    whether it is one. The bound holds for any order of summation.
+    whether it is one. Of a weight that is itself a sum, `magnitudes` [N, K] are those of its terms. The bound holds for
+    any order of summation.
     """
     with one_thread():
-        exact, magnitude = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+        weights = weight.abs() if magnitudes is None else magnitudes
+        exact, magnitude = x.double() @ weight.t(), x.double().abs() @ weights.t()
     if bias is not None:
         exact, magnitude = exact + bias, magnitude + bias.abs()
     bound = float_sum_bound(x, weight, magnitude, gradient)

@@ -83,7 +83,7 @@ def check(op: str, scheme: str, sample: op_samples.Sample, actual: tuple) -> Non
         check_experts_weights(op, sample, actual[0])
         return
     if from_floats and op == "conv":
-        for channels, patches, exact, bias in op_samples.conv_products(sample.args):
+        for channels, patches, exact, bias, _ in op_samples.conv_products(sample.args):
             assert_within_bound(actual[0].flatten(0, 2)[:, channels], patches, exact, bias, sample.label)
         return
     expected = reference_ops.call(op, *sample.args)

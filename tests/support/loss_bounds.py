@@ -56,7 +56,7 @@ def gradient_bound(logits, weight, storage, scheme, target, terms):
     bound = torch.zeros(len(y), weight.shape[1], dtype=torch.float64)
     for start in range(0, y.shape[1], reference.LOSS_CHUNK):
         columns, rows = others[:, start : start + reference.LOSS_CHUNK], weight[start : start + reference.LOSS_CHUNK]
-        if parsed.group_size is None:
+        if parsed.row_scaled:
             scales = storage[1][start : start + reference.LOSS_CHUNK].double().t().abs()
             unit = (columns * scales).amax(dim=1, keepdim=True) / 127
             bound += unit * (rows.abs() / scales.t()).sum(dim=0)

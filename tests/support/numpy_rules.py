@@ -67,6 +67,8 @@ def quantize_static(x: np.ndarray, x_scale: np.ndarray) -> tuple[np.ndarray, np.
 
 def quantize_weight(weight: np.ndarray, scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The canonical storage of `scheme`."""
+    if scheme.has_min:
+        return quantize_min(weight, scheme)
     if scheme.weight_bits == 8:
         return (*quantize_activation(weight, scheme.group_size), None)
     quantize_group = symmetric_group if scheme.symmetric else asymmetric_group
@@ -77,6 +79,23 @@ def quantize_weight(weight: np.ndarray, scheme) -> tuple[np.ndarray, np.ndarray,
         for g, span in enumerate(spans):
             nibbles[r, span], scales[r, g], zeros[r, g] = quantize_group(row[span])
     return pack_int4(nibbles), scales, None if scheme.symmetric else zeros
+
+
+def quantize_min(weight: np.ndarray, scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rule 16: codes of 15 or 254 steps, their scales and minima."""
+    spans = groups_of(weight.shape[1], scheme.group_size)
+    least, greatest = (0, 15) if scheme.weight_bits == 4 else (-127, 127)
+    codes, scales, minima = np.zeros(weight.shape, np.int64), *(np.ones((len(weight), len(spans)), F) for _ in "sm")
+    for r, row in enumerate(weight):
+        for g, span in enumerate(spans):
+            low, width = row[span].min() + F(0), F(row[span].max() - row[span].min())
+            minima[r, g] = low
+            if width >= TINY:
+                scales[r, g] = width / F(greatest - least)
+                minima[r, g] = low - F(least) * scales[r, g]
+                rounded = np.rint((row[span] - minima[r, g]) * (F(greatest - least) / width))
+                codes[r, span] = np.clip(rounded, least, greatest)
+    return (codes.astype(np.int8) if scheme.weight_bits == 8 else pack_int4(codes.astype(np.uint8))), scales, minima
 
 
 def pack_int4(nibbles: np.ndarray) -> np.ndarray:
@@ -91,6 +110,8 @@ def weight_integers(qweight, zeros, columns: int, scheme) -> np.ndarray:
     if scheme.weight_bits == 8:
         return qweight.astype(np.int64)
     nibbles = np.stack([(qweight[:, k // 2] >> (4 * (k % 2))) & 15 for k in range(columns)], axis=1).astype(np.int64)
+    if scheme.has_min:
+        return nibbles
     for g, span in enumerate(groups_of(columns, scheme.group_size)):
         nibbles[:, span] -= 8 if zeros is None else zeros[:, g, None].astype(np.int64)
     return nibbles
@@ -118,17 +139,30 @@ def linear(x, qweight, scales, zeros, bias, scheme, x_scale=None) -> np.ndarray:
             out = out * scales.T
         if not x_size:
             out = out * x_scales
+    if scheme.has_min:
+        out = out + minima_product(qx, x_scales, zeros, scheme)
     return out if bias is None else out + bias.astype(F)
+
+
+def minima_product(qx, x_scales, minima, scheme) -> np.ndarray:
+    """Rule 16: float32 [M, N]."""
+    w_size, x_size = scheme.group_size or qx.shape[1], scheme.act_group_size or qx.shape[1]
+    out = np.zeros((len(qx), len(minima)), F)
+    for span in groups_of(qx.shape[1], min(w_size, x_size)):
+        sums = qx[:, span].sum(axis=1).astype(F) * x_scales[:, span.start // x_size]
+        out = out + sums[:, None] * minima[None, :, span.start // w_size]
+    return out
 
 
 def int_grad_input(q_grad, grad_scales, qweight, scales, zeros, columns: int, scheme) -> np.ndarray:
     """Rule 6: float32 [M, K]."""
     integers = weight_integers(qweight, zeros, columns, scheme)
-    if scheme.group_size is None:
+    if scheme.row_scaled:
         return (q_grad.astype(np.int64) @ integers).astype(F) * grad_scales[:, None]
     out = np.zeros((len(q_grad), columns), F)
     for g, span in enumerate(groups_of(columns, scheme.group_size)):
         weight = integers[:, span].astype(F) * scales[:, g, None]
+        weight = weight + zeros[:, g, None] if scheme.has_min else weight
         for k in range(span.start, span.stop):
             column = np.ascontiguousarray(weight[:, k - span.start])
             column_scale = int8_group(column)[1]

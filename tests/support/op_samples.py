@@ -16,7 +16,7 @@ from helpers import one_thread
 from torch import Tensor
 
 from qkernels import QuantScheme
-from qkernels.formats.storage import FLOAT_DTYPES, weight_integers
+from qkernels.formats.storage import FLOAT_DTYPES, expand_groups, weight_integers
 from qkernels.kernels import arguments, ops, reference
 from qkernels.kernels.arguments import ConvGeometry
 
@@ -105,7 +105,9 @@ class Draw:
         if self.choose.random() < 0.3:
             scales[:: self.choose.randint(1, 5)] = self.choose.choice((0.0, -0.0))
         zeros = None
-        if not scheme.symmetric:
+        if scheme.has_min:
+            zeros = self.floats(*shapes["zeros"]) * (2.0**-118 if tiny else 0.1)
+        elif not scheme.symmetric:
             zeros = torch.randint(0, 16, shapes["zeros"], dtype=torch.uint8, generator=self.generator)
         if self.choose.random() < 0.15:
             layout = self.choose.choice(LAYOUTS[2:])
@@ -192,7 +194,7 @@ def grouped_linear_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> It
         offsets, seed, columns = expert_offsets(draw, experts, rows), None, None
         if i % 2:
             seed = torch.tensor(draw.choose.getrandbits(63))
-            if scheme.group_size:
+            if not scheme.row_scaled:
                 each = [[None if part is None else part[e] for part in weight] for e in range(experts)]
                 columns = torch.stack([reference_ops.column_scales(*w, in_features, scheme.name) for w in each])
         label = f"dy {words}, K {in_features}, offsets {offsets.tolist()}, seed {seed}"
@@ -232,17 +234,18 @@ def grouped_outer(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sampl
         yield Sample((grad_out, offsets, x, grouped_rows(draw, rows, sources)), label)
 
 
-def conv_products(args: tuple) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """A convolution as products, for each group: its output channels, patches, exact weight and bias."""
+def conv_products(args: tuple) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor]]:
+    """A convolution as products, for each group: its output channels, patches, exact weight, bias and `magnitudes`."""
     x, *weight, bias, scheme, geometry = args[:7]
     channels, n = x.shape[3] // geometry.groups, weight[0].shape[0] // geometry.groups
-    exact = exact_weight(*weight, geometry.in_features(x.shape[3]), scheme)
+    exact, sizes = (of(*weight, geometry.in_features(x.shape[3]), scheme) for of in (exact_weight, magnitudes))
     padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2).double(), geometry[6:10])
     patches = torch.nn.functional.unfold(padded, geometry[:2], geometry[4:6], 0, geometry[2:4])
     patches = patches.unflatten(1, (geometry.groups, channels, -1)).permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
     for group in range(geometry.groups):
         rows = slice(group * n, (group + 1) * n)
-        yield rows, patches[group].to(x.dtype), exact[rows], None if bias is None else bias[rows].to(torch.float64)
+        own_bias = None if bias is None else bias[rows].to(torch.float64)
+        yield rows, patches[group].to(x.dtype), exact[rows], own_bias, sizes[rows]
 
 
 def conv(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Sample]:
@@ -314,7 +317,7 @@ def int_grad_input(draw: Draw, scheme: QuantScheme, count: int) -> Iterator[Samp
         if special:  # a row that held Inf or NaN
             q_grad[rows // 2], grad_scales[rows // 2] = 0, torch.nan
         layout = draw.choose.choice(LAYOUTS)
-        columns = reference_ops.column_scales(*weight, in_features, scheme.name) if scheme.group_size else None
+        columns = None if scheme.row_scaled else reference_ops.column_scales(*weight, in_features, scheme.name)
         label = f"dy [{rows}, {out_features}] {layout}, K {in_features}" + (", tiny scales" if tiny else "")
         args = (relayout(q_grad, layout), grad_scales, *weight, in_features, scheme.name, columns)
         yield Sample(args, label + (", a row of NaN" if special else ""))
@@ -429,7 +432,7 @@ OP_SCHEMES = {name: SCHEMES for name in SAMPLERS} | {
 }
 OP_SCHEMES["linear_with_saved_input"] = INT_SCHEMES
 OP_SCHEMES["conv"] = [name for name in SCHEMES if "-ag" not in name]
-OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4")]
+OP_SCHEMES["mask_clipped"] = [name for name in FLOAT_SCHEMES if name.startswith("w4") and "-min" not in name]
 # Scales that are given have no zero points.
 for _op in ("quantize_weight_scaled", "scale_gradient"):
     OP_SCHEMES[_op] = [name for name in FLOAT_SCHEMES if QuantScheme.parse(name).symmetric]
@@ -472,8 +475,19 @@ def expected(op: str, scheme: str, count: int = 8) -> list[tuple[Sample, tuple[T
 
 
 def exact_weight(qweight, scales, zeros, in_features: int, scheme: str) -> torch.Tensor:
-    """float64 [N, K]: integer times scale without rounding."""
+    """float64 [N, K]: integer times scale, plus minimum, without rounding."""
     parsed = QuantScheme.parse(scheme)
     integers = weight_integers(qweight, zeros, in_features, parsed).to(torch.float64)
-    size = parsed.group_size or in_features
-    return integers * scales.to(torch.float64).repeat_interleave(size, dim=1)[:, :in_features]
+
+    def by_column(per_group: Tensor) -> Tensor:
+        return expand_groups(per_group.to(torch.float64), parsed.group_size, in_features)
+
+    return integers * by_column(scales) + (by_column(zeros) if parsed.has_min else 0.0)
+
+
+def magnitudes(qweight, scales, zeros, in_features: int, scheme: str) -> torch.Tensor:
+    """float64 [N, K]: the magnitude of integer times scale, plus that of the minimum."""
+    if not QuantScheme.parse(scheme).has_min:
+        return exact_weight(qweight, scales, zeros, in_features, scheme).abs()
+    product = exact_weight(qweight, scales, torch.zeros_like(zeros), in_features, scheme)
+    return product.abs() + exact_weight(torch.zeros_like(qweight), scales, zeros.abs(), in_features, scheme)

@@ -64,7 +64,7 @@ def gathered() -> ParallelStyle:
 def is_exact(scheme: str) -> bool:
     """Whether the sums over K are integers to their end."""
     parsed = QuantScheme.parse(scheme)
-    return parsed.int_activations and parsed.group_size is None and parsed.act_group_size is None
+    return parsed.int_activations and parsed.row_scaled and parsed.act_group_size is None
 
 
 @check

@@ -20,7 +20,7 @@ QUICK_SCHEMES = ("w8a8", "w8a8-g64-ag32", "w4a8-g32-asym", "w4a8-g128", "w8a16",
 def _pairs(name: str) -> set[tuple]:
     """The pairs of values of two of the scheme's axes: format of the weight, its groups, the activations' groups."""
     scheme = QuantScheme.parse(name)
-    weight = (scheme.weight_bits, scheme.symmetric)
+    weight = (scheme.weight_bits, scheme.zeros)
     activations = (scheme.act_bits, scheme.act_group_size)
     axes = (("weight", weight), ("group", scheme.group_size), ("activations", activations))
     return set(combinations(axes, 2))

@@ -21,7 +21,7 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("scheme", "mode", "grad"),
-    layer_kinds("w8a8", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w8a16", "w4a16-g32"),
+    layer_kinds("w8a8", "w8a8-g64-ag32", "w4a8", "w4a8-g32-asym", "w8a16", "w4a16-g32", "w4a8-g32-min"),
 )
 def test_quant_linear_conforms(scheme, mode, grad, dtype):
     layer = qk.QuantLinear.from_float(linear(dtype), scheme, mode=mode, grad_dtype=grad)

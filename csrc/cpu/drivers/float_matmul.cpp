@@ -11,6 +11,7 @@
 
 #include "cpu/buffer.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/minima.h"
 #include "cpu/drivers/rows.h"
 #include "cpu/drivers/split.h"
 
@@ -35,7 +36,8 @@ constexpr int64_t kLineUnits = 16;
 // Float32: the weight is dequantized.
 class Float32 {
  public:
-  static constexpr int64_t kUnit = 1;  // depth of a unit
+  static constexpr int64_t kUnit = 1;      // depth of a unit
+  static constexpr bool kOfCodes = false;  // forward panels hold the integers of the weight, to which minima are added
 
   static int mr(const Kernels& kernels) { return kernels.tiles.mr_float; }
   static int64_t depth_step(const Kernels&) { return 1; }
@@ -55,9 +57,15 @@ class Float32 {
     dequantize_row(kernels_, w_, n, k0, count, scratch, reinterpret_cast<float*>(units));
   }
 
-  // Depth across rows: unit i holds the products of scales[r] and q[r][i] for kUnit rows.
-  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
-    kernels_.elementwise.dequantize(q[0], count, scales[0], reinterpret_cast<float*>(units));
+  // Depth across rows: unit i holds the products of scales[r] and q[r][i] for kUnit rows, plus minima[r] if there are
+  // any.
+  void across(const int8_t* const* q, const float* scales, const float* minima, int64_t count, uint32_t* units) const {
+    auto* const values = reinterpret_cast<float*>(units);
+    if (minima != nullptr) {
+      kernels_.elementwise.dequantize_min(q[0], count, scales[0], minima[0], values);
+    } else {
+      kernels_.elementwise.dequantize(q[0], count, scales[0], values);
+    }
   }
 
   // Called before `multiply` for a block of this depth and the columns from c0 on.
@@ -77,6 +85,7 @@ class Float32 {
 class Bfloat16 {
  public:
   static constexpr int64_t kUnit = 2;
+  static constexpr bool kOfCodes = true;
 
   static int mr(const Kernels& kernels) { return kernels.bf16->mr; }
   static int64_t depth_step(const Kernels& kernels) { return kernels.bf16->depth_step; }
@@ -104,8 +113,12 @@ class Bfloat16 {
     kernels_.bf16->encode(integer_row(kernels_, w_, n, k0, count, scratch), count, units);
   }
 
-  void across(const int8_t* const* q, const float* scales, int64_t count, uint32_t* units) const {
-    kernels_.bf16->encode_pair(q, scales, count, units);
+  void across(const int8_t* const* q, const float* scales, const float* minima, int64_t count, uint32_t* units) const {
+    if (minima != nullptr) {
+      kernels_.bf16->encode_pair_min(q, scales, minima, count, units);
+    } else {
+      kernels_.bf16->encode_pair(q, scales, count, units);
+    }
   }
 
   // Collects the scales of the groups in the block; those of the gradient are in its panels and stay 1 here.
@@ -198,23 +211,27 @@ class FloatWeightBlock {
     if (cols < width || padded(used) > used) std::fill_n(panels_.get(), kBlockUnits * width, 0u);
     for (int64_t d = 0; d < count; d += kUnit) {
       const int8_t* q[kUnit];
-      const float* scales[kUnit];
+      const float *scales[kUnit], *minima[kUnit];
       for (int64_t r = 0; r < kUnit; ++r) {
         const int64_t n = std::min(d0 + d + r, w_.n - 1);
         q[r] = integer_row(kernels_, w_, n, k0, cols, &integers_[r * width]);
         scales[r] = w_.scales + n * w_.groups + first_group;
+        if (w_.minima != nullptr) minima[r] = w_.minima + n * w_.groups + first_group;
       }
       // Segments end where a panel or a group does.
       int64_t p = 0, g = 0, panel_end = nr, group_end = first_end;
       for (int64_t c = 0, end; c < cols; c = end) {
         end = std::min({cols, panel_end, group_end});
         const int8_t* columns[kUnit];
-        float scale[kUnit];
+        float scale[kUnit], minimum[kUnit];
         for (int64_t r = 0; r < kUnit; ++r) {
           columns[r] = q[r] + c;
-          scale[r] = d + r < count ? scales[r][g] : 0.0f;  // past the last row
+          const bool valid = d + r < count;  // else past the last row
+          scale[r] = valid ? scales[r][g] : 0.0f;
+          minimum[r] = valid && w_.minima != nullptr ? minima[r][g] : 0.0f;
         }
-        format_.across(columns, scale, end - c, panel(p) + d / kUnit * nr + c - (panel_end - nr));
+        format_.across(columns, scale, w_.minima != nullptr ? minimum : nullptr, end - c,
+                       panel(p) + d / kUnit * nr + c - (panel_end - nr));
         if (end == panel_end) ++p, panel_end += nr;
         if (end == group_end) ++g, group_end += w_.group;
       }
@@ -268,6 +285,13 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
   const int64_t part_units = std::clamp<int64_t>(units, 1, std::max(fits, kBlockUnits));
   const bool one_part = part_units >= units;
 
+  XSums x_sums(kernels, w, x.rows, Format::kOfCodes && !grad_input);
+  if (x_sums.any()) {
+    parallel(x.rows, [&](int64_t begin, int64_t end) {
+      Buffer<float> floats(x.cols);
+      for (int64_t m = begin; m < end; ++m) x_sums.set(m, float_row(kernels, x, m, floats.get()));
+    });
+  }
   Buffer<uint32_t> a(panels * mr * part_units);
   Buffer<float> totals(one_part ? 0 : div_up(cols, width) * panels * mr * width);
   for (int64_t begin_units = 0; begin_units == 0 || begin_units < units; begin_units += part_units) {
@@ -280,6 +304,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
       FloatWeightBlock<Format> b(kernels, w, grad_input);
       Buffer<float> tiles(one_part ? panels * mr * width : 0), ones(std::max(mr, nr)), bias_panel(nr);
       std::fill_n(ones.get(), std::max(mr, nr), 1.0f);
+      MinimaTile minima(kernels, x_sums, mr);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t c0 = split.column(task) * width;
         const int64_t first = split.row_begin(task), last = split.row_end(task);
@@ -303,12 +328,13 @@ void multiply_rows(const Kernels& kernels, const Matrix& x, const Weight& w, boo
           const int64_t column = c0 + p * nr, valid = std::min<int64_t>(nr, cols - column);
           if (bias != nullptr) std::copy_n(bias + column, valid, bias_panel.get());
           for (int64_t panel = first; panel < last; ++panel) {
-            const int64_t m0 = panel * mr;
+            const int64_t m0 = panel * mr, m_valid = std::min<int64_t>(mr, x.rows - m0);
             kernels.tiles.store_float(tile(p, panel), {
                                                           .row_scales = ones.get(),
                                                           .col_scales = ones.get(),
                                                           .bias = bias != nullptr ? bias_panel.get() : nullptr,
-                                                          .rows = static_cast<int>(std::min<int64_t>(mr, x.rows - m0)),
+                                                          .minima = minima(w, column, m0, m_valid),
+                                                          .rows = static_cast<int>(m_valid),
                                                           .cols = static_cast<int>(valid),
                                                           .out = out.at(m0, column, cols),
                                                           .stride = out.row_stride(cols),
@@ -342,6 +368,15 @@ void matmul(const Kernels& kernels, const Matrix& x, const Weight& w, bool grad_
   };
   const bool bf16 = x.dtype == DType::bfloat16 && kernels.bf16 != nullptr && (grad_input || whole_groups());
   (bf16 ? matmul<Bfloat16> : matmul<Float32>)(kernels, x, w, grad_input, bias, out, parallel);
+  if (!bf16 || grad_input || w.minima == nullptr) return;
+  // Inf times a code and Inf times a minimum may cancel where Inf times their sum does not: such rows once more.
+  constexpr uint32_t kInf = 0x7f800000;
+  Buffer<float> scratch(x.cols);
+  for (int64_t m = 0; m < x.rows; ++m) {
+    const Matrix row = {x.row(m), x.dtype, 1, x.cols};
+    if (absmax_bits(kernels, row, scratch.get()) < kInf) continue;
+    matmul<Float32>(kernels, row, w, false, bias, {.data = out.at(m, 0, w.n), .dtype = out.dtype}, parallel);
+  }
 }
 
 // The rows of x are packed block by block, so nothing is kept of them.

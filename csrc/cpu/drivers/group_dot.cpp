@@ -6,6 +6,7 @@
 #include "cpu/buffer.h"
 #include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/minima.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
@@ -65,7 +66,8 @@ class GroupDotOperand : public LinearOperand {
         q_(rows_ * k_padded_),
         sums_(rows_ * groups_padded_),
         scales_(rows_ * act_groups_),
-        group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_padded_ : 0) {
+        group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_padded_ : 0),
+        x_sums_(kernels, w, rows_) {
     quantize_rows_parallel(input.x, parallel,
                            [&](int64_t begin, int64_t end) { quantize(input, w.scheme, begin, end); });
   }
@@ -80,6 +82,7 @@ class GroupDotOperand : public LinearOperand {
     for (int64_t m = m_begin; m < m_end; ++m) {
       float* row_scales = &scales_[m * act_groups_];
       const int8_t* row = read(m, row_scales);
+      x_sums_.set(m, row, row_scales);
       int32_t* row_sums = &sums_[m * groups_padded_];
       for (int64_t g = 0; g < groups_; ++g)
         row_sums[g] = kernels_.elementwise.sum(row + g * group, std::min(group, k - g * group));
@@ -99,6 +102,7 @@ class GroupDotOperand : public LinearOperand {
   Buffer<int32_t> sums_;        // [M, groups_padded]: of q
   Buffer<float> scales_;        // [M, act_groups]
   Buffer<float> group_scales_;  // [M, groups_padded], grouped activations only
+  XSums x_sums_;
 };
 
 void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
@@ -147,7 +151,7 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
                   .sums = &sums[i * row_sums],
                   .sums_stride = stride,
                   .zeros = groups.zeros(),
-                  .zero = scheme.weight->offset + kernels_.dots.of(*scheme.weight).shift,
+                  .zero = scheme.stored_zero() + kernels_.dots.of(*scheme.weight).shift,
                   .x_sums = &sums_[m * stride],
                   .w_scales = groups.scales(),
                   .x_scales = x_grouped ? &group_scales_[m * stride] : nullptr,
@@ -157,15 +161,18 @@ void GroupDotOperand::multiply(const Weight& w, const float* bias, const Output&
             float value = values[r];
             if (!w_grouped) value = value * w.scales[n[r]];
             if (!x_grouped) value = value * scales_[m];
-            if (bias != nullptr) value = value + bias[n[r]];
             y[m * count + n[r] - n_begin] = value;
           }
         }
       }
     }
+    add_minima(kernels_, x_sums_, w, n_begin, rows_, count, y.get());
     for (int64_t m = 0; m < rows_; ++m) {
-      void* target = out.at(m, n_begin, w.n);
-      kernels_.elementwise.from_float(&y[m * count], count, out.dtype, target);
+      float* const row = &y[m * count];
+      if (bias != nullptr) {
+        for (int64_t j = 0; j < count; ++j) row[j] = row[j] + bias[n_begin + j];
+      }
+      kernels_.elementwise.from_float(row, count, out.dtype, out.at(m, n_begin, w.n));
     }
   });
 }

@@ -15,6 +15,7 @@
 #include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/large_results.h"
+#include "cpu/drivers/minima.h"
 #include "cpu/drivers/rows.h"
 #include "cpu/drivers/split.h"
 
@@ -55,7 +56,7 @@ struct MatmulShape {
   const NibbleKernels* nibbles;  // null: integer panels
   const Weight& w;
   int64_t depth, cols;  // of the product
-  bool grouped, x_grouped, w_grouped;
+  bool forward, grouped, x_grouped, w_grouped;
   int mr, nr, unit;
   int64_t group, groups;              // summed in integers
   int64_t units, group_units, steps;  // along the depth
@@ -68,6 +69,7 @@ struct MatmulShape {
         w(weight),
         depth(grad_input ? weight.n : weight.k),
         cols(grad_input ? weight.k : weight.n),
+        forward(!grad_input),
         grouped(weight.scheme.grouped() && !grad_input),
         x_grouped(weight.scheme.act_group_size != 0 && !grad_input),
         w_grouped(weight.scheme.group_size != 0 && !grad_input),
@@ -125,19 +127,21 @@ struct PackedRows {
   Buffer<uint32_t> sums;       // [panels, steps, mr], see NOTE [nibbles]
   Buffer<float> row_scales;    // [panels, mr]: for the epilogue; 1 where the group scales hold it
   Buffer<float> group_scales;  // [panels, groups, mr], x_grouped only
+  XSums group_sums;            // of the forward
 
   // Rows with a scale for each `act_group` values.
   PackedRows(const MatmulShape& shape, const LinearInput& x, int64_t act_group, const Parallel& parallel)
-      : PackedRows(shape, div_up(x.x.rows, shape.mr)) {
+      : PackedRows(shape, div_up(x.x.rows, shape.mr), x.x.rows) {
     parallel(div_up(x.x.rows, shape.mr), [&](int64_t begin, int64_t end) { pack(shape, x, act_group, begin, end); });
   }
 
  private:
-  PackedRows(const MatmulShape& shape, int64_t count)
+  PackedRows(const MatmulShape& shape, int64_t count, int64_t rows)
       : panels(count * shape.units * shape.mr),
         sums(count * shape.steps * shape.mr),
         row_scales(count * shape.mr),
-        group_scales(shape.x_grouped ? count * shape.groups * shape.mr : 0) {}
+        group_scales(shape.x_grouped ? count * shape.groups * shape.mr : 0),
+        group_sums(shape.kernels, shape.w, rows, shape.forward) {}
 
   // Panels [begin, end).
   void pack(const MatmulShape& shape, const LinearInput& x, int64_t act_group, int64_t begin, int64_t end);
@@ -161,6 +165,7 @@ void PackedRows::pack(const MatmulShape& shape, const LinearInput& x, int64_t ac
       sources[i] = &encoded[i * shape.units];
       if (m < rows) {
         q = read(m, scales.get());
+        group_sums.set(m, q, scales.get());
       } else {
         std::fill_n(scales.get(), read.groups(), 1.0f);
       }
@@ -260,7 +265,7 @@ class PackAlong {
     for (int64_t g = 0; g < shape_.groups; ++g) {
       const int zero = n >= w.n             ? 0
                        : w.zeros != nullptr ? w.zeros[n * w.groups + shape_.weight_group(g)]
-                                            : w.scheme.weight->offset;
+                                            : w.scheme.stored_zero();
       zeros[g] = zero * 0x10001;
     }
     return zeros;
@@ -330,6 +335,7 @@ class PackAcross {
         width_(shape.panels * shape.nr),
         inverse_(width_),
         integers_(width_),
+        floats_(shape.w.minima != nullptr ? width_ : 0),
         chunk_(kAcrossRows * width_) {}
 
   static const float* bias(const WeightPanels&, int64_t) { return nullptr; }
@@ -380,6 +386,12 @@ class PackAcross {
       integer_row(kernels, w, n, k0, cols, out);
       return;
     }
+    if (w.minima != nullptr) {
+      dequantize_row(kernels, w, n, k0, cols, integers_.get(), floats_.get());
+      kernels.elementwise.scale_each(floats_.get(), inverse_.get(), cols, floats_.get());
+      kernels.elementwise.quantize_clamped(floats_.get(), cols, 1.0f, out);
+      return;
+    }
     const int8_t* q = integer_row(kernels, w, n, k0, cols, integers_.get());
     const float* scale = w.scales + n * w.groups + k0 / w.group;
     for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + cols; k = end, ++scale) {
@@ -393,6 +405,7 @@ class PackAcross {
   int64_t width_;
   Buffer<float> inverse_;    // [width]
   Buffer<int8_t> integers_;  // [width]
+  Buffer<float> floats_;     // [width], for a weight with minima
   Buffer<int8_t> chunk_;     // [kAcrossRows, width]
 };
 
@@ -494,6 +507,7 @@ void multiply_panels(const MatmulShape& shape, int64_t rows, const PackedRows& a
     Pack pack(shape, pack_argument);
     WeightPanels b(shape);
     Multiply multiply(shape, a, b);
+    MinimaTile minima(shape.kernels, a.group_sums, shape.mr);
     Buffer<uint32_t> tiles(one_chunk ? tile_size : split.max_rows() * shape.panels * tile_size);
     int64_t packed = -1;  // the first column of a block that holds the whole depth
     for (int64_t task = begin; task < end; ++task) {
@@ -518,12 +532,14 @@ void multiply_panels(const MatmulShape& shape, int64_t rows, const PackedRows& a
                 }
                 multiply.add(panel, p, first, u, chunk_end, tile);
                 if (chunk_end < shape.units) continue;
-                const int64_t m0 = panel * shape.mr, n0 = c0 + p * shape.nr;
+                const int64_t m0 = panel * shape.mr, n0 = c0 + p * shape.nr,
+                              valid = std::min<int64_t>(shape.mr, rows - m0);
                 multiply.store(tile, {
                                          .row_scales = &a.row_scales[m0],
                                          .col_scales = &b.col_scales[p * shape.nr],
                                          .bias = pack.bias(b, p),
-                                         .rows = static_cast<int>(std::min<int64_t>(shape.mr, rows - m0)),
+                                         .minima = minima(shape.w, n0, m0, valid),
+                                         .rows = static_cast<int>(valid),
                                          .cols = static_cast<int>(std::min<int64_t>(shape.nr, shape.cols - n0)),
                                          .out = out.at(m0, n0, shape.cols),
                                          .stride = out.row_stride(shape.cols),

@@ -10,6 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/minima.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
@@ -92,7 +93,8 @@ class RowDotOperand : public LinearOperand {
         wide_(takes_x4_ && kernels.dots.x4_bytes == 2 ? rows_ * k_padded_ : 0),
         sums_(rows_ * groups_ * kWeightRows),
         scales_(rows_ * act_groups_),
-        group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_ * kWeightRows : 0) {
+        group_scales_(w.scheme.act_group_size != 0 ? rows_ * groups_ * kWeightRows : 0),
+        x_sums_(kernels, w, rows_) {
     quantize_rows_parallel(input.x, parallel,
                            [&](int64_t begin, int64_t end) { quantize(input, w.scheme, begin, end); });
   }
@@ -107,6 +109,7 @@ class RowDotOperand : public LinearOperand {
     for (int64_t m = m_begin; m < m_end; ++m) {
       float* row_scales = &scales_[m * act_groups_];
       const int8_t* row = read(m, row_scales);
+      x_sums_.set(m, row, row_scales);
       for (int64_t g = 0; g < groups_; ++g) {
         const int64_t begin = g * group, at = (m * groups_ + g) * kWeightRows;
         std::fill_n(&sums_[at], kWeightRows, kernels_.elementwise.sum(row + begin, std::min(group, k - begin)));
@@ -139,7 +142,7 @@ class RowDotOperand : public LinearOperand {
               float (&y)[kWeightRows]) const {
     const bool w_grouped = w.scheme.group_size != 0, x_grouped = w.scheme.act_group_size != 0;
     const float x_scale = scales_[m * act_groups_];
-    const int zero = w.scheme.weight->offset + kernels_.dots.of(*w.scheme.weight).shift;
+    const int zero = w.scheme.stored_zero() + kernels_.dots.of(*w.scheme.weight).shift;
     const int32_t* x_sums = &sums_[m * groups_ * kWeightRows];
     if (!w_grouped && !x_grouped) {
       for (int r = 0; r < kWeightRows; ++r) {
@@ -174,6 +177,7 @@ class RowDotOperand : public LinearOperand {
   Buffer<int32_t> sums_;        // [M, groups, kWeightRows]: of q, for the shift or the zero points
   Buffer<float> scales_;        // [M, act_groups]
   Buffer<float> group_scales_;  // [M, groups, kWeightRows], grouped activations only
+  XSums x_sums_;
 };
 
 // Writes y[M, count] (columns n0 .. n0 + count of the output) after adding the bias.
@@ -207,6 +211,7 @@ void RowDotOperand::multiply(const Weight& w, const float* bias, const Output& o
         }
       }
     }
+    add_minima(kernels_, x_sums_, w, n0, rows_, count, y.get());
     store_columns(kernels_, y, rows_, count, n0, w.n, bias, out);
   });
 }

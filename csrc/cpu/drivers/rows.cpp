@@ -101,7 +101,7 @@ const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, in
   const uint8_t* row = w.row(n);
   if (w.scheme.weight->in_place()) return reinterpret_cast<const int8_t*>(row) + k0;
   if (w.zeros == nullptr) {
-    kernels.elementwise.unpack_int4(row + k0 / 2, count, w.scheme.weight->offset, scratch);
+    kernels.elementwise.unpack_int4(row + k0 / 2, count, w.scheme.stored_zero(), scratch);
     return scratch;
   }
   const uint8_t* zeros = w.zeros + n * w.groups + k0 / w.group;
@@ -115,9 +115,14 @@ void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t 
                     float* out) {
   const int8_t* q = integer_row(kernels, w, n, k0, count, scratch);
   const float* scale = w.scales + n * w.groups + k0 / w.group;
+  const float* minimum = w.minima != nullptr ? w.minima + n * w.groups + k0 / w.group : nullptr;
   for (int64_t k = k0, end = k0 / w.group * w.group; k < k0 + count; k = end, ++scale) {
     end = std::min(end + w.group, k0 + count);
-    kernels.elementwise.dequantize(q + (k - k0), end - k, *scale, out + (k - k0));
+    if (minimum != nullptr) {
+      kernels.elementwise.dequantize_min(q + (k - k0), end - k, *scale, *minimum++, out + (k - k0));
+    } else {
+      kernels.elementwise.dequantize(q + (k - k0), end - k, *scale, out + (k - k0));
+    }
   }
 }
 

@@ -42,7 +42,7 @@ const float* float_row(const Kernels& kernels, const Matrix& x, int64_t m, float
 const int8_t* integer_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count,
                           int8_t* scratch);
 
-// The same columns as float: integer * scale. `scratch` holds count integers.
+// The same columns as float: integer * scale, plus the minimum if there is one. `scratch` holds count integers.
 void dequantize_row(const Kernels& kernels, const Weight& w, int64_t n, int64_t k0, int64_t count, int8_t* scratch,
                     float* out);
 

@@ -7,6 +7,7 @@
 #include "cpu/buffer.h"
 #include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/minima.h"
 #include "cpu/drivers/rows.h"
 
 namespace qk {
@@ -26,7 +27,8 @@ class TileDotOperand : public LinearOperand {
         units_(round_up(div_up(w.k, kernels.panels.unit), kernels.panels.depth_step)),
         panels_(div_up(rows_, kTileRows)),
         data_(panels_ * units_ * kTileRows),
-        scales_(rows_) {
+        scales_(rows_),
+        x_sums_(kernels, w, rows_) {
     IntRows read(kernels, input, w.k);
     Buffer<uint32_t> rows(kTileRows * units_);
     const uint32_t* sources[kTileRows];
@@ -34,7 +36,10 @@ class TileDotOperand : public LinearOperand {
       std::fill_n(rows.get(), kTileRows * units_, 0u);
       for (int64_t i = 0, m = panel * kTileRows; i < kTileRows; ++i, ++m) {
         sources[i] = &rows[i * units_];
-        if (m < rows_) std::memcpy(&rows[i * units_], read(m, &scales_[m]), w.k);
+        if (m >= rows_) continue;
+        const int8_t* q = read(m, &scales_[m]);
+        x_sums_.set(m, q, &scales_[m]);
+        std::memcpy(&rows[i * units_], q, w.k);
       }
       kernels.panels.interleave(sources, kTileRows, units_, &data_[panel * units_ * kTileRows]);
     }
@@ -47,6 +52,7 @@ class TileDotOperand : public LinearOperand {
   int64_t rows_, units_, panels_;
   Buffer<uint32_t> data_;  // [panels, units, kTileRows]
   Buffer<float> scales_;   // [M]
+  XSums x_sums_;
 };
 
 void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& out, const Parallel& parallel) const {
@@ -60,6 +66,7 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
 
   parallel(div_up(w.n, kBlockRows), [&](int64_t begin, int64_t end) {
     const TileState state(kernels, bytes);
+    MinimaTile minima(kernels, x_sums_, kTileRows);
     Buffer<int8_t> copy(kBlockRows * bytes);
     Buffer<int32_t> sums(panels_ * kBlockRows * kTileRows);
     Buffer<uint32_t> tile(kTileRows * kBlockRows);
@@ -88,7 +95,7 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
       std::copy_n(w.scales + n0, valid, scales.get());
       if (bias != nullptr) std::copy_n(bias + n0, valid, bias_block.get());
       for (int64_t panel = 0; panel < panels_; ++panel) {
-        const int64_t m0 = panel * kTileRows;
+        const int64_t m0 = panel * kTileRows, m_valid = std::min<int64_t>(kTileRows, rows_ - m0);
         for (int j = 0; j < kBlockRows; ++j) {
           sources[j] = reinterpret_cast<const uint32_t*>(&sums[(panel * kBlockRows + j) * kTileRows]);
         }
@@ -98,7 +105,8 @@ void TileDotOperand::multiply(const Weight& w, const float* bias, const Output& 
                                     .row_scales = &scales_[m0],
                                     .col_scales = scales.get(),
                                     .bias = bias != nullptr ? bias_block.get() : nullptr,
-                                    .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
+                                    .minima = minima(w, n0, m0, m_valid),
+                                    .rows = static_cast<int>(m_valid),
                                     .cols = static_cast<int>(valid),
                                     .out = out.at(m0, n0, w.n),
                                     .stride = out.row_stride(w.n),

@@ -12,6 +12,7 @@
 #include "cpu/cache.h"
 #include "cpu/drivers/activations.h"
 #include "cpu/drivers/drivers.h"
+#include "cpu/drivers/minima.h"
 
 namespace qk {
 namespace {
@@ -73,8 +74,8 @@ class TileWeightBlock {
 // Totals of kBlockRows rows of the weight and panels [first, last) of x, to their place in the result.
 class StoreTotals {
  public:
-  StoreTotals(const Kernels& kernels, const Weight& w, const float* bias, Output out, int64_t rows)
-      : kernels_(kernels), w_(w), bias_(bias), out_(out), rows_(rows) {
+  StoreTotals(const Kernels& kernels, const Weight& w, const XSums& x_sums, const float* bias, Output out, int64_t rows)
+      : kernels_(kernels), w_(w), minima_(kernels, x_sums, kTileRows), bias_(bias), out_(out), rows_(rows) {
     std::fill_n(col_scales_, kBlockRows, 1.0f);
   }
 
@@ -86,13 +87,14 @@ class StoreTotals {
       const uint32_t* sources[kBlockRows];
       for (int64_t r = 0; r < kBlockRows; ++r) sources[r] = reinterpret_cast<const uint32_t*>(totals + r * kTileRows);
       kernels_.panels.interleave(sources, kBlockRows, kTileRows, tile_);
-      const int64_t m0 = panel * kTileRows;
+      const int64_t m0 = panel * kTileRows, valid = std::min<int64_t>(kTileRows, rows_ - m0);
       kernels_.tiles.store_float(reinterpret_cast<const float*>(tile_),
                                  {
                                      .row_scales = row_scales + m0,
                                      .col_scales = col_scales_,
                                      .bias = bias_ != nullptr ? bias_block_ : nullptr,
-                                     .rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_ - m0)),
+                                     .minima = minima_(w_, n0, m0, valid),
+                                     .rows = static_cast<int>(valid),
                                      .cols = cols,
                                      .out = out_.at(m0, n0, w_.n),
                                      .stride = out_.row_stride(w_.n),
@@ -104,6 +106,7 @@ class StoreTotals {
  private:
   const Kernels& kernels_;
   const Weight& w_;
+  MinimaTile minima_;
   const float* bias_;
   Output out_;
   int64_t rows_;
@@ -122,7 +125,8 @@ class TileGroupsOperand : public LinearOperand {
         panels_(div_up(rows_, kTileRows)),
         data_(panels_ * units_ * kTileRows),
         group_scales_(w.scheme.act_group_size != 0 ? panels_ * groups_ * kTileRows : 0),
-        row_scales_(panels_ * kTileRows) {
+        row_scales_(panels_ * kTileRows),
+        x_sums_(kernels, w, rows_) {
     parallel(panels_, [&](int64_t begin, int64_t end) { pack(input, w.scheme, begin, end); });
   }
 
@@ -143,7 +147,11 @@ class TileGroupsOperand : public LinearOperand {
         const int64_t m = panel * kTileRows + i;
         sources[i] = &integers[i * units_];
         std::fill_n(scales.get(), read.groups(), 0.0f);
-        if (m < rows_) std::memcpy(&integers[i * units_], read(m, scales.get()), k);
+        if (m < rows_) {
+          const int8_t* q = read(m, scales.get());
+          x_sums_.set(m, q, scales.get());
+          std::memcpy(&integers[i * units_], q, k);
+        }
         row_scales_[m] = x_grouped ? 1.0f : scales[0];
         if (!x_grouped) continue;
         expand_groups(scales.get(), act_group, group, groups_, &group_scales_[panel * groups_ * kTileRows + i],
@@ -158,6 +166,7 @@ class TileGroupsOperand : public LinearOperand {
   Buffer<uint32_t> data_;       // [panels, units, kTileRows]
   Buffer<float> group_scales_;  // [panels, groups, kTileRows], grouped activations only
   Buffer<float> row_scales_;    // [panels, kTileRows]: 1 where the group scales hold it
+  XSums x_sums_;
 };
 
 void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Output& out,
@@ -173,7 +182,7 @@ void TileGroupsOperand::multiply(const Weight& w, const float* bias, const Outpu
     const TileState state(kernels, group);
     TileWeightBlock block(kernels, w, groups_);
     Buffer<float> totals((depth < w.k ? end - begin : 1) * block_totals);
-    StoreTotals store(kernels, w, bias, out, rows_);
+    StoreTotals store(kernels, w, x_sums_, bias, out, rows_);
     for (int64_t first = 0; first < panels_; first += block_panels) {
       const int64_t last = std::min(first + block_panels, panels_);
       for (int64_t k_begin = 0; k_begin < w.k; k_begin += depth) {

@@ -86,8 +86,9 @@ struct NibbleTile {
 // the first `rows` rows and `cols` columns of the tile.
 struct TileOutput {
   const float* row_scales;
-  const float* col_scales;  // [nr]
-  const float* bias;        // [nr], or null: nothing is added
+  const float* col_scales;        // [nr]
+  const float* bias;              // [nr], or null: nothing is added
+  const float* minima = nullptr;  // [rows, nr]: what is added before the bias (minima_tile), or null
   int rows, cols;
   void* out;
   int64_t stride;  // elements from one row of out to the next
@@ -215,6 +216,8 @@ struct Bf16Kernels {
   void (*encode)(const int8_t* q, int64_t k, uint32_t* units);
   // Two rows side by side: unit i = scales[r] * q[r][i], rounded to nearest even, row 0 in the low half.
   void (*encode_pair)(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units);
+  // The same of scales[r] * q[r][i] + minima[r], each rounded to float32 first.
+  void (*encode_pair_min)(const int8_t* const* q, const float* scales, const float* minima, int64_t n, uint32_t* units);
   // float tile [mr, nr] += (A * B^T)[i][j] * scales[j]: the product with the scale and the addition are each rounded.
   void (*tile)(int64_t units, const uint32_t* a, const uint32_t* b, const float* scales, float* tile);
   void (*interleave_a)(const uint32_t* const* sources, int rows, int64_t units, uint32_t* panel) = nullptr;  // or null
@@ -233,6 +236,7 @@ struct ElementwiseKernels {
   // The same with a zero point for each group of n values.
   void (*unpack_int4_groups)(const uint8_t* packed, int64_t n, int64_t group, const uint8_t* zeros, int8_t* q);
   void (*dequantize)(const int8_t* q, int64_t n, float scale, float* w);
+  void (*dequantize_min)(const int8_t* q, int64_t n, float scale, float minimum, float* w);  // q * scale + minimum
   // w8 = clamp(rne((q * scale) * inverse[i]), -127, 127); NaN becomes -127
   void (*requantize)(const int8_t* q, int64_t n, float scale, const float* inverse, int8_t* w8);
   int32_t (*sum)(const int8_t* q, int64_t n);
@@ -247,6 +251,8 @@ struct ElementwiseKernels {
   void (*range)(const float* w, int64_t n, float* low, float* high);
   // clamp(rne(w * inverse) + zero, 0, 15), a byte each; even ones into the low nibbles, the pad nibble 0.
   void (*quantize_int4)(const float* w, int64_t n, float inverse, int zero, uint8_t* nibbles);
+  // clamp(rne((w - minimum) * inverse), least, greatest), a byte each
+  void (*quantize_min)(const float* w, int64_t n, float minimum, float inverse, int least, int greatest, int8_t* codes);
   void (*pack_int4)(const uint8_t* nibbles, int64_t n, uint8_t* packed);
   // The gradient of what that gives: 0 where clamping changed it.
   void (*mask_clipped)(const float* w, int64_t n, float inverse, int zero, float* grad);
@@ -291,6 +297,10 @@ struct TileKernels {
   void (*int_tile_grouped)(const GroupedTile& args);
   // float tile [mr_float, nr] += A * B^T
   void (*float_tile)(int64_t units, const float* a, const float* b, float* tile);
+  // float tile [rows, nr] = sum over g, ascending from 0, of sums[i * stride + g] * minima[g * nr + j], where the
+  // product and the sum are each rounded (docs/numerics.md, rule 16). Any number of rows.
+  void (*minima_tile)(int64_t groups, const float* sums, int64_t stride, int64_t rows, const float* minima,
+                      float* tile);
   // The epilogue of an int32 or float tile, see TileOutput.
   void (*store_int)(const int32_t* tile, const TileOutput& output);
   void (*store_float)(const float* tile, const TileOutput& output);

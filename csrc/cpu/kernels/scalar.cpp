@@ -151,6 +151,14 @@ void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, ui
   }
 }
 
+void encode_bf16_pair_min(const int8_t* const* q, const float* scales, const float* minima, int64_t n,
+                          uint32_t* units) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float low = q[0][i] * scales[0] + minima[0], high = q[1][i] * scales[1] + minima[1];
+    units[i] = uint32_t{bfloat16_of(high)} << 16 | bfloat16_of(low);
+  }
+}
+
 void dot_int8(const int8_t* x, const uint8_t* const* w, int64_t k, int64_t group, int32_t* sums) {
   for (int64_t begin = 0, g = 0; begin < k; begin += group, ++g) {
     const int64_t end = begin + group < k ? begin + group : k;
@@ -187,8 +195,11 @@ float dot_float(const float* x, const float* w, int64_t n) {
 }  // namespace
 
 const Kernels& scalar_kernels() {
-  static constexpr Bf16Kernels bf16 = {
-      .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
+  static constexpr Bf16Kernels bf16 = {.mr = kMr,
+                                       .encode = encode_bf16,
+                                       .encode_pair = encode_bf16_pair,
+                                       .encode_pair_min = encode_bf16_pair_min,
+                                       .tile = bf16_tile};
   static constexpr Kernels table = [] {
     constexpr PanelKernels panels = {
         .unit = 1,

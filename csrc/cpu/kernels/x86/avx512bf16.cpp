@@ -43,23 +43,35 @@ struct PairIndex {
 };
 constexpr PairIndex kPairs;
 
-// The products of 16 columns of two rows with their scales.
-inline __m512i to_bf16_pairs(__m128i q0, __m128i q1, __m512 scale0, __m512 scale1) {
-  const __m512 row0 = _mm512_mul_ps(to_float(q0), scale0), row1 = _mm512_mul_ps(to_float(q1), scale1);
-  return _mm512_permutexvar_epi16(_mm512_loadu_si512(kPairs.lane), (__m512i)_mm512_cvtne2ps_pbh(row1, row0));
-}
-
-void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) {
-  const __m512 scale0 = _mm512_set1_ps(scales[0]), scale1 = _mm512_set1_ps(scales[1]);
+// Two rows, whose value i `of(r, q)` makes of 16 integers, as pairs.
+template <class F>
+inline void encode_pairs(const int8_t* const* q, int64_t n, uint32_t* units, const F& of) {
+  const auto pairs = [&](__m128i q0, __m128i q1) {
+    const auto values = (__m512i)_mm512_cvtne2ps_pbh(of(1, to_float(q1)), of(0, to_float(q0)));
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(kPairs.lane), values);
+  };
   const int8_t *q0 = q[0], *q1 = q[1];
   for (; n >= 16; n -= 16, q0 += 16, q1 += 16, units += 16) {
-    _mm512_storeu_si512(units, to_bf16_pairs(load16(q0), load16(q1), scale0, scale1));
+    _mm512_storeu_si512(units, pairs(load16(q0), load16(q1)));
   }
   if (n > 0) {
     const __mmask16 mask = first16(n);
     const __m128i rest0 = _mm_maskz_loadu_epi8(mask, q0), rest1 = _mm_maskz_loadu_epi8(mask, q1);
-    _mm512_mask_storeu_epi32(units, mask, to_bf16_pairs(rest0, rest1, scale0, scale1));
+    _mm512_mask_storeu_epi32(units, mask, pairs(rest0, rest1));
   }
+}
+
+void encode_bf16_pair(const int8_t* const* q, const float* scales, int64_t n, uint32_t* units) {
+  const __m512 scale[] = {_mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1])};
+  encode_pairs(q, n, units, [&](int r, __m512 integers) { return _mm512_mul_ps(integers, scale[r]); });
+}
+
+void encode_bf16_pair_min(const int8_t* const* q, const float* scales, const float* minima, int64_t n,
+                          uint32_t* units) {
+  const __m512 scale[] = {_mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1])};
+  const __m512 minimum[] = {_mm512_set1_ps(minima[0]), _mm512_set1_ps(minima[1])};
+  encode_pairs(q, n, units,
+               [&](int r, __m512 integers) { return _mm512_add_ps(_mm512_mul_ps(integers, scale[r]), minimum[r]); });
 }
 
 // The same pair in all lanes. Clang 16 does not end where it knows that a vector of bfloat16 is a broadcast.
@@ -97,8 +109,11 @@ void bf16_tile(int64_t units, const uint32_t* a, const uint32_t* b, const float*
 QK_END_TARGET
 
 const Kernels& avx512bf16_kernels() {
-  static const Bf16Kernels bf16 = {
-      .mr = kMr, .encode = encode_bf16, .encode_pair = encode_bf16_pair, .tile = bf16_tile};
+  static const Bf16Kernels bf16 = {.mr = kMr,
+                                   .encode = encode_bf16,
+                                   .encode_pair = encode_bf16_pair,
+                                   .encode_pair_min = encode_bf16_pair_min,
+                                   .tile = bf16_tile};
   static const Kernels table = [] {
     Kernels t = avx512vnni_kernels();
     t.name = "avx512bf16";
