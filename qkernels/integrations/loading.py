@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.losses import OnLoss
-from ..checkpoints.registry import format_of
+from ..checkpoints.losses import Losses, OnLoss
+from ..checkpoints.registry import format_of, open_checkpoint
 from ..convert.schemes import Schemes
 from .checkpoint_layers import Activations
 
@@ -77,7 +77,7 @@ def load(
         raise ValueError(f"path must be a folder with a config.json, or a .gguf file, got the file {path}")
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent if gguf else path}
     if gguf:
-        source["gguf_file"] = path.name
+        source |= {"gguf_file": path.name, "config": _gguf_config(path)}
     elif not (path / "config.json").is_file():
         raise ValueError(f"path must be a folder with a config.json, which says what the model is; {path} has none")
     # A folder of ours says all of it itself, and a float one is left as it is unless a scheme is given.
@@ -122,11 +122,22 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
+def _gguf_config(path: Path) -> Any:
+    """The config of a GGUF file, by our reader: that of transformers takes a minute for a large vocabulary."""
+    import transformers
+
+    config = dict(open_checkpoint(path, Losses("requantize")).config)
+    config = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    if config.dtype is None:
+        config.dtype = torch.float32
+    return config
+
+
 def _model_class(source: dict[str, Any]) -> Any:
     """The class that a config names; a causal language model if it names none."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(**source)
+    config = source["config"] if "config" in source else transformers.AutoConfig.from_pretrained(**source)
     names = getattr(config, "architectures", None) or []
     if getattr(config, "auto_map", None) or not names:
         return transformers.AutoModelForCausalLM
