@@ -6,6 +6,7 @@ one tensor at a time. A model in memory has the same form (`integrations`).
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ class Checkpoint:
         layers: the quantized layers by the names of their modules.
         floats: all other tensors by their names in the model's state dict, biases of quantized layers too.
         files: others that belong to the model, such as its tokenizer's, which a writer copies.
+        make_files: writes those into a folder that the format has no files for; or None.
         metadata: what its format says beside that, for a writer of the same format.
         path: where it lies; None for a model in memory.
         identity: a text that is another for other values (`identity_of`), by which a writer that was stopped goes on
@@ -152,4 +154,13 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    make_files: Callable[[Path], None] | None = None
+
+    def copy_files(self, folder: Path) -> None:
+        """Put into a folder what belongs to the model beside its config and tensors."""
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+        if self.make_files is not None:
+            self.make_files(folder)
+
     identity: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ class FloatFolder(FolderFormat):
         config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
         if checkpoint.config:
             config["dtype"] = str(writer._dtype).removeprefix("torch.")
-        plain = Checkpoint(
-            checkpoint.format, config, checkpoint.layers, checkpoint.floats, checkpoint.files, checkpoint.metadata
-        )
+        plain = replace(checkpoint, config=config)
         super(FloatFolder, writer).write(plain, path, losses, target, progress)
 
     def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:

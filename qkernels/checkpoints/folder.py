@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
@@ -26,6 +25,8 @@ CONFIG = "config.json"
 _CONFIGS_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Of a folder, what belongs to the model beside its tensors: tokenizers, processors, templates, licenses.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
+# What a GGUF file says of a model beside its tensors: a folder keeps it, so that another can be written.
+GGUF_TEMPLATE = "template.gguf"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -42,9 +43,11 @@ def files_beside(folder: Path) -> tuple[Path, ...]:
     if not folder.is_dir():
         return ()
     ours = {CONFIG, INDEX, SINGLE, "quantization_config.json", *_CONFIGS_BESIDE}
-    return tuple(
-        sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in _BESIDE and f.name not in ours)
-    )
+
+    def belongs(file: Path) -> bool:
+        return (file.suffix.lower() in _BESIDE and file.name not in ours) or file.name == GGUF_TEMPLATE
+
+    return tuple(sorted(file for file in folder.iterdir() if file.is_file() and belongs(file)))
 
 
 def quantized_names(tensors: Mapping[str, Any]) -> list[str]:
@@ -156,8 +159,7 @@ class FolderFormat(CheckpointFormat):
         with written_whole(path, self._identity(checkpoint, config, losses, target)) as folder:
             self._write_tensors(checkpoint, folder, losses, progress)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in checkpoint.files:
-                shutil.copyfile(file, folder / file.name)
+            checkpoint.copy_files(folder)
 
     def _identity(
         self, checkpoint: Checkpoint, config: dict[str, Any], losses: Losses, target: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, dequantize_weight, storage_dtypes
 from .checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
 from .checkpoint_format import CheckpointFormat, Progress, Variant, no_progress
+from .folder import GGUF_TEMPLATE
 from .gguf_blocks import BLOCK_TYPES, FLOATS, decode_rows, row_chunks
 from .gguf_file import MAGIC, GGUFFile, GGUFSource, GGUFTensor
 from .gguf_model import GGUFModel, Place, read_model
-from .gguf_writing import TARGETS, write_checkpoint
+from .gguf_writing import TARGETS, write_checkpoint, write_template
 from .losses import Loss, Losses
 
 _REQUANTIZED = "w8a16-g32"  # what a type without a canonical storage becomes
@@ -65,7 +67,8 @@ class GGUF(CheckpointFormat):
                 floats |= _floats(file, tensor, place, model)
             else:
                 layers |= _layers(file, tensor, place, losses)
-        return Checkpoint(self.name, model.config, layers, floats, path=path)
+        make_files, metadata = partial(_make_files, file, model), {GGUF_TEMPLATE: path}
+        return Checkpoint(self.name, model.config, layers, floats, (), metadata, path, make_files)
 
     def write(
         self,
@@ -76,6 +79,21 @@ class GGUF(CheckpointFormat):
         progress: Progress = no_progress,
     ) -> None:
         write_checkpoint(checkpoint, path, losses, target, progress)
+
+
+def _make_files(file: GGUFFile, model: GGUFModel, folder: Path) -> None:
+    """Write the tokenizer, as transformers reads it, and what else the file says of the model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    write_template(file, folder / GGUF_TEMPLATE)
+    settings = {key: value for key, value in model.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(model.config["model_type"], **settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name, config=config)
+    except Exception as error:  # whatever a vocabulary that it does not know makes transformers raise
+        warnings.warn(f"transformers cannot read the tokenizer of {file.path}: {error}", stacklevel=2)
+        return
+    tokenizer.save_pretrained(folder)
 
 
 def _floats(file: GGUFFile, tensor: GGUFTensor, place: Place, model: GGUFModel) -> dict[str, FloatTensor]:

@@ -16,18 +16,19 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, dequantize_weight
 from .checkpoint import Checkpoint, CheckpointLayer, FloatTensor
 from .checkpoint_format import Progress
+from .folder import GGUF_TEMPLATE
 from .gguf_blocks import BLOCK_TYPES, FLOATS, blocks_of, decode_rows, encode_rows, half_losses, row_chunks
 from .gguf_blocks import TARGETS as BLOCK_TARGETS
 from .gguf_file import GGUFFile, GGUFSource, Written, write_gguf
 from .gguf_model import GGUFModel, Place, model_to_write, pairs_of
 from .losses import Loss, Losses
 
-TEMPLATE = "template.gguf"
 TARGETS = ("q8_0", "q4_0", "q4_1", "f16", "bf16", "f32")
 _BLOCK = 32
+_OF_CONFIG = ("rope_freqs.weight",)  # tensors that a config of transformers has as numbers
 _NO_TEMPLATE = (
     "a GGUF file says more of a model than its folder: put a GGUF file of the same model, of any type, beside the "
-    f"model as {TEMPLATE}"
+    f"model as {GGUF_TEMPLATE}"
 )
 
 
@@ -53,7 +54,7 @@ def write_checkpoint(
     shapes |= {name: plain.shape for name, plain in checkpoint.floats.items()}
     model = model_to_write(architecture, checkpoint.config, shapes)
     _check_template(template, model, architecture)
-    names = [name for name in template.tensors if name in model.places or name == "rope_freqs.weight"]
+    names = [name for name in template.tensors if name in model.places or name in _OF_CONFIG]
     names += [name for name in model.places if name not in template.tensors]
     tensors = [_written(name, checkpoint, template, model, losses, target) for name in names]
     changed = {}
@@ -73,12 +74,21 @@ def write_checkpoint(
 
 def _template(checkpoint: Checkpoint) -> GGUFFile:
     """The GGUF file whose metadata the written one gets: the one that was read, or one beside the model."""
-    if checkpoint.format == "gguf" and checkpoint.path is not None:
-        return GGUFFile(checkpoint.path)
+    if GGUF_TEMPLATE in checkpoint.metadata:
+        return GGUFFile(Path(checkpoint.metadata[GGUF_TEMPLATE]))
     for file in checkpoint.files:
-        if file.name == TEMPLATE:
+        if file.name == GGUF_TEMPLATE:
             return GGUFFile(file)
     raise ValueError(_NO_TEMPLATE)
+
+
+def write_template(file: GGUFFile, path: Path) -> None:
+    """Write what a GGUF file says of a model beside the values of its weights."""
+    kept = [tensor for name, tensor in file.tensors.items() if name in _OF_CONFIG]
+    tensors = [Written(tensor.name, tensor.shape, tensor.kind, partial(_raw, file, tensor.name)) for tensor in kept]
+    pairs = pairs_of(file)
+    for _ in write_gguf(path, b"".join(pairs), len(pairs), tensors, file.alignment):
+        pass
 
 
 def _check_template(template: GGUFFile, model: GGUFModel, architecture: str) -> None:

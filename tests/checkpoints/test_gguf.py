@@ -72,7 +72,8 @@ def write_tiny(path: Path, architecture: str, kinds: tuple[str, ...], layers: in
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(MOE)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{index}" for index in range(WORDS)])
+    writer.add_token_list(["t", "1", "t1", *(f"t{index}" for index in range(3, WORDS))])
+    writer.add_token_merges(["t 1"])
     for key, value in more.items():
         getattr(writer, key)(*value)
     turn = 0
@@ -260,3 +261,25 @@ def test_a_checkpoint_without_a_template_is_refused(tmp_path):
     found = Checkpoint("memory", {"model_type": "llama"}, {}, {"model.norm.weight": norm})
     with pytest.raises(ValueError, match=r"beside the model as template.gguf"):
         parse_target("gguf")[0].write(found, tmp_path / "out.gguf", Losses())
+
+
+def test_a_folder_keeps_what_the_file_says_of_the_model(tmp_path):
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", ("Q8_0", "Q4_0"))
+    parse_target("qkernels")[0].write(open_checkpoint(path), tmp_path / "folder", Losses())
+    assert {"template.gguf", "tokenizer.json"} <= {file.name for file in (tmp_path / "folder").iterdir()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert tokenizer.convert_ids_to_tokens(7) == "t7"
+    parse_target("gguf")[0].write(open_checkpoint(tmp_path / "folder"), tmp_path / "out.gguf", Losses())
+    written, read = GGUFFile(tmp_path / "out.gguf"), GGUFFile(path)
+    assert written.metadata.keys() == read.metadata.keys() | {"general.quantization_version"}
+    for name, tensor in read.tensors.items():
+        assert torch.equal(written.bytes_of(written.tensors[name]), read.bytes_of(tensor)), name
+
+
+def test_a_template_of_another_model_is_refused(tmp_path):
+    found = open_checkpoint(write_tiny(tmp_path / "tiny.gguf", "llama", ("Q8_0",)))
+    other = write_tiny(tmp_path / "other.gguf", "llama", ("Q8_0",), layers=3)
+    with pytest.raises(ValueError, match=r"other.gguf is of another model: its block_count is 3"):
+        parse_target("gguf")[0].write(
+            replace(found, metadata={"template.gguf": other}), tmp_path / "out.gguf", Losses()
+        )
