@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,8 +94,7 @@ def checkpoint_of(model: Any, tokenizer: Any = None, like: str | Path | None = N
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         elif source is not None:
-            for file in source.files:
-                shutil.copyfile(file, Path(scratch) / file.name)
+            source.copy_files(Path(scratch))
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(scratch)
         metadata = {} if source is None else source.metadata
