@@ -304,7 +304,7 @@ class GPTQFolder(FolderFormat):
     title = "GPTQ"
     quant_methods = ("gptq",)
     variants = (
-        Variant("4 bits, symmetric", "w4a16[-gN]", "exact", "exact", "scales are rounded to float16 with a report"),
+        Variant("4 bits, symmetric", "w4a16[-gN]", "exact", "exact", "scales: float16, or a report"),
         Variant("4 bits, zero points", "w4a16[-gN]-asym", "exact", "exact", "zero point 16: refused"),
         Variant("8 bits, symmetric", "w8a16[-gN]", "exact", "exact"),
         Variant("8 bits, zero points", "w8a16[-gN]", "requantized", "no"),

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats.rules import quantize_weight
-from ..formats.scheme import GROUP_SIZES, QuantScheme
-from ..formats.storage import QuantizedWeight, dequantize_weight, expand_groups
-from ..formats.weight_format import INT4
+from ..formats.scheme import QuantScheme
+from ..formats.storage import QuantizedWeight, expand_groups
+from ..formats.weight_format import INT4, WEIGHT_FORMATS
 from .losses import Losses
+from .requantize import quantize_again
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class GroupedCodes:
         """The largest group of a scheme that all groups consist of."""
         if self.group_size is None:
             return None
-        return next((size for size in sorted(GROUP_SIZES, reverse=True) if self.group_size % size == 0), None)
+        sizes = WEIGHT_FORMATS[8 if self.bits == 8 else 4].group_sizes
+        return next((size for size in sorted(sizes, reverse=True) if self.group_size % size == 0), None)
 
     @property
     def scheme(self) -> QuantScheme:
@@ -73,10 +74,7 @@ class GroupedCodes:
                 half if zeros is None else expand_groups(zeros.to(torch.float32), self.group_size, in_features)
             )
             exact = integers * expand_groups(scales, self.group_size, in_features)
-            weight = quantize_weight(exact, scheme)
-            kept = dequantize_weight(*weight, in_features, scheme)
-            losses.changed(name, f"weights that {scheme} cannot hold", exact, kept)
-            return weight
+            return quantize_again(f"{name}.weight", exact, scheme, losses)
         if self.bits == 8:
             return QuantizedWeight((codes ^ 0x80).view(torch.int8), self.split(scales, in_features), None)
         if zeros is None:

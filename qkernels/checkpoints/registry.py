@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .auto_round import AutoRoundFolder
+from .awq import AWQFolder
 from .bitsandbytes import BitsAndBytes
 from .checkpoint import Checkpoint, describing
 from .checkpoint_format import CheckpointFormat
@@ -30,6 +32,8 @@ FORMATS: dict[str, CheckpointFormat] = {
         CompressedTensors(),
         GPTQFolder(),
         GGUF(),
+        AWQFolder(),
+        AutoRoundFolder(),
         TorchAO(),
         OnnxFile(),
         FloatFolder(),
