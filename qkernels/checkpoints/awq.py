@@ -185,6 +185,8 @@ class AWQFolder(FolderFormat):
         scheme = layer.scheme
         if scheme.weight_bits != 4:
             return "it has 4-bit weights"
+        if scheme.has_min:
+            return "it has no place for float minima"
         if scheme.static_activations:
             return "it has no place for the scale of static activations"
         if layer.has_input_order:
