@@ -17,6 +17,8 @@ from .finetune import finetune
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .merge import merge
+from .quantize import quantize
 from .tune import tune
 
 app = typer.Typer(
@@ -31,6 +33,8 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(inspect)
 app.command()(convert)
+app.command()(quantize)
+app.command()(merge)
 app.command()(generate)
 app.command()(demo)
 app.command()(tune)

@@ -55,6 +55,20 @@ def say(text: object) -> None:
         )
 
 
+def print_rows(rows: list[tuple[str, str, str]]) -> None:
+    """What was measured, its value and its meaning, in columns that fit the terminal; and an empty line."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value, meaning in rows:
+        table.add_row(Text(name), Text(value), Text(meaning, style="dim"))
+    console = Console()
+    console.print(table)
+    console.print()
+
+
 _NEXT = "next: "
 _WRAPPING: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
 

@@ -73,7 +73,7 @@ def load(
 ) -> tuple[Any, Any, str | None]:
     """The (quantized) model with its adapter, its tokenizer, and the scheme of its weights."""
     from ..finetune import InputError, load_adapter, load_model, load_tokenizer, resolve_model
-    from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require
+    from ..finetune.models import check_scheme, default_cache, quantize, quantized_scheme, require, stored_scheme
     from ..finetune.provenance import check_adapter
     from ..finetune.quiet import hide_bars
     from ..system.host import pick_dtype
@@ -85,7 +85,9 @@ def load(
     folder = resolve_model(model, cache or default_cache())
     wanted = check_adapter(adapter, folder, scheme) if adapter else scheme
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, pick_dtype(dtype))
+    # A GGUF file with another scheme than its own is dequantized first, as the float model is that it came from.
+    in_float = scheme == "none" or (folder.suffix == ".gguf" and scheme not in (None, stored_scheme(folder)))
+    loaded = load_model(folder, pick_dtype(dtype), in_float=in_float)
     stored = quantized_scheme(loaded)
     if stored == "none" and wanted not in (None, "none"):
         quantize(loaded, wanted)

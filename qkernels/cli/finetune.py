@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import Cache, Dtype, Model, Scheme, one_line_errors
+from .common import Cache, Dtype, Model, one_line_errors
 
 
 @one_line_errors
@@ -30,7 +30,14 @@ def finetune(
             metavar="FILE", help="Hold out this text file; without one, the last tenth of the text is held out."
         ),
     ] = None,
-    scheme: Scheme = "w8a8",
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Quantization scheme, such as w8a8 or w4a8-g32-asym; none trains on floats.",
+            show_default="what a quantized model has, else w8a8",
+        ),
+    ] = None,
     mode: Annotated[
         Literal["frozen", "qat", "int8"] | None,
         typer.Option(
@@ -130,12 +137,15 @@ def finetune(
 
     from ..finetune import FinetuneSettings
     from ..finetune import finetune as run
-    from ..finetune.models import default_cache, require
+    from ..finetune.models import default_cache, require, resolve_model, stored_scheme
     from ..finetune.quiet import hide_bars
     from ..finetune.report import summary_rows
     from ..finetune.train import next_command
 
     options |= {"eval_text": eval_text or [], "cache": cache or default_cache()}
+    if scheme is None:
+        stored = stored_scheme(resolve_model(model, options["cache"]))
+        options["scheme"] = "w8a8" if stored == "none" else stored
     settings = FinetuneSettings(**options)
     require("transformers")
     hide_bars()

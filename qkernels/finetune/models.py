@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib
 import inspect
 import math
@@ -22,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checkpoints.losses import LossError
-from ..checkpoints.registry import format_of
+from ..checkpoints.losses import LossError, Losses
+from ..checkpoints.registry import open_checkpoint
 from ..convert.model import quantize_
 from ..convert.report import QuantizationReport
 from ..formats.scheme import QuantScheme
 from ..integrations.loading import load as load_checkpoint
+from ..integrations.loading import load_tokenizer as load_any_tokenizer
 from ..nn.matrix_layer import MatrixLayer
 from ..ptq.smoothquant import smooth_
 from ..system import heap
@@ -59,7 +59,7 @@ def require(*modules: str) -> None:
 
 
 def resolve_model(name: str, cache: Path) -> Path:
-    """The transformers folder of `name`: a folder, a .gguf file or "demo"; GGUF is converted once, into `cache`.
+    """The folder or .gguf file of a model that is called `name`; "demo" is converted to floats once, into `cache`.
 
     Raises:
         InputError: if it is none of these.
@@ -75,12 +75,7 @@ def resolve_model(name: str, cache: Path) -> Path:
         return folder
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        folder = cache / f"{path.stem}-{key}"
-        if not folder.exists():
-            _convert_gguf(path, folder)
-        return folder
+        return path
     if not path.exists():
         if cached := _cached_snapshot(name):
             return cached
@@ -138,64 +133,53 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a transformers folder.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a transformers folder or .gguf file.
 
     Raises:
         InputError: if there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_any_tokenizer(path, local_files_only=True)
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"{folder} holds no tokenizer that transformers can load: {reason_of(error)}") from error
+        raise InputError(f"{path} holds no tokenizer that transformers can load: {reason_of(error)}") from error
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The causal language model in a transformers folder, in evaluation mode, on `device()`.
+def load_model(path: Path, dtype: torch.dtype, *, in_float: bool = False) -> nn.Module:
+    """The causal language model in a folder or file of any format, in evaluation mode, on `device()`.
 
-    A folder that another library quantized is loaded on its integers (`qkernels.load`).
+    Args:
+        in_float: dequantize what the checkpoint has quantized.
 
     Raises:
-        InputError: if the folder holds no model, one of another kind, or one that is not read exactly.
+        InputError: if there is no model, or one of another kind.
     """
-    from transformers import AutoModelForCausalLM
-
-    if (folder / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds both a model and an adapter, which transformers would put on it; move adapter_config.json "
+            f"{path} holds both a model and an adapter, which transformers would put on it; move adapter_config.json "
             "and the adapter's weights to a folder of their own and give that as --adapter"
         )
     try:
-        if _other_format(folder):
-            return load_checkpoint(folder, dtype=dtype, local_files_only=True).to(device()).eval()
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        options: dict[str, Any] = {"skip": ["*"]} if in_float else {}
+        model: Any = load_checkpoint(path, dtype=dtype, local_files_only=True, **options)
     except LossError as error:
         convert = (
             "convert it first, with the loss that you accept: qkernels convert IN OUT --to qkernels --on-loss report"
         )
-        raise InputError(f"{folder} is not read exactly: {reason_of(error)}; {convert}") from error
+        raise InputError(f"{path} is not read exactly: {reason_of(error)}; {convert}") from error
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise InputError(f"{folder} holds no causal language model that can be loaded: {reason_of(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise InputError(f"{folder} lacks weights of its model: {', '.join(missing[:3])} ({len(missing)} in all)")
+        if "lacks weights" in str(error):
+            raise InputError(reason_of(error)) from error
+        raise InputError(f"{path} holds no causal language model that can be loaded: {reason_of(error)}") from error
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise InputError(f"{path} holds no causal language model, but a {type(model).__name__}")
     model.to(device()).eval()
     # Loaded tensors are views of the mapped file, all of which stays resident while one of them lives: with copies,
     # quantizing a layer really frees its float weight.
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
     return model
-
-
-def _other_format(folder: Path) -> bool:
-    """Whether another library quantized the checkpoint in a folder."""
-    try:
-        return format_of(folder).name not in ("float", "qkernels")
-    except ValueError:  # transformers says what is wrong
-        return False
 
 
 def check_scheme(scheme: str) -> str:
@@ -308,6 +292,22 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         if "lora_" in name and not parameter.isfinite().all():
             raise InputError(f"adapter {str(folder)!r} is not finite: {name}")
     return adapted
+
+
+def stored_scheme(path: Path) -> str:
+    """The scheme of most weights of a checkpoint, by its headers; "none" if they are in float.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        layers = open_checkpoint(path, Losses("report")).layers.values()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} holds no causal language model that can be loaded: {reason_of(error)}") from error
+    sizes: dict[str, int] = {}
+    for layer in layers:
+        sizes[layer.scheme.name] = sizes.get(layer.scheme.name, 0) + layer.in_features * layer.out_features
+    return max(sizes, key=sizes.__getitem__, default="none")
 
 
 def quantized_scheme(model: nn.Module) -> str:

@@ -25,9 +25,10 @@ _NO_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "training_args.
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells models apart: a hash of the sizes of the weight files in a folder, and of samples of their contents."""
+    """Tells models apart: a hash of the sizes of its weight files, and of samples of their contents."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern) if path.name not in _NO_WEIGHTS):
+    found = [folder] if folder.is_file() else [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    for path in sorted(path for path in found if path.name not in _NO_WEIGHTS):
         size = path.stat().st_size
         digest.update(f"{size} ".encode())
         with path.open("rb") as file:

@@ -32,6 +32,7 @@ from .models import (
     quantize,
     require,
     resolve_model,
+    stored_scheme,
 )
 from .output import BASE, OutputFolder, checkpoint_step, latest_checkpoint, write_record, writing
 from .report import PLOT, markdown, write_report
@@ -163,25 +164,28 @@ def _quantized_base(
     own_base = settings.method == "lora" and bool(settings.calibration_blocks)
     if resumed and own_base:
         return load_model(output.scratch / BASE, dtype), resumed["report"]
-    model: Any = load_model(folder, torch.float32 if settings.method == "full" else dtype)
+    keeps = _keeps_integers(settings, folder)
+    model: Any = load_model(folder, torch.float32 if settings.method == "full" else dtype, in_float=not keeps)
     check_length(model, max(settings.seq_len, settings.eval_seq_len or 0))
     report = resumed["report"] if resumed else _initial_report(settings, model, dtype, train_blocks, eval_blocks)
     measured = report["perplexity"]
-    if eval_blocks and settings.baseline and not resumed:
+    if eval_blocks and settings.baseline and not resumed and not keeps:
         measured["float"] = evaluate(model, eval_blocks, label="held-out, float")
         _expect_finite(measured["float"], "of the float model")
     if settings.scheme != "none":
         assert settings.mode is not None  # `checked` has chosen one
-        quantized = quantize(
-            model,
-            settings.scheme,
-            evenly_spread(train_blocks, settings.calibration_blocks),
-            settings.mode,
-            settings.grad_dtype,
-            settings.weight_scale,
-            settings.smooth,
-        )
-        report["quantization"] = quantized.to_dict()
+        if not keeps:
+            report["quantization"] = quantize(
+                model,
+                settings.scheme,
+                evenly_spread(train_blocks, settings.calibration_blocks),
+                settings.mode,
+                settings.grad_dtype,
+                settings.weight_scale,
+                settings.smooth,
+            ).to_dict()
+        elif (found := getattr(model, "quantization_report", None)) is not None:
+            report["quantization"] = found.to_dict()
         if eval_blocks and not resumed:
             measured["quantized"] = evaluate(model, eval_blocks, label=f"held-out, {settings.scheme}")
             _expect_finite(measured["quantized"], "of the quantized model")
@@ -192,6 +196,28 @@ def _quantized_base(
             model.save_pretrained(output.scratch / BASE)
             tokenizer.save_pretrained(output.scratch / BASE)
     return model, report
+
+
+def _keeps_integers(settings: FinetuneSettings, path: Path) -> bool:
+    """Whether the training begins with the integers that a checkpoint has; else it has, or is brought into, floats.
+
+    Raises:
+        InputError: if it has others than the settings ask for, or is to be calibrated.
+    """
+    stored = stored_scheme(path)
+    if "none" in (stored, settings.scheme) or settings.method == "full":
+        return False
+    if settings.scheme != stored and path.suffix != ".gguf":
+        raise InputError(
+            f"{path} is quantized already ({stored}), --scheme {settings.scheme} cannot change that; leave it out, or "
+            "give --scheme none"
+        )
+    if settings.scheme == stored and (settings.calibration_blocks or settings.grad_dtype != "float"):
+        raise InputError(
+            f"{path} is quantized already ({stored}): --calibration-blocks, --smooth and --grad-dtype int8 are for a "
+            "float model"
+        )
+    return settings.scheme == stored
 
 
 def _blocks(

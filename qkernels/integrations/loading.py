@@ -101,11 +101,12 @@ def load(
     return model if device is None else model.to(device)
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, **options: Any) -> Any:
     """The tokenizer beside a model, or the one in a GGUF file, by transformers.
 
     Args:
         path: as in `load`.
+        options: more arguments of transformers' `from_pretrained`.
 
     Raises:
         OSError, ValueError: if there is none.
@@ -118,8 +119,8 @@ def load_tokenizer(path: str | Path) -> Any:
 
     path = Path(path)
     if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **options)
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def _gguf_config(path: Path) -> Any:

@@ -37,7 +37,7 @@ def _taken_over(config: Any, wanted: Any, gguf_file: str | None) -> Any:
         return None
     if ours is None:
         return wanted if gguf_file is not None or said else None
-    if wanted is not None and wanted.activations is not None:
+    if wanted is not None and (wanted.activations or wanted.skip or wanted.include is not None or not wanted.as_stored):
         return wanted
     # A folder that was converted names each expert; what a model of ours saves names the matrices that it holds.
     entries = ours.get("layers") or {}
