@@ -207,7 +207,11 @@ def read_model(file: GGUFFile) -> GGUFModel:
     try:
         if not isinstance(architecture, str):
             raise ValueError("it does not say its general.architecture")
-        config, model = _build(_read_config(file, architecture))
+        found = _read_config(file, architecture)
+        layers = found.get("num_hidden_layers")
+        if not isinstance(layers, int) or not 0 < layers <= len(file.tensors):  # a billion of them would be built
+            raise ValueError(f"it says that it has {layers} blocks, and has {len(file.tensors)} tensors")
+        config, model = _build(found)
         processor = _processor(architecture, config)
         return GGUFModel(architecture, config, _places(file, model, processor))
     except ImportError:
