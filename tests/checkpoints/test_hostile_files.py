@@ -8,15 +8,13 @@ header only claims, and no pickle is ever loaded.
 import json
 import os
 import pickle
-import resource
 import shutil
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hostile_files import BYTES, is_read_or_refused, little_memory, read_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,47 +22,16 @@ from safetensors.torch import save_file
 from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, FloatTensor, LayerWeight
 from qkernels.checkpoints.folder import FolderFormat
 from qkernels.checkpoints.losses import Losses
-from qkernels.checkpoints.registry import FORMATS, open_checkpoint
+from qkernels.checkpoints.registry import FORMATS
 from qkernels.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsFiles
 from qkernels.formats.rules import quantize_weight
 from qkernels.formats.scheme import QuantScheme
 
 FILES = Path(__file__).parent / "files"
 CONFIG = "config.json"
-SECONDS = 5  # far more than any of these files takes, also on a busy machine
-BYTES = 1 << 30  # of address space, above what is in use
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 quickly = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@contextmanager
-def little_memory():
-    """Let an allocation of more than `BYTES` fail."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def is_read_or_refused(path: Path) -> str | None:
-    """Read all of a checkpoint; the message if it was refused."""
-    started = time.monotonic()
-    message = None
-    try:
-        with little_memory():
-            found = open_checkpoint(path, Losses("requantize"))
-            for part in (*found.layers.values(), *found.floats.values()):
-                part.read()
-    except (ValueError, FileNotFoundError) as error:
-        message = str(error)
-        assert 10 < len(message) < 3000, message
-    assert time.monotonic() - started < SECONDS, message
-    return message
 
 
 def ours(folder: Path, name: str) -> None:
@@ -229,22 +196,96 @@ def test_tensors_of_another_shape_dtype_content_or_name_under_a_sound_header(sou
     is_read_or_refused(folder)
 
 
-def single_files() -> list[str]:
-    """Files that are a checkpoint by themselves, such as .gguf."""
-    return sorted(path.name for path in FILES.glob("*.*") if path.is_file() and "expected" not in path.name)
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """The GGUF file of a model of one block, by the package gguf."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    for key, value in (
+        ("block_count", 1), ("context_length", 32), ("embedding_length", 64), ("feed_forward_length", 96),
+        ("head_count", 2), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-6), ("rope_dimension_count", 32),
+    ):  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{at}" for at in range(32)])
+    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    shapes |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()} | {"token_embd.weight": (32, 64)}
+    for name, shape in tensors.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if "attn" in name else gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(name, gguf.quants.quantize(rng.standard_normal(shape, np.float32), kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    read_all(path)
+    return path
 
 
-@pytest.mark.parametrize("name", single_files())
+@settings(quickly, max_examples=100)
+@given(data=st.data())
+def test_a_gguf_file_whose_numbers_or_names_changed(gguf_file, tmp_path, data):
+    content = bytearray(gguf_file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 1800))
+        size = data.draw(st.sampled_from((1, 4, 8)))
+        value = data.draw(st.sampled_from([0, 1, 2, 7, 0x7F, 0xFF, 458754, (1 << 31) - 1, 1 << 31, (1 << 63) - 1]))
+        content[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    is_read_or_refused(path)
+
+
+def test_a_gguf_file_of_more_blocks_than_tensors(gguf_file, tmp_path):
+    content = bytearray(gguf_file.read_bytes())
+    key = b"llama.block_count" + (4).to_bytes(4, "little")  # a number of 32 bits
+    at = content.index(key) + len(key)
+    content[at : at + 4] = ((1 << 31) - 1).to_bytes(4, "little")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    assert "2147483647 blocks" in (is_read_or_refused(path) or "")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory) -> Path:
+    """An ONNX file with a product of 4-bit weights."""
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    constants = {
+        "proj.q": rng.integers(0, 256, (8, 2, 16), dtype=np.uint8),
+        "proj.s": rng.random(16, np.float32),
+        "proj.z": rng.integers(0, 256, 8, dtype=np.uint8),
+    }
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", *constants],
+        ["y"],
+        "/proj/MatMul",
+        domain="com.microsoft",
+        K=64,
+        N=8,
+        bits=4,
+        block_size=32,
+    )
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1, size]) for name, size in (("x", 64), ("y", 8)))
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph([node], "g", [x], [y], initializers)
+    path = tmp_path_factory.mktemp("onnx") / "sound.onnx"
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    read_all(path)
+    return path
+
+
 @quickly
 @given(data=st.data())
-def test_a_single_file_whose_bytes_changed_or_are_missing(tmp_path, name, data):
-    content = bytearray((FILES / name).read_bytes())
-    for _ in range(data.draw(st.integers(0, 4))):
-        at = data.draw(st.integers(0, min(len(content), 4000) - 4))
-        new = data.draw(st.sampled_from([b"\0", b"\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"{", b"9"]))
-        content[at : at + len(new)] = new
-    path = tmp_path / name
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+def test_an_onnx_file_whose_bytes_changed_or_are_missing(onnx_file, tmp_path, data):
+    content = bytearray(onnx_file.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
     is_read_or_refused(path)
 
 
