@@ -53,19 +53,24 @@ def one_line_errors(command: Function) -> Function:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_printable(error)}", file=sys.stderr)
             raise typer.Exit(2) from error
         except BrokenPipeError:  # `qkernels ... | head`
             raise
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
-            print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+            print(f"error: {_printable(f'{error.strerror or error}{where}')}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return cast(Function, run)
+
+
+def _printable(message: object) -> str:
+    """One line for a terminal, which a name in a hostile file must not command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
 
 
 def load(

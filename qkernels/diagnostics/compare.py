@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 
 from ..nn.adapters import SplitLayer, find_adapter, find_composite
 from ..system.text_table import aligned
+from .outputs import Output, counted, evaluating, first_tensor, is_causal, keyword_arguments, output_of
 
 # Values that are taken to float64 at once, a few rows of logits: all of them would be larger than the models, and what
 # does not fit into the cache is ten times as slow.
@@ -283,7 +284,7 @@ class _Predictions:
             shapes = [list(output.values.shape) for output in (of_a, of_b)]
             differ = "the vocabularies differ: " if shapes[0][:-1] == shapes[1][:-1] else ""
             raise ValueError(f"{differ}a gives outputs of shape {shapes[0]} for {where}, b {shapes[1]}")
-        keep, targets = _counted(of_a, kwargs, self._causal, where)
+        keep, targets = counted(of_a, kwargs, self._causal, where)
         self._add_rows(of_a.rows(keep), of_b.rows(keep).to(of_a.values.device), of_a.predicts, targets, where)
 
     def _add_rows(self, a: Tensor, b: Tensor, predicts: bool, targets: Tensor | None, where: str) -> None:
@@ -331,7 +332,7 @@ class _Kept:
 
     def add(self, adapted: Output, base: Output, merged: Output, kwargs: Mapping[str, Any], where: str) -> None:
         """Account for the outputs of one input."""
-        keep, _ = _counted(adapted, kwargs, self._causal, where)
+        keep, _ = counted(adapted, kwargs, self._causal, where)
         outputs = [output.rows(keep).to(adapted.values.device) for output in (adapted, base, merged)]
         rows = max(1, _CHUNK // outputs[0].shape[-1])
         for at in range(0, len(outputs[0]), rows):
@@ -352,28 +353,6 @@ class _Kept:
             return math.nan, math.nan
         share = float(products.sum()) / total
         return share, float((products - share * squares).square().sum().sqrt()) / total
-
-
-def _counted(
-    output: Output, kwargs: Mapping[str, Any], causal: bool, where: str
-) -> tuple[Tensor | slice, Tensor | None]:
-    """Which rows of an output count, and the tokens that these predict, of a causal model."""
-    z = output.values
-    tokens = next((kwargs[key] for key in ("input_ids", "input") if key in kwargs), None)
-    mask = kwargs.get("attention_mask")
-    if not causal:
-        shown = mask is not None and z.shape[:-1] == mask.shape
-        return (mask.reshape(-1).to(z.device, torch.bool) if shown else slice(None)), None  # type: ignore[union-attr]
-    if not output.predicts or z.dim() != 3 or tokens is None or z.shape[:2] != tokens.shape:
-        raise ValueError(f"a causal model must give logits [1, T, V] for token ids, got {list(z.shape)}")
-    if z.shape[1] < 2:
-        raise ValueError(f"{where} must have at least 2 tokens: the first one is not predicted")
-    keep = torch.ones(z.shape[:2], dtype=torch.bool)
-    keep[:, -1] = False
-    if mask is not None:
-        keep[:, :-1] &= mask[:, 1:].cpu().to(torch.bool)
-    targets = tokens.roll(-1, 1).cpu()[keep].to(z.device)
-    return keep.reshape(-1).to(z.device), targets
 
 
 class _LayerErrors:
@@ -403,13 +382,13 @@ class _LayerErrors:
         dtype = _dtype(twin)
 
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            expected = _first_tensor(output)
+            expected = first_tensor(output)
             if expected is None or self._in_twin:
                 return
             args = tuple(_cast(value, dtype) for value in args)
             self._in_twin = True
             try:
-                actual = _first_tensor(twin(*args, **{key: _cast(value, dtype) for key, value in kwargs.items()}))
+                actual = first_tensor(twin(*args, **{key: _cast(value, dtype) for key, value in kwargs.items()}))
             finally:
                 self._in_twin = False
             if actual is None or actual.shape != expected.shape:
@@ -474,88 +453,6 @@ def _dtype(layer: nn.Module) -> torch.dtype | None:
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None else value
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    while isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) and output.is_floating_point() else None
-
-
-def keyword_arguments(inputs: Any) -> Iterator[dict[str, Any]]:
-    """The keyword arguments of each input; a tensor of another dtype than int64 is under "input"."""
-    if isinstance(inputs, Tensor | Mapping | str | bytes) or not isinstance(inputs, Iterable):
-        raise TypeError(f"inputs must be a list of tensors or mappings, got {type(inputs).__name__}; pass [input]")
-    number = -1
-    for number, given in enumerate(inputs):
-        if isinstance(given, Mapping):
-            yield dict(given)
-        elif not isinstance(given, Tensor):
-            how = "; tokenize texts first" if isinstance(given, str) else ""
-            raise TypeError(f"inputs[{number}] must be a tensor or a mapping, got {type(given).__name__}{how}")
-        elif given.is_floating_point():
-            yield {"input": given}
-        elif given.dim() > 2 or given.numel() == 0:
-            raise ValueError(f"inputs[{number}] must be token ids [T] or [1, T], got shape {list(given.shape)}")
-        else:
-            yield {"input_ids": given.reshape(-1, given.shape[-1])}
-    if number < 0:
-        raise ValueError("inputs must hold at least one input, got none")
-
-
-class Output(NamedTuple):
-    """What a model gives: logits, or its first output."""
-
-    values: Tensor
-    predicts: bool  # logits of a distribution
-
-    def rows(self, keep: Tensor | slice) -> Tensor:
-        """[n, V] of the rows that count."""
-        flat = self.values.reshape(-1, self.values.shape[-1])
-        return flat[keep if isinstance(keep, slice) else keep.to(flat.device)]
-
-
-def output_of(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Output:
-    """Run a model.
-
-    Raises:
-        TypeError: if it gives no output that can be compared; `name` is the model's.
-    """
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        moved["use_cache"] = False
-    plain = moved.keys() <= {"input", "input_ids"} and not hasattr(model, "config")
-    output = model(*moved.values()) if plain else model(**moved)
-    predicts = not isinstance(output, Mapping) or "logits" in output
-    if isinstance(output, Mapping):
-        output = output["logits"] if predicts else next(iter(output.values()), None)
-    found = _first_tensor(output)
-    if found is None or found.dim() == 0:
-        raise TypeError(f"model {name} must give logits or another float tensor, got {type(output).__name__}")
-    return Output(found, predicts and found.shape[-1] > 1)  # one number is a regression
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether it is a model of transformers that generates text, and has no encoder."""
-    if (base := getattr(model, "get_base_model", None)) is not None:
-        model = base()
-    can_generate, config = getattr(model, "can_generate", None), getattr(model, "config", None)
-    return can_generate is not None and can_generate() and not getattr(config, "is_encoder_decoder", False)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; afterwards each module is in its mode again."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compare import evaluating, is_causal, keyword_arguments, output_of
+from .outputs import evaluating, is_causal, keyword_arguments, output_of
 
 
 class RecordedModel(nn.Module):

@@ -113,3 +113,20 @@ def test_refused(llama, text, tmp_path):
     larger.save_pretrained(folder)
     refused = invoke("compare", llama, folder, "--text", text, "--seq-len", 16, "--no-layers")
     assert_refused(refused, "vocabularies differ", "300", "310")
+
+
+def test_a_name_in_a_file_does_not_command_the_terminal(tmp_path):
+    path = tmp_path / "hostile.gguf"
+    name = b"\x1b]0;gone\x07\n"
+    path.write_bytes(
+        b"GGUF"
+        + (3).to_bytes(4, "little")
+        + bytes(8)
+        + (1).to_bytes(8, "little")
+        + len(name).to_bytes(8, "little")
+        + name
+        + (99).to_bytes(4, "little")
+    )
+    result = invoke("inspect", path)
+    assert_refused(result, "hostile.gguf", "gone")
+    assert "\x1b" not in result.stderr and result.stderr.count("\n") == 1
