@@ -12,6 +12,7 @@ from .formats.storage import QuantizedWeight
 from .integrations.exporting import export
 from .integrations.fused_loss import patch_loss
 from .integrations.loading import load, load_tokenizer
+from .integrations.onnx_weights import onnx_weights
 from .kernels import isa, ops
 from .kernels.quantizers import dequantize_weight, quantize_activation, quantize_weight
 from .nn import expert_families as _expert_families  # noqa: F401  it registers them
@@ -61,6 +62,7 @@ __all__ = [
     "linear_cross_entropy",
     "load",
     "load_tokenizer",
+    "onnx_weights",
     "ops",
     "patch_loss",
     "prepare_",

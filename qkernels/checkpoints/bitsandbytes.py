@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..formats.rules import quantize_weight
-from ..formats.scheme import GROUP_SIZES, QuantScheme
+from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, dequantize_weight
+from ..formats.weight_format import INT8
 from .checkpoint import CheckpointLayer, LayerWeight
 from .checkpoint_format import Variant
 from .folder import FolderFormat
@@ -45,7 +46,7 @@ class BitsAndBytes(FolderFormat):
     variants = (
         Variant("int8", "w8a8", "exact", "no", "scale = SCB / 127; outlier columns are quantized like the others"),
         Variant("NF4, FP4", "w8a16-gN", "with a report", "no", "the table's values as 8-bit integers"),
-        Variant("NF4, FP4 whose blocks cross rows", "w8a16-g64", "requantized", "no", "K is no multiple of 32"),
+        Variant("NF4, FP4 whose blocks cross rows", "w8a16-g64", "requantized", "no", "K is no multiple of 16"),
     )
 
     def layers(
@@ -179,7 +180,7 @@ def _table_layer(tensors: SafetensorsFiles, state_name: str, losses: Losses) -> 
     if not -(-values // 2) <= size < -(-values // 2) + 16:  # a quant_storage of several bytes may be padded
         raise ValueError(f"{parameter} must hold {values} codes of 4 bits, got {size} bytes")
     losses.need_report(parameter, _WHY)
-    groups = [g for g in GROUP_SIZES if state.in_features % g == 0 and state.blocksize % g == 0]
+    groups = [g for g in INT8.group_sizes if state.in_features % g == 0 and state.blocksize % g == 0]
     if not groups:
         why = f"its blocks of {state.blocksize} cross rows of {state.in_features}, and no group of a scheme fits both"
         losses.need_requantization(parameter, why)

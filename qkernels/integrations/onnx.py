@@ -1,9 +1,9 @@
 """`torch.onnx.export(model, ..., dynamo=True)`: quantized layers in standard ONNX operators, with the same results.
 
 An `a8` scheme becomes rules 1 to 5 of docs/numerics.md around `MatMulInteger`; a `Scan` adds the sums of groups, for it
-says in which order. An `a16` scheme becomes `DequantizeLinear` and `Gemm`. The integers of a weight are stored: 8 bits
-with zero point 128, because onnxruntime saturates products with signed bytes on CPUs without VNNI; 4 bits as uint4 from
-opset 21 on, and in a byte each before.
+says in which order. An `a16` scheme becomes `DequantizeLinear` and `Gemm`, or what `onnx_weights` says. The integers of
+a weight are stored: for integer products those of 8 bits with zero point 128, because onnxruntime saturates products
+with signed bytes on CPUs without VNNI; those of 4 bits as uint4 from opset 21 on, and in a byte each before.
 """
 
 from __future__ import annotations
@@ -17,101 +17,23 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import evaluator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.onnx._internal.exporter import _core
 
 from ..autograd.int8_weight import Int8Weight
-from ..formats.rules import TINY, inverse_of
+from ..checkpoints.onnx_packing import dequantized_tensors, nbits_tensors
 from ..formats.scheme import QuantScheme
-from ..formats.storage import StoredWeight
+from ..formats.storage import QuantizedWeight, StoredWeight
 from ..formats.weight_format import INT4
 from ..kernels.arguments import ConvGeometry
+from .onnx_nodes import OFFSET, GraphNodes
+from .onnx_weights import chosen
 
 _ops = torch.ops.qkernels
 _UINT4_OPSET = 21
-_OFFSET = 128  # of a signed byte, where it stands as an unsigned one
+_MICROSOFT = "com.microsoft"
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
-
-
-class _Graph:
-    """Nodes on their way into a graph.
-
-    Args:
-        prefix: of the names of the values, which must differ from those of any graph around this one.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """The output of a new node of the operator `op_type`; an input may be left out."""
-        output = ir.Value(name=f"{self.prefix}_{len(self.nodes)}")
-        attributes_ir = ir.convenience.convert_attributes(attributes)
-        self.nodes.append(ir.Node("", op_type, inputs, attributes_ir, outputs=[output]))
-        return output
-
-    def constant(self, value: Any, dtype: Any = np.float32) -> ir.Value:
-        return self.add("Constant", value=ir.tensor(np.array(value, dtype=dtype)))
-
-    def integers(self, *values: int) -> ir.Value:
-        """A shape, or axes: int64 [n]."""
-        return self.constant(values, np.int64)
-
-    @functools.cached_property
-    def offset(self) -> ir.Value:
-        """What stands for 0 in unsigned bytes."""
-        return self.constant(_OFFSET, np.uint8)
-
-    def matmul_integer(
-        self, x: ir.Value, weight: ir.Value, zeros: ir.Value, offset: ir.Value | None = None
-    ) -> ir.Value:
-        """The exact product as floats: uint8 x [M, K], whose zero point is `offset`, and uint8 weight [K, N]."""
-        return self.cast(self.add("MatMulInteger", x, weight, offset or self.offset, zeros), _FLOAT)
-
-    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-        return x if x.dtype == dtype else self.add("Cast", x, to=int(dtype))
-
-    def pad_columns(self, x: ir.Value, columns: int, padded: int) -> ir.Value:
-        """A float matrix with zeros behind its `columns`, so that they are `padded`."""
-        missing = padded - columns
-        return x if missing == 0 else self.add("Pad", x, self.integers(0, 0, 0, missing), self.constant(0.0))
-
-    def quantize(
-        self, x: ir.Value, x_scale: Tensor | None, axes: tuple[int, ...] = (-1,)
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Rules 1 and 2, or 13, over axes: uint8 integers plus 128 of the shape of x, scales and faults [..., 1].
-
-        A fault is NaN where a value is Inf or NaN, and else 0. It is added to sums of products before they are
-        multiplied by the scale, which also keeps onnxruntime from a fused operator that rounds otherwise.
-
-        Args:
-            x_scale: the scale [1] of static activations; None: the scales are found here.
-        """
-        along = self.integers(*axes)
-        faults = self.add("ReduceSum", self.add("Mul", x, self.constant(0.0)), along, keepdims=1)
-        if x_scale is not None:
-            scales, inverse = (self.constant(scale.numpy()) for scale in (x_scale, inverse_of(x_scale)))
-            return self._rounded(x, inverse), scales, faults
-        absmax = self.add("ReduceMax", self.add("Abs", x), along, keepdims=1)
-        usable = self.add("GreaterOrEqual", absmax, self.constant(TINY))
-        one, levels = self.constant(1.0), self.constant(127.0)
-        safe = self.add("Where", usable, absmax, one)
-        scales = self.add("Where", usable, self.add("Div", safe, levels), one)
-        inverse = self.add("Where", usable, self.add("Div", levels, safe), self.constant(0.0))
-        return self._rounded(x, inverse), scales, faults
-
-    def _rounded(self, x: ir.Value, inverse: ir.Value) -> ir.Value:
-        rounded = self.add("Round", self.add("Mul", x, inverse))
-        clipped = self.add("Clip", rounded, self.constant(-127.0), self.constant(127.0))
-        return self.cast(self.add("Add", clipped, self.constant(_OFFSET)), _UINT8)
-
-    def done(self, output: ir.Value) -> ir.Value:
-        """Hand the nodes to the exporter."""
-        evaluator.default().nodes.extend(self.nodes)
-        return output
 
 
 class _Translator:
@@ -130,6 +52,7 @@ class _Translator:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
+        self._form, self._domains = chosen(), set[str]()
         self._opset, self._graph_of_inputs = opset, program.graph_module.graph
         self._inputs = {name: (target, tensors[target]) for name, target in targets.items() if target in tensors}
         self._folded: dict[int, tuple[ir.Value, Tensor]] = {}  # by the id of the value
@@ -160,6 +83,7 @@ class _Translator:
         for value in (*self._stored.values(), *(value for value, _ in self._folded.values())):
             if value.uses():
                 graph.initializers[str(value.name)] = value
+        graph.opset_imports.update(dict.fromkeys(self._domains, 1))
         for name in self._consumed & set(graph.initializers):
             if not graph.initializers[name].uses():
                 del graph.initializers[name]
@@ -230,7 +154,8 @@ class _Translator:
         weight, graph = self._weight(qweight, scales, zeros, int(x.shape[1]), scheme, x_scale), self._graph()
         parsed = weight.scheme
         if not parsed.int_activations:
-            product = self._float_product
+            products = {"matmul_nbits": self._nbits_product, "qdq": self._blocked_product}
+            product = products.get(self._form.form, self._float_product)
         else:
             product = self._sum_of_groups if parsed.group_size or parsed.act_group_size else self._int_product
         return self._finished(graph, product(graph, graph.cast(x, _FLOAT), weight), bias, x, out_dtype)
@@ -277,9 +202,11 @@ class _Translator:
         integers, x_scales, faults = graph.quantize(images, weight.x_scale, (1, 2, 3))
         if weight.zeros is not None:  # onnxruntime wants one zero point for all filters
             weight = weight._replace(qweight=weight.integers(), zeros=None, scheme=QuantScheme.parse("w8a8"))
-        is_int4 = weight.scheme.weight_format is INT4
         filters = self._initializer(
-            weight, "weight", lambda: _unsigned(weight).view(-1, *kernel).permute(*to_channels_first), uint4=is_int4
+            weight,
+            "weight",
+            lambda: _unsigned(weight).view(-1, *kernel).permute(*to_channels_first),
+            packed=_uint4_of(weight),
         )
         operands = [graph.add("Transpose", integers, perm=to_channels_first), graph.cast(filters, _UINT8)]
         operands += [graph.offset, self._zero_points(graph, weight, torch.flatten)]
@@ -314,7 +241,7 @@ class _Translator:
         )
 
     def _finished(
-        self, graph: _Graph, out: ir.Value, bias: ir.Value | None, x: ir.Value, out_dtype: int | None
+        self, graph: GraphNodes, out: ir.Value, bias: ir.Value | None, x: ir.Value, out_dtype: int | None
     ) -> ir.Value:
         """Rule 5."""
         if bias is not None:
@@ -322,12 +249,43 @@ class _Translator:
         dtype = x.dtype if out_dtype is None else ir.DataType(out_dtype)
         return graph.done(out if dtype == _FLOAT else graph.add("Cast", out, to=int(dtype)))
 
-    def _float_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+    def _float_product(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """`Gemm` with the dequantized weight."""
         x = graph.pad_columns(x, weight.in_features, _columns(weight))
         return graph.add("Gemm", x, self._dequantized(graph, weight), transB=1)
 
-    def _dequantized(self, graph: _Graph, weight: StoredWeight) -> ir.Value:
+    def _nbits_product(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
+        """`MatMulNBits` of onnxruntime."""
+        tensors = nbits_tensors(_canonical(weight), weight.in_features, weight.scheme)
+        parts = [
+            self._initializer(weight, "weight", lambda: tensors.codes),
+            self._initializer(weight, "weight_scale", lambda: tensors.scales),
+        ]
+        if (zeros := tensors.zeros) is not None:
+            parts.append(self._initializer(weight, "weight_zero_point", lambda: zeros))
+        sizes = {"K": weight.in_features, "N": weight.out_features, "bits": tensors.bits}
+        sizes |= {"block_size": tensors.block_size, "accuracy_level": self._form.accuracy_level}
+        self._domains.add(_MICROSOFT)
+        return graph.add_of(_MICROSOFT, "MatMulNBits", x, *parts, **sizes)
+
+    def _blocked_product(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
+        """`MatMul` with what `DequantizeLinear` makes of blocks of columns."""
+        if self._opset < _UINT4_OPSET:
+            raise ValueError(f"opset_version must be {_UINT4_OPSET} or more for blocks of columns, got {self._opset}")
+        tensors = dequantized_tensors(_canonical(weight), weight.in_features, weight.scheme)
+        packed = None
+        if weight.scheme.weight_format is INT4:
+            packed = ml_dtypes.int4 if tensors.zeros is None else ml_dtypes.uint4
+        parts = [
+            self._initializer(weight, "weight", lambda: tensors.integers, packed),
+            self._initializer(weight, "weight_scale", lambda: tensors.scales),
+        ]
+        if (zeros := tensors.zeros) is not None:
+            parts.append(self._initializer(weight, "weight_zero_point", lambda: zeros, packed))
+        blocks = {"block_size": tensors.block_size} if tensors.block_size else {}
+        return graph.add("MatMul", x, graph.add("DequantizeLinear", *parts, axis=tensors.axis, **blocks))
+
+    def _dequantized(self, graph: GraphNodes, weight: StoredWeight) -> ir.Value:
         """What `DequantizeLinear` makes of the groups [N * groups, group], as rows [N, K], padded to whole groups.
 
         Not in blocks of columns: those, with `MatMul`, onnxruntime fuses to a product of quantized activations.
@@ -335,30 +293,30 @@ class _Translator:
         group, is_int4 = weight.scheme.group_size or weight.in_features, weight.scheme.weight_format is INT4
         columns = _columns(weight)
         stored = self._initializer(
-            weight, "weight", lambda: _padded(_unpacked(weight), columns).reshape(-1, group), uint4=is_int4
+            weight, "weight", lambda: _padded(_unpacked(weight), columns).reshape(-1, group), packed=_uint4_of(weight)
         )
         scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
         parts = [stored, scales]
         if is_int4:
             zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
-            parts.append(self._initializer(weight, "weight_zero_point", lambda: zeros.flatten(), uint4=True))
+            parts.append(
+                self._initializer(weight, "weight_zero_point", lambda: zeros.flatten(), packed=ml_dtypes.uint4)
+            )
         matrix = graph.add("DequantizeLinear", *parts, axis=0)
         if columns == group:
             return matrix
         return graph.add("Reshape", matrix, graph.integers(weight.out_features, columns))
 
-    def _int_product(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+    def _int_product(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """Rule 4 with one group a row."""
         integers, x_scales, faults = graph.quantize(x, weight.x_scale)
-        stored = self._initializer(
-            weight, "weight", lambda: _unsigned(weight).t(), uint4=weight.scheme.weight_bits == 4
-        )
+        stored = self._initializer(weight, "weight", lambda: _unsigned(weight).t(), packed=_uint4_of(weight))
         zeros = self._zero_points(graph, weight, torch.flatten)
         sums = graph.add("Add", graph.matmul_integer(integers, graph.cast(stored, _UINT8), zeros), faults)
         scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
         return graph.add("Mul", sums, graph.add("Mul", x_scales, scales))
 
-    def _sum_of_groups(self, graph: _Graph, x: ir.Value, weight: StoredWeight) -> ir.Value:
+    def _sum_of_groups(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """Rule 4 with groups: a `Scan` over them, in order."""
         group, act_group = weight.scheme.group_size, weight.scheme.act_group_size
         sizes = [size for size in (group, act_group) if size is not None]
@@ -378,7 +336,7 @@ class _Translator:
             weight,
             "weight",
             lambda: _padded(_unsigned(weight), columns).t().reshape(steps, step, -1),
-            uint4=weight.scheme.weight_bits == 4,
+            packed=_uint4_of(weight),
         )
         zeros = self._zero_points(graph, weight, by_step)
         # By name, what each step reads a slice of.
@@ -392,7 +350,7 @@ class _Translator:
             for name, per_group in (("x_scales", x_scales), ("faults", faults)):  # [M, groups, 1]
                 slices[name] = graph.add("Transpose", graph.add("Gather", per_group, places, axis=1), perm=[1, 0, 2])
 
-        body = _Graph(f"{graph.prefix}_step")
+        body = GraphNodes(f"{graph.prefix}_step")
         inputs = {name: ir.Value(name=f"{body.prefix}_{name}") for name in ("total", *slices)}
         sums = body.matmul_integer(inputs["x"], inputs["weight"], inputs.get("zeros", zeros), graph.offset)
         if "faults" in inputs:
@@ -409,17 +367,17 @@ class _Translator:
             return graph.add("Mul", out, self._initializer(weight, "weight_scale", lambda: weight.scales.flatten()))
         return out if act_group is not None else graph.add("Mul", graph.add("Add", out, faults), x_scales)
 
-    def _zero_points(self, graph: _Graph, weight: StoredWeight, of_groups: Callable[[Tensor], Tensor]) -> ir.Value:
+    def _zero_points(self, graph: GraphNodes, weight: StoredWeight, of_groups: Callable[[Tensor], Tensor]) -> ir.Value:
         """The zero points of `_unsigned(weight)`: uint8, one for all, or what `of_groups` makes of [N, groups]."""
         zeros = weight.zeros
         if zeros is None:
-            return graph.constant(8 if weight.scheme.weight_format is INT4 else _OFFSET, np.uint8)
+            return graph.constant(8 if weight.scheme.weight_format is INT4 else OFFSET, np.uint8)
         return self._initializer(weight, "weight_zero_point", lambda: of_groups(zeros))
 
     def _initializer(
-        self, weight: StoredWeight, kind: str, make: Callable[[], Tensor], *, uint4: bool = False
+        self, weight: StoredWeight, kind: str, make: Callable[[], Tensor], packed: type | None = None
     ) -> ir.Value:
-        """The value of the tensor `make()`, one for all uses of a weight; uint4 where the opset has it."""
+        """The value of the tensor `make()`, one for all uses of a weight; of type `packed` where the opset has it."""
         key = (weight.qweight.data_ptr(), weight.qweight.shape, weight.scheme, kind)
         if key not in self._stored:
             tensor = make().contiguous()
@@ -427,8 +385,8 @@ class _Translator:
             name = f"{owner.rpartition('.')[0]}.{kind}"
             if any(value.name == name for value in self._stored.values()):
                 name += f"_{len(self._stored)}"
-            if uint4 and self._opset >= _UINT4_OPSET:
-                stored: Any = ir.tensor(tensor.numpy().astype(ml_dtypes.uint4), name=name)
+            if packed is not None and self._opset >= _UINT4_OPSET:
+                stored: Any = ir.tensor(tensor.numpy().astype(packed), name=name)
             else:
                 stored = _core.TorchTensor(tensor, name=name)
             self._stored[key] = ir.Value(
@@ -436,9 +394,9 @@ class _Translator:
             )
         return self._stored[key]
 
-    def _graph(self) -> _Graph:
+    def _graph(self) -> GraphNodes:
         self._graphs += 1
-        return _Graph(f"quantized_{self._graphs}")
+        return GraphNodes(f"quantized_{self._graphs}")
 
     def _fold(self, tensor: Tensor) -> ir.Value:
         """A value for a tensor that was computed from constants; the exporter names it, and tells its shape."""
@@ -472,6 +430,15 @@ def _refuse(name: str, *args: Any) -> NoReturn:
     )
 
 
+def _canonical(weight: StoredWeight) -> QuantizedWeight:
+    return QuantizedWeight(weight.qweight, weight.scales, weight.zeros)
+
+
+def _uint4_of(weight: StoredWeight) -> type | None:
+    """The type of the stored integers, plus an offset, of a weight of 4 bits."""
+    return ml_dtypes.uint4 if weight.scheme.weight_format is INT4 else None
+
+
 def _columns(weight: StoredWeight) -> int:
     """K, and what fills the last group of a grouped weight."""
     return _round_up(weight.in_features, weight.scheme.group_size or 1)
@@ -492,7 +459,7 @@ def _unpacked(weight: StoredWeight) -> Tensor:
 
 def _unsigned(weight: StoredWeight) -> Tensor:
     """The stored integers as uint8 [N, K], those of 8 bits plus 128."""
-    return (_unpacked(weight).to(torch.int16) + (0 if weight.scheme.weight_format is INT4 else _OFFSET)).to(torch.uint8)
+    return (_unpacked(weight).to(torch.int16) + (0 if weight.scheme.weight_format is INT4 else OFFSET)).to(torch.uint8)
 
 
 def _without_saved_input(program: torch.export.ExportedProgram) -> None:

@@ -12,6 +12,7 @@ from onnxruntime.quantization import QuantFormat
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from qkernels.checkpoints.losses import LossError, Losses
+from qkernels.checkpoints.onnx_packing import dequantized_tensors, nbits_tensors
 from qkernels.checkpoints.onnx_weights import module_name
 from qkernels.checkpoints.registry import open_checkpoint, parse_target
 from qkernels.formats.storage import dequantize_weight
@@ -85,6 +86,28 @@ def test_what_onnxruntime_writes_is_kept(tmp_path, bits, symmetric, form, block,
     assert torch.equal(weight_of(layer), float_weight(path))
     parse_target("qkernels")[0].write(found, tmp_path / "out", Losses())
     assert torch.equal(weight_of(open_checkpoint(tmp_path / "out").layers["block.proj"]), weight_of(layer))
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "form"),
+    [
+        (4, True, QuantFormat.QOperator),
+        (4, False, QuantFormat.QOperator),
+        (8, True, QuantFormat.QOperator),
+        (4, True, QuantFormat.QDQ),
+        (4, False, QuantFormat.QDQ),
+    ],
+)
+def test_what_onnxruntime_writes_is_packed_to_the_same_bytes(tmp_path, bits, symmetric, form):
+    path = quantized(tmp_path / "x.onnx", bits, symmetric, form)
+    layer = open_checkpoint(path).layers["block.proj"]
+    packing = nbits_tensors if form == QuantFormat.QOperator else dequantized_tensors
+    ours = [tensor for tensor in packing(layer.read().weight, IN, layer.scheme)[:3] if tensor is not None]
+    theirs = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    assert len(ours) == len(layer.tensors) == (2 if symmetric else 3)
+    for tensor, name in zip(ours, layer.tensors, strict=True):
+        stored = theirs[name].astype(tensor.numpy().dtype)
+        assert tensor.shape == stored.shape and tensor.numpy().tobytes() == stored.tobytes()
 
 
 def test_zero_points_of_8_bits_are_quantized_again_or_refused(tmp_path):
