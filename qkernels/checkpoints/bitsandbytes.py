@@ -31,7 +31,7 @@ _INT8 = ("weight", "SCB", "weight_format")
 _ROW_MAJOR = 0  # of weight_format; the others are layouts of GPUs that bitsandbytes itself reads no more
 _MOST_STATE = 1 << 16  # bytes
 _WHY = (
-    "its table of 16 values has no scheme here; as 8-bit integers they change by about 0.5 % (NF4) or 0.3 % (FP4) of "
+    "its table of 16 values has no scheme here; as 8-bit integers they change by about 0.5 % (NF4) or 0.4 % (FP4) of "
     "their root mean square"
 )
 
