@@ -98,8 +98,9 @@ def _dotted(version: int) -> str:
 
 def supports(call: Call) -> bool:
     """True if `qkernels_cuda` has a kernel for this call; a pure function."""
-    if call.scheme is not None and call.scheme.group_size == 16 and call.operator != "quantize_activation":
-        return False  # a group is half as deep as a product on tensor cores
+    if call.scheme is not None and call.operator != "quantize_activation":
+        if call.scheme.group_size == 16 or call.scheme.has_min:
+            return False  # such a group is half as deep as a product on tensor cores; minima would be added apart
     reads_activations = call.operator in ("quantize_activation", "linear", "linear_with_saved_input")
     if call.scheme is not None and call.scheme.static_activations and reads_activations:
         return False

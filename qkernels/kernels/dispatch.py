@@ -59,8 +59,8 @@ def select(facts: Facts, call: cuda_library.Call | None = None) -> Choice:
     if call is not None and (call.operator in WITHOUT_GPU_KERNEL or call.rounds):
         rounded = " with a gradient that is rounded to int8" if call.rounds else ""
         return Choice("reference", f"there is no GPU kernel of {call.operator}{rounded}")
-    if call is not None and call.scheme is not None and call.scheme.has_min and call.operator != "quantize_activation":
-        return Choice("reference", f"there are no GPU kernels for weights with minima ({call.scheme})")
+    if call is not None and call.scheme is not None and call.scheme.has_min and call.operator == "quantize_weight":
+        return Choice("reference", f"there is no GPU kernel that finds minima ({call.scheme})")
     if facts.triton and call is not None and _pays_warpgroups(facts, call):
         return Choice("triton", "large int8 product on Hopper, for which Triton uses warpgroup instructions")
     if (

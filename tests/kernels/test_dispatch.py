@@ -42,6 +42,7 @@ def test_choice(facts, backend, word):
         (cuda_library.Call("linear", parse("w4a16-g128"), torch.bfloat16), "cuda"),
         (cuda_library.Call("linear", parse("w4a16-g128"), torch.float32), "triton"),
         (cuda_library.Call("linear", parse("w8a8-g16"), torch.bfloat16), "triton"),
+        (cuda_library.Call("linear", parse("w4a8-g32-min"), torch.bfloat16), "triton"),
         (cuda_library.Call("linear_with_saved_input", parse("w8a8"), torch.bfloat16), "cuda"),
         (cuda_library.Call("linear_with_saved_input", parse("w8a8-ag64"), torch.bfloat16), "triton"),
         (cuda_library.Call("linear_grad_input", parse("w8a8"), torch.bfloat16), "triton"),

@@ -118,7 +118,8 @@ def load_integers(
     """int8 [rows, COLUMNS] from column `first` (a multiple of COLUMNS) on: the integers a weight is multiplied as.
 
     qweight is the canonical storage of a weight of `shape` = (N, K, bytes of a stored row), GROUP its group size along
-    K (0: one group per row), zeros its zero points or None. What lies beyond the shape is any number from -15 to 127.
+    K (0: one group per row), zeros its zero points, its minima (float32) or None. What lies beyond the shape is any
+    number from -15 to 127.
     """
     N = shape[0]
     K = shape[1]
@@ -133,6 +134,8 @@ def load_integers(
         nibbles = tl.reshape(tl.join(pairs & 15, pairs >> 4), (rows.shape[0], COLUMNS)).to(tl.int8)
         if zeros is None:
             result = nibbles - 8
+        elif zeros.dtype.element_ty == tl.float32:
+            result = nibbles
         elif GROUP == 0:
             result = nibbles - tl.load(zeros + rows, mask=rows < N, other=0).to(tl.int8)[:, None]
         elif COLUMNS <= GROUP:
@@ -156,17 +159,25 @@ def load_weight(
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """float32 [rows, COLUMNS]: `load_integers` times the scales, each product rounded once; 0 beyond the shape."""
+    """float32 [rows, COLUMNS]: `load_integers` times the scales, plus the minima if there are any, each product and sum
+    rounded once; 0 beyond the shape.
+    """
     N = shape[0]
     K = shape[1]
     integers = load_integers(qweight, zeros, rows, first, shape, BITS, GROUP, COLUMNS)
     columns = first + tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < N) & (columns[None, :] < K)
     if GROUP == 0:
-        scale = tl.load(scales + rows, mask=rows < N, other=0.0)[:, None]
+        at = rows[:, None]
+        there = rows[:, None] < N
     else:
         at = rows[:, None] * tl.cdiv(K, GROUP) + columns[None, :] // GROUP
-        scale = tl.load(scales + at, mask=(rows[:, None] < N) & (columns[None, :] < K), other=0.0)
-    return integers.to(tl.float32) * scale
+        there = inside
+    value = integers.to(tl.float32) * tl.load(scales + at, mask=there, other=0.0)
+    if zeros is not None:
+        if zeros.dtype.element_ty == tl.float32:
+            value = tl.where(inside, value + tl.load(zeros + at, mask=there, other=0.0), 0.0)
+    return value
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from .matmul_plans import (
     Plan,
     contiguous,
     grad_tiles,
+    group_sums,
     operand_of,
     power_of_two,
     quantize_activation,
@@ -45,9 +46,14 @@ def grouped_linear(
         return Plan((out.zero_(),), [])
     activation: tuple[Tensor, ...] = (x.contiguous(),)
     launches: list[Launch] = []
+    x_sums = None
     operand, group = operand_of(x), scheme.group_size or 0
     if scheme.int_activations:
-        activation, launches = quantize_activation(x, scheme, weight.x_scale, device=device)
+        (q, x_scales), launches = quantize_activation(x, scheme, weight.x_scale, device=device)
+        activation = (q, x_scales)
+        if scheme.has_min:
+            x_sums, launch = group_sums(activation, scheme)
+            launches.append(launch)
         group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
         operand = "int8"
     config = choose(MatmulShape(-(-m // experts), n, k, operand, group), device)
@@ -58,6 +64,8 @@ def grouped_linear(
     shape = (m, n, k, weight.qweight.shape[2])
     bias, index = (None if tensor is None else tensor.contiguous() for tensor in (bias, rows))
     args = (*activation, *weight[:3], bias, out, *shape, offsets.contiguous(), index, experts, x.shape[0])
+    if scheme.int_activations:
+        args = (*args, x_sums)
     return Plan((out,), [*launches, _launch(kernel, args, sizes, config, (m, n, experts))])
 
 

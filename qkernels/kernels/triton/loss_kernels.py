@@ -234,7 +234,7 @@ def loss_product_kernel(
     """out [M, K]: `state`, the product of the earlier ranges (None: the first), joined with that of a range.
 
     q [M, N] and the weight [N, K] are those of the range, whose first chunk has number `first`; column_scales
-    [chunks, K] those of the whole vocabulary, for grouped weights. The integer sums of each chunk are exact.
+    [chunks, K] those of the whole vocabulary, for weights that are requantized. The sums of each chunk are exact.
     """
     tile_m, tile_k = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -243,7 +243,7 @@ def loss_product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     for chunk in range(0, tl.cdiv(N, CHUNK)):
-        if W_GROUP > 0:
+        if column_scales is not None:
             column_at = tl.cast(first + chunk, tl.int64) * K + columns
             column_scale = tl.load(column_scales + column_at, mask=columns < K, other=1.0)
             inverse = tl.div_rn(1.0, column_scale)
@@ -252,7 +252,7 @@ def loss_product_kernel(
             ns = start + tl.arange(0, BLOCK_N)
             grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
             grad = tl.load(q + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0)
-            if W_GROUP == 0:
+            if column_scales is None:
                 w = load_integers(qweight, zeros, ns, begin, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
             else:
                 w = requantized(
@@ -263,7 +263,7 @@ def loss_product_kernel(
         maximum = tl.load(maxima + at, mask=rows < M, other=LOWEST)
         largest, before, own = _joined(largest, maximum)
         scale = (tl.load(grad_scales + at, mask=rows < M, other=0.0) * own)[:, None]
-        if W_GROUP > 0:
+        if column_scales is not None:
             scale = scale * column_scale[None, :]
         total = total * before[:, None] + acc.to(tl.float32) * scale
     earlier = tl.full((BLOCK_M,), LOWEST, tl.float32)

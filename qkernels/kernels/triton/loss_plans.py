@@ -49,8 +49,8 @@ class _Head(NamedTuple):
 
     weight: StoredWeight
     bias: Tensor | None
-    row_factors: Tensor | None  # [N], ungrouped
-    column_scales: Tensor | None  # [chunks, K], grouped
+    row_factors: Tensor | None  # [N], for weights with one scale a row
+    column_scales: Tensor | None  # [chunks, K], for others
     column_sums: Tensor | None  # [chunks, K], with label smoothing
 
 
@@ -96,7 +96,7 @@ def _derive(weight: StoredWeight, bias: Tensor | None, gradient: LossOptions | N
         return head, launches
     scheme, k, qweight = weight.scheme, weight.in_features, weight.qweight
     n, row_bytes = qweight.shape
-    if scheme.group_size:
+    if not scheme.row_scaled:
         (columns,), launches = column_scales_of_chunks(weight, reference.LOSS_CHUNK)
         head = head._replace(column_scales=columns)
     else:
@@ -186,7 +186,7 @@ def _product(
     (m, n), k = q.shape, out.shape[1]
     shape = MatmulShape(m, k, reference.LOSS_CHUNK, "int8", converted=True)
     config = choose(shape, device)
-    if weight.scheme.group_size:  # the weight is also held as floats
+    if head.column_scales is not None:  # the weight is also held as floats
         config = replace(config, columns=min(config.columns, 64))
     args = (
         q,

@@ -8,6 +8,9 @@ depth of an integer product on tensor cores is 32: a tile holds two groups of 16
 EXPERTS is 0, or a power of two above the number of fused experts. Then the rows are sorted by expert, those of expert e
 end before row offsets[e], the weights [experts, N, K] lie one after the other, and a tile of rows belongs to one expert
 (`rows_of_expert`) or to none. `index` tells the row of x, of `sources` rows, that each row multiplies; None: its own.
+
+`zeros` of a weight with minima are float32 (rule 16). `x_sums` [rows of x, groups] is what they are multiplied with,
+for the finer groups of weight and activations; None for other weights.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import triton
 import triton.language as tl
 
 from .device_functions import (
+    INF_BITS,
     load_integers,
     load_weight,
+    magnitude_bits,
     requantized,
     rows_of_expert,
     source_rows,
@@ -44,6 +49,7 @@ def linear_int_kernel(
     index,
     experts,
     sources,
+    x_sums,
     BITS: tl.constexpr,
     W_GROUP: tl.constexpr,
     A_GROUP: tl.constexpr,
@@ -128,18 +134,33 @@ def linear_int_kernel(
             store_float(out + at, tl.zeros_like(total), inside & (owner[:, None] == experts))
             inside_rows = inside_rows & (owner < experts)
         of_rows = (rows, x_rows, inside_rows)
-        _store_scaled(total, x_scales, scales, bias, out, of_rows, cols, N, A_GROUP == 0, W_GROUP == 0)
+        scaled = _scaled(total, x_scales, scales, of_rows, cols, N, A_GROUP == 0, W_GROUP == 0)
+        if x_sums is not None:
+            scaled = scaled + _minima(scaled, x_sums, zeros, of_rows, cols, N, K, W_GROUP, A_GROUP)
+        _store(scaled, bias, out, of_rows, cols, N)
 
 
 @triton.jit
-def _store_scaled(
-    total, x_scales, scales, bias, out, of_rows, cols, N, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr
-):
-    """The scales that are not grouped, the bias, and one rounding, for a tile of sums.
+def _minima(like, x_sums, minima, of_rows, cols, N, K, W_GROUP: tl.constexpr, A_GROUP: tl.constexpr):
+    """Rule 16: what the minima add to a tile, which is like `like`."""
+    FINER: tl.constexpr = A_GROUP if W_GROUP == 0 or (A_GROUP > 0 and A_GROUP < W_GROUP) else W_GROUP
+    groups = tl.cdiv(K, FINER) if FINER > 0 else 1
+    w_groups = tl.cdiv(K, W_GROUP) if W_GROUP > 0 else 1
+    total = tl.zeros_like(like)
+    for group in range(0, groups):
+        w_group = group * FINER // W_GROUP if W_GROUP > 0 else 0
+        minimum = tl.load(minima + cols * w_groups + w_group, mask=cols < N, other=0.0)
+        x_sum = tl.load(x_sums + of_rows[1] * groups + group, mask=of_rows[2], other=0.0)
+        total = total + x_sum[:, None] * minimum[None, :]
+    return total
+
+
+@triton.jit
+def _scaled(total, x_scales, scales, of_rows, cols, N, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """A tile of sums times the scales that are not grouped.
 
     of_rows: the rows of out, those of x, and which of them there are.
     """
-    rows = of_rows[0]
     x_rows = of_rows[1]
     inside_rows = of_rows[2]
     if SCALE_ROWS:
@@ -152,10 +173,16 @@ def _store_scaled(
         total = total * x_scale
     elif SCALE_COLUMNS:
         total = total * w_scale
+    return total
+
+
+@triton.jit
+def _store(total, bias, out, of_rows, cols, N):
+    """The bias, and one rounding."""
     if bias is not None:
         total = total + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-    store_float(out + at, total, inside_rows[:, None] & (cols[None, :] < N))
+    at = of_rows[0].to(tl.int64)[:, None] * N + cols[None, :]
+    store_float(out + at, total, of_rows[2][:, None] & (cols[None, :] < N))
 
 
 @triton.jit
@@ -168,8 +195,13 @@ def reduce_slices_kernel(
     M,
     N,
     slices,
+    x_sums,
+    minima,
+    K,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    A_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -183,7 +215,10 @@ def reduce_slices_kernel(
         total = total + tl.load(parts + at, mask=inside, other=0)
         at += tl.cast(M, tl.int64) * N  # M and N of 1 are constants
     of_rows = (rows, rows, rows < M)
-    _store_scaled(total.to(tl.float32), x_scales, scales, bias, out, of_rows, cols, N, SCALE_ROWS, SCALE_COLUMNS)
+    scaled = _scaled(total.to(tl.float32), x_scales, scales, of_rows, cols, N, SCALE_ROWS, SCALE_COLUMNS)
+    if x_sums is not None:
+        scaled = scaled + _minima(scaled, x_sums, minima, of_rows, cols, N, K, W_GROUP, A_GROUP)
+    _store(scaled, bias, out, of_rows, cols, N)
 
 
 @triton.jit
@@ -214,7 +249,9 @@ def linear_float_kernel(
     """The forward of `a16` schemes: float x [M, K] times the weight's integers, which any float dtype holds exactly.
 
     The sum of each group is scaled in float32. SLICE as in `linear_int_kernel`, except that out holds one float32 sum a
-    slice, groups scaled.
+    slice, groups scaled. Minima are multiplied with the sum of x; then all scales are applied here, and rows that hold
+    Inf or NaN are multiplied once more, for Inf times a code and Inf times a minimum may cancel: those values with the
+    signs of the weight.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), tiled_rows(M, experts, EXPERTS, BLOCK_M), N, BLOCK_M, BLOCK_N, SWATH)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -237,7 +274,10 @@ def linear_float_kernel(
     if SLICE > 0:
         begin = tl.program_id(1) * SLICE
         end = tl.minimum(K, begin + SLICE)
+    HAS_MIN: tl.constexpr = zeros is not None and zeros.dtype.element_ty == tl.float32
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row_sums = tl.zeros((BLOCK_M,), tl.float32)
+    largest = tl.zeros((BLOCK_M,), tl.int32)
     for first in range(begin, end, BLOCK_K):
         ks = first + tl.arange(0, BLOCK_K)
         x_at = x_rows.to(tl.int64)[:, None] * K + ks[None, :]
@@ -250,6 +290,28 @@ def linear_float_kernel(
             group = cols * tl.cdiv(K, W_GROUP) + first // W_GROUP
             scale = tl.load(scales + group, mask=cols < N, other=0.0)
             total = total + tl.dot(value, w, input_precision="ieee") * scale[None, :]
+        if HAS_MIN:
+            floats = value.to(tl.float32)
+            row_sums = row_sums + tl.sum(floats, axis=1)
+            largest = tl.maximum(largest, tl.max(magnitude_bits(floats), axis=1))
+            if W_GROUP > 0:
+                total = total + row_sums[:, None] * tl.load(zeros + group, mask=cols < N, other=0.0)[None, :]
+                row_sums = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_MIN:
+        if W_GROUP == 0:
+            total = total * tl.load(scales + cols, mask=cols < N, other=0.0)[None, :]
+            total = total + row_sums[:, None] * tl.load(zeros + cols, mask=cols < N, other=0.0)[None, :]
+        if tl.max(largest, axis=0) >= INF_BITS:
+            infinite = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for first in range(begin, end, BLOCK_K):
+                ks = first + tl.arange(0, BLOCK_K)
+                x_at = x_rows.to(tl.int64)[:, None] * K + ks[None, :]
+                value = tl.load(x + x_at, mask=inside_rows[:, None] & (ks[None, :] < K), other=0.0)
+                value = tl.where(magnitude_bits(value.to(tl.float32)) >= INF_BITS, value, 0.0).to(value.dtype)
+                w = load_weight(qweight, scales, zeros, cols, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
+                signs = tl.where(w > 0.0, 1.0, tl.where(w < 0.0, -1.0, 0.0))
+                infinite = tl.dot(value, tl.trans(signs.to(value.dtype)), infinite, input_precision="ieee")
+            total = tl.where((largest >= INF_BITS)[:, None], infinite, total)
     inside = inside_rows[:, None] & (cols[None, :] < N)
     at = rows.to(tl.int64)[:, None] * N + cols[None, :]
     if SLICE > 0:
@@ -259,7 +321,9 @@ def linear_float_kernel(
             owner = tl.zeros_like(rows) + expert
             store_float(out + at, tl.zeros_like(total), inside & (owner[:, None] == experts))
             inside_rows = inside_rows & (owner < experts)
-        _store_scaled(total, None, scales, bias, out, (rows, x_rows, inside_rows), cols, N, False, W_GROUP == 0)
+        of_rows = (rows, x_rows, inside_rows)
+        scaled = _scaled(total, None, scales, of_rows, cols, N, False, W_GROUP == 0 and not HAS_MIN)
+        _store(scaled, bias, out, of_rows, cols, N)
 
 
 @triton.jit
@@ -329,7 +393,7 @@ def int_grad_input_kernel(
     BLOCK_K: tl.constexpr,
     SWATH: tl.constexpr,
 ):
-    """Rule 6: out [M, K] from int8 q_grad [M, N]; with W_GROUP the weight is requantized by column on the way.
+    """Rule 6: out [M, K] from int8 q_grad [M, N]; with column_scales the weight is requantized by column on the way.
 
     The gradient of a weight is the same product: then q_grad is transposed, and x stands in for the weight.
     """
@@ -337,7 +401,7 @@ def int_grad_input_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_k * BLOCK_K
     columns = first + tl.arange(0, BLOCK_K)
-    if W_GROUP > 0:
+    if column_scales is not None:
         column_scale = tl.load(column_scales + columns, mask=columns < K, other=1.0)
         inverse = tl.div_rn(1.0, column_scale)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
@@ -345,7 +409,7 @@ def int_grad_input_kernel(
         ns = start + tl.arange(0, BLOCK_N)
         grad_at = rows.to(tl.int64)[:, None] * N + ns[None, :]
         grad = tl.load(q_grad + grad_at, mask=(rows[:, None] < M) & (ns[None, :] < N), other=0)
-        if W_GROUP == 0:
+        if column_scales is None:
             w = load_integers(qweight, zeros, ns, first, (N, K, row_bytes), BITS, W_GROUP, BLOCK_K)
         else:
             w = requantized(
@@ -353,7 +417,7 @@ def int_grad_input_kernel(
             )
         acc = tl.dot(grad, w, acc, out_dtype=tl.int32)
     scale = tl.load(grad_scales + rows, mask=rows < M, other=0.0)[:, None]
-    if W_GROUP > 0:
+    if column_scales is not None:
         scale = scale * column_scale[None, :]
     at = rows.to(tl.int64)[:, None] * K + columns[None, :]
     store_float(out + at, acc.to(tl.float32) * scale, (rows[:, None] < M) & (columns[None, :] < K))

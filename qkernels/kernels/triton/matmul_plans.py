@@ -81,6 +81,18 @@ def quantize_int8(x: Tensor, group: int | None, x_scale: Tensor | None = None) -
     return Plan((q, scales), [Launch(row_kernels.quantize_groups_kernel, grid, args, constants, 4, 1, reason)])
 
 
+def group_sums(activation: tuple[Tensor, Tensor], scheme: QuantScheme) -> tuple[Tensor, Launch]:
+    """Rule 16: float32 [M, groups], the sums of int8 x over the finer groups, times their scales; and what fills it."""
+    (q, scales), (m, k) = activation, activation[0].shape
+    group = min((size for size in (scheme.group_size, scheme.act_group_size) if size), default=0)
+    out = torch.empty((m, -(-k // group) if group else 1), dtype=torch.float32, device=q.device)
+    block = group or min(power_of_two(k), ELEMENTS)
+    rows = max(1, ELEMENTS // block)
+    constants = {"GROUP": group, "A_GROUP": scheme.act_group_size or 0, "ROWS": rows, "BLOCK": block}
+    kernel, reason = row_kernels.group_sums_kernel, "groups side by side"
+    return out, Launch(kernel, (-(-out.numel() // rows),), (q, scales, out, m, k), constants, 4, 1, reason)
+
+
 def weight_format(scheme: QuantScheme) -> dict[str, int]:
     """The constants that say how a weight is stored."""
     return {"BITS": scheme.weight_bits, "W_GROUP": scheme.group_size or 0}
@@ -163,23 +175,32 @@ def _linear_int(
         "EXPERTS": 0,
         **tile_sizes(config),
     }
-    parts = out
+    parts, launches, x_sums = out, [], None
+    if scheme.has_min:
+        x_sums, launch = group_sums(activation, scheme)
+        launches.append(launch)
     if config.slice_depth:
         count = -(-shape.depth // shape.group) if shape.group else slices(shape, config)
         dtype = torch.float32 if shape.group else torch.int32
         parts = torch.empty((count, *out.shape), dtype=dtype, device=out.device)
-    args = (*activation, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1], *NO_EXPERTS)
-    launches = [_launch(matmul_kernels.linear_int_kernel, args, sizes, shape, config)]
+    args = (
+        *activation,
+        *weight[:3],
+        bias,
+        parts,
+        *out.shape,
+        shape.depth,
+        weight.qweight.shape[1],
+        *NO_EXPERTS,
+        x_sums,
+    )
+    launches.append(_launch(matmul_kernels.linear_int_kernel, args, sizes, shape, config))
     if config.slice_depth:
-        launches.append(
-            _reduce(
-                parts,
-                activation[1] if scheme.act_group_size is None else None,
-                weight.scales if scheme.group_size is None else None,
-                bias,
-                out,
-            )
-        )
+        x_scales = activation[1] if scheme.act_group_size is None else None
+        scales = weight.scales if scheme.group_size is None else None
+        groups = {name: sizes[name] for name in ("W_GROUP", "A_GROUP")}
+        minima = (x_sums, weight.zeros if scheme.has_min else None, shape.depth)
+        launches.append(_reduce(parts, x_scales, scales, bias, out, minima, groups))
     return launches
 
 
@@ -194,7 +215,7 @@ def _linear_float(
     args = (x, *weight[:3], bias, parts, *out.shape, shape.depth, weight.qweight.shape[1], *NO_EXPERTS)
     launches = [_launch(matmul_kernels.linear_float_kernel, args, sizes, shape, config)]
     if config.slice_depth:
-        launches.append(_reduce(parts, None, weight.scales if scheme.group_size is None else None, bias, out))
+        launches.append(_reduce(parts, None, weight.scales if scheme.row_scaled else None, bias, out))
     return launches
 
 
@@ -203,10 +224,20 @@ def _launch(kernel: Any, args: Arguments, constants: dict[str, Any], shape: Matm
     return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages, config.reason, shape)
 
 
-def _reduce(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> Launch:
+def _reduce(
+    parts: Tensor,
+    x_scales: Tensor | None,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    minima: tuple[Tensor | None, Tensor | None, int] = (None, None, 1),
+    groups: dict[str, int] | None = None,
+) -> Launch:
+    """minima: `x_sums`, the minima and K, of integer products; groups: of weight and activations."""
     m, n = out.shape
-    constants = {"SCALE_ROWS": x_scales is not None, "SCALE_COLUMNS": scales is not None, "BLOCK_M": 1, "BLOCK_N": 128}
-    args = (parts, x_scales, scales, bias, out, m, n, parts.shape[0])
+    constants: dict[str, int] = {"SCALE_ROWS": x_scales is not None, "SCALE_COLUMNS": scales is not None}
+    constants = {**constants, **(groups or {"W_GROUP": 0, "A_GROUP": 0}), "BLOCK_M": 1, "BLOCK_N": 128}
+    args = (parts, x_scales, scales, bias, out, m, n, parts.shape[0], *minima)
     reason = "adds the slices in ascending order"
     return Launch(matmul_kernels.reduce_slices_kernel, (m, -(-n // 128)), args, constants, 4, 1, reason)
 

@@ -118,3 +118,38 @@ def column_scales_kernel(
     scale = int8_parameters(tl.max(largest, axis=0))[0]
     columns = first + tl.arange(0, BLOCK_K)
     tl.store(out + tl.program_id(1) * K + columns, scale, mask=columns < K)
+
+
+@triton.jit
+def group_sums_kernel(
+    q,
+    scales,
+    out,
+    M,
+    K,
+    GROUP: tl.constexpr,
+    A_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rule 16: float32 out [M, ceil(K / GROUP)] of the integers and scales of x: the sum of each group times its scale.
+
+    GROUP 0: a row is a group, whose sum is made in steps of BLOCK; otherwise BLOCK is GROUP.
+    """
+    groups = tl.cdiv(K, GROUP) if GROUP > 0 else 1
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = index // groups
+    begin = index % groups * BLOCK
+    end = K
+    if GROUP > 0:
+        end = BLOCK
+    total = tl.zeros((ROWS,), tl.int32)
+    for step in range(0, end, BLOCK):
+        columns = begin[:, None] + step + tl.arange(0, BLOCK)[None, :]
+        value = tl.load(q + row[:, None] * K + columns, mask=(row[:, None] < M) & (columns < K), other=0)
+        total += tl.sum(value.to(tl.int32), axis=1)
+    at = row
+    if A_GROUP > 0:
+        at = row * tl.cdiv(K, A_GROUP) + begin // A_GROUP
+    scale = tl.load(scales + at, mask=row < M, other=0.0)
+    tl.store(out + index, total.to(tl.float32) * scale, mask=row < M)

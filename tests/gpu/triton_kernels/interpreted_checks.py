@@ -11,6 +11,7 @@ import reference_ops
 import torch
 from helpers import assert_same_bits
 from launch_checks import check, has_kernel
+from tiers import pairwise
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -59,8 +60,10 @@ def run_operator(name, args, keywords):
     return ops.run(name, arguments.bundle(name, args), keywords)
 
 
-# The loss takes its logits from `linear`, and is slow to interpret.
-SCHEMES = dict(op_samples.OP_SCHEMES) | {"linear_cross_entropy": op_samples.SCHEMES[::7]}
+# Every pair of values of two axes; the kernels see the axes one by one. The loss takes its logits from `linear`, and is
+# slow to interpret.
+SCHEMES = {op: pairwise(schemes) for op, schemes in op_samples.OP_SCHEMES.items()}
+SCHEMES["linear_cross_entropy"] = op_samples.SCHEMES[::7]
 
 
 @pytest.mark.parametrize(("op", "scheme"), [(op, s) for op in sorted(ops.PLANS) for s in SCHEMES[op]])

@@ -45,6 +45,9 @@ LINEAR = (
     "w8a8-g16",
     "w8a8-g16-ag32",
     "w8a16-g16",
+    "w8a8-min",
+    "w4a8-g32-min-ag64",
+    "w4a16-g32-min",
 )
 CASES = [
     *(("linear", scheme) for scheme in LINEAR),
@@ -54,9 +57,10 @@ CASES = [
     ),
     *(("grouped_linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     *(("quantize_activation", scheme) for scheme in ("w8a8", "w8a8-ag32", "w8a8-ag128", "w8a8s")),
-    *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym")),
+    ("grouped_linear", "w4a8-g64-min"),
+    *(("dequantize_weight", scheme) for scheme in ("w8a8", "w4a8-g32-asym", "w4a8-g32-min")),
     *(("column_scales", scheme) for scheme in ("w8a8-g16", "w8a8-g64", "w4a8-g32-asym")),
-    *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym")),
+    *(("int_grad_input", scheme) for scheme in ("w8a8", "w4a8", "w4a8-g32-asym", "w4a8-min")),
     *(("linear_grad_input", scheme) for scheme in ("w8a16", "w4a16-g64-asym")),
     ("quantize_rows_stochastic", "w8a8"),
     ("quantize_columns_stochastic", "w8a8"),
@@ -68,7 +72,12 @@ CASES = [
 # Rows, classes and features: a few chunks of 64 classes; more than the ranges they are summed in.
 LOSS_SHAPES = ((5, 100, 33), (17, 65, 65), (3, 47, 130), (2, 130, 19), (1, 64, 64), (9, 63, 35))
 MANY_CHUNKS = (4, 600, 47)
-LOSS = {"w8a8": (*LOSS_SHAPES, MANY_CHUNKS), "w4a8-g32-asym": LOSS_SHAPES, "w4a16": LOSS_SHAPES[:1]}
+LOSS = {
+    "w8a8": (*LOSS_SHAPES, MANY_CHUNKS),
+    "w4a8-g32-asym": LOSS_SHAPES,
+    "w4a16": LOSS_SHAPES[:1],
+    "w4a8-min": LOSS_SHAPES[:1],
+}
 
 
 def executable(op: str, scheme: str, target: str) -> list[tuple[op_samples.Sample, tuple, list[Launch]]]:
