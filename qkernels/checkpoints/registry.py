@@ -17,6 +17,7 @@ from .float_folder import FloatFolder
 from .gguf import GGUF
 from .gptq import GPTQFolder
 from .losses import Losses
+from .mlx import MLXFolder
 from .onnx_file import OnnxFile
 from .partial_folder import identity_of
 from .qkernels_folder import QKernelsFolder
@@ -34,6 +35,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         GGUF(),
         AWQFolder(),
         AutoRoundFolder(),
+        MLXFolder(),
         TorchAO(),
         OnnxFile(),
         FloatFolder(),
