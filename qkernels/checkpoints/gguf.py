@@ -140,7 +140,7 @@ def _layers(file: GGUFFile, tensor: GGUFTensor, place: Place, losses: Losses) ->
     names = place.experts or (place.name.removesuffix(".weight"),)
     rows, columns = tensor.rows // len(names), tensor.shape[-1]
     block_type = BLOCK_TYPES.get(tensor.kind)
-    if block_type is not None and block_type.scheme in QuantScheme.names():
+    if block_type is not None:
         scheme = QuantScheme.parse(block_type.scheme)
     else:
         losses.need_requantization(names[0], f"the type {tensor.kind} of GGUF has no integers that are read")
@@ -149,7 +149,7 @@ def _layers(file: GGUFFile, tensor: GGUFTensor, place: Place, losses: Losses) ->
     def layer(matrix: int, name: str) -> CheckpointLayer:
         def read() -> LayerWeight:
             first = matrix * rows
-            if block_type is not None and block_type.scheme == scheme.name:
+            if block_type is not None:
                 parts = (decode_rows(tensor.kind, file.bytes_of(tensor, _shifted(c, first))) for c in chunks())
                 return LayerWeight(_assembled(parts, chunks(), scheme, rows, columns, place.order))
             return LayerWeight(_requantized(file, tensor, first, rows, scheme, place.order, name, losses))
