@@ -72,6 +72,7 @@ void check_rows(const char* name, int64_t rows) {
 // Half the depth of a product on tensor cores is not a group that these kernels sum apart.
 const qk::Scheme& supported(const qk::Scheme& scheme) {
   require(scheme.group_size != 16, "groups of 16 have no CUDA C++ kernels, got scheme ", scheme);
+  require(!scheme.has_min(), "weights with minima have no CUDA C++ kernels, got scheme ", scheme);
   return scheme;
 }
 

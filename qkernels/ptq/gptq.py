@@ -51,7 +51,8 @@ def quantize_weight(weight: Tensor, scheme: str | QuantScheme, statistics: Input
     """
     scheme = QuantScheme.parse(scheme)
     if not applies(scheme):
-        raise ValueError(f"scheme must have 4-bit weights without minima, got {scheme}")
+        wanted = "no minima" if scheme.has_min else "4-bit weights"
+        raise ValueError(f"scheme must have {wanted}, got {scheme}")
     columns = weight.shape[1]
     for name, shape in (("gram", [columns, columns]), ("quant_error", [columns])):
         sums = getattr(statistics, name)

@@ -18,7 +18,7 @@ from qkernels.integrations.peft import QuantLoraLinear, merge_errors
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SCHEMES = ["w8a8", "w4a8-g32-asym"]
+SCHEMES = ["w8a8", "w4a8-g32-asym", "w4a8-g32-min"]
 IDS = torch.arange(3, 19).reshape(2, 8)
 ROUNDS = "ignore:merging into a quantized layer rounds"
 

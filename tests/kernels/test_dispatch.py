@@ -56,6 +56,15 @@ def test_choice_for_a_call(call, backend):
     assert select(Facts("hip", 0, triton=True), call).backend == "triton"
 
 
+def test_minima_are_found_by_the_reference_and_multiplied_by_triton():
+    scheme, facts = parse("w4a8-g32-min"), Facts("cuda", 90, triton=True, cuda=True)
+    found = select(facts, cuda_library.Call("quantize_weight", scheme))
+    assert found.backend == "reference" and "finds minima (w4a8-g32-min)" in found.reason
+    for operator in ("linear", "linear_with_saved_input", "int_grad_input"):
+        call = cuda_library.Call(operator, scheme, torch.bfloat16)
+        assert not cuda_library.supports(call) and select(facts, call).backend == "triton"
+
+
 @pytest.mark.parametrize(
     ("capability", "scheme", "multiply_adds", "backend"),
     [

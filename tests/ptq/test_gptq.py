@@ -96,6 +96,7 @@ def test_input_that_was_always_zero():
     ("scheme", "gram", "quant_error", "message"),
     [
         ("w8a16", torch.eye(8), torch.zeros(8), "scheme must have 4-bit weights, got w8a16"),
+        ("w4a16-min", torch.eye(8), torch.zeros(8), "scheme must have no minima, got w4a16-min"),
         ("w4a8", torch.eye(7), torch.zeros(8), r"statistics.gram must be finite and of shape \[8, 8\]"),
         ("w4a8", torch.full((8, 8), torch.nan), torch.zeros(8), "statistics.gram must be finite"),
         ("w4a8", torch.eye(8), torch.zeros(7), r"statistics.quant_error must be finite and of shape \[8\], got \[7\]"),
@@ -230,8 +231,11 @@ def test_inputs_in_another_form_are_refused_and_nothing_changes(batches, error, 
     assert type(model.time) is type(model.out) is nn.Linear
 
 
-@pytest.mark.parametrize(("scheme", "advice"), [("w8a8", "smooth_"), ("w8a8-ag32", "smooth_"), ("w8a16", "")])
-def test_8_bit_weights_are_not_calibrated(scheme, advice):
+@pytest.mark.parametrize(
+    ("scheme", "advice"),
+    [("w8a8", "smooth_"), ("w8a8-ag32", "smooth_"), ("w8a16", ""), ("w4a8-g32-min", "-asym in the place of -min")],
+)
+def test_8_bit_weights_and_minima_are_not_calibrated(scheme, advice):
     with pytest.raises(ValueError, match=f"calibration must be None for {scheme}: .*{advice}"):
         qk.quantize_(Timed(), scheme, calibration=[X])
 

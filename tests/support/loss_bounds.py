@@ -59,7 +59,8 @@ def gradient_bound(logits, weight, storage, scheme, target, terms):
         if parsed.row_scaled:
             scales = storage[1][start : start + reference.LOSS_CHUNK].double().t().abs()
             unit = (columns * scales).amax(dim=1, keepdim=True) / 127
-            bound += unit * (rows.abs() / scales.t()).sum(dim=0)
+            integers = torch.where(scales.t() == 0, 0.0, rows.abs() / scales.t())
+            bound += unit * integers.sum(dim=0)
         else:
             unit, column = columns.amax(dim=1, keepdim=True) / 127, rows.abs().amax(dim=0) / 127
             bound += unit * (rows.abs() + column / 2).sum(dim=0) + columns.sum(dim=1, keepdim=True) * column / 2
