@@ -102,9 +102,9 @@ class Comparison:
             kl = f"{self.kl.mean():.3g} ± {standard_error(self.kl):.2g}"
             rows = [
                 ("KL divergence, mean", kl, "nats between the predictions; 0: equal"),
-                ("median", f"{self.kl.median():.3g}", "half of the tokens are closer than this"),
+                ("median", f"{self.kl.median():.3g}", "half of the tokens are closer"),
                 ("99 %", f"{self.kl_quantile(0.99):.3g}", "1 token in 100 is further away"),
-                ("same first choice", f"{100 * self.agreement:.1f} %", "tokens where both prefer the same next one"),
+                ("same first choice", f"{100 * self.agreement:.1f} %", "both prefer the same next token"),
             ]
         if len(self.loss_a):
             change = self.loss_b - self.loss_a
@@ -114,14 +114,12 @@ class Comparison:
                 ("perplexity of B", _with_error(self.loss_b), f"{percent} of A's"),
             ]
         else:
-            rows.append(("output error", f"{self.output_error:.3g}", "change of the outputs, relative to their size"))
+            rows.append(("output error", f"{self.output_error:.3g}", "relative change of the outputs"))
         if self.layers:
             worst = max(self.layers, key=lambda row: -1.0 if math.isnan(row.error) else row.error)
             middle = statistics.median(row.error for row in self.layers)
-            rows.append(
-                ("layer error, median", f"{middle:.4f}", f"of {len(self.layers)}: relative change of the output")
-            )
-            rows.append(("largest", f"{worst.error:.4f}", worst.name))
+            meaning = f"of {len(self.layers)}: relative change of the output"
+            rows += [("layer error, median", f"{middle:.3g}", meaning), ("largest", f"{worst.error:.3g}", worst.name)]
         return rows
 
     def __str__(self) -> str:
@@ -161,9 +159,9 @@ class MergeLoss:
         if math.isnan(self.kept):
             value, meaning = "-", "the adapter changes nothing on this text"
         elif not self.kept_error < 0.2:
-            meaning = "of the adapter's change: too much noise to tell, give more text"
+            meaning = "too noisy to tell: give more text"
         elif self.kept < 0.5:
-            meaning = "THE MERGE LOSES WHAT THE ADAPTER LEARNED"
+            meaning = "MERGING LOSES WHAT THE ADAPTER LEARNED"
         else:
             meaning = "of the change that the adapter makes"
         name, without, _ = self.base.rows()[0]

@@ -9,7 +9,7 @@ from typing import Any
 from .compare import Comparison, LayerError
 
 _BINS, _KINDS = 48, 9
-_LOWEST = 1e-7  # nats; what is less stands in the first bin
+_LOWEST = 1e-12  # nats; what is less stands in the first bin
 
 
 def save_plot(found: Comparison, path: Path, title: str = "") -> None:
@@ -85,7 +85,7 @@ def _draw_layers(layers: tuple[LayerError, ...], axes: Any) -> None:
         axes.annotate(layers[worst].name, (worst, errors[worst]), **place)
     exact = sum(error == 0 for error in errors)
     if exact:
-        axes.text(0.98, 0.02, f"{exact} layers without error", transform=axes.transAxes, ha="right", fontsize=8)
+        axes.text(0.98, 0.02, f"layers without error: {exact}", transform=axes.transAxes, ha="right", fontsize=8)
     if positive and "" not in kinds:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
