@@ -32,7 +32,10 @@ class OnnxFile(CheckpointFormat):
         Variant("MatMulNBits of 2, 4 bits", "w4a16-gN, -asym", "exact", "exact", "written by torch.onnx.export"),
         Variant("MatMulNBits of 8 bits, symmetric", "w8a16-gN", "exact", "exact", "written by torch.onnx.export"),
         Variant("DequantizeLinear of int4, uint4, int8", "w4a16, w8a16, -gN, -asym", "exact", "exact", "likewise"),
-        Variant("zero points of 8 bits, scales of columns", "w8a16, w4a16-gN", "requantized", "no"),
+        Variant(
+            "floats or 8 bits as zero points", "w4a16-min, w8a16-min, -gN", "with a report", "no", "rounded to float32"
+        ),
+        Variant("scales of columns", "w8a16-g32, w4a16-g32", "requantized", "no"),
     )
 
     def detects(self, path: Path) -> bool:

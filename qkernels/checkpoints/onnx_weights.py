@@ -6,15 +6,17 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..formats.weight_format import INT4
 from .bits import unpack_codes
 from .checkpoint import CheckpointLayer, LayerWeight
-from .grouped_codes import GroupedCodes, input_order
+from .grouped_codes import GroupedCodes, input_order, minima_of
 from .losses import Losses
 from .onnx_graph import ConstantInfo, OnnxGraph, attributes
 
@@ -59,7 +61,7 @@ class Weight(ABC):
 
     @abstractmethod
     def zeros(self) -> Tensor:
-        """uint8 [N, groups]."""
+        """[N, groups], uint8 or floats."""
 
     def layer(self, losses: Losses) -> CheckpointLayer:
         """The layer; its zero points are read now, because its scheme depends on them.
@@ -68,9 +70,13 @@ class Weight(ABC):
             ValueError: naming the constant, if one is not what the operator takes.
             LossError: if no scheme has these groups or zero points, by the policy.
         """
-        symmetric = bool((self.zeros() == 1 << self.bits - 1).all())
+        zeros = self.zeros()
+        symmetric = bool((zeros == 1 << self.bits - 1).all())
+        has_min = not symmetric and (self.bits == 8 or zeros.is_floating_point())
         group = None if self.group_size >= self.in_features and not self.blocked else self.group_size
-        codes = GroupedCodes(self.bits, group, symmetric)
+        codes = GroupedCodes(self.bits, group, symmetric or has_min)
+        if has_min and codes.problem is not None:
+            raise ValueError(f"{self.codes_name} has zero points that no scheme has for these groups: {codes.problem}")
         if codes.problem is not None:
             losses.need_requantization(self.codes_name, codes.problem)
         order = None
@@ -82,17 +88,21 @@ class Weight(ABC):
             self.name,
             self.in_features,
             self.out_features,
-            codes.scheme,
+            replace(codes.scheme, zeros="min") if has_min else codes.scheme,
             self.details,
             tuple(name for name in names if name is not None),
-            partial(self._read, codes, order, losses),
+            partial(self._read, codes, has_min, order, losses),
             order is not None,
         )
 
-    def _read(self, codes: GroupedCodes, order: Tensor | None, losses: Losses) -> LayerWeight:
+    def _read(self, codes: GroupedCodes, has_min: bool, order: Tensor | None, losses: Losses) -> LayerWeight:
         stored, zeros = self.codes(), None if codes.symmetric else self.zeros()
-        stored = stored if order is None else stored[:, order]
-        weight = codes.store(self.codes_name, stored, self.scales(), zeros, losses)
+        stored, scales = stored if order is None else stored[:, order], self.scales()
+        weight = codes.store(self.codes_name, stored, scales, zeros, losses)
+        if has_min:  # relative to what `store` made of the codes
+            shift = (INT4.offset if self.bits < 8 else 0) - (1 << self.bits - 1)
+            minima = minima_of(self.codes_name, scales, self.zeros().to(torch.float64) + shift, losses)
+            weight = weight._replace(zeros=codes.split(minima, self.in_features))
         return LayerWeight(weight, None, None if order is None else order.to(torch.int32))
 
 
@@ -146,10 +156,9 @@ class NBits(Weight):
         stored = self.graph.tensor(self.zeros_name).reshape(self.out_features, -1)
         if stored.dtype == torch.uint8:
             return unpack_codes(stored, self.bits, self._groups)
-        zeros = stored.to(torch.float32).round().clamp(0, (1 << self.bits) - 1)
-        if not torch.equal(zeros, stored.to(torch.float32)):
-            raise ValueError(f"{self.zeros_name} must be integers of {self.bits} bits; others have no scheme here")
-        return zeros.to(torch.uint8)
+        exact = stored.to(torch.float32)
+        whole = exact.clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+        return whole if torch.equal(whole.to(torch.float32), exact) else exact
 
 
 class _Use(NamedTuple):

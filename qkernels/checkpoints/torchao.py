@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..formats.scheme import QuantScheme
+from ..formats.weight_format import INT4
 from .checkpoint import CheckpointLayer, LayerWeight
 from .checkpoint_format import Variant
 from .folder import FolderFormat
-from .grouped_codes import GroupedCodes
+from .grouped_codes import GroupedCodes, minima_of
 from .losses import Losses
 from .safetensors_files import SafetensorsFiles
 
@@ -52,7 +53,10 @@ class TorchAO(FolderFormat):
         Variant("Int8Tensor, Intx of 5 to 8 bits, symmetric", "w8a16, w8a8, w8a8s, -gN", "exact", "no"),
         Variant("IntxUnpackedToInt8Tensor of 1 to 4 bits", "w4a16, w4a8, -gN, -asym", "exact", "no"),
         Variant("Int4Tensor, symmetric", "w4a16-gN", "exact", "no"),
-        Variant("zero points of 8 bits", "w8a16, w8a8, -gN", "requantized", "no"),
+        Variant("Int4Tensor, asymmetric", "w4a16-gN-min", "exact", "no", "its zero point is a float that is added"),
+        Variant(
+            "zero points of 8 bits", "w8a16-min, w8a8-min, -gN", "with a report", "no", "minima are rounded to float32"
+        ),
     )
 
     def detects(self, path: Path) -> bool:
@@ -177,11 +181,14 @@ def _stored(tensors: SafetensorsFiles, parameter: str, entry: dict[str, Any]) ->
         if stored is not None and (stored.shape != shape or stored.dtype not in dtypes):
             raise ValueError(f"{parts[part]} must be {list(shape)} for blocks of {rows} x {group}, got {stored}")
     bits = _bits(parameter, kind, data)
-    symmetric = "zero_point" not in parts or not bool(tensors.tensor(parts["zero_point"]).any())
-    if not symmetric and kind == "Int4Tensor":
-        raise ValueError(f"{parameter} has float offsets, which no scheme here has; quantize with IntxWeightOnlyConfig")
-    codes = GroupedCodes(bits, None if group == in_features else group, symmetric)
-    scheme, activations = _activations(tensors, parameter, data, parts, codes.scheme)
+    points = tensors.tensor(parts["zero_point"]) if "zero_point" in parts else torch.zeros(1)
+    symmetric = not bool(points.any())
+    has_min = not symmetric and (kind == "Int4Tensor" or bits == 8 or bool((points != points.round()).any()))
+    codes = GroupedCodes(bits, None if group == in_features else group, symmetric or has_min)
+    if has_min and codes.problem is not None:
+        raise ValueError(f"{parameter} has zero points that no scheme has for these groups: {codes.problem}")
+    weight = replace(codes.scheme, zeros="min") if has_min else codes.scheme
+    scheme, activations = _activations(tensors, parameter, data, parts, weight)
     return _Stored(module, kind, in_features, out_features, parts, codes, scheme, rows, activations)
 
 
@@ -252,19 +259,33 @@ def _read(tensors: SafetensorsFiles, stored: _Stored, losses: Losses) -> LayerWe
     integers, scales, zeros = tensors.tensor(parts["qdata"]), groups("scale").to(torch.float32), None
     if not codes.symmetric:
         exact = groups("zero_point").to(torch.float32) + half
-        zeros = exact.round().clamp(0, 2 * half - 1).to(torch.uint8)
+        zeros = exact.clamp(0, 2 * half - 1).to(torch.uint8)
         if not torch.equal(zeros.to(torch.float32), exact):
-            raise ValueError(f"{parts['zero_point']} must be integers of {codes.bits} bits; others have no scheme here")
+            raise ValueError(f"{parts['zero_point']} must be integers of {codes.bits} bits")
     if stored.kind == "Int4Tensor":  # pairs of two's complements
-        qweight = integers.view(torch.uint8) ^ 0x88
-        weight = codes.store_nibbles(qweight, scales, None, stored.in_features)
+        unsigned = INT4.unpack(integers.view(torch.uint8) ^ 0x88, stored.in_features)
     else:
         low, high = int(integers.min()), int(integers.max())
         if not -half <= low <= high < half:
             raise ValueError(f"{parts['qdata']} must be integers of {codes.bits} bits, got {low} to {high}")
         unsigned = (integers.to(torch.int16) + half).to(torch.uint8)
-        weight = codes.store(f"{stored.module}.weight", unsigned, scales, zeros, losses)
+    weight = codes.store(f"{stored.module}.weight", unsigned, scales, zeros, losses)
+    if stored.scheme.has_min:
+        weight = weight._replace(
+            zeros=codes.split(_minima(stored, scales, groups("zero_point"), losses), stored.in_features)
+        )
     x_scale = None
     if stored.scheme.static_activations:
         x_scale = tensors.tensor(parts["act_quant_scale"]).to(torch.float32).reshape(1)
     return LayerWeight(weight, x_scale)
+
+
+def _minima(stored: _Stored, scales: Tensor, points: Tensor, losses: Losses) -> Tensor:
+    """float32 [N, groups], added to the product of scale and stored code: the integer, of 4 bits plus 8."""
+    offset = INT4.offset if stored.codes.bits == 4 else 0
+    if stored.kind != "Int4Tensor":
+        return minima_of(stored.module, scales, points.to(torch.float64) + offset, losses)
+    exact = points.to(torch.float64) - offset * scales.to(torch.float64)  # its zero point is added already
+    kept = exact.to(torch.float32)
+    losses.changed(f"{stored.module}.zeros", "minima that float32 cannot hold", exact, kept)
+    return kept

@@ -72,13 +72,40 @@ def test_pairs_of_twos_complements(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torchao quantizes activations otherwise")
-def test_zero_points_of_8_bits_are_quantized_again_or_refused():
-    with pytest.raises(LossError, match=r"asym8.weight: no scheme has 8-bit weights with zero points"):
-        open_checkpoint(FILE, Losses("report"))
-    losses = Losses("requantize")
-    layer = open_checkpoint(FILE, losses).layers["asym8"]
-    bound = EXPECTED["asym8"].unflatten(1, (-1, 32)).abs().amax(-1).repeat_interleave(32, 1) / 253
-    assert torch.all((weight_of(layer) - EXPECTED["asym8"]).abs() <= bound) and len(losses.entries) == 1
+def test_zero_points_of_8_bits_are_minima():
+    layer = open_checkpoint(FILE).layers["asym8"]  # its scales are bfloat16, so that no product is rounded
+    assert layer.scheme.name == "w8a16-g32-min"
+    # q * scale and zero * scale are rounded each, where the other library rounds (q - zero) * scale.
+    bound = 3 * 255 * load_file(FILE)["asym8._weight_scale"].float().repeat_interleave(32, 1) * 2.0**-24
+    assert torch.all((weight_of(layer) - EXPECTED["asym8"]).abs() <= bound)
+
+
+@pytest.mark.filterwarnings("ignore:torchao quantizes activations otherwise")
+def test_minima_that_are_rounded_are_reported(tmp_path):
+    tensors, metadata = contents("none")
+    tensors["asym8._weight_scale"] = tensors["asym8._weight_scale"].float() / 3
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(LossError, match=r"asym8.zeros: .* minima that float32 cannot hold"):
+        open_checkpoint(tmp_path / "x.safetensors").layers["asym8"].read()
+    losses = Losses("report")
+    open_checkpoint(tmp_path / "x.safetensors", losses).layers["asym8"].read()
+    assert losses.entries[0].largest < 2.0**-24
+
+
+@pytest.mark.filterwarnings("ignore:torchao quantizes activations otherwise")
+def test_zero_points_that_are_added_are_minima(tmp_path):
+    tensors, metadata = contents()
+    torch.manual_seed(0)
+    offsets, scales = torch.randn(2, 6).to(torch.bfloat16), (torch.rand(2, 6) + 0.1).to(torch.bfloat16)
+    tensors |= {"int4._weight_zero_point": offsets, "int4._weight_scale": scales}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    layer = open_checkpoint(tmp_path / "x.safetensors").layers["int4"]
+    assert layer.scheme.name == "w4a16-g32-min"
+    packed = tensors["int4._weight_qdata"]
+    codes = torch.stack((packed << 4 >> 4, packed >> 4), dim=-1).flatten(1).double()  # of two's complement
+    by_column = [tensor.double().t().repeat_interleave(32, 1) for tensor in (scales, offsets)]
+    expected = codes * by_column[0] + by_column[1]
+    assert float((weight_of(layer) - expected).abs().max()) < 2.0**-22 * float(expected.abs().max())
 
 
 def said(metadata: dict[str, str], parameter: str, **changes: object) -> str:
@@ -124,7 +151,6 @@ def test_broken_metadata_are_refused(tmp_path, name, text, words):
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [
-        ("int4._weight_zero_point", torch.ones(2, 6), "int4.weight has float offsets"),
         ("static._weight_act_pre_scale", torch.ones(64), "multiplies its input by act_pre_scale"),
         ("static._weight_act_quant_scale", torch.ones(2), "must be one float"),
         ("int8._weight_qdata", torch.ones(6, 64), "must be a matrix of torch.int8, got torch.float32"),
