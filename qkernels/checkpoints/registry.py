@@ -16,6 +16,7 @@ from .compressed_tensors import CompressedTensors
 from .float_folder import FloatFolder
 from .gguf import GGUF
 from .gptq import GPTQFolder
+from .hqq import HQQFolder
 from .losses import Losses
 from .mlx import MLXFolder
 from .onnx_file import OnnxFile
@@ -36,6 +37,7 @@ FORMATS: dict[str, CheckpointFormat] = {
         AWQFolder(),
         AutoRoundFolder(),
         MLXFolder(),
+        HQQFolder(),
         TorchAO(),
         OnnxFile(),
         FloatFolder(),
