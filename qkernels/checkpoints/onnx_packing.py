@@ -22,8 +22,8 @@ class NBitsTensors(NamedTuple):
     Attributes:
         codes: uint8 [N, blocks, block_size * bits / 8], the last block padded with zeros.
         scales: float32 [N, blocks].
-        zeros: uint8 [N, ceil(blocks * bits / 8)], a missing last one is 8, as onnxruntime's quantizer has it; or None
-            for the half of the range of codes.
+        zeros: float32 [N, blocks], of minima; uint8 [N, ceil(blocks * bits / 8)], of which a missing last one is 8, as
+            onnxruntime's quantizer has it; or None for the half of the range of codes.
     """
 
     codes: Tensor
@@ -40,6 +40,9 @@ def nbits_tensors(weight: QuantizedWeight, in_features: int, scheme: QuantScheme
         weight: the canonical storage of [N, K].
         in_features: K.
         scheme: of the weight; the activations do not matter.
+
+    Raises:
+        ValueError: for minima of 8 bits, or such that are no product of the scale and a float32 zero point.
     """
     block, bits = scheme.group_size or _ROW_BLOCK, scheme.weight_bits
     blocks = -(-in_features // block)
@@ -48,6 +51,12 @@ def nbits_tensors(weight: QuantizedWeight, in_features: int, scheme: QuantScheme
     scales = weight.scales if scheme.group_size else weight.scales.expand(-1, blocks)
     if weight.zeros is None:
         return NBitsTensors(packed, scales.contiguous(), None, bits, block)
+    if scheme.has_min:
+        floats = (-weight.zeros / weight.scales).expand(-1, blocks).contiguous()
+        back = floats.to(torch.float64) * -scales.to(torch.float64)
+        if bits == 8 or not torch.equal(back, weight.zeros.expand(-1, blocks).to(torch.float64)):
+            raise ValueError(f"MatMulNBits cannot hold minima of {scheme} exactly; write it with the form 'dequantize'")
+        return NBitsTensors(packed, scales.contiguous(), floats, bits, block)
     points = weight.zeros if scheme.group_size else weight.zeros.expand(-1, blocks)
     points = pad(points, (0, -blocks % (8 // bits)), value=1 << bits - 1)
     zeros = pack_codes(points, bits).view(torch.uint8)[:, : points.shape[1] * bits // 8]

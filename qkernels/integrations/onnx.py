@@ -226,10 +226,10 @@ class _Translator:
         x_scale: ir.Value | None,
     ) -> StoredWeight:
         parsed = QuantScheme.from_code(scheme)
-        if parsed.has_min:
+        if parsed.has_min and parsed.int_activations:
             raise ValueError(
-                f"a layer of scheme {parsed} cannot be exported to ONNX, whose operators know no minima; call "
-                "qkernels.dequantize_ before, or quantize it with a scheme without -min"
+                f"a layer of scheme {parsed} cannot be exported to ONNX, whose integer products know no minima; call "
+                "qkernels.dequantize_ before, or quantize it with an a16 scheme, or one without -min"
             )
         return StoredWeight(
             self._tensor(qweight, "qweight"),
@@ -270,6 +270,8 @@ class _Translator:
 
     def _blocked_product(self, graph: GraphNodes, x: ir.Value, weight: StoredWeight) -> ir.Value:
         """`MatMul` with what `DequantizeLinear` makes of blocks of columns."""
+        if weight.scheme.has_min:
+            raise ValueError(f"DequantizeLinear has no minima of {weight.scheme}; write it with the form 'dequantize'")
         if self._opset < _UINT4_OPSET:
             raise ValueError(f"opset_version must be {_UINT4_OPSET} or more for blocks of columns, got {self._opset}")
         tensors = dequantized_tensors(_canonical(weight), weight.in_features, weight.scheme)
@@ -297,12 +299,15 @@ class _Translator:
         )
         scales = self._initializer(weight, "weight_scale", lambda: weight.scales.flatten())
         parts = [stored, scales]
-        if is_int4:
+        if is_int4 and not weight.scheme.has_min:
             zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
             parts.append(
                 self._initializer(weight, "weight_zero_point", lambda: zeros.flatten(), packed=ml_dtypes.uint4)
             )
         matrix = graph.add("DequantizeLinear", *parts, axis=0)
+        if weight.scheme.has_min and (minima := weight.zeros) is not None:
+            offsets = self._initializer(weight, "weight_min", lambda: minima.view(torch.float32).reshape(-1, 1))
+            matrix = graph.add("Add", matrix, offsets)
         if columns == group:
             return matrix
         return graph.add("Reshape", matrix, graph.integers(weight.out_features, columns))

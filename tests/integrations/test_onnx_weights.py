@@ -77,6 +77,31 @@ def test_the_form_without_a_fused_operator_is_read_back_too(tmp_path):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g32-min", "w8a16-min"])
+def test_minima_are_added(tmp_path, scheme):
+    model, x = layer(scheme), torch.randn(5, 72)
+    path = export(model, (x,), tmp_path / "x.onnx", "dequantize")
+    expected = model(x).detach()
+    torch.testing.assert_close(run(path, x), expected, rtol=0, atol=FLOAT_TOLERANCE * expected.abs().max().item())
+    for form, words in (("matmul_nbits", "cannot hold minima of"), ("qdq", "has no minima of")):
+        with pytest.raises(Exception, match=f"{words} {scheme}"):
+            export(model, (x,), tmp_path / "y.onnx", form)
+
+
+def test_minima_that_are_products_are_zero_points(tmp_path):
+    model, x = layer("w4a16-g32-min"), torch.randn(5, 72)
+    weight = model[0].quantized_weight()
+    scales = weight.scales.to(torch.float16).float()
+    weight = weight._replace(scales=scales, zeros=-2.25 * scales)
+    model[0].set_weight(weight)
+    path = export(model, (x,), tmp_path / "x.onnx", "matmul_nbits")
+    expected = model(x).detach()
+    torch.testing.assert_close(run(path, x), expected, rtol=0, atol=FLOAT_TOLERANCE * expected.abs().max().item())
+    found = open_checkpoint(path).layers["0"]
+    assert found.scheme == model[0].scheme
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weight, found.read().weight, strict=True))
+
+
 @pytest.mark.parametrize(("in_features", "scheme"), [(1, "w4a16"), (15, "w8a16"), (300, "w4a16-asym")])
 def test_rows_of_any_length(tmp_path, in_features, scheme):
     model, x = layer(scheme, in_features), torch.randn(3, in_features)
