@@ -348,6 +348,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         config.layers = describe(model).get("layers", {})
         model.quantization_report = report
         self._targets, self._expected, self._checkpoint = {}, {}, None
+        del self._lock  # the model holds its quantizer, and a lock cannot be copied with it
 
     def _reason(self, layer: Layer) -> str:
         names = layer.weight_names() if layer.key is None else layer.names
