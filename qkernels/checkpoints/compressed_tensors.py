@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class CompressedTensors(FolderFormat):
         Variant("pack-quantized, 5 to 7 bits", "w8a16-gN", "exact", "exact", "written as 8 bits once changed"),
         Variant("int-quantized, dynamic activations", "w8a8, w4a8-gN[-asym]", "exact", "exact"),
         Variant("int-quantized, static activations", "w8a8s", "exact", "exact", "symmetric activations"),
-        Variant("8 bits, asymmetric", "w8a16-gN", "requantized", "no"),
+        Variant("8 bits, asymmetric", "w8a16-gN-min", "exact", "exact", "not written once changed"),
         Variant("bfloat16, float16 scales (`compressed-tensors:bf16`)", "all", "exact", "with a report"),
     )
 
@@ -340,18 +340,16 @@ def _layer(tensors: SafetensorsFiles, module: str, group: _Group, losses: Losses
         act_bits, static, lost = 16, False, "static activations with a zero point"
     if lost:
         losses.need_report(module, f"{lost} have no scheme here, they would stay float")
-    exact = stored.exact_problem()
-    if exact is not None:
-        losses.need_requantization(f"{module}.weight", exact)
-    zeros: Literal["zero_point"] | None = None if stored.symmetric else "zero_point"
-    scheme = QuantScheme(
-        stored.weight_bits, act_bits, stored.group_size, zeros, act_group_size, static_activations=static
-    )
+    problem = stored.codes.problem
+    if problem is not None:
+        losses.need_requantization(f"{module}.weight", problem)
+    scheme = replace(stored.codes.scheme, act_bits=act_bits, act_group_size=act_group_size, static_activations=static)
+    order = None if stored.input_order is None else stored.input_order.to(torch.int32)
 
     def read() -> LayerWeight:
         values = weight_values(stored, tensors, losses)
         x_scale = tensors.tensor(own["input_scale"]).to(torch.float32).reshape(-1) if static else None
-        return LayerWeight(values, x_scale, stored.input_order)
+        return LayerWeight(values, x_scale, order)
 
     raw = {part: name for part, name in own.items() if part != "input_zero_point" or static}
     source = _Source(scheme, group.written, partial(_read_all, tensors, raw))
@@ -364,8 +362,8 @@ def _layer(tensors: SafetensorsFiles, module: str, group: _Group, losses: Losses
         f"compressed-tensors {group.written['format']}, {group.weights}" + (f"; {lost} stay float" if lost else ""),
         (*own.values(), *outputs),
         read,
-        stored.input_order is not None,
-        None if lost or exact else source,
+        order is not None,
+        None if lost or problem else source,
     )
 
 
@@ -377,8 +375,8 @@ def _writable(layer: CheckpointLayer) -> QuantScheme:
     """The scheme of a layer, or the nearest that the format has: its groups divide K."""
     scheme, size = layer.scheme, layer.scheme.group_size
     if size is not None and layer.in_features % size:
-        fitting = [s for s in (128, 64, 32) if s < size and layer.in_features % s == 0]
-        scheme = replace(scheme, group_size=fitting[0] if fitting else None)
+        smaller = [s for s in scheme.weight_format.group_sizes if s < size and layer.in_features % s == 0]
+        scheme = replace(scheme, group_size=max(smaller, default=None))
     if scheme.has_min:
         scheme = replace(scheme, zeros="zero_point" if scheme.weight_format.has_zeros else None)
     return scheme

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats.scheme import GROUP_SIZES, QuantScheme
-from ..formats.storage import FLOAT_DTYPES, QuantizedWeight, expand_groups
-from ..formats.weight_format import INT4
+from ..formats.storage import FLOAT_DTYPES, QuantizedWeight
 from .bits import unpack_codes
+from .grouped_codes import GroupedCodes, input_order
 from .losses import Losses
-from .requantize import quantize_again
 from .safetensors_files import SafetensorsFiles
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,10 +65,11 @@ class StoredLayer(NamedTuple):
     arguments: WeightArguments
     out_features: int
     in_features: int
-    input_order: Tensor | None  # int32 [K]: columns in the order of their groups
-    weight_bits: int
-    group_size: int | None
-    symmetric: bool
+    input_order: Tensor | None  # [K]: columns in the order of their groups
+
+    @property
+    def codes(self) -> GroupedCodes:
+        return GroupedCodes(self.arguments.bits, self.arguments.group_size, self.arguments.symmetric)
 
     @staticmethod
     def open(tensors: SafetensorsFiles, module: str, own: Mapping[str, str], arguments: WeightArguments) -> StoredLayer:
@@ -120,44 +119,10 @@ class StoredLayer(NamedTuple):
         order = None
         if "weight_g_idx" in own:
             expect("weight_g_idx", shape_of("weight_g_idx") == (in_features,), f"{in_features} numbers of groups")
-            order = _order(f"{module}.weight_g_idx", tensors.tensor(own["weight_g_idx"]), size or in_features)
-        weight_bits = 4 if bits <= 4 else 8
-        ours = next((s for s in sorted(_group_sizes(weight_bits), reverse=True) if size and size % s == 0), None)
-        if size and ours is None and weight_bits == 4:  # groups of 16 are of 8 bits
-            ours = next((s for s in _group_sizes(8) if size % s == 0), None)
-            weight_bits = weight_bits if ours is None else 8
-        nearest = min(GROUP_SIZES) if size and ours is None else ours
-        symmetric = arguments.symmetric or weight_bits == 8
-        return StoredLayer(module, own, arguments, out_features, in_features, order, weight_bits, nearest, symmetric)
-
-    def exact_problem(self) -> str | None:
-        """Why no scheme holds the integers and their groups; None: one does."""
-        size = self.arguments.group_size
-        if size and size % (self.group_size or size):
-            return f"groups of {size} have no scheme"
-        if self.arguments.bits == 8 and not self.arguments.symmetric:
-            return "8 bits with zero points have no scheme"
-        return None
-
-
-def _group_sizes(weight_bits: int) -> tuple[int, ...]:
-    return tuple(s for s in (16, *GROUP_SIZES) if f"w{weight_bits}a16-g{s}" in QuantScheme.names())
-
-
-def _order(name: str, groups: Tensor, size: int) -> Tensor | None:
-    """The order of the columns in which groups are neighbours; None: they are that as they stand.
-
-    Raises:
-        ValueError: if a group has other than `size` columns, or the last more.
-    """
-    groups, count = groups.to(torch.int64), groups.shape[0]
-    expected = torch.arange(count) // size
-    if torch.equal(groups, expected) or bool((groups == -1).all()):  # -1: the writer had no order
-        return None
-    order = torch.argsort(groups, stable=True)
-    if not torch.equal(groups[order], expected):
-        raise ValueError(f"{name} must give {size} columns to each group from 0 on")
-    return order.to(torch.int32)
+            indices = tensors.tensor(own["weight_g_idx"]).to(torch.int64)
+            if not bool((indices == -1).all()):  # the writer had no order
+                order = input_order(f"{module}.weight_g_idx", indices, size or in_features)
+        return StoredLayer(module, own, arguments, out_features, in_features, order)
 
 
 def weight_values(stored: StoredLayer, tensors: SafetensorsFiles, losses: Losses) -> QuantizedWeight:
@@ -167,7 +132,7 @@ def weight_values(stored: StoredLayer, tensors: SafetensorsFiles, losses: Losses
         ValueError: for integers that have more bits than the config group says.
     """
     arguments, own = stored.arguments, stored.own
-    bits, half = arguments.bits, 1 << arguments.bits - 1
+    bits = arguments.bits
     shape = (stored.out_features, stored.in_features)
     if "weight_packed" in own:
         words = tensors.tensor(own["weight_packed"])
@@ -178,33 +143,13 @@ def weight_values(stored: StoredLayer, tensors: SafetensorsFiles, losses: Losses
     zeros = None if arguments.symmetric else _zeros(stored, tensors).expand(shape[0], -1)
     scales = scales.expand(shape[0], -1)
     if stored.input_order is not None:
-        codes = codes[:, stored.input_order.to(torch.int64)]
-    if stored.exact_problem() is not None:
-        return _quantized_again(stored, codes, scales, zeros, losses)
-    if stored.weight_bits == 4:
-        nibbles = codes if zeros is not None else codes + (INT4.offset - half)
-        kept = None if zeros is None else _ours(zeros, stored).contiguous()
-        return QuantizedWeight(INT4.pack(nibbles), _ours(scales, stored), kept)
-    if zeros is None:
-        integers = (codes.to(torch.int16) - half).to(torch.int8)
-    else:
-        integers = (codes.to(torch.int16) - expand_groups(zeros.to(torch.int16), arguments.group_size, shape[1])).to(
-            torch.int8
-        )
-    return QuantizedWeight(integers, _ours(scales, stored), None)
+        codes = codes[:, stored.input_order]
+    return stored.codes.store(stored.module, codes, scales, zeros, losses)
 
 
 def _columns(arguments: WeightArguments, shape: tuple[int, int]) -> int:
     """Scales in a row of a weight."""
     return -(-shape[1] // arguments.group_size) if arguments.group_size else 1
-
-
-def _ours(per_group: Tensor, stored: StoredLayer) -> Tensor:
-    """[N, groups] of the file, repeated for the groups of the scheme."""
-    size, ours = stored.arguments.group_size, stored.group_size
-    if size is None or ours is None:
-        return per_group.contiguous()
-    return per_group.repeat_interleave(size // ours, dim=1)[:, : -(-stored.in_features // ours)].contiguous()
 
 
 def _unpacked(name: str, words: Tensor, bits: int, count: int) -> Tensor:
@@ -248,13 +193,3 @@ def _zeros(stored: StoredLayer, tensors: SafetensorsFiles) -> Tensor:
     if zeros.dtype == torch.int32:  # the rows are packed, and not the columns
         return _unpacked(name, zeros.t().contiguous(), bits, stored.out_features).t().contiguous()
     return _unsigned(name, zeros, bits).reshape(-1, zeros.shape[-1] if zeros.dim() == 2 else 1)
-
-
-def _quantized_again(
-    stored: StoredLayer, codes: Tensor, scales: Tensor, zeros: Tensor | None, losses: Losses
-) -> QuantizedWeight:
-    size, half = stored.arguments.group_size, 1 << stored.arguments.bits - 1
-    zero = torch.tensor(half) if zeros is None else expand_groups(zeros.to(torch.int16), size, stored.in_features)
-    exact = (codes.to(torch.int16) - zero).to(torch.float32) * expand_groups(scales, size, stored.in_features)
-    scheme = QuantScheme(stored.weight_bits, 16, stored.group_size, None if stored.symmetric else "zero_point")
-    return quantize_again(f"{stored.module}.weight", exact, scheme, losses)

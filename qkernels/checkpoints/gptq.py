@@ -307,7 +307,7 @@ class GPTQFolder(FolderFormat):
         Variant("4 bits, symmetric", "w4a16[-gN]", "exact", "exact", "scales: float16, or a report"),
         Variant("4 bits, zero points", "w4a16[-gN]-asym", "exact", "exact", "zero point 16: refused"),
         Variant("8 bits, symmetric", "w8a16[-gN]", "exact", "exact"),
-        Variant("8 bits, zero points", "w8a16[-gN]", "requantized", "no"),
+        Variant("8 bits, zero points", "w8a16[-gN]-min", "exact", "no"),
         Variant("2 and 3 bits", "w4a16[-gN], w4a16[-gN]-asym", "exact", "exact", "written as 4 bits"),
         Variant("activation order (`desc_act`)", "all of these", "exact", "exact", "with a stored order of the input"),
     )

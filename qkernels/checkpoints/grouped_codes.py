@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats.scheme import QuantScheme
-from ..formats.storage import QuantizedWeight, expand_groups
+from ..formats.scheme import GROUP_SIZES, QuantScheme
+from ..formats.storage import QuantizedWeight, dequantize_weight, expand_groups
 from ..formats.weight_format import INT4, WEIGHT_FORMATS
 from .losses import Losses
 from .requantize import quantize_again
@@ -18,8 +18,11 @@ from .requantize import quantize_again
 class GroupedCodes:
     """How a file states a weight [N, K]: `w = (code - zero) * scale`, by groups along K.
 
+    Codes of 1 to 4 bits are stored as 4, unless their groups are those of 8-bit weights alone; all others as 8. What
+    has 8 bits then is the difference to the zero point, or, of 8-bit codes, has a float minimum in its place.
+
     Attributes:
-        bits: of a code: 2, 3, 4 or 8. Codes of 2 and 3 bits are stored as 4.
+        bits: of a code: 1 to 8.
         group_size: codes that share a scale; None: those of a row.
         symmetric: the zero point of every group is 2^(bits - 1), and is not given.
     """
@@ -31,27 +34,29 @@ class GroupedCodes:
     @property
     def problem(self) -> str | None:
         """Why no scheme has these codes; None: one has."""
-        if self.bits == 8 and not self.symmetric:
-            return "no scheme has 8-bit weights with zero points"
-        if self._stored_group is None and self.group_size is not None:
+        if self.group_size is not None and self._stored[1] is None:
             return f"no scheme has groups of {self.group_size}"
         return None
 
     @property
-    def _stored_group(self) -> int | None:
-        """The largest group of a scheme that all groups consist of."""
-        if self.group_size is None:
-            return None
-        sizes = WEIGHT_FORMATS[8 if self.bits == 8 else 4].group_sizes
-        return next((size for size in sorted(sizes, reverse=True) if self.group_size % size == 0), None)
+    def _stored(self) -> tuple[int, int | None]:
+        """Bits of a scheme, and the largest of its groups that all groups consist of."""
+        formats = [bits for bits in sorted(WEIGHT_FORMATS) if bits >= self.bits]
+        for bits in formats:
+            sizes = [size for size in WEIGHT_FORMATS[bits].group_sizes if (self.group_size or 1) % size == 0]
+            if sizes:
+                return bits, max(sizes)
+        return formats[0], None
 
     @property
     def scheme(self) -> QuantScheme:
         """What they are stored as; where no scheme has them, what they are quantized again to."""
-        bits = 8 if self.bits == 8 else 4
-        group = 32 if self.problem and self._stored_group is None and self.group_size is not None else None
-        symmetric = bits == 8 or self.symmetric
-        return QuantScheme(bits, 16, group or self._stored_group, None if symmetric else "zero_point")
+        bits, group = self._stored
+        if self.group_size is not None and group is None:
+            group = min(GROUP_SIZES)
+        if self.symmetric or self.bits < bits == 8:
+            return QuantScheme(bits, 16, group)
+        return QuantScheme(bits, 16, group, "min" if bits == 8 else "zero_point")
 
     def store(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, losses: Losses) -> QuantizedWeight:
         """The canonical storage in `scheme`.
@@ -67,24 +72,53 @@ class GroupedCodes:
             LossError: if it must be quantized again and the policy does not allow that.
         """
         scheme, in_features = self.scheme, codes.shape[1]
-        half = 1 << self.bits - 1
         if self.problem is not None:
             losses.need_requantization(name, self.problem)
-            integers = codes.to(torch.float32) - (
-                half if zeros is None else expand_groups(zeros.to(torch.float32), self.group_size, in_features)
-            )
-            exact = integers * expand_groups(scales, self.group_size, in_features)
-            return quantize_again(f"{name}.weight", exact, scheme, losses)
-        if self.bits == 8:
-            return QuantizedWeight((codes ^ 0x80).view(torch.int8), self.split(scales, in_features), None)
-        if zeros is None:
-            codes = codes + (INT4.offset - half)
-        return self.store_nibbles(INT4.pack(codes), scales, zeros, in_features)
+            return quantize_again(f"{name}.weight", self._floats(codes, scales, zeros), scheme, losses)
+        if scheme.has_min:
+            return self._with_minima(name, codes, scales, zeros, losses)
+        if scheme.weight_bits == 4:
+            codes = codes if zeros is not None else codes + (INT4.offset - self._half)
+            return self.store_nibbles(INT4.pack(codes), scales, zeros, in_features)
+        return self._bytes(codes, scales, zeros)
+
+    @property
+    def _half(self) -> int:
+        return 1 << self.bits - 1
+
+    def _integers(self, codes: Tensor, zeros: Tensor | None) -> Tensor:
+        """int16 [N, K]: codes less their zero points."""
+        zero = self._half if zeros is None else expand_groups(zeros.to(torch.int16), self.group_size, codes.shape[1])
+        return codes.to(torch.int16) - zero
+
+    def _floats(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """float32 [N, K]: the weights."""
+        return self._integers(codes, zeros) * expand_groups(scales, self.group_size, codes.shape[1])
+
+    def _with_minima(
+        self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, losses: Losses
+    ) -> QuantizedWeight:
+        """Codes of 8 bits: `(code - zero) * scale` as `(code - 128) * scale + (128 - zero) * scale`.
+
+        With scales that were bfloat16 or float16 no sum is rounded.
+        """
+        in_features, center = codes.shape[1], torch.zeros_like(scales) if zeros is None else self._half - zeros.float()
+        integers, minima = self._integers(codes, None).to(torch.int8), center * scales
+        weight = QuantizedWeight(integers, self.split(scales, in_features), self.split(minima, in_features))
+        kept = dequantize_weight(*weight, in_features, self.scheme)
+        losses.changed(f"{name}.weight", "weights that float minima round", self._floats(codes, scales, zeros), kept)
+        return weight
 
     def store_nibbles(self, qweight: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int) -> QuantizedWeight:
         """As `store`, of codes of 4 bits that lie as the canonical storage has them, uint8 [N, ceil(K / 2)]."""
+        if self.scheme.weight_bits == 8:
+            return self._bytes(INT4.unpack(qweight, in_features), scales, zeros)
         zeros = None if zeros is None else self.split(zeros, in_features)
         return QuantizedWeight(qweight.contiguous(), self.split(scales, in_features), zeros)
+
+    def _bytes(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> QuantizedWeight:
+        integers = self._integers(codes, zeros).to(torch.int8)
+        return QuantizedWeight(integers, self.split(scales, codes.shape[1]), None)
 
     def split(self, per_group: Tensor, in_features: int) -> Tensor:
         """[N, groups] of the file -> [N, groups] of the scheme, which may be smaller."""

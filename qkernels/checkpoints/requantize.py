@@ -71,9 +71,11 @@ def keeps_integers(old: QuantScheme, new: QuantScheme) -> bool:
     finer = old.group_size == new.group_size or (
         new.group_size is not None and (old.group_size is None or old.group_size % new.group_size == 0)
     )
-    if old.has_min or new.has_min:
-        return finer and old.zeros == new.zeros and old.weight_bits == new.weight_bits
-    zeros = old.symmetric or not new.symmetric or (old.weight_bits, new.weight_bits) == (4, 8)
+    if new.has_min:  # integers of 8 bits have a minimum of 0
+        zeros = old.has_min or new.weight_bits == 8
+    else:
+        wider = (old.weight_bits, new.weight_bits) == (4, 8)
+        zeros = not old.has_min and (old.symmetric or not new.symmetric or wider)
     return finer and zeros and old.weight_bits <= new.weight_bits
 
 
@@ -121,7 +123,10 @@ def _same_integers(weight: QuantizedWeight, in_features: int, old: QuantScheme, 
     qweight, scales, zeros = weight
     if old.weight_bits != new.weight_bits:
         integers = weight_integers(qweight, zeros, in_features, old)
-        qweight, zeros = WEIGHT_FORMATS[new.weight_bits].pack(integers), None
+        qweight = WEIGHT_FORMATS[new.weight_bits].pack(integers)
+        zeros = zeros if old.has_min else None
+    if new.has_min and not old.has_min:
+        zeros = torch.zeros_like(scales)
     elif old.symmetric and not new.symmetric:
         zeros = torch.full_like(scales, old.weight_format.offset, dtype=torch.uint8)
     if old.group_size != new.group_size:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qkernels as qk
 from qkernels.checkpoints.checkpoint import Checkpoint, CheckpointLayer, LayerWeight
-from qkernels.checkpoints.losses import LossError, Losses
+from qkernels.checkpoints.losses import Losses
 from qkernels.checkpoints.registry import open_checkpoint, parse_target
 from qkernels.checkpoints.requantize import dequantize
 from qkernels.formats.scheme import QuantScheme
@@ -146,18 +146,17 @@ def test_what_awq_cannot_be_is_named(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_groups_of_16_are_quantized_again_when_that_is_allowed(tmp_path):
+def test_groups_of_16_are_those_of_8_bits(tmp_path):
     layer = awq_layer("w4a16-g32-asym", k=32)
     parse_target("awq")[0].write(Checkpoint("float", {}, {layer.name: layer}, {}), tmp_path / "a", Losses())
     tensors = load_file(tmp_path / "a" / "model.safetensors")
+    before = weight_of(open_checkpoint(tmp_path / "a"), layer.name)
     scales, zeros = (tensors[f"{layer.name}.{part}"] for part in ("scales", "qzeros"))
-    twice = {f"{layer.name}.scales": torch.cat([scales, scales * 1.5]), f"{layer.name}.qzeros": zeros.repeat(2, 1)}
-    folder = edited(tmp_path / "a", twice, group_size=16)
-    with pytest.raises(LossError, match="no scheme has groups of 16"):
-        open_checkpoint(folder, Losses("report"))
-    losses = Losses("requantize")
-    found = weight_of(open_checkpoint(folder, losses), layer.name)
-    assert found.shape == (16, 32) and losses.entries[0].largest < 0.1
+    twice = {f"{layer.name}.scales": torch.cat([scales, scales * 2]), f"{layer.name}.qzeros": zeros.repeat(2, 1)}
+    found = open_checkpoint(edited(tmp_path / "a", twice, group_size=16))
+    assert found.layers[layer.name].scheme.name == "w8a16-g16"
+    doubled = torch.cat([before[:, :16], before[:, 16:] * 2], dim=1)
+    assert torch.equal(weight_of(found, layer.name), doubled)
 
 
 def test_settings_of_autoround(tmp_path):

@@ -19,7 +19,6 @@ from qkernels.formats.scheme import QuantScheme
 FOLDER = Path(__file__).with_name("files") / "compressed-tensors"
 WRITTEN, EXPECTED = load_file(FOLDER / "model.safetensors"), load_file(FOLDER / "expected.safetensors")
 CONFIG = json.loads((FOLDER / "config.json").read_text())
-LOSSY = {"block.eight_asym"}
 SCHEMES = {
     "four": "w4a16-g32",
     "four_asym": "w4a16-g32-asym",
@@ -34,6 +33,7 @@ SCHEMES = {
     "six_asym": "w8a16",
     "seven_asym": "w8a16-g32",
     "eight": "w8a16-g32",
+    "eight_asym": "w8a16-g32-min",
     "w8a8": "w8a8",
     "w8a8_tensor": "w8a8",
     "w8a8_static": "w8a8s",
@@ -82,7 +82,7 @@ def test_what_the_library_wrote(tmp_path, name):
 
 
 def test_import_and_export_are_the_identity(tmp_path):
-    kept = {name: tensor for name, tensor in WRITTEN.items() if not name.startswith("block.eight_asym.")}
+    kept = WRITTEN
     folder = folder_of(tmp_path / "in", [*SCHEMES], {"lm_head.weight": kept["lm_head.weight"]})
     parse_target("compressed-tensors")[0].write(open_checkpoint(folder), tmp_path / "out", Losses())
     again = load_file(tmp_path / "out" / "model.safetensors")
@@ -131,7 +131,7 @@ def in_memory(scheme: str, out_features: int = 10, in_features: int = 128, input
     )
 
 
-WRITABLE = "w8a8 w8a8s w8a8-g32 w8a8-ag64 w8a16-g64 w8a16 w4a8-g32-asym w4a16-g128 w4a16-asym".split()
+WRITABLE = "w8a8 w8a8s w8a8-g32 w8a8-ag64 w8a16-g64 w8a16 w8a16-g16 w4a8-g32-asym w4a16-g128 w4a16-asym".split()
 
 
 @pytest.mark.parametrize("scheme", WRITABLE)
@@ -199,6 +199,22 @@ def test_an_order_that_is_none(tmp_path, groups):
     assert not layer.has_input_order and layer.read().input_order is None
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_groups_of_16_are_those_of_8_bits(tmp_path, bits):
+    torch.manual_seed(bits)
+    codes, zeros = (torch.randint(1 << bits, (10, n), dtype=torch.uint8) for n in (64, 4))
+    scales = torch.rand(10, 4) + 0.1
+    parts = {"packed": pack_codes(codes, bits), "scale": scales}
+    parts["zero_point"] = pack_codes(zeros.t().contiguous(), bits).t().contiguous()
+    changes = {f"block.four.weight_{part}": tensor for part, tensor in parts.items()}
+    folder = folder_of(tmp_path / "in", ["four"], changes)
+    group(folder, weights__num_bits=bits, weights__symmetric=False, weights__group_size=16)
+    layer = open_checkpoint(folder).layers["block.four"]
+    assert layer.scheme.name == "w8a16-g16"
+    integers = codes.float() - zeros.float().repeat_interleave(16, 1)
+    assert torch.equal(dequantize(layer.read(), 64, layer.scheme), integers * scales.repeat_interleave(16, 1))
+
+
 def old_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 words of as many whole codes as they hold, the layout of old files."""
     per_word = 32 // bits
@@ -246,15 +262,14 @@ def test_words_that_may_be_packed_in_two_ways(tmp_path):
         weight(old_words(codes, 3), "old")
 
 
-def test_eight_bits_with_zero_points_are_quantized_again(tmp_path):
-    folder = folder_of(tmp_path / "in", ["eight_asym"])
-    with pytest.raises(LossError, match=r"block.eight_asym.weight: 8 bits with zero points have no scheme"):
-        open_checkpoint(folder)
-    losses = Losses("requantize")
-    layer = open_checkpoint(folder, losses).layers["block.eight_asym"]
-    weight, exact = dequantize(layer.read(), 64, layer.scheme), EXPECTED["block.eight_asym"].float()
-    assert (weight - exact).abs().max() < exact.abs().max() / 127
-    assert [loss.tensor for loss in losses.entries] == ["block.eight_asym.weight"]
+def test_eight_bits_with_zero_points_and_long_scales(tmp_path):
+    scales = torch.rand(4, 2) + 0.1
+    folder = folder_of(tmp_path / "in", ["eight_asym"], {"block.eight_asym.weight_scale": scales})
+    with pytest.raises(LossError, match=r"block.eight_asym.weight: \d+ of 256 weights that float minima round"):
+        open_checkpoint(folder).layers["block.eight_asym"].read()
+    losses = Losses("report")
+    open_checkpoint(folder, losses).layers["block.eight_asym"].read()
+    assert losses.entries[0].largest < 2**-22
 
 
 @pytest.mark.parametrize(
@@ -394,7 +409,7 @@ def test_broken_groups_are_refused(tmp_path, changes, words):
         ("four", "weight_scale", None, "weight_scale must be float .* got nothing"),
         ("four", "weight_scale", torch.ones(10, 2, dtype=torch.int32), "weight_scale must be float"),
         ("four", "weight_scale", torch.full((10, 2), torch.nan), "scales must be finite"),
-        ("four", "weight_g_idx", torch.zeros(64, dtype=torch.int32), "must give 32 columns to each group"),
+        ("four", "weight_g_idx", torch.zeros(64, dtype=torch.int32), "must give each group 32 input features"),
         ("four", "weight_g_idx", torch.zeros(63, dtype=torch.int32), "must be 64 numbers of groups"),
         ("four_asym", "weight_zero_point", torch.zeros(2, 3, dtype=torch.int32), "weight_zero_point must be integers"),
         ("w8a8", "weight", torch.zeros(6, 64), "weight must be an int8 matrix, got torch.float32"),

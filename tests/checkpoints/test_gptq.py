@@ -132,8 +132,10 @@ def test_symmetric_layers_of_3_bits_that_gptqmodel_wrote(tmp_path):
     assert found.layers["proj"].scheme.name == "w4a16-g32" and torch.equal(read_weight(found), weight)
 
 
-@pytest.mark.parametrize(("group_size", "k", "scheme"), [(256, 640, "w4a16-g128"), (192, 384, "w4a16-g64")])
-def test_large_groups_are_repeated(tmp_path, group_size, k, scheme):
+@pytest.mark.parametrize(
+    ("group_size", "k", "scheme"), [(256, 640, "w4a16-g128"), (192, 384, "w4a16-g64"), (48, 96, "w8a16-g16")]
+)
+def test_other_groups_are_repeated(tmp_path, group_size, k, scheme):
     codes, zeros, scales, indices, weight = sample(k=k, group_size=group_size)
     tensors = gptq_tensors(codes, zeros, scales, 4, 1, indices)
     found = open_checkpoint(folder_of(tmp_path / "in", {"proj": tensors}, {"group_size": group_size}))
@@ -143,8 +145,7 @@ def test_large_groups_are_repeated(tmp_path, group_size, k, scheme):
 @pytest.mark.parametrize(
     ("bits", "group_size", "zeros", "why"),
     [
-        (4, 16, None, "no scheme has groups of 16"),
-        (8, 32, some_zeros(100, 140), "no scheme has 8-bit weights with zero points"),
+        (4, 8, None, "no scheme has groups of 8"),
     ],
 )
 def test_what_no_scheme_has_is_quantized_again_when_that_is_allowed(tmp_path, bits, group_size, zeros, why):
@@ -159,6 +160,15 @@ def test_what_no_scheme_has_is_quantized_again_when_that_is_allowed(tmp_path, bi
     (entry,) = losses.entries
     assert entry.total == weight.numel() and 0 < entry.largest < (0.15 if bits == 4 else 0.01)
     assert float((found - weight).abs().max() / weight.abs().max()) == pytest.approx(entry.largest, rel=1e-4)
+
+
+def test_8_bits_with_zero_points_have_minima(tmp_path):
+    codes, zeros, scales, indices, weight = sample(8, zeros=some_zeros(100, 140))
+    tensors = gptq_tensors(codes, zeros, scales, 8, 2, indices)
+    found = open_checkpoint(
+        folder_of(tmp_path / "in", {"proj": tensors}, {"bits": 8, "sym": None, "format": "gptq_v2"})
+    )
+    assert found.layers["proj"].scheme.name == "w8a16-g32-min" and torch.equal(read_weight(found), weight)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-g64-asym", "w8a16", "w4a16", "w8a8-g128"])

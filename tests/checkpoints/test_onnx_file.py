@@ -176,13 +176,11 @@ def test_groups_in_another_order_are_an_order_of_the_input(tmp_path):
     assert torch.equal(weight_of(layer), expected)
 
 
-def test_a_block_of_16_is_quantized_again_or_refused(tmp_path):
+def test_a_block_of_16_is_one_of_8_bits(tmp_path):
     onnx.save(nbits(block=16), tmp_path / "x.onnx")
-    with pytest.raises(LossError, match="no scheme has groups of 16"):
-        open_checkpoint(tmp_path / "x.onnx")
-    weight = weight_of(open_checkpoint(tmp_path / "x.onnx", Losses("requantize")).layers["a"])
-    exact = float_weight(tmp_path / "x.onnx")
-    assert float((weight - exact).norm() / exact.norm()) < 0.15
+    layer = open_checkpoint(tmp_path / "x.onnx").layers["a"]
+    assert layer.scheme.name == "w8a16-g16"
+    assert torch.equal(weight_of(layer), float_weight(tmp_path / "x.onnx"))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
