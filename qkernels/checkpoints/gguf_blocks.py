@@ -16,7 +16,7 @@ from ..formats.scheme import QuantScheme
 from ..formats.storage import QuantizedWeight, expand_groups
 from .losses import Losses
 
-_WEIGHTS = 1 << 20  # of a weight that are converted at once
+_WEIGHTS = 1 << 18  # of a weight that are converted at once
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -126,7 +126,7 @@ BLOCK_TYPES = {
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """All rows of a matrix, as many at once as make about a million values."""
+    """All rows of a matrix, as many at once as make about a quarter of a million values."""
     step = max(_WEIGHTS // columns, 1)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
