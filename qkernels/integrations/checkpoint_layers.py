@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import LayerWeight
 from ..convert.schemes import SchemeRules, matches
 from ..formats.scheme import QuantScheme
+from ..system import heap
 
 Activations = Literal["int8", "float"]
 ACTIVATIONS = ("int8", "float")
@@ -88,6 +89,7 @@ class LayerTensors:
                 values = self._read()
                 found = {**values.weight._asdict(), "x_scale": values.x_scale, "input_order": values.input_order}
                 self._values = {key: found[key] for key in self.names}
+                heap.trim()  # what was needed to unpack it, which the heap would keep
             return self._values.pop(name)
 
 

@@ -332,16 +332,14 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         for layer in layers:
             quantized = id(layer.module) in loaded
             layer.reason = None if quantized else self._reason(layer)
-        report.rows = [
-            replace(
-                row,
-                bytes_before=row.bytes_before and _float_bytes(layer),
-                note=self._details.get(layer.name) or None,
-            )
-            if layer.reason is None
-            else row
-            for layer, row in zip(layers, rows_of(layers), strict=True)
-        ]
+        seen: set[int] = set()
+        for layer, row in zip(layers, rows_of(layers), strict=True):
+            if layer.reason is None:  # of a weight that is tied, the first counts
+                sizes = (0, 0) if layer.weight_id() in seen else (_float_bytes(layer), row.bytes_after)
+                note = self._details.get(layer.name) or None
+                row = replace(row, bytes_before=sizes[0], bytes_after=sizes[1], note=note)
+            seen.add(layer.weight_id())
+            report.rows.append(row)
         report.warnings = _summaries(self.losses)
         for message in report.warnings:
             warnings.warn(message, stacklevel=2)

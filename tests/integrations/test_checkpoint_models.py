@@ -154,6 +154,8 @@ def test_a_tied_head_shares_the_embedding(tmp_path):
     model = qk.load(as_bitsandbytes(expected, tmp_path / "bnb"))
     assert model.lm_head.qweight is model.model.embed_tokens.qweight
     close_integers(model, expected)
+    of_head = next(row for row in model.quantization_report.rows if row.name == "lm_head")
+    assert (of_head.bytes_before, of_head.bytes_after) == (0, 0)  # it is counted with the embedding
 
 
 def test_biases(tmp_path):
