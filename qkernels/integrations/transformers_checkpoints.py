@@ -72,6 +72,8 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         quantization_config: what the caller wants of its layers.
     """
 
+    checks_values = False  # each layer is checked as it is read, without another pass over all of the model
+
     def __init__(self, quantization_config: QKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, pre_quantized=True, **kwargs)
         if quantization_config.mode == "qat":
