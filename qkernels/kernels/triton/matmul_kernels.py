@@ -303,7 +303,7 @@ def linear_float_kernel(
             total = total + row_sums[:, None] * tl.load(zeros + cols, mask=cols < N, other=0.0)[None, :]
         if tl.max(largest, axis=0) >= INF_BITS:
             infinite = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for first in range(begin, end, BLOCK_K):
+            for first in tl.range(begin, end, BLOCK_K, num_stages=1):  # rare: it must not take shared memory
                 ks = first + tl.arange(0, BLOCK_K)
                 x_at = x_rows.to(tl.int64)[:, None] * K + ks[None, :]
                 value = tl.load(x + x_at, mask=inside_rows[:, None] & (ks[None, :] < K), other=0.0)

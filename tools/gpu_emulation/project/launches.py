@@ -58,4 +58,7 @@ def real_launches(target: Target, schemes=SCHEMES, rows=(1, 2048)) -> dict[str, 
     add("M=2048", "quantize_columns_stochastic", empty(2048, N), empty(2048, dtype=torch.float32), seed, 1)
     stored = (empty(N, K, dtype=torch.int8), empty(N, 1, dtype=torch.float32), None)
     add("w8a8-ag128", "linear_with_saved_input", empty(2048, K), *stored, None, "w8a8-ag128")
+    of_groups = [empty(N, K // 128, dtype=torch.float32) for _ in range(2)]  # scales and minima
+    for m in rows:
+        add(f"w8a16-g128-min M={m}", "linear", empty(m, K), stored[0], *of_groups, None, "w8a16-g128-min")
     return found
