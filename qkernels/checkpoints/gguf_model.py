@@ -263,6 +263,11 @@ def tensor_names(architecture: str, model: nn.Module, processor: Any) -> dict[st
     return names
 
 
+def build_model(config: Mapping[str, Any]) -> nn.Module:
+    """The causal language model of a `config.json`, without memory; its `config` has the defaults, too."""
+    return _build(dict(config))[1]
+
+
 def model_to_write(architecture: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> GGUFModel:
     """The model of a config, with a place for each of its parameters that there are.
 

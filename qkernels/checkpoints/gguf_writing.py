@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,16 +21,15 @@ from .folder import GGUF_TEMPLATE
 from .gguf_blocks import BLOCK_TYPES, FLOATS, blocks_of, decode_rows, encode_rows, half_losses, row_chunks
 from .gguf_blocks import TARGETS as BLOCK_TARGETS
 from .gguf_file import GGUFFile, GGUFSource, Written, write_gguf
+from .gguf_metadata import make_template
 from .gguf_model import GGUFModel, Place, model_to_write, pairs_of
 from .losses import Loss, Losses
 
 TARGETS = ("q8_0", "q4_0", "q4_1", "f16", "bf16", "f32")
 _BLOCK = 32
+_VOCABULARY = ("embed_tokens", "lm_head")
+_ROUTER = "mlp.gate.weight"  # of experts: llama.cpp reads it in float
 _OF_CONFIG = ("rope_freqs.weight",)  # tensors that a config of transformers has as numbers
-_NO_TEMPLATE = (
-    "a GGUF file says more of a model than its folder: put a GGUF file of the same model, of any type, beside the "
-    f"model as {GGUF_TEMPLATE}"
-)
 
 
 def write_checkpoint(
@@ -38,16 +38,24 @@ def write_checkpoint(
     """Write a checkpoint as one file, whole or not at all.
 
     Args:
-        target: of `TARGETS`, the type of all layers whose bits it has; None: of each layer the one that holds it.
+        target: of `TARGETS`, the type of all layers whose bits it has, and of those in float; None: of each layer the
+            one that holds it.
 
     Raises:
         FileExistsError: if there is a file at `path`.
-        ValueError: for a model that GGUF has no place for, or that has no template.
+        ValueError: for a model that GGUF has no place for, or that needs a template and has none.
         LossError: for what GGUF cannot hold exactly, by the policy of `losses`.
     """
     if path.exists():
         raise FileExistsError(17, "is there already; remove it, or name another", str(path))
-    template = _template(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        template = _template(checkpoint) or GGUFFile(make_template(checkpoint, Path(folder)))
+        _write(checkpoint, path, losses, target, progress, template)
+
+
+def _write(
+    checkpoint: Checkpoint, path: Path, losses: Losses, target: str | None, progress: Progress, template: GGUFFile
+) -> None:
     architecture = str(template.value("general.architecture"))
     shapes: dict[str, tuple[int, ...]]
     shapes = {f"{name}.weight": (layer.out_features, layer.in_features) for name, layer in checkpoint.layers.items()}
@@ -72,14 +80,14 @@ def write_checkpoint(
         scratch.unlink(missing_ok=True)
 
 
-def _template(checkpoint: Checkpoint) -> GGUFFile:
-    """The GGUF file whose metadata the written one gets: the one that was read, or one beside the model."""
+def _template(checkpoint: Checkpoint) -> GGUFFile | None:
+    """The GGUF file whose metadata the written one gets: the one that was read, or one beside the model; or None."""
     if GGUF_TEMPLATE in checkpoint.metadata:
         return GGUFFile(Path(checkpoint.metadata[GGUF_TEMPLATE]))
     for file in checkpoint.files:
         if file.name == GGUF_TEMPLATE:
             return GGUFFile(file)
-    raise ValueError(_NO_TEMPLATE)
+    return None
 
 
 def write_template(file: GGUFFile, path: Path) -> None:
@@ -203,7 +211,7 @@ def _kind(layer: CheckpointLayer, target: str | None, losses: Losses) -> str:
 
 def _is_vocabulary(layer: CheckpointLayer) -> bool:
     """Whether a layer is an embedding or a head."""
-    return layer.name.rpartition(".")[2] in ("embed_tokens", "lm_head")
+    return layer.name.rpartition(".")[2] in _VOCABULARY
 
 
 def _fits(codes: Tensor, kind: str) -> bool:
@@ -285,21 +293,30 @@ class _Tally:
         self._largest = max(self._largest, float(difference.max()))
         self._magnitude = max(self._magnitude, float(exact.abs().max()))
 
-    def tell(self, losses: Losses) -> None:
+    def loss(self) -> Loss | None:
+        """What was lost; None: nothing."""
         changed, total = self._counts
-        if changed:
-            losses.add(Loss(*self._names, changed, total, self._largest / self._magnitude))
+        return Loss(*self._names, changed, total, self._largest / self._magnitude) if changed else None
+
+    def tell(self, losses: Losses) -> None:
+        if (loss := self.loss()) is not None:
+            losses.add(loss)
 
 
 def _float_kind(place: Place, plain: FloatTensor, target: str | None) -> str:
-    """The type of a float tensor: vectors are F32 in every file, which llama.cpp needs."""
+    """The type of a float tensor: that of the target for a layer; vectors are F32, which llama.cpp needs."""
     if not plain.dtype.is_floating_point:
         raise ValueError(f"{place.name} is a tensor of {plain.dtype}, which GGUF has no place for")
     if len(place.shape) == 1 or place.changed:
         return "F32"
-    if target is not None and target.upper() in FLOATS:
-        return target.upper()
-    return next((kind for kind, dtype in FLOATS.items() if dtype == plain.dtype), "F32")
+    own = next((kind for kind, dtype in FLOATS.items() if dtype == plain.dtype), "F32")
+    if target is None or target.upper() in FLOATS:
+        return own if target is None else target.upper()
+    if not place.is_layer or place.name.endswith(_ROUTER) or place.shape[-1] % _BLOCK:
+        return own
+    if target.startswith("q4") and place.name.removesuffix(".weight").rpartition(".")[2] in _VOCABULARY:
+        return "Q8_0"  # where 4 bits cost too much
+    return target.upper()
 
 
 def _float_bytes(
@@ -311,6 +328,21 @@ def _float_bytes(
             values = model.convert(name, values.to(torch.float32))
         elif place.order is not None:
             values = values[torch.argsort(place.order)]
+        if kind not in FLOATS:
+            yield from _quantized(place.name, values, kind, losses)
+            continue
         kept = values.to(FLOATS[kind])
         losses.changed(place.name, f"values that {kind} cannot hold", values, kept)
         yield kept.flatten().view(torch.uint8)
+
+
+def _quantized(name: str, values: Tensor, kind: str, losses: Losses) -> Iterator[Tensor]:
+    """The blocks of a float matrix, which the caller asked for."""
+    scheme, tally = QuantScheme.parse(BLOCK_TYPES[kind].scheme), _Tally(name, f"weights that {kind} rounds")
+    for rows in row_chunks(*values.shape):
+        exact = values[rows].to(torch.float32)
+        raw = encode_rows(kind, blocks_of(quantize_weight(exact, scheme), exact.shape[1], scheme))
+        tally.add(exact, dequantize_weight(*decode_rows(kind, raw), exact.shape[1], scheme))
+        yield raw
+    if (loss := tally.loss()) is not None:
+        losses.tell(loss)

@@ -88,6 +88,10 @@ class Losses:
             )
         self.entries.append(loss)
 
+    def tell(self, loss: Loss) -> None:
+        """Account for a loss that the caller asked for, such as by a type for layers in float: no policy refuses it."""
+        self.entries.append(loss)
+
     def need_report(self, tensor: str, why: str) -> None:
         """Ask whether a weight whose values will change may be read, because `why`: before any value is.
 
