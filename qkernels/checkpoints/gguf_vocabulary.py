@@ -15,6 +15,7 @@ _SPACE = "\u2581"  # what SentencePiece has for a space
 _ADDED_SCORE = -1000.0  # of tokens that no merge gives, as llama.cpp's converter has it
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<unused\d+>")  # for llama.cpp these are no text, whatever a tokenizer says
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is a tokenizer
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 # Regular expressions of the pre-tokenizers, by llama.cpp's names of them.
@@ -200,10 +201,14 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder.
 
     Raises:
-        UnknownTokenizer: if transformers cannot read one there.
+        UnknownTokenizer: if there is none, or transformers cannot read it.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not any((folder / name).is_file() for name in _FILES):
+        raise UnknownTokenizer(
+            "there is no tokenizer beside the model: save it there, or export with like=FOLDER that has one"
+        )
     # What tokenizer.json says: the class that a config names may build another pre_tokenizer.
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:

@@ -209,6 +209,24 @@ def test_a_tokenizer_that_llama_cpp_has_not_needs_a_template(tmp_path, message):
     assert [file.name for file in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "tiny", "llama", byte_level("gpt-2"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer beside the model: .*like=FOLDER.*; give a template: "):
+        written(folder)
+
+
+def test_a_space_before_the_first_word_only_is_told(tmp_path):
+    tokenizer = sentencepiece(False)
+    tokenizer.backend_tokenizer.normalizer = None
+    space = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = space
+    folder = write_folder(tmp_path / "tiny", "llama", tokenizer)
+    with pytest.warns(UserWarning, match="a space before the first word only"):
+        file = written(folder)
+    assert file.value("tokenizer.ggml.add_space_prefix") is True
+
+
 @pytest.mark.parametrize(("kind", "settings", "message"), [
     ("phi3", {"pad_token_id": 0}, "made for the model types llama, .*, got 'phi3'"),
     ("llama", {"hidden_act": "gelu"}, "the activation 'silu', the config has 'gelu'"),
