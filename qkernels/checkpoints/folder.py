@@ -38,6 +38,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
+def _parts_that_say(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config, and its parts such as `text_config`, that have a `quantization_config`."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return [part for part in parts if isinstance(part.get("quantization_config"), dict)]
+
+
 def files_beside(folder: Path) -> tuple[Path, ...]:
     """The files of a folder that a writer copies; a path that is a file has none."""
     if not folder.is_dir():
@@ -86,9 +92,11 @@ class FolderFormat(CheckpointFormat):
 
     def quantization_config(self, folder: Path) -> dict[str, Any]:
         """The `quantization_config` of a folder, in `config.json` or a file beside; empty if it has none."""
-        found = read_config(folder).get("quantization_config")
-        if isinstance(found, dict):
-            return found
+        said = [part["quantization_config"] for part in _parts_that_say(read_config(folder))]
+        if said and any(other != said[0] for other in said):
+            raise ValueError(f"the parts of {folder / CONFIG} must have one quantization_config, got different ones")
+        if said:
+            return said[0]
         for name, quant_method in _CONFIGS_BESIDE.items():
             if (folder / name).is_file():
                 beside = read_json(folder / name)
@@ -115,7 +123,9 @@ class FolderFormat(CheckpointFormat):
 
     def open(self, path: Path, losses: Losses) -> Checkpoint:
         config, tensors = read_config(path), SafetensorsFiles(path)
-        config.pop("quantization_config", None)
+        for part in _parts_that_say(config):
+            del part["quantization_config"]
+        config.pop("quantization_config", None)  # null
         layers = self.layers(tensors, self.quantization_config(path), losses)
         consumed = {name for layer in layers.values() for name in layer.tensors}
         floats = {

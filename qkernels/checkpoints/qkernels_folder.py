@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -49,7 +50,8 @@ class QKernelsFolder(FolderFormat):
     def open(self, path: Path, losses: Losses) -> Checkpoint:
         found = super().open(path, losses)
         marker = {name for name, tensor in found.floats.items() if tensor.shape == (0,) and name.endswith(".weight")}
-        return replace(found, floats={name: tensor for name, tensor in found.floats.items() if name not in marker})
+        floats = {_float_name(name): tensor for name, tensor in found.floats.items() if name not in marker}
+        return replace(found, floats=floats)
 
     def encode(self, layer: CheckpointLayer, values: LayerWeight, losses: Losses) -> dict[str, Tensor]:
         stored = {**values.weight._asdict(), "x_scale": values.x_scale, "input_order": values.input_order}
@@ -63,24 +65,39 @@ class QKernelsFolder(FolderFormat):
         entries = {
             n: {"scheme": own, **options, "input_order": True} if n in ordered else own for n, own in names.items()
         }
-        return {"quant_method": "qkernels", "scheme": scheme, **options, "layers": entries}
+        # The layers are named by their tensors, whose names a model may change when it is loaded.
+        return {"quant_method": "qkernels", "scheme": scheme, **options, "names": "tensors", "layers": entries}
+
+
+def _float_name(name: str) -> str:
+    """The name in a float folder of a tensor: an expert's, beside quantized ones, is saved with two suffixes."""
+    return name.removesuffix(".weight") if ".experts." in name and name.endswith(".weight.weight") else name
 
 
 def _scheme_of(module: str, config: dict[str, Any]) -> QuantScheme:
-    """The scheme of a layer; of an expert, whose matrices are fused in memory, that of all of its block.
+    """The scheme of a layer.
+
+    A folder names layers as the modules of the model are called, and its tensors otherwise for some models; experts are
+    fused in memory. So a layer without an entry has the scheme that all layers with its place have.
 
     Raises:
         ValueError: if the folder does not say it.
     """
     entries = config.get("layers", {})
     entry = entries.get(module)
-    if entry is None and ".experts." in module:
-        block = module[: module.index(".experts.") + len(".experts.")]
-        schemes = {scheme_name(own) for name, own in entries.items() if name.startswith(block)}
+    if entry is None:
+        place = _place(module)
+        schemes = {scheme_name(own) for name, own in entries.items() if _place(name) == place}
         entry = schemes.pop() if len(schemes) == 1 else None
     if entry is None:
         raise ValueError(f"the quantization_config must say the scheme of {module}, which has a qweight")
     return QuantScheme.parse(scheme_name(entry))
+
+
+def _place(module: str) -> tuple[list[str], str]:
+    """The numbers of the blocks that a layer is in, and the last part of its name; of an expert, "experts"."""
+    block, experts, _ = module.partition(".experts.")
+    return re.findall(r"\d+", block), "experts" if experts else module.rpartition(".")[2]
 
 
 def scheme_name(entry: str | dict[str, Any]) -> str:

@@ -20,8 +20,12 @@ from ..checkpoints.folder import files_beside
 from ..checkpoints.losses import Loss, Losses, OnLoss
 from ..checkpoints.registry import open_checkpoint, parse_target
 from ..formats.storage import QuantizedWeight
+from ..nn.adapters import SplitLayer
+from ..nn.grouped_linear import GroupedLinear, QuantGroupedLinear
 from ..nn.storage import Storage
 from .folders import quantized_layers
+
+_OF_EXPERTS = (GroupedLinear, QuantGroupedLinear)
 
 
 def export(
@@ -113,11 +117,16 @@ def _check(model: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module._modules.get("base_layer"), nn.Module):
             raise TypeError(f"model must have no adapter that is not merged, and {name} has one")
+        if isinstance(module, SplitLayer) and not any(isinstance(part, _OF_EXPERTS) for part in module.children()):
+            raise ValueError(
+                f"{name} is a {module.float_type.__name__}, whose quantized weights only save_pretrained writes: leave "
+                "it in float (skip)"
+            )
     for name, module in quantized_layers(model).items():
         if module.mode == "qat":
             raise ValueError(f"{name} is in mode 'qat', with a float weight: call qkernels.freeze_(model) first")
         if len(module.scheme.storage_shapes(1, 1)["qweight"]) != 2 or hasattr(module, "kernel_size"):
-            raise ValueError(f"{name} is a convolution, which only save_pretrained writes")
+            raise ValueError(f"{name} is a convolution, which only save_pretrained writes: leave it in float (skip)")
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -137,6 +146,11 @@ def _tensors(model: Any) -> tuple[dict[str, CheckpointLayer], dict[str, FloatTen
     from .transformers_experts import split_x_scales
 
     state = remove_tied_weights_from_state_dict(split_x_scales(model, model.state_dict()), model)
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear):  # of experts of which others are quantized: what it was called before
+            for suffix, before in ((".weight", ""), (".bias", "_bias")):
+                if (tensor := state.pop(f"{name}{suffix}", None)) is not None:
+                    state[f"{name}{before}"] = tensor
     modules: dict[str, Storage] = {}
     named: dict[str, Tensor] = {}
     # Each layer by itself, so that what it is called in a folder is known.
@@ -164,6 +178,11 @@ def _tensors(model: Any) -> tuple[dict[str, CheckpointLayer], dict[str, FloatTen
 def _layer(name: str, module: Storage, named: Mapping[str, Tensor]) -> tuple[CheckpointLayer, set[str]]:
     """A quantized layer, or the matrix of one expert; and the names of its tensors."""
     kinds = ("qweight", "scales", "zeros", "x_scale", "input_order")
+    if named[f"{name}.qweight"].dim() != 2:
+        raise ValueError(
+            f"{name} has the experts of a layer in one tensor, which only save_pretrained writes: leave these layers "
+            'in float (skip=["*.experts.*"])'
+        )
     own = {kind: named[f"{name}.{kind}"] for kind in kinds if f"{name}.{kind}" in named}
 
     def read() -> LayerWeight:

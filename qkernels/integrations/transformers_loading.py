@@ -6,7 +6,6 @@ and hands the tensors of the checkpoint on as those of a folder of ours.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from transformers import modeling_utils
@@ -18,7 +17,6 @@ _get_hf_quantizer = modeling_utils.get_hf_quantizer
 _load_pretrained_model = PreTrainedModel._load_pretrained_model
 # Where a config says how its checkpoint is quantized; "quantization" is MLX's name.
 _SAID_IN = ("quantization_config", "quantization")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def _parts(config: Any) -> list[Any]:
@@ -39,9 +37,7 @@ def _taken_over(config: Any, wanted: Any, gguf_file: str | None) -> Any:
         return wanted if gguf_file is not None or said else None
     if wanted is not None and (wanted.activations or wanted.skip or wanted.include is not None or not wanted.as_stored):
         return wanted
-    # A folder that was converted names each expert; what a model of ours saves names the matrices that it holds.
-    entries = ours.get("layers") or {}
-    if any(_EXPERT.search(name) for name in entries) and all(isinstance(entry, str) for entry in entries.values()):
+    if ours.get("names") == "tensors":  # a folder that was converted; a model of ours saves the names of its modules
         return QKernelsConfig(mode=ours.get("mode", "frozen"), grad_dtype=ours.get("grad_dtype", "float"))
     return None
 

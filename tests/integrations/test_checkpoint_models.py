@@ -1,6 +1,7 @@
 """A model from another library's checkpoint: its very integers in layers of ours, by every door; and back to a file."""
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -13,7 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers_models import build, logits
 
 import qkernels as qk
-from qkernels.checkpoints.losses import LossError
+from qkernels.checkpoints.losses import LossError, Losses
+from qkernels.checkpoints.registry import FORMATS, open_checkpoint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -279,3 +281,94 @@ def test_folders_of_floats_and_of_ours(tmp_path):
     floats = qk.load(tmp_path / "ours", activations="float")
     assert set(schemes(floats).values()) == {"w4a16-g32", "w8a16"}
     assert floats.quantization_report.left == [] or schemes(floats).keys() == schemes(quantized).keys()
+
+
+@pytest.mark.parametrize("to", ["float", "qkernels", "compressed-tensors"])
+@pytest.mark.parametrize("door", ["export", "convert"])
+def test_experts_that_stay_in_float_beside_quantized_ones_keep_their_names(door, to, tmp_path):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "float")
+    qk.quantize_(model, "w4a16-g32-asym", skip=["*gate_up_proj*"])
+    if door == "export":
+        assert qk.export(model, tmp_path / "out", to) == []
+    else:
+        model.save_pretrained(tmp_path / "ours")
+        FORMATS[to].write(open_checkpoint(tmp_path / "ours"), tmp_path / "out", Losses())
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert_same_bits(written[name], load_file(tmp_path / "float" / "model.safetensors")[name])
+    assert not any(key.endswith(".weight.weight") for key in written)
+    torch.testing.assert_close(outputs(qk.load(tmp_path / "out")), outputs(model), rtol=1e-5, atol=1e-6)
+
+
+def gemma3() -> transformers.Gemma3ForConditionalGeneration:
+    """A language model with a vision tower, whose folders have other names than its modules."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config={"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+                     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_names_of_folders_that_are_not_those_of_modules(tmp_path):
+    model = gemma3()
+    qk.quantize_(model, "w4a16-g32-asym", skip=["*vision_tower*"])
+    for to in ("qkernels", "compressed-tensors"):
+        qk.export(model, tmp_path / to, to)
+        assert any(key.startswith("language_model.model") for key in load_file(tmp_path / to / "model.safetensors"))
+        assert_same_bits(outputs(qk.load(tmp_path / to)), outputs(model))
+    file = tmp_path / "compressed-tensors" / "config.json"
+    config = json.loads(file.read_text())
+    said = config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    file.write_text(json.dumps(config))  # as multimodal models say it
+    assert_same_bits(outputs(qk.load(file.parent)), outputs(model))
+    assert "quantization_config" not in json.dumps(dict(open_checkpoint(file.parent).config))
+    file.write_text(json.dumps({**config, "quantization_config": {**said, "format": "int-quantized"}}))
+    with pytest.raises(ValueError, match="must have one quantization_config, got different ones"):
+        open_checkpoint(file.parent)
+
+
+def test_layers_whose_parts_only_we_know_are_not_exported(tmp_path):
+    model = gemma3()
+    qk.quantize_(model, "w8a8", include=["*vision_tower.head.attention*"])
+    with pytest.raises(
+        ValueError, match=r"head.attention is a MultiheadAttention, whose quantized weights only save_pr"
+    ):
+        qk.export(model, tmp_path / "out", "float")
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    qk.quantize_(model, "w8a8")
+    with pytest.raises(ValueError, match=r"gate_up_proj has the experts of a layer in one tensor, which only save_pr"):
+        qk.export(model, tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_names_is_refused(tmp_path):
+    expected = build("llama")
+    qk.quantize_(expected, "w8a8", skip=["lm_head"])
+    file = as_bitsandbytes(expected, tmp_path / "bnb") / "model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"no quantized layer that LlamaForCausalLM has a place for.* such as other\."):
+        AutoModelForCausalLM.from_pretrained(file.parent, quantization_config=qk.QKernelsConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"skip": ["*nothing"]}, "skip pattern '*nothing' matches no layer"),
+     ({"include": ["*nothing", "*up_proj"]}, "include pattern '*nothing' matches no layer"),
+     ({"scheme": {"nothing": "w8a16", "*": "w8a8"}}, "scheme pattern 'nothing' matches no layer"),
+     ({"embeddings": True}, "embeddings=True has no effect")],
+)  # fmt: skip
+def test_what_has_no_effect_is_warned_of(options, message, tmp_path):
+    expected = build("llama")
+    qk.quantize_(expected, "w8a8")
+    folder = as_bitsandbytes(expected, tmp_path / "bnb")
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        qk.load(folder, **options)
