@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint, CheckpointLayer
 from ..checkpoints.folder import FolderFormat
-from ..checkpoints.losses import Losses, OnLoss
+from ..checkpoints.losses import LossError, Losses, OnLoss
 from ..checkpoints.registry import FORMATS, open_checkpoint
 from ..formats.scheme import QuantScheme
 from ..kernels.isa import native
@@ -125,8 +125,15 @@ def inspect(path: str | Path, *, on_loss: OnLoss = "report") -> Inspection:
         [('w8a8', 8)]
     """
     losses = Losses(on_loss)
+    again: tuple[str, ...] = ()
     with torch.device("cpu"):
-        found = open_checkpoint(path, losses)
+        try:
+            found = open_checkpoint(path, losses)
+        except LossError as error:
+            if on_loss != "report":
+                raise
+            losses, again = Losses("requantize"), (str(error),)
+            found = open_checkpoint(path, losses)
     kinds: dict[tuple[str, str], list[CheckpointLayer]] = {}
     for layer in found.layers.values():
         kinds.setdefault((layer.scheme.name, layer.details), []).append(layer)
@@ -147,7 +154,7 @@ def inspect(path: str | Path, *, on_loss: OnLoss = "report") -> Inspection:
         sum(layer.has_input_order for layer in found.layers.values()),
         floats,
         max(found.floats, key=lambda name: math.prod(found.floats[name].shape), default=None),
-        tuple(f"{loss.tensor}: {loss.what} (largest change {loss.largest:.2g})" for loss in losses.entries),
+        again + tuple(f"{loss.tensor}: {loss.what} (largest change {loss.largest:.2g})" for loss in losses.entries),
         _exports(found),
     )
 

@@ -29,7 +29,7 @@ from ..checkpoints.registry import FORMATS, open_checkpoint
 from ..checkpoints.requantize import dequantize, requantized
 from ..convert.layers import Layer, rows_of
 from ..convert.report import QuantizationReport
-from ..convert.schemes import SchemeRules
+from ..convert.schemes import SchemeRules, matches
 from ..convert.selection import find_layers, find_weights
 from ..formats.scheme import QuantScheme
 from ..formats.storage import storage_dtypes
@@ -47,6 +47,7 @@ _NO_QAT = (
 # What transformers does with the matrices of experts and fused projections that leaves their columns as they are.
 _OF_ROWS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk")
 IN_FLOAT = "in float in the checkpoint"
+NO_PLACE = "of no layer of this model"
 
 
 @dataclass
@@ -136,6 +137,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         for name, target in self._targets.items():
             self._choose(name, target, wishes)
         self._share_with_tied(model)
+        self._warn_of_unused(model, wishes)
         chosen = {
             target.layer.name: target.scheme.name
             for target in self._targets.values()
@@ -163,9 +165,32 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
                 self._moved |= {f"{whole}.{old}": f"{whole}.{new}" for old, new in split.new_names().items()}
 
     def _no_layers(self, model: Any) -> None:
-        if self.checkpoint.layers and all(target.scheme is None for target in self._targets.values()):
+        if any(target.reason != NO_PLACE for target in self._targets.values()):
             return  # all are in float, as was asked for
-        raise ValueError(f"{self.checkpoint.path} has no quantized layer that {type(model).__name__} has a place for")
+        example = next(iter(self.checkpoint.layers), "none at all")
+        raise ValueError(
+            f"{self.checkpoint.path} has no quantized layer that {type(model).__name__} has a place for: its names are "
+            f"such as {example}"
+        )
+
+    def _warn_of_unused(self, model: Any, wishes: Wishes) -> None:
+        """Warn of what was asked for and has no effect."""
+        layers = find_layers(model, embeddings=True)
+        names = [name for layer in layers for name in layer.all_names]
+        asked = {"skip": wishes.skip, "include": wishes.include or ()}
+        if wishes.rules is not None and wishes.rules.by_pattern:
+            asked["scheme"] = [pattern for pattern, _ in wishes.rules.rules]
+        for argument, patterns in asked.items():
+            for pattern in patterns:
+                if not any(matches(pattern, name) for name in names):
+                    warnings.warn(f"{argument} pattern {pattern!r} matches no layer", stacklevel=2)
+        quantized = [t.layer for t in self._targets.values() if t.layer is not None and t.scheme is not None]
+        if self.quantization_config.embeddings and not any(layer.is_lookup for layer in quantized):
+            warnings.warn(
+                f"embeddings={self.quantization_config.embeddings!r} has no effect: the embeddings of the checkpoint "
+                "are in float; quantize them after loading (qkernels.quantize_ with include and embeddings)",
+                stacklevel=2,
+            )
 
     def _rename(self, model: Any, key: str) -> tuple[str, WeightConverter | None]:
         """The name in the model of a tensor of the checkpoint, and what merges it with others on the way."""
@@ -190,7 +215,7 @@ class CheckpointQuantizer(QKernelsHfQuantizer):
         """Decide the scheme of a weight of the model, or why it is in float."""
         layer, sources = target.layer, target.sources
         if name not in self._expected:
-            target.reason = "of no layer of this model"
+            target.reason = NO_PLACE
             return
         if layer is None:
             target.reason = "no linear layer or embedding in the model"

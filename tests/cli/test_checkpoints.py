@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ def as_json(result) -> dict:
 
 
 class TestConvert:
+    def test_what_has_to_be_requantized_is_inspected_all_the_same(self):
+        folder = Path(__file__).parents[1] / "checkpoints" / "files" / "hqq"
+        found = as_json(invoke("inspect", folder, "--json"))
+        assert [line.split(":")[0] for line in found["lost"]] == ["l.0.outputs"] and len(found["kinds"]) == 7
+
     def test_there_and_back_is_the_same_model(self, quantized, tmp_path):
         result = as_json(
             invoke("convert", quantized, tmp_path / "gptq", "--to", "gptq", "--on-loss", "report", "--json")
