@@ -22,6 +22,7 @@ QUALITY = "quality-intel-xeon-amx-2t"
 TORCH_LAYERS, EXPERTS = "torch-layers-amd-epyc-avx512bf16-1t", "experts-amd-epyc-avx512bf16"
 STATIC, RESNET = "static-amd-epyc-avx512bf16-1t", "resnet18-amd-epyc-avx512bf16-1t"
 DIVERGENCE = "divergence-gemma-amd-epyc-avx512bf16"
+GGUF = "gguf-amd-epyc-avx512bf16"
 PEFT, PEFT_STEPS = "peft-matrix", ("train", "save", "disable", "copy", "merge", "unmerge", "bfloat16")
 FLOAT, INT8, INT4 = "torch bfloat16", "w8a8 frozen int8 + loss", "w4a8-g32-asym frozen int8 + loss"
 COLUMNS = (FLOAT, "torch.ao int8 onednn", "w8a8", "w4a8-g128", "w4a8-g32-asym")
@@ -241,12 +242,32 @@ def divergence_table() -> str:
     return "\n".join([*lines, "", textwrap.fill(note, 120)])
 
 
+def gguf_table() -> str:
+    """Loads of real GGUF files, and their perplexity here and in llama.cpp."""
+    head = ("", "peak of a load / file", "activations", "perplexity", "llama.cpp", "change", "its standard error")
+    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(head) - 3)]
+    for row in rows(GGUF):
+        if row["kind"] == "memory":
+            size = row["file_bytes"]
+            title, peak = f"{row['model']}, {size / 1e6:.0f} MB", f"{row['peak'] / size:.2f}"
+            continue
+        numbers = (f"{row['perplexity']:.2f}", f"{row['llama.cpp']:.2f}")
+        changes = (f"{100 * row['change']:+.3f} %", f"{100 * row['standard_error']:.3f} %")
+        lines.append("| " + " | ".join((title, peak, row["activations"], *numbers, *changes)) + " |")
+    version = json.loads((RESULTS / f"{GGUF}.json").read_text(encoding="utf-8"))["machine"]["packages"]
+    note = (
+        f"{row['tokens']} tokens of Python's documentation, the same for both; llama-cpp-python "
+        f"{version['llama-cpp-python']}; `python benchmarks/gguf_files.py`."
+    )
+    return "\n".join([*lines, "", textwrap.fill(note, 120)])
+
+
 # The blocks of each page, by its path.
 PAGES = {
     "README.md": {"claims": claims, "layers": layer_table, "training": training_table},
     "docs/performance.md": {"experts": experts_table},
     "docs/guide/attention-recurrent.md": {"torch layers": torch_layer_table},
-    "docs/guide/checkpoints.md": {"formats": formats_table, "divergence": divergence_table},
+    "docs/guide/checkpoints.md": {"formats": formats_table, "divergence": divergence_table, "gguf": gguf_table},
     "docs/guide/coming-from.md": {"static": static_table},
     "docs/guide/convolutions.md": {"resnet18": resnet_table},
     "docs/guide/peft.md": {"matrix": peft_table},
