@@ -170,19 +170,17 @@ def input_order(name: str, indices: Tensor, group_size: int) -> Tensor | None:
     return order
 
 
-def minima_of(name: str, scales: Tensor, zeros: Tensor, losses: Losses) -> Tensor:
-    """The float that a group adds in the place of its zero point: float32 [N, groups], `-zero * scale`.
+def minima_of(name: str, exact: Tensor, losses: Losses) -> Tensor:
+    """The floats that the groups of a layer add, as the canonical storage holds them: float32 [N, groups].
 
     Args:
         name: of the layer.
-        scales: float32 [N, groups].
-        zeros: of the same shape, any dtype; relative to the codes as they are stored.
+        exact: float64 [N, groups].
         losses: takes what float32 rounds.
 
     Raises:
         LossError: if it rounds some and the policy does not allow that.
     """
-    exact = zeros.to(torch.float64) * -scales.to(torch.float64)
     kept = exact.to(torch.float32)
     losses.changed(f"{name}.zeros", "minima that float32 cannot hold", exact, kept)
     return kept

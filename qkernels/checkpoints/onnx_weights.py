@@ -101,7 +101,8 @@ class Weight(ABC):
         weight = codes.store(self.codes_name, stored, scales, zeros, losses)
         if has_min:  # relative to what `store` made of the codes
             shift = (INT4.offset if self.bits < 8 else 0) - (1 << self.bits - 1)
-            minima = minima_of(self.codes_name, scales, self.zeros().to(torch.float64) + shift, losses)
+            exact = (self.zeros().to(torch.float64) + shift) * -scales.to(torch.float64)
+            minima = minima_of(self.codes_name, exact, losses)
             weight = weight._replace(zeros=codes.split(minima, self.in_features))
         return LayerWeight(weight, None, None if order is None else order.to(torch.int32))
 

@@ -282,10 +282,9 @@ def _read(tensors: SafetensorsFiles, stored: _Stored, losses: Losses) -> LayerWe
 
 def _minima(stored: _Stored, scales: Tensor, points: Tensor, losses: Losses) -> Tensor:
     """float32 [N, groups], added to the product of scale and stored code: the integer, of 4 bits plus 8."""
-    offset = INT4.offset if stored.codes.bits == 4 else 0
-    if stored.kind != "Int4Tensor":
-        return minima_of(stored.module, scales, points.to(torch.float64) + offset, losses)
-    exact = points.to(torch.float64) - offset * scales.to(torch.float64)  # its zero point is added already
-    kept = exact.to(torch.float32)
-    losses.changed(f"{stored.module}.zeros", "minima that float32 cannot hold", exact, kept)
-    return kept
+    offset, steps = INT4.offset if stored.codes.bits == 4 else 0, scales.to(torch.float64)
+    if stored.kind == "Int4Tensor":  # its zero point is added already
+        exact = points.to(torch.float64) - offset * steps
+    else:
+        exact = (points.to(torch.float64) + offset) * -steps
+    return minima_of(stored.module, exact, losses)
