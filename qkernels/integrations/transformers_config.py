@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoints.losses import Losses, OnLoss
 from ..convert.schemes import Schemes
 from ..formats.scheme import QuantScheme
+from ..system.deprecation import renamed_keywords
 from .checkpoint_layers import ACTIVATIONS, Activations
 from .config_options import ConfigOptions
 from .folders import METHOD, current_names
@@ -48,6 +49,7 @@ class QKernelsConfig(ConfigOptions, QuantizationConfigMixin):
         TypeError: if `skip` is a single string, or for an unknown argument.
     """
 
+    @renamed_keywords(grad="grad_dtype")
     def __init__(
         self,
         scheme: Schemes | None = None,

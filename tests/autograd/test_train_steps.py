@@ -71,9 +71,12 @@ def test_the_loss_falls_as_in_float(scheme, mode, grad):
     assert (losses[0] - losses[-1]).item() == pytest.approx(fallen, rel=0.2)
 
 
-@pytest.mark.parametrize("op", sorted(SAMPLERS))
+@pytest.mark.parametrize("op", sorted(SAMPLERS.keys() - {"grouped_outer"}))
 def test_ops_do_not_depend_on_the_number_of_threads(op):
-    """Every op, outputs and gradients alike: products of floats too, each sum being one thread's."""
+    """Every op, outputs and gradients alike: products of floats too, each sum being one thread's.
+
+    `grouped_outer` is a product of torch's, which may depend on them.
+    """
     for scheme in OP_SCHEMES[op]:
         for args, label in op_samples.samples(op, scheme, 3):
             results = []

@@ -18,7 +18,7 @@ if not (ROOT / "Makefile").is_file():
 
 @pytest.mark.parametrize(
     ("names", "most"),
-    [(op_samples.SCHEMES, 20), (op_samples.INT_SCHEMES, 16), (op_samples.FLOAT_SCHEMES, 12)],
+    [(op_samples.SCHEMES, 30), (op_samples.INT_SCHEMES, 25), (op_samples.FLOAT_SCHEMES, 23)],
     ids=["all", "int", "float"],
 )
 def test_every_pair_of_axes_occurs(names, most):
@@ -26,7 +26,7 @@ def test_every_pair_of_axes_occurs(names, most):
         found = set()
         for scheme in map(QuantScheme.parse, schemes):
             axes = enumerate(
-                (scheme.weight_bits, scheme.symmetric, scheme.group_size, scheme.act_bits, scheme.act_group_size)
+                (scheme.weight_bits, scheme.zeros, scheme.group_size, scheme.act_bits, scheme.act_group_size)
             )
             found |= set(combinations(axes, 2))
         return found
