@@ -216,7 +216,7 @@ def flow(path: Path, training: list[list[int]], held_out: list[list[int]], promp
     losses = {"before": before, "adapter": tuned, "merged": after, "llama.cpp": theirs}
     return {
         "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
-        "lost": [str(loss) for loss in lost],
+        "lost": {"tensors": len(lost), "largest": max((loss.largest for loss in lost), default=0.0)},
         "continuations": found,
     }
 
