@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ class CheckpointFormat(ABC):
         targets: what may follow its name in `--to NAME:TARGET`, such as "q4_0"; empty: nothing.
         act_group_size: of the int8 activations that its engines multiply weights with where the file says nothing of
             them; None: one scale a token.
+        holds_activations: a file says how activations are quantized; else it holds weights alone.
     """
 
     name: ClassVar[str]
@@ -54,6 +56,17 @@ class CheckpointFormat(ABC):
     targets: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = True
     act_group_size: ClassVar[int | None] = None
+    holds_activations: ClassVar[bool] = False
+
+    def warn_of_activations(self, checkpoint: Checkpoint) -> None:
+        """Warn if layers of the checkpoint multiply int8 activations, of which the format has no word."""
+        names = [name for name, layer in checkpoint.layers.items() if layer.scheme.int_activations]
+        if names and not self.holds_activations:
+            warnings.warn(
+                f"{self.title} says nothing of int8 activations, which {len(names)} layers have, such as {names[0]} "
+                f"({checkpoint.layers[names[0]].scheme}): who loads it leaves them in float, or quantizes them its way",
+                stacklevel=3,
+            )
 
     @abstractmethod
     def detects(self, path: Path) -> bool:

@@ -75,6 +75,7 @@ class CompressedTensors(FolderFormat):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
+    holds_activations = True
     quant_methods = ("compressed-tensors",)
     targets = tuple(_DTYPES)
     variants = (

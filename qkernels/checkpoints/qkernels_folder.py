@@ -27,6 +27,7 @@ class QKernelsFolder(FolderFormat):
 
     name = "qkernels"
     title = "qkernels"
+    holds_activations = True
     quant_methods = ("qkernels",)
     variants = (Variant("every scheme", "all", "exact", "exact"),)
 

@@ -69,6 +69,7 @@ def convert(
     except ValueError as error:
         message = str(error).replace("pass on_loss='report'", "give --on-loss report")
         raise InputError(message.replace("pass on_loss='requantize'", "give --on-loss requantize")) from error
+    writer.warn_of_activations(checkpoint)
     sizes = path_bytes(Path(source)), path_bytes(out)
     if as_json:
         result: dict[str, object] = {"in": source, "from": checkpoint.format, "out": str(out), "to": to}

@@ -78,6 +78,7 @@ def export(
     losses = Losses(on_loss)
     with checkpoint_of(model, tokenizer, like) as checkpoint:
         writer.write(checkpoint, Path(path), losses, target, progress)
+        writer.warn_of_activations(checkpoint)
     return losses.entries
 
 

@@ -1,6 +1,7 @@
 """Streams of codes, safetensors files, folders: what every format of checkpoints stands on."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -183,3 +184,13 @@ def test_unknown_formats_and_targets_are_named(tmp_path):
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(ValueError, match="on_loss must be one of"):
         Losses("ignore")
+
+
+def test_a_format_of_weights_alone_warns_of_int8_activations():
+    with pytest.warns(UserWarning, match=r"says nothing of int8 activations, which 1 layers have, such as block.proj"):
+        parse_target("gptq")[0].warn_of_activations(checkpoint("w4a8-g32-asym"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_target("gptq")[0].warn_of_activations(checkpoint())
+        parse_target("qkernels")[0].warn_of_activations(checkpoint("w8a8"))
+        parse_target("compressed-tensors")[0].warn_of_activations(checkpoint("w8a8"))
