@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from torch import Tensor
 from ..formats.scheme import QuantScheme
 from .bits import pack_codes
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight, shortened
-from .checkpoint_format import Progress, Variant, no_progress
+from .checkpoint_format import Variant
 from .compressed_tensors_weights import StoredLayer, WeightArguments, weight_values
 from .folder import FolderFormat
 from .losses import Losses
 from .requantize import requantized
 from .safetensors_files import SafetensorsFiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _READ = (PACKED, PLAIN, "naive-quantized", MIXED)
@@ -188,15 +191,8 @@ class CompressedTensors(FolderFormat):
             "ignore": plain + tied,
         }
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        path: Path,
-        losses: Losses,
-        target: str | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        writer = CompressedTensors()
+    def prepared(self, checkpoint: Checkpoint, losses: Losses, target: str | None) -> tuple[Self, Checkpoint]:
+        writer = type(self)()
         writer._dtype = _DTYPES[target] if target else None
         if losses.requantizes:
             schemes = {n: _writable(layer) for n, layer in checkpoint.layers.items() if writer.problem(layer)}
@@ -206,9 +202,9 @@ class CompressedTensors(FolderFormat):
             warnings.warn(
                 f"{embeddings[0]} is a quantized embedding, which transformers and vLLM do not load from this format: "
                 "leave embeddings in float, with embeddings=None",
-                stacklevel=3,
+                stacklevel=4,
             )
-        super(CompressedTensors, writer).write(checkpoint, path, losses, target, progress)
+        return writer, checkpoint
 
     _dtype: torch.dtype | None = None  # of the scales; None: float32, or as the folder has them
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
-from .checkpoint_format import Progress, Variant, no_progress
+from .checkpoint_format import Variant
 from .folder import FolderFormat
 from .losses import Losses
 from .requantize import dequantize
 from .safetensors_files import INDEX, SINGLE, SafetensorsFiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Models with layers of transformers' `Conv1D`, whose float weight is [K, N], and the names of these.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -53,26 +56,26 @@ class FloatFolder(FolderFormat):
         losses.changed(f"{layer.name}.weight", f"weights that {self._dtype} cannot hold", weight, rounded)
         return {"weight": rounded}
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        path: Path,
-        losses: Losses,
-        target: str | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        writer = FloatFolder()
-        writer._dtype = _DTYPES[target or "f32"]
+    def encode_float(self, name: str, tensor: Tensor, losses: Losses) -> Tensor:
+        if not self._casts or tensor.dtype not in (torch.float64, *_DTYPES.values()):
+            return tensor
+        rounded = tensor.to(self._dtype)
+        losses.changed(name, f"values that {self._dtype} cannot hold", tensor, rounded)
+        return rounded
+
+    def prepared(self, checkpoint: Checkpoint, losses: Losses, target: str | None) -> tuple[Self, Checkpoint]:
+        writer = type(self)()
+        writer._dtype, writer._casts = _DTYPES[target or "f32"], target is not None
         if checkpoint.config.get("model_type") in _CONV1D_MODELS:
             writer._transposed = _CONV1D
         config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
         if checkpoint.config:
             config["dtype"] = str(writer._dtype).removeprefix("torch.")
-        plain = replace(checkpoint, config=config)
-        super(FloatFolder, writer).write(plain, path, losses, target, progress)
+        return writer, replace(checkpoint, config=config)
 
     def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
 
     _dtype = torch.float32
+    _casts = False  # what is not quantized, too
     _transposed: tuple[str, ...] = ()  # layers whose weight is written as [K, N]

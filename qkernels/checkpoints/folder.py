@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from .losses import Loss, Losses
 from .partial_folder import fingerprint, written_whole
 from .safetensors_files import INDEX, SINGLE, SafetensorsFiles, read_json
 from .safetensors_writer import SafetensorsWriter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONFIG = "config.json"
 # What early libraries wrote beside a `config.json`, and the `quant_method` that some of these do not say.
@@ -151,6 +154,18 @@ class FolderFormat(CheckpointFormat):
         """The `quantization_config` of a folder with these layers."""
         raise NotImplementedError
 
+    def encode_float(self, name: str, tensor: Tensor, losses: Losses) -> Tensor:
+        """A tensor that is not quantized, as the format holds it.
+
+        Raises:
+            LossError: as `encode`.
+        """
+        return tensor
+
+    def prepared(self, checkpoint: Checkpoint, losses: Losses, target: str | None) -> tuple[Self, Checkpoint]:
+        """The writer of one checkpoint, which knows its target, and the checkpoint as that is to write it."""
+        return self, checkpoint
+
     def write(
         self,
         checkpoint: Checkpoint,
@@ -158,6 +173,12 @@ class FolderFormat(CheckpointFormat):
         losses: Losses,
         target: str | None = None,
         progress: Progress = no_progress,
+    ) -> None:
+        writer, checkpoint = self.prepared(checkpoint, losses, target)
+        writer._write(checkpoint, path, losses, target, progress)
+
+    def _write(
+        self, checkpoint: Checkpoint, path: Path, losses: Losses, target: str | None, progress: Progress
     ) -> None:
         problems = {name: self.problem(layer) for name, layer in checkpoint.layers.items()}
         for name, problem in problems.items():
@@ -196,7 +217,7 @@ class FolderFormat(CheckpointFormat):
                     encoded = self.encode(part, part.read(), losses)
                     tensors = {f"{name}.{suffix}": tensor for suffix, tensor in encoded.items()}
                 else:
-                    tensors = {name: part.read()}
+                    tensors = {name: self.encode_float(name, part.read(), losses)}
                 writer.add(name, tensors, losses.entries[before:])
             progress(done, len(parts), name)
         writer.close()

@@ -12,19 +12,21 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .bits import pack_codes, unpack_codes
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
-from .checkpoint_format import Progress, Variant, no_progress
+from .checkpoint_format import Variant
 from .folder import FolderFormat, quantized_names, unquantized_beside
 from .grouped_codes import GroupedCodes, half_scales, input_order, stored_codes
 from .losses import Losses
 from .safetensors_files import SafetensorsFiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -350,17 +352,10 @@ class GPTQFolder(FolderFormat):
             "g_idx": groups,
         }
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        path: Path,
-        losses: Losses,
-        target: str | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        writer = GPTQFolder()
+    def prepared(self, checkpoint: Checkpoint, losses: Losses, target: str | None) -> tuple[Self, Checkpoint]:
+        writer = type(self)()
         writer._version = 1 if all(layer.scheme.symmetric for layer in checkpoint.layers.values()) else 2
-        super(GPTQFolder, writer).write(checkpoint, path, losses, target, progress)
+        return writer, checkpoint
 
     def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         layers = checkpoint.layers

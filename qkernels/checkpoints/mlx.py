@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from ..formats.storage import QuantizedWeight
 from ..formats.weight_format import INT4
 from .bits import pack_codes, unpack_codes
 from .checkpoint import Checkpoint, CheckpointLayer, LayerWeight
-from .checkpoint_format import Progress, Variant, no_progress
+from .checkpoint_format import Variant
 from .folder import FolderFormat, read_config
 from .grouped_codes import stored_codes
 from .losses import Losses
 from .safetensors_files import SafetensorsFiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _GROUPS = (32, 64, 128)
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -165,18 +168,11 @@ class MLXFolder(FolderFormat):
         losses.changed(f"{name}.{part}", f"{part} that {self._dtype} cannot hold", exact, rounded)
         return rounded
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        path: Path,
-        losses: Losses,
-        target: str | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        writer = MLXFolder()
+    def prepared(self, checkpoint: Checkpoint, losses: Losses, target: str | None) -> tuple[Self, Checkpoint]:
+        writer = type(self)()
         writer._dtype = _FLOATS[target or "f32"]
         named = replace(checkpoint, config={**checkpoint.config, "quantization": self.written_config(checkpoint)})
-        super(MLXFolder, writer).write(named, path, losses, target, progress)
+        return writer, named
 
     def written_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         own = {name: (_written_group(layer), layer.scheme.weight_bits) for name, layer in checkpoint.layers.items()}

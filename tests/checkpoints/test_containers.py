@@ -160,9 +160,14 @@ def test_a_float_folder_rounds_only_where_that_was_allowed(tmp_path):
     assert not (tmp_path / "bf16").exists() and [file.name for file in tmp_path.iterdir()] == ["f32"]
     losses = Losses("report")
     rounded.write(checkpoint(), tmp_path / "bf16", losses, target)
-    (entry,) = losses.entries
+    entry, of_norm = losses.entries
     assert isinstance(entry, Loss) and entry.total == 512 and 0 < entry.largest < 2**-8
-    assert open_checkpoint(tmp_path / "bf16").floats["block.proj.weight"].read().dtype == torch.bfloat16
+    assert of_norm.tensor == "norm.weight" and of_norm.total == 64  # float32 before
+    written = open_checkpoint(tmp_path / "bf16")
+    assert {name: tensor.read().dtype for name, tensor in written.floats.items()} == {
+        "block.proj.weight": torch.bfloat16,
+        "norm.weight": torch.bfloat16,
+    }
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):
