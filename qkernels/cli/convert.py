@@ -18,6 +18,7 @@ from .checkpoints import (
     next_command,
     opened,
     path_bytes,
+    plain_warnings,
     progress,
     say,
     schemes_of,
@@ -64,12 +65,13 @@ def convert(
         if wanted is not None:
             names = {} if wanted == "none" else dict.fromkeys(checkpoint.layers, wanted)
             checkpoint = requantized(checkpoint, names, losses)
-        with progress(f"writing {writer.title}") as told:
+        with plain_warnings(), progress(f"writing {writer.title}") as told:
             writer.write(checkpoint, out, losses, target, told)
     except ValueError as error:
         message = str(error).replace("pass on_loss='report'", "give --on-loss report")
         raise InputError(message.replace("pass on_loss='requantize'", "give --on-loss requantize")) from error
-    writer.warn_of_activations(checkpoint)
+    with plain_warnings():
+        writer.warn_of_activations(checkpoint)
     sizes = path_bytes(Path(source)), path_bytes(out)
     if as_json:
         result: dict[str, object] = {"in": source, "from": checkpoint.format, "out": str(out), "to": to}

@@ -60,6 +60,9 @@ class TestConvert:
         assert not (tmp_path / "out").exists()
         result = as_json(invoke(*arguments, "--on-loss", "requantize", "--json"))
         assert [*result["schemes"]] == ["w8a8"] and result["lost"][0]["tensors"] == result["layers"]
+        done = invoke("convert", tmp_path / "out", tmp_path / "gptq", "--to", "gptq", "--on-loss", "report")
+        assert done.exit_code == 0
+        assert f"GPTQ says nothing of int8 activations, which {result['layers']} layers have" in done.stderr
 
     def test_bad_input_is_one_line(self, quantized, llama, tmp_path):
         out = tmp_path / "out"
