@@ -160,7 +160,11 @@ class Storage(nn.Module):
     def _floats_by(self, view: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """The parameters of the frozen weight, of which `view` makes floats where they are bits."""
         own: dict[str, Any] = self._parameters
-        scales, zeros = (t if t is None or t.dtype != torch.int32 else view(t) for t in (own["scales"], own["zeros"]))
+        scales, zeros = own["scales"], own["zeros"]
+        if scales.dtype == torch.int32:
+            scales = view(scales)
+        if zeros is not None and zeros.dtype == torch.int32:
+            zeros = view(zeros)
         return QuantizedWeight(own["qweight"], scales, zeros)
 
     def storage_problems(self) -> dict[str, str]:

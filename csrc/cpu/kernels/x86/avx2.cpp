@@ -2,10 +2,13 @@
 //
 // NOTE [no saturation]. vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits with saturation.
 // It is used only where that cannot happen:
-//   |x| <= 127 and -128 <= w <= 127 (dot_int8): the unsigned byte is |w| <= 128 and the signed one x with the sign of
-//   w, of which -127 .. 127 has both signs:                                 2 * 128 * 127 = 32512 <= 32767; nibble <=
-//   15 and |x| <= 127 (dot_int4), even and odd sums added:     4 *  15 * 127 =  7620 <= 32767; the same in the matrix
-//   kernel for nibbles, where later sums wrap:    2 *  15 * 127 =  3810, see NOTE [nibbles].
+//   |x| <= 127 and -128 <= w <= 127 (dot_int8), where the unsigned byte is |w| <= 128 and the signed one is x with
+//   the sign of w, for -127 .. 127 has both signs: 2 * 128 * 127 = 32512 <= 32767.
+//
+//   nibble <= 15 and |x| <= 127 (dot_int4), even and odd sums added: 4 * 15 * 127 = 7620 <= 32767.
+//
+//   The same in the matrix kernel for nibbles, where later sums wrap: 2 * 15 * 127 = 3810, see NOTE [nibbles].
+//
 // The matrix kernel for int8 multiplies 16-bit values by vpmaddwd, which is exact.
 #if defined(__x86_64__)
 #include <immintrin.h>
